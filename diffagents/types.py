@@ -1,0 +1,153 @@
+"""The three things every module talks about: a `Batch`, a `Spec` (what goes in and out of a policy) and `Metrics`.
+
+Shapes: B batch, S flat observation, A flat action. Actions are in [-1, 1] wherever the name is `act`
+(inside the library) and in the environment's own units wherever it is `action` (outside).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+from torch import Tensor
+
+Metrics = dict[str, Tensor]
+"""Named 0-d tensors that stay on the device until a log line looks at them."""
+
+
+class Batch(NamedTuple):
+    """One mini-batch of transitions, all float32 on the training device."""
+
+    obs: Tensor  # (B, S)
+    act: Tensor  # (B, A), scaled to [-1, 1]
+    rew: Tensor  # (B,), after the reward transform
+    next_obs: Tensor  # (B, S)
+    done: Tensor  # (B,), 1 at a true termination, 0 otherwise; a time-out is not an end
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a policy reads and writes: spaces, the order of observation keys, and the way between them and flat arrays.
+
+    `obs_keys` is None for a Box observation; for a Dict observation it names the keys that are concatenated, in order.
+    Raises ValueError where a space is of a kind that the library cannot learn on.
+    """
+
+    observation_space: spaces.Space[Any]
+    action_space: spaces.Box
+    obs_keys: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.action_space, spaces.Box):
+            raise ValueError(
+                f"action space {self.action_space} is not a Box: diffusion agents need continuous actions; "
+                "wrap the environment or choose another algorithm"
+            )
+        low, high = self.action_space.low, self.action_space.high
+        if not (np.all(np.isfinite(low)) and np.all(np.isfinite(high)) and np.all(low < high)):
+            raise ValueError(
+                f"action space bounds must be finite with low < high, not [{low.min()}, {high.max()}]: "
+                "wrap the environment with gymnasium.wrappers.RescaleAction, or leave env= out to take bounds from the data"
+            )
+        if self.obs_keys is None:
+            _check_box(self.observation_space, "observation space")
+            return
+        if not isinstance(self.observation_space, spaces.Dict):
+            raise ValueError(f"obs_keys={self.obs_keys} need a Dict observation space, not {self.observation_space}")
+        if not self.obs_keys:
+            raise ValueError(f"obs_keys is empty; choose from {list(self.observation_space.spaces)}")
+        for key in self.obs_keys:
+            if key not in self.observation_space.spaces:
+                raise ValueError(f"obs_keys names {key!r}, the observation has {list(self.observation_space.spaces)}")
+            _check_box(self.observation_space.spaces[key], f"observation {key!r}")
+
+    @classmethod
+    def from_spaces(
+        cls, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], obs_keys: tuple[str, ...] | None = None
+    ) -> "Spec":
+        """A Spec with the default keys of a Dict observation: `observation` + `desired_goal` if it has both, else all."""
+        if isinstance(observation_space, spaces.Dict) and obs_keys is None:
+            goal = ("observation", "desired_goal")
+            obs_keys = goal if set(goal) <= set(observation_space.spaces) else tuple(observation_space.spaces)
+        return cls(observation_space, action_space, tuple(obs_keys) if obs_keys is not None else None)  # type: ignore[arg-type]
+
+    @property
+    def obs_dim(self) -> int:
+        """S, the length of the flat observation."""
+        return sum(int(np.prod(s.shape or ())) for s in self._leaves())
+
+    @property
+    def act_dim(self) -> int:
+        """A, the length of the flat action."""
+        return int(np.prod(self.action_space.shape))
+
+    def _leaves(self) -> list[spaces.Space[Any]]:
+        if self.obs_keys is None:
+            return [self.observation_space]
+        return [self.observation_space[key] for key in self.obs_keys]  # type: ignore[index]
+
+    def flatten_obs(self, obs: Any) -> tuple[np.ndarray, bool]:
+        """One observation or a batch -> float32 (B, S), and whether it was a batch.
+
+        Raises ValueError with the shape found and the shape expected; TypeError for Gymnasium's `(obs, info)` tuple.
+        """
+        if isinstance(obs, tuple):
+            raise TypeError(
+                "the observation is a tuple: env.reset() returns (obs, info) and env.step() five values in Gymnasium; "
+                "pass the observation alone, e.g. obs, info = env.reset()"
+            )
+        if self.obs_keys is None:
+            if isinstance(obs, Mapping):
+                raise ValueError(f"the observation is a dict, but the agent was built for {self.observation_space}")
+            return _flat(obs, self.observation_space.shape or (), "observation")
+        if not isinstance(obs, Mapping):
+            raise ValueError(f"the observation must be a dict with the keys {list(self.obs_keys)}, not {type(obs).__name__}")
+        missing = [key for key in self.obs_keys if key not in obs]
+        if missing:
+            raise ValueError(f"the observation lacks the keys {missing}; it has {list(obs)}")
+        parts = [
+            _flat(obs[key], leaf.shape or (), f"observation {key!r}")
+            for key, leaf in zip(self.obs_keys, self._leaves(), strict=True)
+        ]
+        sizes = {part.shape[0] for part, _ in parts}
+        if len(sizes) > 1 or len({batched for _, batched in parts}) > 1:
+            raise ValueError(f"the observation's keys disagree on the batch size: {sorted(sizes)}")
+        return np.concatenate([part for part, _ in parts], axis=1), parts[0][1]
+
+    def scale_action(self, action: np.ndarray) -> np.ndarray:
+        """Environment units (B, *shape) -> float32 (B, A) in [-1, 1]."""
+        low, high = self._bounds()
+        flat = np.asarray(action, np.float32).reshape(-1, self.act_dim)
+        if np.all(low == -1) and np.all(high == 1):
+            return flat
+        return (2.0 * (flat - low) / (high - low) - 1.0).astype(np.float32)
+
+    def unscale_action(self, act: np.ndarray) -> np.ndarray:
+        """(B, A) in [-1, 1] -> environment units (B, *shape), clipped to the bounds, in the space's dtype."""
+        low, high = self._bounds()
+        action = low + (np.clip(act, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
+        return np.clip(action, low, high).reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)
+
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.action_space.low.reshape(-1), self.action_space.high.reshape(-1)
+
+
+def _check_box(space: spaces.Space[Any], name: str) -> None:
+    if not isinstance(space, spaces.Box):
+        raise ValueError(f"{name} {space} is not a Box; choose other obs_keys or wrap the environment (FlattenObservation)")
+    if space.dtype == np.uint8 or len(space.shape) > 2:
+        raise ValueError(f"{name} {space} looks like an image; only vectors are supported, encode it first")
+
+
+def _flat(value: Any, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, bool]:
+    try:
+        array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read as float32 numbers: {error}") from None
+    batched = array.ndim == len(shape) + 1
+    if array.shape[1 if batched else 0 :] != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape} or a batch {('B', *shape)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity: {array.reshape(-1)[~np.isfinite(array.reshape(-1))][:3]}")
+    return array.reshape(array.shape[0] if batched else 1, -1), batched
