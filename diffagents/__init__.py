@@ -1,0 +1,55 @@
+"""diffagents: SB3-style agents for diffusion-based offline reinforcement learning in PyTorch."""
+
+import importlib
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+AGENTS = {"SRPO": "diffagents.agents.srpo"}
+"""Algorithm name -> the module that holds the class of that name; imported when first asked for."""
+
+_LAZY = {
+    **AGENTS,
+    "load_dataset": "diffagents.datasets",
+    "evaluate": "diffagents.evaluate",
+    "record_video": "diffagents.evaluate",
+    "Evaluation": "diffagents.evaluate",
+    "ArtifactError": "diffagents.artifact",
+    "TrainingDiverged": "diffagents.training",
+}
+
+__all__ = ["AGENTS", "SRPO", "ArtifactError", "Evaluation", "TrainingDiverged", "evaluate", "load", "load_dataset", "record_video"]
+
+if TYPE_CHECKING:
+    from diffagents.agent import Agent
+    from diffagents.agents.srpo import SRPO
+    from diffagents.artifact import ArtifactError
+    from diffagents.datasets import load_dataset
+    from diffagents.evaluate import Evaluation, evaluate, record_video
+    from diffagents.training import TrainingDiverged
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"diffagents has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+def load(path: str | pathlib.Path, **kwargs: Any) -> "Agent":
+    """Load an agent of whatever algorithm `path` (a folder or .zip written by `save`) holds; arguments as `Agent.load`.
+
+    Raises FileNotFoundError or ArtifactError with the cause and the cure.
+    """
+    from diffagents.artifact import ArtifactError, read
+
+    algorithm = read(path).config.get("algorithm")
+    if algorithm not in AGENTS:
+        raise ArtifactError(f"{path} holds the algorithm {algorithm!r}; this version knows {', '.join(AGENTS)}: upgrade diffagents")
+    cls = getattr(importlib.import_module(AGENTS[algorithm]), algorithm)
+    agent: Agent = cls.load(path, **kwargs)
+    return agent

@@ -1,0 +1,50 @@
+# `make run` and `make test` are all one needs; both first set up .venv (Python 3.11 or newer and pip, nothing else).
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+READY := $(VENV)/.ready
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Small networks: one thread per process and one process per core is faster than one process with all cores.
+JOBS ?= 2
+
+.PHONY: help run test lint type format bench clean setup
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+run: $(READY) ## train SRPO on a real dataset and roll it out (minutes); ARGS="..." goes to the script
+	$(PY) examples/01_train_and_run.py $(ARGS)
+
+test: lint type ## lint, types and all tests; ARGS="tests/test_layers.py -k files" for some of them
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+lint: $(READY) ## ruff
+	$(PY) -m ruff check --quiet .
+
+type: $(READY) ## mypy, strict
+	$(PY) -m mypy
+
+format: $(READY) ## let ruff mend and format what it can
+	$(PY) -m ruff check --quiet --fix .
+	$(PY) -m ruff format .
+
+bench: $(READY) ## speed: every script of zoo/benchmarks
+	@for script in zoo/benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+
+clean: ## remove what builds and tests leave (not .venv, not data)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+setup: $(READY) ## only set up .venv
+
+# Done again when a dependency changes. Torch goes first: the version that constraints.txt holds, not one that another package asks for.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; say which: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(VENV)/bin/pip || { echo "Setting up $(VENV): some minutes, once"; "$(PYTHON)" -m venv $(VENV); }
+	$(PIP) torch
+	$(PIP) -e ".[test]"
+	@touch $@

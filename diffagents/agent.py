@@ -1,0 +1,378 @@
+"""Agent: the verbs (`learn`, `predict`, `save`, `load`, ...) and the loop behind them. No loss lives here.
+
+An algorithm's file gives `Config`, `build`, `stages` and `act`; everything a user calls is here, with SB3's names.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import pathlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffagents import artifact, checkpoint, presets, training
+from diffagents.datasets import load_dataset
+from diffagents.engine import Optimizer, Plan, Stage
+from diffagents.evaluate import Evaluation, evaluate
+from diffagents.normalize import ObsNormalizer, RewardTransform, fit_reward_transform
+from diffagents.sb3 import as_vec_env, check_same_spaces, make_callback, make_logger, stub_env
+from diffagents.transitions import Transitions
+from diffagents.types import Spec
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.logger import Logger
+    from stable_baselines3.common.vec_env import VecEnv
+
+
+class Agent(ABC):
+    """Base of all agents. Knobs of the algorithm are keyword arguments, listed by `help(<Algorithm>Config)`.
+
+    policy: "MlpPolicy" (the only kind; "MultiInputPolicy" is accepted for Dict observations).
+    env: None, an environment id, a Gymnasium Env or an SB3 VecEnv; gives the spaces, and the place where callbacks act.
+    preset: None, "auto" (row of zoo/<algorithm>.yml for the dataset's id), "paper", or a row's name. Explicit knobs win.
+    obs_keys: which entries of a Dict observation to concatenate, in this order.
+    policy_kwargs: `net_arch`, a list or a dict such as {"pi": [256, 256], "qf": [256, 256]}.
+    verbose: 0 silent, 1 one line per look, 2 also SB3's tables. seed: None draws one and keeps it in `seed`.
+    """
+
+    Config: ClassVar[type[Any]]
+    STAGE_SHARES: ClassVar[dict[str, int]]  # stages in order, in the proportion of the paper's schedule
+    POLICY_STAGE: ClassVar[str]  # the stage without which `predict` is meaningless
+    MODEL: ClassVar[tuple[str, ...]]  # attributes that `predict` needs: model.safetensors
+    LEARNER: ClassVar[tuple[str, ...]]  # every other network: learner.safetensors
+
+    config: Any
+    policy: nn.Module
+    optimizers: dict[str, Optimizer]
+
+    def __init_subclass__(cls) -> None:
+        """Show an algorithm's knobs in `help()` and in editors, though they arrive as **knobs."""
+        base = [p for p in inspect.signature(Agent.__init__).parameters.values() if p.name not in ("self", "knobs")]
+        knobs = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in dataclasses.fields(cls.Config)
+        ]
+        cls.__signature__ = inspect.Signature([*base, *knobs])  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        policy: str = "MlpPolicy",
+        env: Any = None,
+        *,
+        preset: str | None = None,
+        obs_keys: Sequence[str] | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        tensorboard_log: str | None = None,
+        verbose: int = 1,
+        seed: int | None = None,
+        device: str | torch.device = "auto",
+        **knobs: Any,
+    ) -> None:
+        if policy not in ("MlpPolicy", "MultiInputPolicy"):
+            raise ValueError(f'policy={policy!r}; the only policy is "MlpPolicy" (pass an environment as env=...)')
+        self.config = self.Config(**self._check_knobs(knobs))
+        self._explicit = dict(knobs)  # what the user asked for wins over any preset
+        self.preset, self.policy_kwargs = preset, dict(policy_kwargs or {})
+        self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
+        self.tensorboard_log, self.verbose = tensorboard_log, verbose
+        self.seed = int(torch.seed() % 2**31) if seed is None else int(seed)
+        self.device = _find_device(device)
+        self.set_random_seed(self.seed)
+        self.num_timesteps = self.n_env_steps = self.n_updates = 0
+        self.stage_steps = dict.fromkeys(self.STAGE_SHARES, 0)  # gradient steps ever done, by stage
+        self.plan: Plan | None = None
+        self.history: list[dict[str, Any]] = []  # one row per look: step, stage and the means of its metrics
+        self.spec: Spec | None = None
+        self.reward_transform: RewardTransform | None = None
+        self.dataset_info: dict[str, Any] | None = None
+        self._policy_missing = False  # an official checkpoint has no policy
+        self._env: VecEnv | None = None
+        self._stub: VecEnv | None = None
+        self._logger: Logger | None = None
+        if env is not None:
+            self._env = as_vec_env(env)
+            self._set_up(Spec.from_spaces(self._env.observation_space, self._env.action_space, self.obs_keys))
+
+    # ---- what an algorithm gives -----------------------------------------------------------------------------------
+    @abstractmethod
+    def build(self) -> None:
+        """Make the networks (attributes named in MODEL and LEARNER) and `optimizers` for `self.spec`."""
+
+    @abstractmethod
+    def stages(self) -> list[Stage]:
+        """The stages in the order in which they run, named as in STAGE_SHARES."""
+
+    @abstractmethod
+    def act(self, obs: Tensor, deterministic: bool) -> Tensor:
+        """Normalised observations (B, S) -> actions (B, A) in [-1, 1]."""
+
+    # ---- learning --------------------------------------------------------------------------------------------------
+    def learn(
+        self,
+        dataset: Any,
+        total_timesteps: int | None = None,
+        callback: Any = None,
+        log_interval: int | None = None,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+        *,
+        stages: Sequence[str] | None = None,
+    ) -> Self:
+        """Train on a dataset (anything `load_dataset` reads) and return self.
+
+        total_timesteps: gradient steps in all, split over the stages in the paper's proportion; None takes each stage's own
+        `*_steps` knob, else the preset. log_interval: gradient steps between looks (None: about 20 a stage).
+        reset_num_timesteps=False: finish an interrupted plan exactly as it would have gone; where there is none, count on.
+        stages: run only these, on the others' results, e.g. ("policy",).
+        Raises ValueError (bad data or arguments) before any work, TrainingDiverged on NaN, KeyboardInterrupt after the
+        running update; in all cases the agent can be saved, and a plan be finished later.
+        """
+        data = self._adopt(load_dataset(dataset, env=self._env, obs_keys=self.obs_keys, verbose=self.verbose))
+        plan = training.make_plan(self, total_timesteps, reset_num_timesteps, stages)
+        if "critic" in plan.lengths and not data.done.any() and bool((data.rew == data.rew[0]).all()):
+            raise ValueError(
+                f"every reward is {float(data.rew[0]):g} and no episode terminates: there is nothing to prefer; add rewards, "
+                'or imitate only, with learn(data, stages=("behavior",))'
+            )
+        if reset_num_timesteps and plan is not self.plan:
+            self.num_timesteps, self.history = 0, []
+        self.plan = plan
+        if self.tensorboard_log is not None:
+            self._logger = make_logger(self.verbose, self.tensorboard_log, tb_log_name or type(self).__name__, reset_num_timesteps)
+        assert self.reward_transform is not None
+        sampler = data.sampler(self.device, self.reward_transform, self.obs_normalizer)
+        if self.verbose:
+            training.announce(self, plan, sampler)
+        training.run(self, plan, sampler, make_callback(self, callback, progress_bar), log_interval, tb_log_name)
+        return self
+
+    def _adopt(self, data: Transitions) -> Transitions:
+        """On the first data: resolve the preset, build, fit the transforms. Later: check that the data fits the agent."""
+        if self.spec is None:
+            self._resolve_preset(data.info["id"])
+            self._set_up(data.spec)
+        assert self.spec is not None
+        check_same_spaces(self.spec, data.spec.observation_space, self.spec.action_space)
+        if data.spec.act_dim != self.spec.act_dim:
+            raise ValueError(f"the data's actions have {data.spec.act_dim} dimensions, the agent's {self.spec.act_dim}")
+        data = dataclasses.replace(data, spec=self.spec)
+        if self.reward_transform is None:  # fitted once: later data and online rewards use the same numbers
+            self._resolve_preset(data.info["id"])
+            self.reward_transform = fit_reward_transform(self.config.reward_transform, data.rew, data.episode_returns)
+            if self.config.normalize_obs:
+                self.obs_normalizer.fit(data.obs)
+            self.dataset_info = dict(data.info)
+        elif self.dataset_info and self.dataset_info.get("sha256") != data.info.get("sha256") and self.verbose:
+            print(f"note: the reward transform and normaliser of {self.dataset_info['id']} are kept for {data.info['id']}")
+        return data
+
+    # ---- acting ----------------------------------------------------------------------------------------------------
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """One observation or a batch -> (action in the environment's units and dtype, `state` unchanged).
+
+        Raises ValueError for a wrong shape or NaN, TypeError for an `(obs, info)` tuple, RuntimeError before training.
+        """
+        if self.spec is None or self._policy_missing:
+            stages = f', stages=("{self.POLICY_STAGE}",)' if self._policy_missing else ""
+            raise RuntimeError(f"this {type(self).__name__} has no policy yet: train it with learn(data{stages})")
+        obs, batched = self.spec.flatten_obs(observation)
+        with torch.inference_mode():
+            act = self.act(self.obs_normalizer(torch.from_numpy(obs).to(self.device)), deterministic).cpu().numpy()
+        action = self.spec.unscale_action(act)
+        return (action if batched else action[0]), state
+
+    def evaluate(self, env: Any = None, n_episodes: int = 10, **kwargs: Any) -> Evaluation:
+        """`diffagents.evaluate(self, ...)`; without `env`, in the environment stored with the dataset, kwargs included."""
+        stored = (self.dataset_info or {}).get("env_spec")
+        if env is None and stored is None and self._env is None:
+            raise ValueError("no environment is stored with this agent's dataset: pass env=, an id or an environment")
+        return evaluate(self, env if env is not None else (stored or self._env), n_episodes, **kwargs)
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+    def save(self, path: str | pathlib.Path, include_trainer_state: bool = True) -> pathlib.Path:
+        """Write a `.zip` (added when there is no suffix); with the trainer state, `learn` can go on to the bit."""
+        return artifact.write(path, *checkpoint.pack(self, include_trainer_state))
+
+    def save_pretrained(self, folder: str | pathlib.Path, include_trainer_state: bool = False) -> pathlib.Path:
+        """Write the same as a folder: config.json and *.safetensors, what a model hub stores."""
+        return artifact.write(folder, *checkpoint.pack(self, include_trainer_state), folder=True)
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path, env: Any = None, device: str | torch.device = "auto",
+             custom_objects: dict[str, Any] | None = None, print_system_info: bool = False, **overrides: Any) -> Self:  # fmt: skip
+        """Read what `save` or `save_pretrained` wrote; no environment, dataset or pickle is involved.
+
+        overrides: other knobs (e.g. beta=0.1), `seed`, `verbose` or `tensorboard_log`. custom_objects and print_system_info
+        are SB3's, accepted and not needed. Raises FileNotFoundError, or artifact.ArtifactError with the cause and the cure.
+        """
+        agent: Self = checkpoint.unpack(cls, artifact.read(path), device, overrides)
+        if env is not None:
+            agent.set_env(env)
+        return agent
+
+    def clone(self, fresh: Sequence[str] = (), **knobs: Any) -> Self:
+        """A copy with other knobs on copied networks; those named in `fresh` start from new weights and moments.
+
+        `base.clone(beta=0.2, fresh=("policy",)).learn(data, stages=("policy",))` is another policy on the same critic and
+        behaviour model.
+        """
+        config, tensors, state = checkpoint.pack(self, True)
+        other: Self = checkpoint.restore(type(self), config, tensors, state, self.device, {"verbose": self.verbose, **knobs}, fresh)
+        other._env = self._env
+        return other
+
+    def get_parameters(self) -> dict[str, dict[str, Tensor]]:
+        """Network name -> its state dict (live tensors)."""
+        return {name: module.state_dict() for name, module in self.networks().items()}
+
+    def set_parameters(self, parameters: dict[str, dict[str, Tensor]], exact_match: bool = True) -> None:
+        """Load state dicts as `get_parameters` gives them. Raises ValueError on unknown or missing names or shapes."""
+        networks = self.networks()
+        wrong = set(parameters) - set(networks) | (set(networks) - set(parameters) if exact_match else set())
+        if wrong:
+            raise ValueError(f"parameters name {sorted(parameters)}, the agent has {sorted(networks)}")
+        for name, state in parameters.items():
+            artifact.load_state(networks[name], dict(state), name)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network by its attribute name, the observation normaliser included."""
+        self._need_networks()
+        return {name: getattr(self, name) for name in ("obs_normalizer", *self.MODEL, *self.LEARNER)}
+
+    # ---- environment, logger, seed: SB3's names --------------------------------------------------------------------
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """Give the agent a live environment (id, Env or VecEnv). Raises ValueError when its spaces are others."""
+        vec_env = as_vec_env(env)
+        if self.spec is not None:
+            check_same_spaces(self.spec, vec_env.observation_space, vec_env.action_space)
+        self._env = vec_env
+        if self.spec is None:
+            self._set_up(Spec.from_spaces(vec_env.observation_space, vec_env.action_space, self.obs_keys))
+
+    def get_env(self) -> "VecEnv":
+        """The live environment, else a stand-in with the right spaces (SB3's callbacks insist on one)."""
+        if self._env is not None:
+            return self._env
+        self._need_networks()
+        if self._stub is None:
+            assert self.spec is not None
+            self._stub = stub_env(self.spec)
+        return self._stub
+
+    def get_vec_normalize_env(self) -> Any:
+        """SB3's VecNormalize around the live environment, if there is one."""
+        from stable_baselines3.common.vec_env import unwrap_vec_normalize
+
+        return None if self._env is None else unwrap_vec_normalize(self._env)
+
+    @property
+    def logger(self) -> "Logger":
+        if self._logger is None:
+            self._logger = make_logger(self.verbose, self.tensorboard_log, type(self).__name__, True)
+        return self._logger
+
+    def set_logger(self, logger: "Logger") -> None:
+        """Use this SB3 logger (csv, json, tensorboard, ...) from now on."""
+        self._logger, self.tensorboard_log = logger, None
+
+    def dump_logs(self) -> None:
+        """Write what has been recorded, at the present step."""
+        self.logger.dump(self.num_timesteps)
+
+    def set_random_seed(self, seed: int) -> None:
+        """Restart both generators: one for training, another for `predict`, so that evaluating never changes training."""
+        self.seed = seed
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.predict_generator = torch.Generator(self.device).manual_seed(seed + 1)
+
+    @property
+    def observation_space(self) -> Any:
+        self._need_networks()
+        return self.spec.observation_space  # type: ignore[union-attr]
+
+    @property
+    def action_space(self) -> Any:
+        self._need_networks()
+        return self.spec.action_space  # type: ignore[union-attr]
+
+    @property
+    def n_envs(self) -> int:
+        return 1 if self._env is None else self._env.num_envs
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+    def _need_networks(self) -> None:
+        if self.spec is None:
+            raise RuntimeError(f"this {type(self).__name__} knows no spaces yet: give it env=, or learn(data) first")
+
+    def _set_up(self, spec: Spec) -> None:
+        """Build the networks from the seed, leaving the global generator alone."""
+        self.spec, self.obs_keys = spec, spec.obs_keys
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.obs_normalizer = ObsNormalizer(spec.obs_dim).to(self.device)
+            self.build()
+
+    def _check_knobs(self, knobs: dict[str, Any]) -> dict[str, Any]:
+        valid = [f.name for f in dataclasses.fields(self.Config)]
+        for name in knobs:
+            if name not in valid:
+                near = difflib.get_close_matches(name, valid, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"{type(self).__name__} has no knob {name!r}{hint} Valid: {', '.join(valid)}")
+        return knobs
+
+    def _resolve_preset(self, dataset_id: str | None) -> None:
+        """Put the preset's values under the explicit knobs; done again on data whose id may name a row."""
+        if self.preset is None:
+            return
+        applied, values = presets.resolve_preset(type(self).__name__, self.preset, dataset_id)
+        kwargs = values.pop("policy_kwargs", None)
+        before = self.policy_kwargs
+        if kwargs and not self.policy_kwargs:
+            self.policy_kwargs = kwargs
+        self.config = self.Config(**{**self._check_knobs(values), **self._explicit})
+        if self.spec is not None and self.stage_steps == dict.fromkeys(self.STAGE_SHARES, 0) and before != self.policy_kwargs:
+            self._set_up(self.spec)
+        if self.verbose:
+            print(f"preset {self.preset!r}: {', '.join(applied) or 'no row for this dataset'} {values}")
+
+
+def net_arch(policy_kwargs: dict[str, Any], parts: Sequence[str], default: Sequence[int], extra: dict[str, int]) -> dict[str, Any]:
+    """`policy_kwargs` -> hidden sizes for each of `parts` and the integers of `extra`, checked.
+
+    `net_arch` may be a list (for all parts) or a dict by part, as in SB3. Raises TypeError for an unknown key.
+    """
+    unknown = set(policy_kwargs) - {"net_arch", *extra}
+    if unknown:
+        raise TypeError(f"policy_kwargs has no {sorted(unknown)[0]!r}; valid: net_arch, {', '.join(extra)}")
+    arch = policy_kwargs.get("net_arch", list(default))
+    by_part = dict(arch) if isinstance(arch, dict) else dict.fromkeys(parts, arch)
+    if set(by_part) - set(parts):
+        raise TypeError(f"net_arch names {sorted(set(by_part) - set(parts))[0]!r}; its parts are {', '.join(parts)}")
+    if "vf" in parts and "qf" in by_part:
+        by_part.setdefault("vf", by_part["qf"])
+    sizes: dict[str, Any] = {part: tuple(by_part.get(part, default)) for part in parts}
+    sizes |= {name: policy_kwargs.get(name, value) for name, value in extra.items()}
+    flat = [n for size in sizes.values() for n in (size if isinstance(size, tuple) else (size,))]
+    if not all(isinstance(n, int) and n > 0 for n in flat):
+        raise ValueError(f"policy_kwargs {policy_kwargs} must hold positive whole numbers")
+    return sizes
+
+
+def _find_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} is not usable here: {str(error).splitlines()[0]}; try device=\"auto\"") from None
+    return found

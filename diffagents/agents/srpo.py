@@ -1,0 +1,194 @@
+"""SRPO: Score Regularized Policy Optimization through Diffusion Behavior.   Chen et al., ICLR 2024, arXiv:2310.07297.
+
+Order      behavior and critic (IQL) are trained alone and frozen; then the policy is extracted from the two.
+Objective  max_pi  E_s[ Q(s, pi(s)) ] - 1/beta KL(pi || mu), with the KL averaged over diffusion times
+Gradient   E[ ( dQ/da - w(t)/beta (eps_mu(a_t | s, t) - eps) ) dpi/dtheta ],   a_t = alpha_t pi(s) + sigma_t eps
+Symbols    mu -> behavior, Q -> critic (mean of the lagged twins), pi -> policy (deterministic)
+Details
+  [D1] Everything is multiplied by beta, as in the official code: the loss is w (eps_mu - eps) . a - beta dQ/da . a.
+  [D2] `subtract_noise`: the "- eps" is a zero-mean control variate. Paper: on. Official code: its default weighting string
+       leaves it OFF. Same mean gradient, less variance when on; ours is on.
+  [D3] `weight`: w(t) = sigma_t^2 ("sigma2", official `VDS`), 1 ("constant", `stable`), alpha_t / sigma_t
+       ("alpha_over_sigma", `score`: a uniform average of the KLs, dominated by small t).
+  [D4] `q_grad_norm`: AntMaze divides dQ/da by its size per sample. Paper: by the L2 norm ("l2"). Official code: by the root
+       mean square over dimensions ("rms"), so its beta acts sqrt(A) times stronger; the published AntMaze betas are for "rms".
+  [D5] t ~ U(0.02, 0.98) in the policy stage, U(0.001, 1) in the behaviour stage (official code).
+  [D6] The policy's learning rate falls to 0 on a cosine over its stage (official code; not in the paper's text).
+  [D7] Q in the gradient is the mean of the twin TARGET critics (official code; the paper writes Q).
+  [D8] The official loader shuffles epochs; we draw uniformly with replacement, as everywhere in this library.
+Details of the critic stage: iql_critic.py. The official code trains an IQL policy beside the critic, to watch it; left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffagents.agent import Agent, net_arch
+from diffagents.diffusion import dpm_solve, dpm_solver_steps, eps_loss, perturb, vp_alpha_sigma
+from diffagents.engine import Draws, Optimizer, Stage
+from diffagents.iql_critic import IQLCritic
+from diffagents.networks import ResidualScoreNet, TanhPolicy, dropout_masks
+from diffagents.types import Batch, Metrics
+from diffagents.values import action_gradient
+
+WEIGHTS = ("sigma2", "constant", "alpha_over_sigma")
+Q_GRAD_NORMS = (None, "l2", "rms")
+
+
+@dataclass(frozen=True)
+class SRPOConfig:
+    """Knobs of SRPO. The defaults are the paper's for locomotion; per-task values are rows of zoo/srpo.yml."""
+
+    beta: float = 0.05  # > 0; large = greedy, small = close to the data. THE knob; sweep .01 .02 .05 .1 .2 .5
+    expectile: float = 0.7  # in (0, 1); 0.9 on AntMaze
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # share of the online critic in its lagged copy, every critic step
+    learning_rate: float = 3e-4  # all three stages
+    batch_size: int = 256  # critic and policy stage
+    behavior_batch_size: int = 2048  # behaviour stage
+    dropout: float = 0.1  # in the behaviour's residual blocks, while it is trained
+    weight: str = "sigma2"  # [D3]
+    subtract_noise: bool = True  # [D2]
+    q_grad_norm: str | None = None  # [D4]
+    reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
+    normalize_obs: bool = False  # the paper does not; switch on for observations in pixels or other large units
+    critic_steps: int | None = None  # None: the `default:` block of zoo/srpo.yml; paper 1.5M
+    behavior_steps: int | None = None  # paper 2.0M (0.5M nearly as good)
+    policy_steps: int | None = None  # paper 1.0M
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"beta={self.beta} must be positive: large follows Q, small stays close to the data")
+        if not 0 < self.expectile < 1:
+            raise ValueError(f"expectile={self.expectile} must lie strictly between 0 and 1 (0.7 is the usual value)")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+        if self.weight not in WEIGHTS:
+            raise ValueError(f"weight={self.weight!r}; choose from {WEIGHTS}")
+        if self.q_grad_norm not in Q_GRAD_NORMS:
+            raise ValueError(f"q_grad_norm={self.q_grad_norm!r}; choose from {Q_GRAD_NORMS}")
+
+
+class Behavior(nn.Module):
+    """The diffusion model mu(a|s): noise predictor, and the fixed x_1 that makes its deterministic sample."""
+
+    noise: Tensor
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int, n_blocks: int) -> None:
+        super().__init__()
+        self.net = ResidualScoreNet(obs_dim, act_dim, width, n_blocks)
+        self.register_buffer("noise", torch.randn(1, act_dim))
+
+    def sample(self, obs: Tensor, noise: Tensor, n_evals: int = 15) -> Tensor:
+        """a ~ mu(.|s), (B, A) in [-1, 1], by DPM-Solver of order 2 from `noise` (B, A)."""
+        return dpm_solve(lambda a, t: self.net(a, obs, t), noise, dpm_solver_steps(n_evals)).clamp(-1.0, 1.0)
+
+
+class SRPO(Agent):
+    """Score Regularized Policy Optimization: a fast deterministic policy, regularised by a diffusion model's score."""
+
+    Config = SRPOConfig
+    config: SRPOConfig
+    STAGE_SHARES = {"critic": 1_500_000, "behavior": 2_000_000, "policy": 1_000_000}  # the paper's schedule
+    POLICY_STAGE = "policy"
+    MODEL = ("policy",)
+    LEARNER = ("critic", "behavior")
+
+    def build(self) -> None:
+        c, obs_dim, act_dim = self.config, self.spec.obs_dim, self.spec.act_dim
+        arch = net_arch(self.policy_kwargs, ("pi", "qf", "vf"), default=(256, 256), extra={"behavior_width": 256, "behavior_blocks": 3})
+        self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"]).to(self.device)
+        self.behavior = Behavior(obs_dim, act_dim, arch["behavior_width"], arch["behavior_blocks"]).to(self.device)
+        self.policy = TanhPolicy(obs_dim, act_dim, arch["pi"]).to(self.device)
+        self.optimizers = {
+            "critic": Optimizer(self.critic.trained_parameters(), c.learning_rate),
+            "behavior": Optimizer(self.behavior.net.parameters(), c.learning_rate, adamw=True),
+            "policy": Optimizer(self.policy.parameters(), c.learning_rate, cosine=True),  # [D6]
+        }
+
+    def stages(self) -> list[Stage]:
+        c, opt = self.config, self.optimizers
+        return [
+            Stage("critic", c.batch_size, self.draw_nothing, self.update_critic, (opt["critic"],)),
+            Stage("behavior", c.behavior_batch_size, self.draw_behavior, self.update_behavior, (opt["behavior"],)),
+            Stage("policy", c.batch_size, self.draw_policy, self.update_policy, (opt["policy"],)),
+        ]
+
+    # ---- stage 1: critic -------------------------------------------------------------------------------------------
+    def draw_nothing(self, n: int, generator: torch.Generator) -> Draws:
+        return {}
+
+    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
+        loss, metrics = self.critic.loss(batch, self.config.expectile, self.config.gamma)
+        self.optimizers["critic"].minimize(loss)
+        self.critic.update_target(self.config.tau)
+        return metrics
+
+    # ---- stage 2: behaviour ----------------------------------------------------------------------------------------
+    def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
+        draws = self.draw_policy(n, generator)
+        if self.config.dropout > 0:
+            net = self.behavior.net
+            draws["masks"] = dropout_masks((net.n_blocks, n, net.width), self.config.dropout, generator)
+        return draws
+
+    def update_behavior(self, batch: Batch, draws: Draws) -> Metrics:
+        loss = self.behavior_loss(batch, draws)
+        self.optimizers["behavior"].minimize(loss)
+        return {"behavior_loss": loss.detach()}
+
+    def behavior_loss(self, batch: Batch, draws: Draws) -> Tensor:
+        """E || eps_mu(a_t | s, t) - eps ||^2, t ~ U(0.001, 1) [D5]: the noise-matching loss of the paper's Section 2."""
+        t = 1e-3 + (1.0 - 1e-3) * draws["u"]  # (B,)
+        alpha, sigma = vp_alpha_sigma(t)
+        a_t = perturb(batch.act, draws["eps"], alpha, sigma)
+        return eps_loss(self.behavior.net(a_t, batch.obs, t, draws.get("masks")), draws["eps"])
+
+    # ---- stage 3: policy -------------------------------------------------------------------------------------------
+    def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
+        kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
+        return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.spec.act_dim, **kwargs)}
+
+    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
+        loss, metrics = self.policy_loss(batch, draws)
+        self.optimizers["policy"].minimize(loss)
+        return metrics
+
+    def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        """A surrogate whose gradient is minus beta times the paper's (module docstring, Gradient) [D1]."""
+        c, obs, eps = self.config, batch.obs, draws["eps"]
+        a = self.policy(obs)  # (B, A)
+        with torch.no_grad():
+            t = 0.02 + 0.96 * draws["u"]  # (B,) [D5]
+            alpha, sigma = vp_alpha_sigma(t)
+            eps_mu = self.behavior.net(perturb(a, eps, alpha, sigma), obs, t)  # no dropout here
+            if c.weight == "sigma2":  # [D3]
+                w = sigma.square()
+            elif c.weight == "alpha_over_sigma":
+                w = alpha / sigma
+            else:
+                w = torch.ones_like(sigma)
+            pull = w[:, None] * (eps_mu - eps if c.subtract_noise else eps_mu)  # [D2]
+        dq_da = action_gradient(lambda x: self.critic.target_mean(obs, x), a)  # (B, A) [D7]
+        norm = dq_da.norm(dim=-1, keepdim=True)
+        if c.q_grad_norm == "l2":  # [D4]
+            dq_da = dq_da / (norm + 1e-8)
+        elif c.q_grad_norm == "rms":
+            dq_da = dq_da / (norm / self.spec.act_dim**0.5 + 1e-8)
+        loss = ((pull - c.beta * dq_da) * a).sum(-1).mean()
+        metrics = {"policy_loss": loss.detach(), "q_grad_norm": norm.mean(), "score_pull": pull.norm(dim=-1).mean()}
+        return loss, metrics
+
+    # ---- acting ----------------------------------------------------------------------------------------------------
+    def act(self, obs: Tensor, deterministic: bool) -> Tensor:
+        """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
+        action: Tensor = self.policy(obs)
+        return action
+
+    def behavior_policy(self, n_evals: int = 15) -> "BehaviorPolicy":
+        """The behaviour model as something with `predict`: this agent's own behaviour cloning baseline."""
+        return BehaviorPolicy(self, n_evals)

@@ -1,0 +1,154 @@
+"""An agent <-> what an artifact holds: config, named tensors, trainer state. The files themselves are artifact.py's.
+
+model.safetensors      what `predict` needs, the observation normaliser included
+learner.safetensors    every other network and target
+optimizer.safetensors  optimiser moments and both random generators; with trainer_state.json, training goes on to the bit
+"""
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffagents.artifact import (
+    Artifact,
+    ArtifactError,
+    load_optimizer,
+    load_state,
+    optimizer_tensors,
+    space_from_json,
+    space_to_json,
+)
+from diffagents.engine import Plan
+from diffagents.normalize import RewardTransform
+from diffagents.types import Spec
+
+Tensors = dict[str, Tensor]
+AGENT_OVERRIDES = ("seed", "verbose", "tensorboard_log")
+GENERATORS = ("generator", "predict_generator")
+
+
+def pack(agent: Any, trainer_state: bool) -> tuple[dict[str, Any], dict[str, Tensors], dict[str, Any] | None]:
+    """(config, {"model": ..., "learner": ..., "optimizer": ...}, trainer state or None) of a built agent."""
+    agent._need_networks()
+    spec: Spec = agent.spec
+    config = {
+        "library": "diffagents",
+        "algorithm": type(agent).__name__,
+        "knobs": dataclasses.asdict(agent.config),
+        "policy_kwargs": agent.policy_kwargs,
+        "preset": agent.preset,
+        "seed": agent.seed,
+        "observation_space": space_to_json(spec.observation_space),
+        "action_space": space_to_json(spec.action_space),
+        "obs_keys": list(spec.obs_keys) if spec.obs_keys is not None else None,
+        "reward_transform": agent.reward_transform.to_json() if agent.reward_transform is not None else None,
+        "dataset": agent.dataset_info,
+        "counters": {"num_timesteps": agent.num_timesteps, "n_env_steps": agent.n_env_steps, "n_updates": agent.n_updates,
+                     "stage_steps": agent.stage_steps, "policy_missing": agent._policy_missing},  # fmt: skip
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("diffagents", "torch", "gymnasium")}},
+    }
+    tensors = {"model": _named(agent, ("obs_normalizer", *agent.MODEL)), "learner": _named(agent, agent.LEARNER)}
+    if not trainer_state:
+        return config, tensors, None
+    tensors["optimizer"] = _optimizer_side(agent)
+    return config, tensors, {"plan": agent.plan.to_json() if agent.plan else None, "history": agent.history}
+
+
+def unpack(cls: type[Any], source: Artifact, device: Any, overrides: dict[str, Any]) -> Any:
+    """The agent that was written to `source`, as an instance of `cls`. Raises ArtifactError if it is of another class."""
+    algorithm = source.config.get("algorithm")
+    if algorithm != cls.__name__:
+        raise ArtifactError(f"{source.path} holds a {algorithm}, not a {cls.__name__}: use diffagents.load(path) or {algorithm}.load")
+    tensors = {name: source.tensors(name) for name in ("model", "learner", "optimizer") if source.has(name)}
+    return restore(cls, source.config, tensors, source.trainer_state(), device, overrides, ())
+
+
+def restore(
+    cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], state: dict[str, Any] | None,
+    device: Any, overrides: dict[str, Any], fresh: Sequence[str],
+) -> Any:  # fmt: skip
+    """Build an agent from packed parts. `overrides` change knobs; networks in `fresh` stay newly built."""
+    unknown = [name for name in fresh if name not in (*cls.MODEL, *cls.LEARNER)]
+    if unknown:
+        raise ValueError(f"fresh={tuple(fresh)} names {unknown[0]!r}; the networks are {[*cls.MODEL, *cls.LEARNER]}")
+    try:
+        settings = {"seed": config["seed"], **{k: v for k, v in overrides.items() if k in AGENT_OVERRIDES}}
+        knobs = {**config["knobs"], **{k: v for k, v in overrides.items() if k not in AGENT_OVERRIDES}}
+        agent = cls(preset=config["preset"], policy_kwargs=config["policy_kwargs"], device=device, **settings, **knobs)
+        obs_keys = tuple(config["obs_keys"]) if config["obs_keys"] is not None else None
+        spec = Spec(space_from_json(config["observation_space"]), space_from_json(config["action_space"]), obs_keys)
+        transform, counters = config["reward_transform"], config["counters"]
+        agent.reward_transform = RewardTransform.from_json(transform) if transform is not None else None
+        agent.dataset_info = config["dataset"]
+        agent.num_timesteps, agent.n_env_steps = counters["num_timesteps"], counters["n_env_steps"]
+        agent.n_updates = counters["n_updates"]
+        agent.stage_steps, agent._policy_missing = dict(counters["stage_steps"]), counters["policy_missing"]
+    except (KeyError, AttributeError) as error:
+        raise ArtifactError(f"config.json lacks or garbles {error}: the artifact is damaged; save or download it again") from None
+    agent._set_up(spec)
+    _load_named(agent, {k: v for k, v in tensors["model"].items()}, ("obs_normalizer", *agent.MODEL), fresh)
+    agent.has_learner = "learner" in tensors
+    if agent.has_learner:
+        _load_named(agent, tensors["learner"], agent.LEARNER, fresh)
+    if state is not None and "optimizer" in tensors:
+        _load_optimizer_side(agent, tensors["optimizer"], fresh)
+        agent.plan = Plan.from_json(state["plan"]) if state.get("plan") else None
+        agent.history = list(state.get("history", []))
+    return agent
+
+
+def training_tensors(agent: Any) -> Tensors:
+    """Every tensor that training changes, live, under unique names."""
+    return {**_named(agent, ("obs_normalizer", *agent.MODEL, *agent.LEARNER)), **_optimizer_side(agent)}
+
+
+def load_training_tensors(agent: Any, tensors: Tensors) -> None:
+    """Put `training_tensors` (cloned earlier) back."""
+    names = ("obs_normalizer", *agent.MODEL, *agent.LEARNER)
+    _load_named(agent, {k: v for k, v in tensors.items() if k.partition(".")[0] in names}, names, ())
+    _load_optimizer_side(agent, {k: v for k, v in tensors.items() if k.partition(".")[0] in ("optimizer", *GENERATORS)}, ())
+
+
+def _named(agent: Any, names: Sequence[str]) -> Tensors:
+    return {f"{name}.{key}": value for name in names for key, value in getattr(agent, name).state_dict().items()}
+
+
+def _load_named(agent: Any, tensors: Tensors, names: Sequence[str], fresh: Sequence[str]) -> None:
+    stray = [key for key in tensors if key.partition(".")[0] not in names]
+    if stray:
+        raise ArtifactError(f"unexpected tensor {stray[0]!r}: the artifact belongs to another version or algorithm")
+    for name in names:
+        if name not in fresh:
+            prefix = f"{name}."
+            load_state(getattr(agent, name), {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, name)
+
+
+def _optimizer_side(agent: Any) -> Tensors:
+    tensors: Tensors = {}
+    for name, optimizer in agent.optimizers.items():
+        tensors |= optimizer_tensors(optimizer.inner, f"optimizer.{name}")
+    for name in GENERATORS:
+        tensors[f"{name}.state"] = getattr(agent, name).get_state()
+    return tensors
+
+
+def _load_optimizer_side(agent: Any, tensors: Tensors, fresh: Sequence[str]) -> None:
+    for name, optimizer in agent.optimizers.items():
+        if name not in fresh:
+            load_optimizer(optimizer.inner, tensors, f"optimizer.{name}")
+    for name in GENERATORS:
+        state = tensors.get(f"{name}.state")
+        if state is not None and len(state) == len(getattr(agent, name).get_state()):  # another device's state does not fit
+            getattr(agent, name).set_state(state.cpu())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

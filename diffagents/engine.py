@@ -1,0 +1,129 @@
+"""Running updates: an optimiser step with its schedule, and the stages of a plan. Nothing about any algorithm.
+
+An update has two parts. `draw(n, generator)` makes every random number of the update as tensors; `update(batch, draws)`
+is a fixed sequence of tensor operations that never asks the device for a value. The same update can therefore run
+eagerly, compiled, or be replayed by a test with recorded draws.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diffagents.types import Batch, Metrics
+
+Draws = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of an algorithm with a length of its own, e.g. SRPO's critic."""
+
+    name: str
+    batch_size: int
+    draw: Callable[[int, torch.Generator], Draws]
+    update: Callable[[Batch, Draws], Metrics]
+    optimizers: tuple["Optimizer", ...]  # whose schedules belong to this stage
+
+
+class Optimizer:
+    """Adam or AdamW over named parameters, with a constant or cosine learning rate counted in its own steps.
+
+    The learning rate is a tensor on the device, so that changing it never rebuilds a captured step; `capturable` only on
+    CUDA (it asserts on CPU), fused everywhere.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], learning_rate: float, *, adamw: bool = False, cosine: bool = False
+    ) -> None:
+        self.parameters = list(parameters)
+        self.learning_rate, self.cosine = learning_rate, cosine
+        device = self.parameters[0].device
+        self.lr = torch.tensor(learning_rate, dtype=torch.float32, device=device)
+        kind = torch.optim.AdamW if adamw else torch.optim.Adam  # AdamW: torch's default weight decay 0.01
+        self.inner = kind(self.parameters, lr=self.lr, fused=True, capturable=device.type == "cuda")
+        self.start_schedule(0)
+
+    def start_schedule(self, horizon: int, step: int = 0) -> None:
+        """Begin (or go on with, at `step`) a schedule that ends after `horizon` steps."""
+        self.horizon, self.step = horizon, step
+
+    def minimize(self, loss: Tensor) -> None:
+        """One step down the gradient of `loss`; other optimisers' parameters are left alone."""
+        if self.cosine and self.horizon > 0:  # lr_k = lr_0 (1 + cos(pi k / K)) / 2, as CosineAnnealingLR(T_max=K)
+            share = min(self.step / self.horizon, 1.0)
+            self.lr.fill_(self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share)))
+        self.inner.zero_grad(set_to_none=True)
+        loss.backward(inputs=self.parameters)  # type: ignore[no-untyped-call]
+        self.inner.step()
+        self.step += 1
+
+
+@dataclass
+class Plan:
+    """The stages of one `learn` call and how far each has come; fixed at the start, kept with the trainer state."""
+
+    lengths: dict[str, int]
+    done: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths.values())
+
+    @property
+    def remaining(self) -> int:
+        return self.total - sum(self.done.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"lengths": dict(self.lengths), "done": dict(self.done)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(dict(data["lengths"]), dict(data["done"]))
+
+    @staticmethod
+    def split(total: int, shares: dict[str, int]) -> dict[str, int]:
+        """`total` steps over the stages in proportion to `shares`; every stage gets at least one, the sum is exact.
+
+        Raises ValueError when there are fewer steps than stages.
+        """
+        if total < len(shares):
+            raise ValueError(f"total_timesteps={total} is fewer than the {len(shares)} stages {list(shares)}: give each at least one")
+        weight = sum(shares.values())
+        lengths = {name: max(1, total * share // weight) for name, share in shares.items()}
+        longest = max(lengths, key=lambda name: lengths[name])
+        lengths[longest] += total - sum(lengths.values())
+        return lengths
+
+
+class MetricSums:
+    """Running means of an update's metrics, kept on the device until somebody looks."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._names: list[str] = []
+        self.count = 0
+
+    def add(self, metrics: Metrics) -> None:
+        values = list(metrics.values())
+        if self.count == 0:
+            self._names, self._sums = list(metrics), [value.clone() for value in values]
+        else:
+            torch._foreach_add_(self._sums, values)
+        self.count += 1
+
+    def take(self) -> dict[str, float]:
+        """The means since the last look (this waits for the device), and start anew."""
+        if self.count == 0:
+            return {}
+        means = (torch.stack(self._sums) / self.count).tolist()
+        self.count = 0
+        return dict(zip(self._names, means, strict=True))
+
+
+def reference_generator(seed: int, device: torch.device) -> torch.Generator:
+    """A generator of random numbers on `device`, started from `seed`."""
+    return torch.Generator(device=device).manual_seed(seed)

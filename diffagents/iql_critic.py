@@ -1,0 +1,56 @@
+"""Implicit Q-learning's critic: twin Q, lagged twin target, V by expectile regression (Kostrikov et al. 2021, arXiv:2110.06169).
+
+    L_V = E[ |tau - 1(u < 0)| u^2 ],   u = min_j Qbar_j(s, a) - V(s)           Eq. (5)
+    L_Q = mean_j E[ (r + gamma (1 - d) V(s') - Q_j(s, a))^2 ]                  Eq. (6), averaged over the twins
+    Qbar <- (1 - tau_target) Qbar + tau_target Q   after every step
+
+Shared by SRPO, IQL and IDQL. Order of SRPO's official code: min Qbar(s, a) and V(s') are computed BEFORE the V step
+(official IQL steps V first and bootstraps on the new V), so both losses can be taken and stepped together.
+Network input order is [action, observation], as in SRPO's official critic files.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffagents.networks import MLP, EnsembleMLP
+from diffagents.types import Batch, Metrics
+from diffagents.values import expectile_loss, polyak_update_, td_target
+
+
+class IQLCritic(nn.Module):
+    """Networks and losses; who steps when is the agent's business."""
+
+    def __init__(self, obs_dim: int, act_dim: int, q_hidden: Sequence[int], v_hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.q = EnsembleMLP(2, act_dim + obs_dim, q_hidden)
+        self.v = MLP(obs_dim, v_hidden, 1)
+        self.q_target = copy.deepcopy(self.q).requires_grad_(False)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters of Q and V; the target follows by `update_target`."""
+        return [*self.q.parameters(), *self.v.parameters()]
+
+    def loss(self, batch: Batch, expectile: float, gamma: float) -> tuple[Tensor, Metrics]:
+        """L_V + L_Q: the two share no parameter, so one backward pass serves both."""
+        act_obs = torch.cat([batch.act, batch.obs], -1)
+        with torch.no_grad():
+            target_q = self.q_target(act_obs).amin(0)  # (B,)
+            next_v = self.v(batch.next_obs).squeeze(-1)
+            q_goal = td_target(batch.rew, batch.done, next_v, gamma)
+        v = self.v(batch.obs).squeeze(-1)
+        v_loss = expectile_loss(target_q - v, expectile)  # Eq. (5)
+        q = self.q(act_obs)  # (2, B)
+        q_loss = (q - q_goal).square().mean()  # Eq. (6)
+        metrics = {"v_loss": v_loss.detach(), "q_loss": q_loss.detach(), "q": q.detach().mean(), "v": v.detach().mean()}
+        return v_loss + q_loss, metrics
+
+    def update_target(self, tau: float) -> None:
+        """Move the lagged twins by a share `tau` towards the online ones."""
+        polyak_update_(self.q_target.parameters(), self.q.parameters(), tau)
+
+    def target_mean(self, obs: Tensor, act: Tensor) -> Tensor:
+        """(Qbar_1 + Qbar_2) / 2 at (B, S), (B, A) -> (B,): what SRPO's policy climbs."""
+        return self.q_target(torch.cat([act, obs], -1)).mean(0)

@@ -1,0 +1,115 @@
+"""Networks as small modules: MLP, batched ensembles of MLPs, tanh policy, residual score network.
+
+Shapes: B batch, S observation, A action, E ensemble members. Every layer starts as PyTorch starts a Linear
+(uniform in +-1/sqrt(fan_in)), which is what the official code of SRPO uses.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MLP(nn.Sequential):
+    """Linear layers with ReLU between them: (..., in) -> (..., out)."""
+
+    def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int) -> None:
+        sizes = [in_dim, *hidden]
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(sizes[-1], out_dim))
+
+
+class TanhPolicy(nn.Module):
+    """Deterministic policy a = tanh(MLP(s)): (B, S) -> (B, A) in (-1, 1)."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.net = MLP(obs_dim, hidden, act_dim)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return torch.tanh(self.net(obs))
+
+
+class EnsembleMLP(nn.Module):
+    """E independent MLPs with ReLU as batched matrix products: (B, in) -> (E, B) for scalar outputs.
+
+    One product per layer instead of E: twin critics cost little more than one.
+    """
+
+    def __init__(self, n_members: int, in_dim: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.n_members = n_members
+        sizes = [in_dim, *hidden, 1]
+        self.weights = nn.ParameterList()  # each (E, in, out)
+        self.biases = nn.ParameterList()  # each (E, 1, out)
+        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+            bound = 1.0 / math.sqrt(n_in)
+            self.weights.append(nn.Parameter(torch.empty(n_members, n_in, n_out).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(n_members, 1, n_out).uniform_(-bound, bound)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.expand(self.n_members, *x.shape)
+        last = len(self.weights) - 1
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            h = torch.baddbmm(bias, h, weight)
+            if i < last:
+                h = F.relu(h)
+        return h.squeeze(-1)
+
+
+class ResidualBlock(nn.Module):
+    """x + W2 mish(W1 LayerNorm(dropout(x))), width d -> 4d -> d; the skip carries the un-normalised input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.project = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = x if mask is None else x * mask
+        out: Tensor = x + self.project(F.mish(self.expand(self.norm(h))))
+        return out
+
+
+class ResidualScoreNet(nn.Module):
+    """Noise predictor eps(a_t, s, t) of SRPO's behaviour model: `ScoreNet` in the official code, (B, A) -> (B, A).
+
+    Time: 32 fixed random frequencies W ~ N(0, 30^2), features [sin, cos](2 pi W t), then Linear 64-128, Mish,
+    Linear 128-128. Input [a_t, s, time]; Linear to `width`; residual blocks; Mish; Linear to A. The official code also
+    allocates three 256x256 shortcut layers that no input ever reaches; they are left out.
+    """
+
+    frequencies: Tensor
+    N_FREQUENCIES, FREQUENCY_SCALE, TIME_DIM = 32, 30.0, 128
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
+        super().__init__()
+        self.width, self.n_blocks = width, n_blocks
+        self.register_buffer("frequencies", torch.randn(self.N_FREQUENCIES) * self.FREQUENCY_SCALE)
+        self.time_mlp = nn.Sequential(
+            nn.Linear(2 * self.N_FREQUENCIES, self.TIME_DIM), nn.Mish(), nn.Linear(self.TIME_DIM, self.TIME_DIM)
+        )
+        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(n_blocks))
+        self.output = nn.Linear(width, act_dim)
+
+    def forward(self, a_t: Tensor, obs: Tensor, t: Tensor, masks: Tensor | None = None) -> Tensor:
+        """`a_t` (B, A), `obs` (B, S), `t` (B,) in (0, 1]; `masks` (n_blocks, B, width) are dropout masks, None in use."""
+        phase = 2.0 * math.pi * t[:, None] * self.frequencies
+        time = self.time_mlp(torch.cat([torch.sin(phase), torch.cos(phase)], -1))
+        h = self.input(torch.cat([a_t, obs, time], -1))
+        for i, block in enumerate(self.blocks):
+            h = block(h, None if masks is None else masks[i])
+        out: Tensor = self.output(F.mish(h))
+        return out
+
+
+def dropout_masks(shape: tuple[int, ...], p: float, generator: torch.Generator) -> Tensor:
+    """Random factors 0 (with probability p) or 1 / (1 - p): dropout whose randomness the caller owns."""
+    keep = torch.rand(shape, generator=generator, device=generator.device) >= p
+    return keep.to(torch.float32).div_(1.0 - p)

@@ -1,0 +1,118 @@
+"""The side of an agent that Stable-Baselines3 sees: vectorised environments, callbacks, logger.
+
+Nothing in SB3 asks for its own base class; its callbacks read a handful of attributes. SB3 is imported where it is used,
+so training from arrays without a callback never pays for it.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffagents.evaluate import make_env
+from diffagents.types import Spec
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import Logger
+    from stable_baselines3.common.vec_env import VecEnv
+
+
+def as_vec_env(env: Any) -> "VecEnv":
+    """An id, a Gymnasium Env or an SB3 VecEnv -> a VecEnv whose episodes a Monitor records.
+
+    Raises TypeError for anything else; ValueError or ImportError for an id that cannot be made (evaluate.make_env).
+    """
+    import gymnasium
+    from stable_baselines3.common.monitor import Monitor
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+    if isinstance(env, VecEnv):
+        return env
+    if isinstance(env, gymnasium.vector.VectorEnv):
+        raise TypeError("a gymnasium.vector environment cannot be the agent's own env (SB3 callbacks need a VecEnv): "
+                        "use stable_baselines3.common.env_util.make_vec_env; evaluate() accepts it as it is")
+    if isinstance(env, str):
+        env = make_env(env)
+    if not isinstance(env, gymnasium.Env):
+        raise TypeError(f"env must be an environment id, a gymnasium.Env or an SB3 VecEnv, not {type(env).__name__}")
+    if not isinstance(env, Monitor):
+        env = Monitor(env)
+    return DummyVecEnv([lambda: env])
+
+
+def stub_env(spec: Spec) -> "VecEnv":
+    """A VecEnv with the right spaces and nothing behind it: what `get_env` returns while there is no environment.
+
+    SB3's EvalCallback and progress bar insist on some training VecEnv, and warn unless it is a DummyVecEnv.
+    """
+    import gymnasium
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    class SpacesOnly(gymnasium.Env[Any, Any]):
+        def __init__(self) -> None:
+            self.observation_space, self.action_space = spec.observation_space, spec.action_space
+
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+            raise RuntimeError("this agent has no environment: give it one with set_env(env)")
+
+        def step(self, action: Any) -> Any:
+            raise RuntimeError("this agent has no environment: give it one with set_env(env)")
+
+    return DummyVecEnv([SpacesOnly])
+
+
+def make_callback(agent: Any, callback: Any, progress_bar: bool) -> "BaseCallback | None":
+    """A callback, a list of them, a function or None -> one initialised SB3 callback, or None when there is nothing to do."""
+    if callback is None and not progress_bar:
+        return None
+    from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
+
+    if isinstance(callback, (list, tuple)):
+        callback = CallbackList(list(callback))
+    elif callback is not None and not isinstance(callback, BaseCallback):
+        if not callable(callback):
+            raise TypeError(f"callback must be an SB3 callback, a list of them or a function, not {type(callback).__name__}")
+        callback = ConvertCallback(callback)
+    if progress_bar:
+        bar = ProgressBarCallback()
+        callback = bar if callback is None else CallbackList([callback, bar])
+    callback.init_callback(agent)
+    made: BaseCallback = callback
+    return made
+
+
+def make_logger(verbose: int, tensorboard_log: str | None, name: str, reset_num_timesteps: bool) -> "Logger":
+    """SB3's Logger; its table goes to stdout from verbose=2 on, our own one-line report serves verbose=1."""
+    from stable_baselines3.common.utils import configure_logger
+
+    if tensorboard_log is not None and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError('tensorboard_log needs tensorboard: pip install "diffagents[tensorboard]"')
+    return configure_logger(int(verbose >= 2), tensorboard_log, name, reset_num_timesteps)
+
+
+def check_same_spaces(spec: Spec, observation_space: Any, action_space: Any) -> None:
+    """Raises ValueError unless an environment's spaces are those the agent was built for (shapes, keys, action bounds)."""
+    try:
+        other = Spec.from_spaces(observation_space, action_space, spec.obs_keys)
+    except ValueError as error:
+        raise ValueError(f"this environment is not the one the agent was built for: {error}") from None
+    shape = _shapes(spec), spec.action_space.shape
+    if (_shapes(other), other.action_space.shape) != shape:
+        raise ValueError(
+            f"this environment has observations {_shapes(other)} and actions {other.action_space.shape}, the agent was "
+            f"built for {shape[0]} and {shape[1]}: use the environment of its dataset"
+        )
+    same: Callable[[np.ndarray, np.ndarray], bool] = lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+    if not (same(spec.action_space.low, other.action_space.low) and same(spec.action_space.high, other.action_space.high)):
+        raise ValueError(
+            f"this environment's actions lie in [{other.action_space.low}, {other.action_space.high}], the agent's in "
+            f"[{spec.action_space.low}, {spec.action_space.high}]: give the agent env= when it first learns"
+        )
+
+
+def _shapes(spec: Spec) -> Any:
+    if spec.obs_keys is None:
+        return spec.observation_space.shape
+    return {key: spec.observation_space[key].shape for key in spec.obs_keys}  # type: ignore[index]

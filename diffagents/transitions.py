@@ -1,0 +1,171 @@
+"""Transitions: a dataset as it is, on the CPU. Sampler: the same, as the learner sees it, on the training device."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffagents.normalize import ObsNormalizer, RewardTransform, fit_reward_transform
+from diffagents.types import Batch, Spec
+
+FILE_FORMAT = 1
+"""Number of the file layout of `Transitions.save`; a file of another number is refused."""
+_COLUMNS = ("obs", "action", "rew", "next_obs", "done", "episode_ends", "episode_returns", "episode_lengths", "episode_whole")
+_ROWS_AT_ONCE = 65_536  # small enough that temporaries do not matter beside the matrix, large enough to be quick
+
+
+@dataclass
+class Transitions:
+    """N transitions of E episodes in the environment's units, with raw rewards; all tensors on the CPU.
+
+    Some episodes have lost their last row (its next observation is unknown), so `episode_ends` counts the rows that are here,
+    while `episode_lengths` and `episode_returns` describe the episodes as recorded.
+    """
+
+    obs: Tensor  # (N, S) float32
+    action: Tensor  # (N, A) float32, environment units
+    rew: Tensor  # (N,) float32
+    next_obs: Tensor  # (N, S) float32; arbitrary but finite where done is 1
+    done: Tensor  # (N,) float32, 1 at a true termination
+    episode_ends: Tensor  # (E,) int64, one past the episode's last row here; equal neighbours: no row was left
+    episode_returns: Tensor  # (E,) float32, undiscounted
+    episode_lengths: Tensor  # (E,) int64
+    episode_whole: Tensor  # (E,) bool, False where recording began or stopped in mid-episode
+    spec: Spec
+    info: dict[str, Any] = field(default_factory=dict)  # JSON values; see `diffagents.datasets.load_dataset`
+
+    def __len__(self) -> int:
+        return len(self.rew)
+
+    def fit_reward_transform(self, name: str) -> RewardTransform:
+        """The reward transform `name` fitted on these data; returns of cut episodes are left out if any is whole.
+
+        An episode that the end of the recording cut short returns little, which would widen the range of returns.
+        """
+        whole = self.episode_returns[self.episode_whole]
+        returns = whole if len(whole) > 1 else self.episode_returns
+        return fit_reward_transform(name, self.rew, returns, terminal_rewards=self.rew[self.done == 1])
+
+    def sampler(
+        self, device: torch.device | str, reward_transform: RewardTransform | None = None, obs_normalizer: ObsNormalizer | None = None
+    ) -> "Sampler":
+        """A copy of the data on `device` in the learner's units; None stands for raw rewards and raw observations."""
+        transform = reward_transform or RewardTransform()
+        normalizer = ObsNormalizer(self.spec.obs_dim)
+        if obs_normalizer is not None:
+            normalizer.load_state_dict(obs_normalizer.state_dict())
+        matrix = torch.empty(len(self), 2 * self.spec.obs_dim + self.spec.act_dim + 2, device=device)
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            columns = (
+                normalizer(self.obs[part]),
+                torch.from_numpy(self.spec.scale_action(self.action[part].numpy())),
+                transform(self.rew[part])[:, None],
+                self.done[part, None],
+                normalizer(self.next_obs[part]),
+            )
+            matrix[part] = torch.cat(columns, dim=1).to(device)
+        return Sampler(matrix, self.spec.obs_dim, self.spec.act_dim)
+
+    def save(self, path: str | PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
+        """Write one safetensors file; `extra` (JSON values) is kept beside the data. Not atomic."""
+        header = {"format": FILE_FORMAT, "spec": _spec_to_json(self.spec), "info": self.info, "extra": dict(extra or {})}
+        save_file({name: getattr(self, name).contiguous() for name in _COLUMNS}, path, {"diffagents": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], extra: Mapping[str, Any] | None = None) -> "Transitions":
+        """Read what `save` wrote. Raises ValueError for another format, or where `extra` is not what was saved."""
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("diffagents", "{}"))
+            if header.get("format") != FILE_FORMAT:
+                raise ValueError(f"{path} has transitions format {header.get('format')}, expected {FILE_FORMAT}; save it again")
+            if extra is not None and header["extra"] != dict(extra):
+                raise ValueError(f"{path} was made from other data")
+            columns = {name: file.get_tensor(name) for name in _COLUMNS}
+        return cls(**columns, spec=_spec_from_json(header["spec"]), info=header["info"])
+
+    def fingerprint(self) -> str:
+        """sha256 hex of shapes, of exact sums and of up to 4096 rows: cheap, and the same on every machine."""
+        digest = hashlib.sha256()
+        for name in ("obs", "action", "rew", "next_obs", "done", "episode_ends"):
+            tensor = getattr(self, name).contiguous()
+            # Bits summed as integers: a float sum depends on its order, hence on the number of threads.
+            total = int(tensor.view(torch.int32).sum(dtype=torch.int64))
+            digest.update(f"{name} {tuple(tensor.shape)} {total} ".encode())
+            digest.update(tensor[:: max(1, len(tensor) // 4096)].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Sampler:
+    """Transitions in the learner's units as one float32 matrix (N, 2S + A + 2) on one device.
+
+    Columns: obs (S) | act in [-1, 1] (A) | rew | done | next_obs (S). One matrix makes a batch one gather.
+    """
+
+    def __init__(self, matrix: Tensor, obs_dim: int, act_dim: int) -> None:
+        self.matrix = matrix
+        self.obs_dim = obs_dim
+        self.act_dim = act_dim
+
+    def __len__(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix lives; the generator given to `sample` must live there too."""
+        return self.matrix.device
+
+    @property
+    def obs(self) -> Tensor:
+        """All normalised observations, a view (N, S)."""
+        return self.matrix[:, : self.obs_dim]
+
+    def sample(self, n: int, generator: torch.Generator) -> Batch:
+        """n transitions drawn uniformly with replacement; the fields are views of one fresh (n, 2S + A + 2) tensor."""
+        index = torch.randint(len(self), (n,), generator=generator, device=self.device)
+        return self.gather(index)
+
+    def gather(self, index: Tensor) -> Batch:
+        """The transitions at `index` (n,) int64, on the sampler's device."""
+        rows = self.matrix.index_select(0, index)
+        rew = self.obs_dim + self.act_dim
+        return Batch(
+            obs=rows[:, : self.obs_dim],
+            act=rows[:, self.obs_dim : rew],
+            rew=rows[:, rew],
+            done=rows[:, rew + 1],
+            next_obs=rows[:, rew + 2 :],
+        )
+
+
+def _spec_to_json(spec: Spec) -> dict[str, Any]:
+    keys = list(spec.obs_keys) if spec.obs_keys is not None else None
+    leaves = spec.observation_space.spaces if isinstance(spec.observation_space, spaces.Dict) else {"": spec.observation_space}
+    boxes = {key: _box_to_json(leaf) for key, leaf in leaves.items() if keys is None or key in keys}
+    return {"obs_keys": keys, "observation": boxes, "action": _box_to_json(spec.action_space)}
+
+
+def _spec_from_json(data: Mapping[str, Any]) -> Spec:
+    boxes = {key: _box_from_json(box) for key, box in data["observation"].items()}
+    if data["obs_keys"] is None:
+        return Spec(boxes[""], _box_from_json(data["action"]))
+    return Spec(spaces.Dict(boxes), _box_from_json(data["action"]), tuple(data["obs_keys"]))
+
+
+def _box_to_json(box: spaces.Space[Any]) -> dict[str, Any]:
+    assert isinstance(box, spaces.Box)  # Spec refuses anything else
+    return {"low": box.low.tolist(), "high": box.high.tolist(), "dtype": str(box.dtype)}
+
+
+def _box_from_json(data: Mapping[str, Any]) -> spaces.Box:
+    dtype = np.dtype(data["dtype"])
+    return spaces.Box(np.asarray(data["low"], dtype), np.asarray(data["high"], dtype), dtype=dtype.type)
