@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt
 # Small networks: one thread per process and one process per core is faster than one process with all cores.
 JOBS ?= 2
 

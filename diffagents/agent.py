@@ -8,7 +8,7 @@ import difflib
 import inspect
 import pathlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -19,7 +19,7 @@ from diffagents import artifact, checkpoint, presets, training
 from diffagents.datasets import load_dataset
 from diffagents.engine import Optimizer, Plan, Stage
 from diffagents.evaluate import Evaluation, evaluate
-from diffagents.normalize import ObsNormalizer, RewardTransform, fit_reward_transform
+from diffagents.normalize import ObsNormalizer, RewardTransform
 from diffagents.sb3 import as_vec_env, check_same_spaces, make_callback, make_logger, stub_env
 from diffagents.transitions import Transitions
 from diffagents.types import Spec
@@ -164,7 +164,7 @@ class Agent(ABC):
         data = dataclasses.replace(data, spec=self.spec)
         if self.reward_transform is None:  # fitted once: later data and online rewards use the same numbers
             self._resolve_preset(data.info["id"])
-            self.reward_transform = fit_reward_transform(self.config.reward_transform, data.rew, data.episode_returns)
+            self.reward_transform = data.fit_reward_transform(self.config.reward_transform)
             if self.config.normalize_obs:
                 self.obs_normalizer.fit(data.obs)
             self.dataset_info = dict(data.info)
@@ -183,11 +183,17 @@ class Agent(ABC):
         if self.spec is None or self._policy_missing:
             stages = f', stages=("{self.POLICY_STAGE}",)' if self._policy_missing else ""
             raise RuntimeError(f"this {type(self).__name__} has no policy yet: train it with learn(data{stages})")
+        return self.predict_with(lambda obs: self.act(obs, deterministic), observation), state
+
+    def predict_with(self, act: Callable[[Tensor], Tensor], observation: Any) -> np.ndarray:
+        """Run `act`, normalised observations (B, S) -> actions (B, A) in [-1, 1], on what an environment gave."""
+        self._need_networks()
+        assert self.spec is not None
         obs, batched = self.spec.flatten_obs(observation)
         with torch.inference_mode():
-            act = self.act(self.obs_normalizer(torch.from_numpy(obs).to(self.device)), deterministic).cpu().numpy()
-        action = self.spec.unscale_action(act)
-        return (action if batched else action[0]), state
+            flat = act(self.obs_normalizer(torch.from_numpy(obs).to(self.device))).cpu().numpy()
+        action = self.spec.unscale_action(flat)
+        return action if batched else action[0]
 
     def evaluate(self, env: Any = None, n_episodes: int = 10, **kwargs: Any) -> Evaluation:
         """`diffagents.evaluate(self, ...)`; without `env`, in the environment stored with the dataset, kwargs included."""
@@ -240,7 +246,7 @@ class Agent(ABC):
         if wrong:
             raise ValueError(f"parameters name {sorted(parameters)}, the agent has {sorted(networks)}")
         for name, state in parameters.items():
-            artifact.load_state(networks[name], dict(state), name)
+            artifact.load_state(networks[name], state)
 
     def networks(self) -> dict[str, nn.Module]:
         """Every network by its attribute name, the observation normaliser included."""

@@ -5,11 +5,13 @@
     learner.safetensors    every other network; needed to go on learning
     optimizer.safetensors, trainer_state.json   needed to go on as if never stopped (optional)
 
-Other files (`README.md`, `results.json`, `replay.mp4`) may lie beside them and are never read here. Reading is safe with
-files from strangers: nothing is unpickled, evaluated or unpacked to disk, and sizes are checked before memory is taken.
-Writing is atomic: a failure leaves an older artifact as it was and no temporary files.
+Other files (`README.md`, `results.json`, `replay.mp4`) may lie beside them and are never read here. Reading is safe
+with files from strangers: nothing is unpickled, evaluated or unpacked to disk, and sizes are checked before memory is
+taken. Writing is atomic: a failure leaves an older artifact as it was and no temporary files.
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -21,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -29,39 +31,30 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-LIBRARY = "diffagents"
-FORMAT = 1
+LIBRARY, FORMAT = "diffagents", 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Format n -> what turns a config of format n into one of n + 1. Applied by `read`, oldest first."""
 
-CONFIG = "config.json"
-TRAINER_STATE = "trainer_state.json"
+CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
 TENSOR_FILES = {name: f"{name}.safetensors" for name in ("model", "learner", "optimizer")}
+MAX_BYTES = {CONFIG: 1 << 20, TRAINER_STATE: 1 << 26, **dict.fromkeys(TENSOR_FILES.values(), 1 << 32)}
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
+MAX_ZIP_MEMBERS, MAX_ZIP_RATIO = 1000, 100
+MAX_BOX_SIZE = 1_000_000  # numbers in one Box
 
-MAX_CONFIG_BYTES = 1 << 20
-MAX_TRAINER_STATE_BYTES = 1 << 24
-MAX_TENSOR_BYTES = 1 << 32
-MAX_HEADER_BYTES = 100_000_000
-MAX_ZIP_MEMBERS = 1000
-MAX_ZIP_RATIO = 100
-MAX_SPACE_SIZE = 1_000_000
-
-_LIMITS = {CONFIG: MAX_CONFIG_BYTES, TRAINER_STATE: MAX_TRAINER_STATE_BYTES}
-_LIMITS |= dict.fromkeys(TENSOR_FILES.values(), MAX_TENSOR_BYTES)
-_TENSOR_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool}
-_BOX_DTYPES = ("float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+_BOX_DTYPES = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint32", "uint16", "uint8"}
+_TENSOR_DTYPES = {getattr(torch, name) for name in ("bool", "bfloat16", *sorted(_BOX_DTYPES))}
+_AGAIN = "save, copy or download it again"
+_GIVE = "give the folder or .zip that save() made"
 _CURES = {
-    "model": "the policy is missing; save or download the agent again",
-    "learner": "this copy can act but not learn on; save or download the whole artifact",
-    "optimizer": "it was saved without its trainer state, so its run cannot be resumed; start a new one with learn()",
+    "model": _AGAIN,
+    "learner": "this copy can act but not learn on; get the whole artifact",
+    "optimizer": "it was saved without its trainer state, so the run cannot be resumed; start a new one",
 }
 
 
 class ArtifactError(ValueError):
-    """A file or folder that cannot be trusted or understood as an artifact; the message says why and what to do."""
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
+    """A file or folder that cannot be trusted or understood as an artifact; one line says why and what to do."""
 
 
 def write(
@@ -77,20 +70,24 @@ def write(
     An existing folder, or any path with `folder=True`, becomes an artifact folder (files that are not ours are kept);
     else the path is a zip, and gets `.zip` added where it does not end so. Missing parents are made.
 
-    `config` must name its `algorithm`; `format` and `library` are added. `tensors` maps "model" (required), "learner" and
-    "optimizer" to named tensors of any device and layout; they are copied, and `torch.compile`'s `_orig_mod.` is taken out
-    of their names. Numpy values and infinities in `config` and `trainer_state` are stored as `to_json_safe` says.
+    `config` must name its `algorithm`; `format` and `library` are added. `tensors` maps "model" (required), "learner"
+    and "optimizer" to named tensors of any device and layout; they are copied, and `torch.compile`'s `_orig_mod.` is
+    taken out of their names. `config` and `trainer_state` go through `to_json_safe`.
 
-    Raises ValueError (NaN in a tensor, names or sizes that could not be read back), TypeError (a value JSON cannot hold),
-    FileExistsError (the place is taken by something that is no artifact of ours), OSError (disk full, no permission).
+    Raises ValueError (NaN in a tensor, what could not be read back), TypeError (a value that JSON cannot hold),
+    FileExistsError (something that is no artifact of ours is in the way), OSError (disk full, PermissionError).
     """
     files = _encode(config, tensors, trainer_state)
-    target, as_folder = _target(path, folder)
-    # Follow links: the artifact behind a link is replaced, not the link.
-    real = Path(os.path.realpath(target))
+    target = Path(path)
+    as_folder = folder or target.is_dir()
+    if not as_folder and target.suffix != ".zip":
+        target = target.with_name(target.name + ".zip")
+    if target.exists() and target.is_dir() != as_folder:
+        raise FileExistsError(f"{target} is a {'file' if as_folder else 'folder'}: give another name")
+    real = Path(os.path.realpath(target))  # what a link leads to is replaced, not the link
+    temp = real.parent / f".{LIBRARY}-{secrets.token_hex(6)}.tmp"
     if as_folder:
         _check_replaceable(real)
-    temp = real.parent / f".{LIBRARY}-{secrets.token_hex(6)}.tmp"
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         if as_folder:
@@ -98,35 +95,34 @@ def write(
         else:
             _write_zip(files, temp)
             os.replace(temp, real)
-        _sync_directory(real.parent)
     except BaseException as error:
-        _remove(temp)
-        if isinstance(error, OSError) and error.errno is not None:
-            reason = f"{error.strerror}: the artifact was not written, an older one there is as it was"
-            raise OSError(error.errno, reason, str(target)) from error
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temp) if temp.is_dir() else temp.unlink()
+        if isinstance(error, OSError):
+            reason = f"{error.strerror or error}: the artifact was not written, an older one is as it was"
+            raise OSError(error.errno or errno.EIO, reason, str(target)) from error
         raise
+    _sync(real.parent)
     return target
 
 
 def to_json_safe(value: Any, where: str = "config") -> Any:
-    """The same value in strict JSON's types: numpy to Python, tuples to lists, infinities and NaN to "inf", "-inf", "nan".
+    """The same in strict JSON's types: numpy to Python, tuples to lists, infinities and NaN to "inf", "-inf", "nan".
 
-    Raises TypeError naming the place (`where` is its start) for anything else.
+    Raises TypeError for anything else, naming the place; `where` is the name of `value` itself.
     """
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufU":
+        value = value.tolist()
     if value is None or isinstance(value, bool | int | str):
         return value
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufU":
-        return to_json_safe(value.tolist(), where)
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"{where} has the key {key!r}: JSON keys must be strings")
-        return {key: to_json_safe(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
     if isinstance(value, list | tuple):
         return [to_json_safe(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot hold: give numbers, strings, lists or dicts")
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: to_json_safe(item, f"{where}[{key!r}]") for key, item in value.items()}
+    kind = "dict with keys that are not strings" if isinstance(value, Mapping) else type(value).__name__
+    raise TypeError(f"{where} is a {kind}, which JSON cannot hold: give numbers, strings, lists or dicts by name")
 
 
 def _encode(
@@ -137,92 +133,65 @@ def _encode(
     if "model" not in tensors or not set(tensors) <= set(TENSOR_FILES):
         raise ValueError(f"tensors must have 'model' and may have 'learner' and 'optimizer', not {sorted(tensors)}")
     head = {"format": FORMAT, "library": LIBRARY}
-    body = {key: value for key, value in config.items() if key not in head}
-    files = {CONFIG: _dump_json({**head, **body}, "config")}
+    files = {CONFIG: _dump({**head, **config, **head}, "config")}
     if trainer_state is not None:
-        files[TRAINER_STATE] = _dump_json(trainer_state, "trainer_state")
+        files[TRAINER_STATE] = _dump(trainer_state, "trainer_state")
     for name, named in tensors.items():
-        clean: dict[str, Tensor] = {}
-        for key, tensor in named.items():
-            bare = key.replace("_orig_mod.", "")
-            if bare in clean:
-                raise ValueError(f"two {name} tensors are called {bare!r} once '_orig_mod.' is taken out")
-            clean[bare] = tensor.detach().to("cpu", copy=True).contiguous()
-        _check_tensors(clean, f"{name} tensors")
-        files[TENSOR_FILES[name]] = safetensors.torch.save(clean, {"format": "pt"})
+        copies = {_bare(key): tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in named.items()}
+        if len(copies) < len(named):
+            raise ValueError(f"two {name} tensors have one name once '_orig_mod.' is taken out: {sorted(named)[:4]}")
+        _check_tensors(copies, f"{name} tensors")
+        files[TENSOR_FILES[name]] = safetensors.torch.save(copies, {"format": "pt"})
     for file, data in files.items():
-        if len(data) > _LIMITS[file]:
-            raise ValueError(f"{file} would have {len(data)} bytes, more than the {_LIMITS[file]} that can be read back")
+        if len(data) > MAX_BYTES[file]:
+            raise ValueError(f"{file} would have {len(data)} bytes; more than {MAX_BYTES[file]} are not read back")
     return files
 
 
-def _dump_json(value: Mapping[str, Any], where: str) -> bytes:
+def _dump(value: Mapping[str, Any], where: str) -> bytes:
     return json.dumps(to_json_safe(value, where), indent=1, allow_nan=False).encode()
 
 
-def _target(path: str | os.PathLike[str], folder: bool) -> tuple[Path, bool]:
-    target = Path(path)
-    if target.is_dir():
-        return target, True
-    if folder:
-        if target.exists():
-            raise FileExistsError(f"{target} is a file: give a folder, or leave folder=True out to write a zip")
-        return target, True
-    if target.suffix != ".zip":
-        target = target.with_name(target.name + ".zip")
-    if target.is_dir():
-        raise FileExistsError(f"{target} is a folder: give another name for the zip")
-    return target, False
+def _bare(key: str) -> str:
+    return key.replace("_orig_mod.", "")
 
 
 def _check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
-    if Path.cwd().is_relative_to(folder):
-        raise FileExistsError(f"{folder} holds the current directory and cannot be replaced: give a folder inside it")
-    if not any(folder.iterdir()):
-        return
+    if Path.cwd().is_relative_to(folder) or not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} is read-only or holds the current directory: give another folder")
     try:
-        ours = _parse_json(_file_bytes(folder, CONFIG), folder / CONFIG).get("library") == LIBRARY
+        ours = not any(folder.iterdir()) or _read_json(folder, CONFIG).get("library") == LIBRARY
     except ArtifactError:
         ours = False
     if not ours:
-        raise FileExistsError(f"{folder} holds other files and no artifact: add .zip to the name, or give an empty folder")
+        raise FileExistsError(f"{folder} holds other files and no artifact: add .zip to the name or give a new folder")
 
 
 def _write_zip(files: Mapping[str, bytes], temp: Path) -> None:
-    with open(temp, "xb") as out:
-        with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in files.items():
-                # ZipInfo's own fixed date: the same state gives the same bytes.
-                info = zipfile.ZipInfo(name)
-                info.external_attr = 0o644 << 16
-                archive.writestr(info, data)
-        out.flush()
-        os.fsync(out.fileno())
+    with zipfile.ZipFile(temp, "x", zipfile.ZIP_STORED) as archive:
+        for name, data in files.items():
+            info = zipfile.ZipInfo(name)  # its date is fixed: the same state gives the same bytes
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, data)
+    _sync(temp)
 
 
 def _write_folder(files: Mapping[str, bytes], temp: Path, real: Path) -> None:
-    temp.mkdir()
+    if real.exists():  # take along what is not ours: a README, results, a video, .git
+        shutil.copytree(real, temp, symlinks=True, ignore=lambda at, _: MAX_BYTES if Path(at) == real else ())
+    else:
+        temp.mkdir()
     for name, data in files.items():
-        with open(temp / name, "xb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-    _sync_directory(temp)
-    if not real.exists():
-        os.replace(temp, real)
-        return
-    for entry in os.scandir(real):
-        if entry.name in _LIMITS:
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            shutil.copytree(entry.path, temp / entry.name, symlinks=True, copy_function=_link)
-        else:
-            _link(entry.path, temp / entry.name)
+        (temp / name).write_bytes(data)
+        _sync(temp / name)
+    _sync(temp)
+    # A folder that is not empty cannot be replaced in one step: the old one steps aside, and back if the new one fails.
     aside = temp.with_suffix(".old")
     try:
-        os.replace(real, aside)
+        if real.exists():
+            os.replace(real, aside)
         os.replace(temp, real)
     except BaseException:
         if aside.exists() and not real.exists():
@@ -231,31 +200,16 @@ def _write_folder(files: Mapping[str, bytes], temp: Path, real: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _link(source: Any, to: Any) -> None:
-    # A second name for the same file costs no space, and the first one goes with the old folder.
-    try:
-        os.link(source, to, follow_symlinks=False)
-    except (OSError, NotImplementedError):
-        shutil.copy2(source, to, follow_symlinks=False)
-
-
-def _remove(temp: Path) -> None:
-    if temp.is_dir():
-        shutil.rmtree(temp, ignore_errors=True)
-    else:
-        temp.unlink(missing_ok=True)
-
-
-def _sync_directory(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a directory cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    if os.name == "posix":  # elsewhere what is opened for reading cannot be synced, nor a folder opened
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
+                raise
         finally:
             os.close(handle)
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
@@ -266,206 +220,255 @@ class Artifact:
     config: dict[str, Any]
 
     def has(self, name: str) -> bool:
-        """Whether the file "model", "learner", "optimizer" or "trainer_state" is there."""
-        file = TRAINER_STATE if name == "trainer_state" else TENSOR_FILES[name]
-        return _file_bytes_or_none(self.path, file, peek=True) is not None
+        """Whether "model", "learner", "optimizer" or "trainer_state" is there."""
+        return _find(self.path, TENSOR_FILES.get(name, f"{name}.json")) is not None
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The named CPU tensors of one file ("model", "learner" or "optimizer"); no other file is read.
+        """The named CPU tensors of "model", "learner" or "optimizer"; no other file is read.
 
         Raises ArtifactError: not there, damaged, not safetensors, a foreign dtype, NaN or infinity in a named tensor.
         """
-        file = TENSOR_FILES[name]
-        where = f"{self.path}: {file}"
-        data = _file_bytes_or_none(self.path, file)
+        where = f"{self.path}: {TENSOR_FILES[name]}"
+        data = _read_bytes(self.path, TENSOR_FILES[name])
         if data is None:
-            raise ArtifactError(f"{self.path} has no {file}: {_CURES[name]}")
+            raise ArtifactError(f"{where} is not there: {_CURES[name]}")
         header = int.from_bytes(data[:8], "little")
-        if data[:1] == b"\x80" or data[:2] == b"PK":
-            raise ArtifactError(f"{where} is a pickle or torch.save file under a wrong name; it was not opened")
         if header > MAX_HEADER_BYTES:
-            raise ArtifactError(f"{where} is not a safetensors file (its header would have {header} bytes)")
+            pickled = data[:1] == b"\x80" or data[:2] == b"PK"
+            what = "a pickle under another name, never opened here" if pickled else f"a header of {header} bytes"
+            raise ArtifactError(f"{where} is not a safetensors file but {what}: {_AGAIN}")
         try:
             tensors = safetensors.torch.load(data)
-        except Exception as error:  # the parser has several error types of its own, and all mean the same here
-            raise ArtifactError(f"{where} is truncated or damaged ({_short(error)}); copy or download it again") from None
+        except Exception as error:  # whatever the parser trips over, it means the same here
+            raise ArtifactError(f"{where} is truncated or damaged ({_short(error)}): {_AGAIN}") from None
         _check_tensors(tensors, where)
         return tensors
 
     def trainer_state(self) -> dict[str, Any] | None:
         """The content of `trainer_state.json`, or None where the artifact was saved without it."""
-        data = _file_bytes_or_none(self.path, TRAINER_STATE)
-        return None if data is None else _parse_json(data, f"{self.path}: {TRAINER_STATE}")
+        return _read_json(self.path, TRAINER_STATE) if self.has("trainer_state") else None
 
 
 def read(path: str | os.PathLike[str]) -> Artifact:
-    """Open an artifact folder or zip (with or without `.zip` in `path`) and check its config; formats of old are migrated.
+    """Open an artifact folder or zip (with or without `.zip` in `path`), check its config and migrate an old format.
 
     Raises FileNotFoundError where there is nothing, ArtifactError where there is something else.
     """
     given = Path(path)
-    beside = given.with_suffix("") if given.suffix == ".zip" else given.with_name(given.name + ".zip") if given.name else given
-    found = next((p for p in (given, beside) if p.exists()), None)
+    other = given.with_suffix("") if given.suffix == ".zip" else Path(f"{given}.zip")
+    found = next((place for place in (given, other) if place.exists()), None)
     if found is None:
-        raise FileNotFoundError(f"no artifact at {given} nor at {beside}: check the path")
-    if not found.is_dir():
-        _check_is_zip(found)
-    config = _parse_json(_file_bytes(found, CONFIG), f"{found}: {CONFIG}")
-    config = _check_config(config, f"{found}: {CONFIG}")
-    if _file_bytes_or_none(found, TENSOR_FILES["model"], peek=True) is None:
+        raise FileNotFoundError(f"no artifact at {given} nor at {other}: check the path")
+    where = f"{found}: {CONFIG}"
+    config = _read_json(found, CONFIG)
+    library, version = config.get("library"), config.get("format")
+    if library != LIBRARY:
+        whose = "Stable-Baselines3" if "policy_class" in config else "its own library"
+        raise ArtifactError(f"{where} names the library {_short(library)}, not {LIBRARY}: load it with {whose}")
+    if type(version) is not int or version < 1:
+        raise ArtifactError(f"{where} has the format {_short(version)}, not a whole number from 1: {_AGAIN}")
+    if version > FORMAT:
+        raise ArtifactError(f"{where} has format {_short(version)}, above {FORMAT}, from a newer {LIBRARY}: upgrade")
+    if not isinstance(config.get("algorithm"), str):
+        raise ArtifactError(f"{where} names no algorithm: {_AGAIN}")
+    if _find(found, TENSOR_FILES["model"]) is None:
         raise ArtifactError(f"{found} has no {TENSOR_FILES['model']}: {_CURES['model']}")
+    for old in range(version, FORMAT):
+        config = {**MIGRATIONS[old](config), "format": old + 1}
     return Artifact(found, config)
 
 
-def _check_is_zip(path: Path) -> None:
-    if not path.is_file():
-        raise ArtifactError(f"{path} is neither a folder nor a regular file: give what save() made")
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if start[:1] == b"\x80":
-        raise ArtifactError(f"{path} is a pickle, which is never opened (it could run code): give what save() made")
-    if start[:2] != b"PK":
-        what = "an empty file" if not start else "neither an artifact folder nor a zip"
-        raise ArtifactError(f"{path} is {what}: give the folder or .zip that save() made")
-
-
-def _check_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    if config.get("library") != LIBRARY:
-        if "policy_class" in config:
-            raise ArtifactError(f"{where} belongs to a Stable-Baselines3 agent: load it with Stable-Baselines3")
-        raise ArtifactError(f"{where} is not from {LIBRARY} (library: {_short(config.get('library'))}): load it with its own library")
-    version = config.get("format")
-    if type(version) is not int or version < 1:
-        raise ArtifactError(f"{where} has format {_short(version)}, not a whole number from 1: it is damaged, download it again")
-    if version > FORMAT:
-        raise ArtifactError(f"{where} has format {_short(version)}, made by a newer {LIBRARY}: upgrade (this one reads up to {FORMAT})")
-    if not isinstance(config.get("algorithm"), str):
-        raise ArtifactError(f"{where} names no algorithm: it is damaged, save or download the agent again")
-    for old in range(version, FORMAT):
-        config = {**MIGRATIONS[old](config), "format": old + 1}
-    return config
-
-
-def _file_bytes(path: Path, name: str) -> bytes:
-    data = _file_bytes_or_none(path, name)
-    if data is None:
-        raise ArtifactError(f"{path} is not a {LIBRARY} artifact (no {name} in it): give the folder or .zip that save() made")
-    return data
-
-
-def _file_bytes_or_none(path: Path, name: str, peek: bool = False) -> bytes | None:
-    """The bytes of one file of a folder or zip, checked against its limit; None where it is absent; `peek` reads nothing."""
-    if not path.is_dir():
-        return _member_bytes(path, name, peek)
-    file = path / name
-    if not file.exists():
-        return None
-    # Links are followed, for the Hub's cache is made of them; what they lead to must be a plain file (a pipe would hang).
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ArtifactError(f"{file} is not a regular file: copy or download the artifact again")
-    _check_size(status.st_size, name, path)
-    return b"" if peek else file.read_bytes()
-
-
-def _member_bytes(path: Path, name: str, peek: bool) -> bytes | None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = _check_members(archive.infolist(), path)
-            if name not in members:
-                return None
-            info = members[name]
-            _check_size(info.file_size, name, path)
-            data = b"" if peek else archive.read(info)
-    except (ArtifactError, MemoryError, FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # zipfile lets errors of many types through when the bytes are damaged
-        raise ArtifactError(f"{path} is a truncated or damaged zip ({_short(error)}); copy or download it again") from None
-    if not peek and len(data) != info.file_size:
-        raise ArtifactError(f"{path} is a truncated zip: {name} ends early; copy or download it again")
-    return data
-
-
-def _check_members(infos: list[zipfile.ZipInfo], path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Refuse what no honest artifact holds, also in members that are never read: others may unpack the file."""
-    if len(infos) > MAX_ZIP_MEMBERS:
-        raise ArtifactError(f"{path} holds {len(infos)} files, an artifact holds a few: do not use it")
-    members: dict[str, zipfile.ZipInfo] = {}
-    for info in infos:
-        name = info.orig_filename
-        parts = name.split("/")
-        if name in members:
-            raise ArtifactError(f"{path} holds {_short(name)} twice: do not use it")
-        if parts[0] == "" or ".." in parts or any(bad in name for bad in "\\:\0"):
-            raise ArtifactError(f"{path} holds the unsafe file name {_short(name)}: do not use it")
-        if stat.S_ISLNK(info.external_attr >> 16):
-            raise ArtifactError(f"{path} holds {_short(name)} as a symbolic link: do not use it")
-        if info.flag_bits & 1:
-            raise ArtifactError(f"{path} holds {_short(name)} encrypted: unpack it and give the folder")
-        _check_size(info.file_size, name, path)
-        if info.file_size > MAX_CONFIG_BYTES and info.file_size > MAX_ZIP_RATIO * info.compress_size:
-            raise ArtifactError(f"{path} holds {_short(name)}, which would unpack to {info.file_size} bytes (a zip bomb): do not use it")
-        members[name] = info
-    if CONFIG not in members:
-        _explain_other_zip(list(members), path)
-    return members
-
-
-def _explain_other_zip(names: list[str], path: Path) -> None:
-    if "data" in names and any(name.endswith(".pth") for name in names):
-        raise ArtifactError(f"{path} is a Stable-Baselines3 file: load it with Stable-Baselines3, e.g. SAC.load(...)")
-    if any(name.rpartition("/")[2] == "data.pkl" for name in names):
-        raise ArtifactError(f"{path} is a torch.save file (a pickle), which is never opened: give what save() made")
-    inner = next((name for name in names if name.endswith("/" + CONFIG)), None)
-    if inner is not None:
-        raise ArtifactError(f"{path} holds {_short(inner)}, not {CONFIG}: unpack it and give that folder")
-
-
-def _check_size(size: int, name: str, path: Path) -> None:
-    limit = _LIMITS.get(name, MAX_TENSOR_BYTES)
-    if size > limit:
-        raise ArtifactError(f"{path}: {_short(name)} has {size} bytes, more than the {limit} allowed: it is damaged or hostile")
-
-
-def _parse_json(data: bytes, where: str | Path) -> dict[str, Any]:
+def _read_json(path: Path, name: str) -> dict[str, Any]:
     """A strict JSON object: no NaN, no infinity, no number that overflows into one."""
+    data = _read_bytes(path, name)
+    if data is None:
+        raise ArtifactError(f"{path} is not a {LIBRARY} artifact (no {name} in it): {_GIVE}")
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        if isinstance(value, dict):
+            return value
+        problem = f"a {type(value).__name__}, not an object"
     except RecursionError:
-        raise ArtifactError(f"{where} is nested too deep: it is damaged or hostile") from None
+        problem = "nested too deep"
     except ValueError as error:
-        raise ArtifactError(f"{where} is not JSON ({_short(error)}): save or download the agent again") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{where} holds a {type(value).__name__}, not an object: save or download the agent again")
-    return value
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not strict JSON")
+        problem = f"not JSON ({_short(error)})"
+    raise ArtifactError(f"{path}: {name} is {problem}: {_AGAIN}")
 
 
 def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("a number is out of range")
+    if not math.isfinite(value := float(text)):
+        raise ValueError("a number that is not finite")
     return value
+
+
+def _read_bytes(path: Path, name: str) -> bytes | None:
+    found = _find(path, name)
+    if not isinstance(found, zipfile.ZipInfo):
+        return None if found is None else found.read_bytes()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = archive.read(found)
+        if len(data) == found.file_size:
+            return data
+        problem = f"{name} ends early"
+    except Exception as error:  # zipfile lets errors of many types through when the bytes are damaged
+        problem = _short(error)
+    raise ArtifactError(f"{path} is a truncated or damaged zip ({problem}): {_AGAIN}")
+
+
+def _find(path: Path, name: str) -> Path | zipfile.ZipInfo | None:
+    """Where one file of an artifact is, its size checked; None if absent. Refuses what is no folder or honest zip."""
+    if not path.is_dir():
+        return _members(path).get(name)
+    file = path / name
+    if not file.exists():
+        return None
+    if not file.is_file():  # a pipe or device never ends; links are followed, the Hub's cache is made of them
+        raise ArtifactError(f"{file} is not a regular file: {_AGAIN}")
+    _check_size(file.stat().st_size, name, path)
+    return file
+
+
+def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
+    """Name -> member of a zip, after refusing what no honest artifact holds: someone else may unpack it."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} is neither a folder nor a regular file: {_GIVE}")
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start != b"PK":
+        what = "a pickle, never opened as it may run code" if start[:1] == b"\x80" else "neither a zip nor a folder"
+        raise ArtifactError(f"{path} is {what}: {_GIVE}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except Exception as error:  # as in _read_bytes
+        raise ArtifactError(f"{path} is a truncated or damaged zip ({_short(error)}): {_AGAIN}") from None
+    names = [info.orig_filename for info in infos]
+    if CONFIG not in names and any(name == "data" or name.endswith(".pth") for name in names):
+        raise ArtifactError(f"{path} is a Stable-Baselines3 file: load it with Stable-Baselines3, e.g. SAC.load(...)")
+    if CONFIG not in names and any(name.endswith("data.pkl") for name in names):
+        raise ArtifactError(f"{path} is a torch.save file, never opened here as it may run code: {_GIVE}")
+    if len(names) > MAX_ZIP_MEMBERS or len(set(names)) < len(names):
+        raise ArtifactError(f"{path} holds {len(names)} files or one name twice: do not use it")
+    for name, info in zip(names, infos, strict=True):
+        odd = name.startswith("/") or ".." in name.split("/") or any(sign in name for sign in "\\:\0")
+        if odd or stat.S_ISLNK(info.external_attr >> 16):
+            raise ArtifactError(f"{path} holds an unsafe file name or link, {_short(name)}: do not use it")
+        if info.file_size > max(1 << 20, MAX_ZIP_RATIO * info.compress_size):
+            raise ArtifactError(f"{path} holds a zip bomb, {_short(name)} of {info.file_size} bytes: do not use it")
+        _check_size(info.file_size, name, path)
+    return dict(zip(names, infos, strict=True))
+
+
+def _check_size(size: int, name: str, path: Path) -> None:
+    limit = MAX_BYTES.get(name, 1 << 32)
+    if size > limit:
+        raise ArtifactError(f"{path}: {_short(name)} has {size} bytes, more than the {limit} allowed: {_AGAIN}")
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
     for key, tensor in tensors.items():
         if tensor.dtype not in _TENSOR_DTYPES:
-            raise ArtifactError(f"{where}: {_short(key)} has the dtype {tensor.dtype}, which no agent uses")
+            raise ArtifactError(f"{where}: {_short(key)} has the dtype {tensor.dtype}, which no agent of ours uses")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(f"{where}: {_short(key)} holds NaN or infinity; go back to an earlier checkpoint")
+            raise ArtifactError(f"{where}: {_short(key)} holds NaN or infinity: go back to an earlier checkpoint")
 
 
 def _short(value: object) -> str:
-    """A value of unknown origin as at most 80 printable characters on one line."""
-    text = str(value).splitlines()[:1] if isinstance(value, Exception) else [repr(value) if not _is_huge(value) else "a huge number"]
-    line = text[0] if text else type(value).__name__
-    return ascii(line)[1:-1][:80] if not line.isascii() else line[:80]
+    """A value from a stranger's file as at most 80 plain characters on one line."""
+    plain = isinstance(value, str | float | None | Exception) or (isinstance(value, int) and abs(value) < 10**9)
+    return ascii(str(value))[1:-1][:80] if plain else type(value).__name__
 
 
-def _is_huge(value: object) -> bool:
-    # Printing an integer of thousands of digits is an error of its own.
-    return isinstance(value, int) and abs(value) > 10**30
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], name: str = "") -> None:
+    """Copy tensors into the module's parameters and buffers of the same names, in place; `name` is the module's.
+
+    Raises ArtifactError, before anything is copied, where names, shapes or dtypes are not exactly the module's.
+    """
+    own = {_bare(key): value for key, value in module.state_dict().items()}
+    given = {_bare(key): value for key, value in tensors.items()}
+    for keys, what in ((own.keys() - given.keys(), "lacks"), (given.keys() - own.keys(), "has the unknown")):
+        if keys:
+            some = ", ".join(_short(f"{name}.{key}") for key in sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            raise ArtifactError(f"the artifact {what} {some} ({len(keys)} tensors): it is another network or version")
+    for key, value in own.items():
+        _check_like(given[key], value, f"{name}.{key}")
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(given[key])
+
+
+def _check_like(given: Tensor, own: Tensor, name: str) -> None:
+    if given.shape != own.shape or given.dtype != own.dtype:
+        found, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (given, own))
+        raise ArtifactError(f"{_short(name)} is {found} in the artifact, {wanted} here: another network or space")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The state of an Adam or AdamW as `<prefix>.<i>.<key>`, i in parameter order; empty where it has not stepped.
+
+    The tensors are the optimiser's own, not copies. Learning rates and other settings are the agent's to set.
+    """
+    states = [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+    return {f"{prefix}.{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Put what `optimizer_tensors` gave back into an optimiser over the same parameters; in place where it has stepped.
+
+    Raises ArtifactError, before anything is changed, where names, shapes or dtypes do not fit the parameters.
+    """
+    given = {name: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
+    places = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    states: list[dict[str, Tensor]] = []
+    for i, (parameter, group) in enumerate(places):
+        # Adam keeps the step beside the parameter only where a kernel reads it there.
+        step = torch.zeros((), device=parameter.device if group["fused"] or group["capturable"] else "cpu")
+        likes = {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter}
+        found = {key: given.pop(f"{prefix}.{i}.{key}") for key in likes if f"{prefix}.{i}.{key}" in given}
+        if found and len(found) < len(likes):
+            raise ArtifactError(f"the artifact has only {sorted(found)} of {prefix}.{i}, not {sorted(likes)}: {_AGAIN}")
+        for key, value in found.items():
+            _check_like(value, likes[key], f"{prefix}.{i}.{key}")
+            if key != "exp_avg" and bool((value < 0).any()):
+                raise ArtifactError(f"the artifact's {prefix}.{i}.{key} holds negative numbers: {_AGAIN}")
+        states.append({key: torch.zeros_like(likes[key], requires_grad=False).copy_(found[key]) for key in found})
+    if given:
+        raise ArtifactError(f"the artifact has {_short(min(given))}, this optimizer of {len(places)} tensors does not")
+    for (parameter, _), state in zip(places, states, strict=True):
+        old = optimizer.state.pop(parameter, {})
+        if state:  # into the same memory where there is some, which a captured CUDA graph may hold
+            optimizer.state[parameter] = {key: old[key].copy_(new) if key in old else new for key, new in state.items()}
+
+
+def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
+    """A Box, or a Dict of them, as JSON: bounds exact, one number where all are the same, infinity as "inf" or "-inf".
+
+    Raises ValueError for other spaces.
+    """
+    if isinstance(space, spaces.Dict):
+        return {"type": "Dict", "spaces": {key: space_to_json(item) for key, item in space.spaces.items()}}
+    if not isinstance(space, spaces.Box) or str(space.dtype) not in _BOX_DTYPES:
+        raise ValueError(f"the space {space} cannot be stored, only a Box of numbers or a Dict of them can")
+    low, high = (to_json_safe(b.flat[0] if b.size and (b == b.flat[0]).all() else b) for b in (space.low, space.high))
+    return {"type": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
+
+
+def space_from_json(obj: Any, where: str = "space") -> spaces.Space[Any]:
+    """The space that `space_to_json` described, keys of a Dict in the same order. Raises ArtifactError."""
+    try:
+        if obj["type"] == "Dict":
+            items = [(key, space_from_json(item, f"{where}[{_short(key)}]")) for key, item in obj["spaces"].items()]
+            return spaces.Dict(OrderedDict(items))
+        shape, dtype = tuple(obj["shape"]), obj["dtype"]
+        if obj["type"] != "Box" or dtype not in _BOX_DTYPES or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError("unknown type, dtype or shape")
+        if math.prod(max(n, 1) for n in shape) > MAX_BOX_SIZE:
+            raise ValueError("too large")
+        low, high = (np.array(obj[key], dtype) if isinstance(obj[key], list) else np.full(shape, obj[key], dtype)
+                     for key in ("low", "high"))  # fmt: skip
+        return spaces.Box(low, high, shape, np.dtype(dtype).type)
+    except ArtifactError:
+        raise
+    except Exception as error:  # of many types, from numpy and gymnasium too
+        raise ArtifactError(f"{where} is not a Box or Dict of them ({_short(error)}): {_AGAIN}") from None

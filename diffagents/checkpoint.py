@@ -91,7 +91,7 @@ def restore(
     except (KeyError, AttributeError) as error:
         raise ArtifactError(f"config.json lacks or garbles {error}: the artifact is damaged; save or download it again") from None
     agent._set_up(spec)
-    _load_named(agent, {k: v for k, v in tensors["model"].items()}, ("obs_normalizer", *agent.MODEL), fresh)
+    _load_named(agent, tensors["model"], ("obs_normalizer", *agent.MODEL), fresh)
     agent.has_learner = "learner" in tensors
     if agent.has_learner:
         _load_named(agent, tensors["learner"], agent.LEARNER, fresh)
@@ -124,8 +124,7 @@ def _load_named(agent: Any, tensors: Tensors, names: Sequence[str], fresh: Seque
         raise ArtifactError(f"unexpected tensor {stray[0]!r}: the artifact belongs to another version or algorithm")
     for name in names:
         if name not in fresh:
-            prefix = f"{name}."
-            load_state(getattr(agent, name), {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, name)
+            load_state(getattr(agent, name), tensors, f"{name}.")
 
 
 def _optimizer_side(agent: Any) -> Tensors:

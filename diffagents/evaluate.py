@@ -102,7 +102,7 @@ class Evaluation:
     """What `evaluate` measured. `print` it for one line; `to_json` for a file.
 
     returns, lengths: raw return and number of steps of each episode. successes: whether it succeeded at any step, None
-    if the environment never says. env_id: None where the environment has no id. deterministic: what `predict` was asked.
+    if the environment never says. env_id: None where it has no id. deterministic: what `predict` was asked for.
     """
 
     returns: tuple[float, ...]
@@ -154,19 +154,9 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Everything above as plain JSON types."""
-        names = ("mean_return", "std_return", "interval", "mean_length", "success_rate")
-        names += ("score", "score_interval", "score_reference")
-        values = {name: getattr(self, name) for name in names}
-        return {
-            "env_id": self.env_id,
-            "n_episodes": len(self.returns),
-            "seed": self.seed,
-            "deterministic": self.deterministic,
-            **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
-            "returns": list(self.returns),
-            "lengths": list(self.lengths),
-            "successes": None if self.successes is None else list(self.successes),
-        }
+        derived = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
+        values = {"n_episodes": len(self.returns)} | {name: getattr(self, name) for name in derived} | vars(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -188,7 +178,7 @@ class Evaluation:
 def make_env(env: Any, **kwargs: Any) -> Any:
     """An environment from an id or a stored spec; an environment that is one already comes back as it is.
 
-    env: a Gymnasium id; an `EnvSpec` or the JSON of `EnvSpec.to_json()` (as datasets and artifacts store it); a Gymnasium
+    env: a Gymnasium id; an `EnvSpec` or the JSON of its `to_json()`, as datasets and artifacts store it; a Gymnasium
     Env or VectorEnv; an SB3 VecEnv. kwargs go to `gymnasium.make` and win over those of a stored spec.
 
     A stored spec may come from a stranger, so only its `id`, `kwargs` and `max_episode_steps` are used and the id must
@@ -205,7 +195,7 @@ def make_env(env: Any, **kwargs: Any) -> Any:
         if kwargs.get("render_mode") is not None:
             prefer_egl()
         return _make(env, kwargs)
-    if not (isinstance(env, gym.Env | gym.vector.VectorEnv) or _is_sb3(env)):
+    if not (isinstance(env, gym.Env | gym.vector.VectorEnv) or is_sb3(env)):
         raise TypeError(
             f"env must be an environment id, a stored spec, a Gymnasium Env or VectorEnv, or an SB3 VecEnv, "
             f"not {type(env).__name__}"
@@ -251,12 +241,12 @@ def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:
             fields = json.loads(spec)
             wrappers = [str(wrapper["name"]) for wrapper in fields.get("additional_wrappers") or ()]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"the stored environment spec cannot be read: {_one_line(error)}; pass env= as an id") from None
+            raise ValueError(f"the stored environment spec cannot be read ({_one_line(error)}); pass an id") from None
     env_id, kwargs, limit = fields.get("id"), fields.get("kwargs") or {}, fields.get("max_episode_steps")
     if not isinstance(env_id, str) or not isinstance(kwargs, Mapping):
-        raise ValueError(f"the stored environment spec lacks an id or has odd kwargs (id {env_id!r}); pass env= as an id")
+        raise ValueError(f"the stored environment spec has no usable id and kwargs (id {env_id!r}); pass an id")
     if ":" in env_id:
-        raise ValueError(f"the stored environment id {env_id!r} would import a module; if you trust it, pass it as env=")
+        raise ValueError(f"the stored environment id {env_id!r} would import a module; if you trust it, pass that id")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ValueError(f"the stored environment spec has max_episode_steps={limit!r}; it must be a positive integer")
     # Constructors take paths (xml_file) and ids of further environments (env_id): a stranger's must not be followed.
@@ -291,7 +281,7 @@ def env_id_of(env: Any) -> str | None:
     if isinstance(env, str):
         return _read_spec(env)[0] if env.lstrip().startswith("{") else env
     try:
-        spec = env.get_attr("spec")[0] if _is_sb3(env) else env.spec
+        spec = env.get_attr("spec")[0] if is_sb3(env) else env.spec
         if spec is None and isinstance(env, gym.vector.VectorEnv):
             spec = env.unwrapped.envs[0].spec  # type: ignore[attr-defined]
     except Exception:  # a VecEnv without environments behind it, or workers that cannot send their spec
@@ -319,7 +309,7 @@ def prefer_egl() -> bool:
     return True
 
 
-def _is_sb3(env: Any) -> bool:
+def is_sb3(env: Any) -> bool:
     module = sys.modules.get("stable_baselines3.common.vec_env")  # whoever has a VecEnv has imported it
     return module is not None and isinstance(env, module.VecEnv)
 
@@ -327,7 +317,7 @@ def _is_sb3(env: Any) -> bool:
 # ----------------------------------------------------------------------------- three kinds of environment, one step
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     obs: Any  # batched
     rew: np.ndarray  # (n,)
     ended: np.ndarray  # (n,) bool, this step ended an episode
@@ -336,7 +326,7 @@ class _Step(NamedTuple):
     infos: Sequence[Mapping[str, Any]]  # of the step, at an end that of the last step
 
 
-class _Single:
+class Single:
     """Gymnasium environments one by one. Episode k is reset with seed + k, so the number of them changes nothing."""
 
     def __init__(self, envs: Sequence[Any]) -> None:
@@ -351,20 +341,20 @@ class _Single:
     def reset(self, seed: int | None) -> Any:
         self.seed, self.next_episode = seed, list(range(self.n))
         self.last = [self._reset(i) for i in range(self.n)]
-        return _stack(self.last)
+        return stack(self.last)
 
-    def step(self, actions: np.ndarray, left: np.ndarray) -> _Step:
+    def step(self, actions: np.ndarray, left: np.ndarray) -> Step:
         rew, ended = np.zeros(self.n), np.zeros(self.n, bool)
         infos: list[Mapping[str, Any]] = [{}] * self.n
-        for i in np.flatnonzero(left):
+        for i in np.flatnonzero(left).tolist():
             self.last[i], reward, terminated, truncated, infos[i] = self.envs[i].step(actions[i])
             rew[i], ended[i] = float(reward), terminated or truncated
             if ended[i] and left[i] > 1:
                 self.last[i] = self._reset(i)
-        return _Step(_stack(self.last), rew, ended, ended, left > 0, infos)
+        return Step(stack(self.last), rew, ended, ended, left > 0, infos)
 
 
-class _Vector:
+class Vector:
     """A Gymnasium VectorEnv in any of the three autoreset modes."""
 
     def __init__(self, env: Any) -> None:
@@ -379,13 +369,13 @@ class _Vector:
         self.ended = np.zeros(self.n, bool)
         return self.env.reset(seed=seed)[0]
 
-    def step(self, actions: np.ndarray, left: np.ndarray) -> _Step:
+    def step(self, actions: np.ndarray, left: np.ndarray) -> Step:
         obs, rew, terminations, truncations, info = self.env.step(actions)
         real = ~self.ended if self.mode is AutoresetMode.NEXT_STEP else np.ones(self.n, bool)
         ended = np.logical_or(terminations, truncations) & real
         infos = [_info_of(info, i) for i in range(self.n)]
         if self.mode is AutoresetMode.SAME_STEP:
-            for i in np.flatnonzero(ended):
+            for i in np.flatnonzero(ended).tolist():
                 # On top lies the new episode's reset info, except what a vector wrapper counted of the old one.
                 counted = {key: value for key, value in infos[i].items() if key == "episode"}
                 infos[i] = counted | _info_of(info.get("final_info", {}), i)
@@ -396,11 +386,11 @@ class _Vector:
                 obs = self.env.reset(options={"reset_mask": ended.copy()})[0]
         first = ~real if self.mode is AutoresetMode.NEXT_STEP else ended
         self.ended = ended
-        return _Step(obs, np.asarray(rew, np.float64), ended, first, real, infos)
+        return Step(obs, np.asarray(rew, np.float64), ended, first, real, infos)
 
 
-class _SB3:
-    """A Stable-Baselines3 VecEnv. A VecNormalize in it learns nothing from an evaluation, and its rewards are undone."""
+class SB3:
+    """An SB3 VecEnv. A VecNormalize in it learns nothing from an evaluation, and its rewards are undone."""
 
     def __init__(self, env: Any, cleanup: ExitStack) -> None:
         from stable_baselines3.common.vec_env import unwrap_vec_normalize
@@ -417,19 +407,19 @@ class _SB3:
             self.env.seed(seed)
         return self.env.reset()
 
-    def step(self, actions: np.ndarray, left: np.ndarray) -> _Step:
+    def step(self, actions: np.ndarray, left: np.ndarray) -> Step:
         obs, rew, ended, infos = self.env.step(actions)
         if self.normalize is not None:
             rew = self.normalize.get_original_reward()
         ended = np.asarray(ended, bool)
-        return _Step(obs, np.asarray(rew, np.float64), ended, ended, np.ones(self.n, bool), infos)
+        return Step(obs, np.asarray(rew, np.float64), ended, ended, np.ones(self.n, bool), infos)
 
 
-def _stack(items: Sequence[Any]) -> Any:
+def stack(items: Sequence[Any]) -> Any:
     if isinstance(items[0], Mapping):
-        return {key: _stack([item[key] for item in items]) for key in items[0]}
+        return {key: stack([item[key] for item in items]) for key in items[0]}
     if isinstance(items[0], tuple):
-        return tuple(_stack(column) for column in zip(*items, strict=True))
+        return tuple(stack(column) for column in zip(*items, strict=True))
     return np.stack([np.asarray(item) for item in items])
 
 
@@ -462,13 +452,13 @@ def evaluate(
     env: what `make_env` takes; `n_envs` and `env_kwargs` are for an id or a stored spec. What was made here is closed
     here; an environment that was passed in stays open.
 
-    *Which episodes.* Each of n sub-environments plays a number of episodes fixed beforehand (they differ by at most one)
-    and the rest is ignored: taking the first n to finish would favour short episodes. Results are ordered by round, then
-    by sub-environment.
+    *Which episodes.* Each of n sub-environments plays a number of episodes fixed beforehand (the numbers differ by one
+    at most) and the rest is ignored: taking the first n to finish would favour short episodes. Results are ordered by
+    round, then by sub-environment.
     *Seeds.* Made from an id, or a single Env: episode k is reset with seed + k, whatever n_envs. An SB3 VecEnv or a
     VectorEnv: sub-environment i is reset with seed + i at first, then goes on by itself. The same call gives the same
     numbers if the policy depends on nothing else; `deterministic=False` draws from the policy's own generator.
-    *Return.* `info["episode"]["r"]` where a Monitor or RecordEpisodeStatistics put it (wrappers outside of it change the
+    *Return.* `info["episode"]["r"]` where a Monitor or RecordEpisodeStatistics put it (what wraps it may change the
     reward that is seen), VecNormalize's original reward, else the sum of rewards.
     *Success.* An episode succeeded if `info["is_success"]` or `info["success"]` was true at any of its steps; None if
     neither ever appears.
@@ -484,21 +474,21 @@ def evaluate(
     if not by_name and n_envs != 1:
         raise ValueError(f"n_envs={n_envs} is for an environment id; make the environment passed with as many instead")
     with ExitStack() as cleanup:
-        world: _Single | _Vector | _SB3
+        world: Single | Vector | SB3
         if by_name:
             envs = []
             for _ in range(min(n_envs, n_episodes)):
                 envs.append(make_env(env, **(env_kwargs or {})))
                 cleanup.callback(envs[-1].close)
-            world = _Single(envs)
+            world = Single(envs)
         else:
             env = make_env(env, **(env_kwargs or {}))
-            if _is_sb3(env):
-                world = _SB3(env, cleanup)
+            if is_sb3(env):
+                world = SB3(env, cleanup)
             else:
-                world = _Vector(env) if isinstance(env, gym.vector.VectorEnv) else _Single([env])
-        _check_spaces(policy, world.observation_space, world.action_space)
-        episodes = _play(policy, world, n_episodes, seed, deterministic)
+                world = Vector(env) if isinstance(env, gym.vector.VectorEnv) else Single([env])
+        check_spaces(policy, world.observation_space, world.action_space)
+        episodes = play(policy, world, n_episodes, seed, deterministic)
         env_id = env_id_of(envs[0] if by_name else env)
     said = [success for _, _, success in episodes]
     return Evaluation(
@@ -511,8 +501,8 @@ def evaluate(
     )
 
 
-def _play(
-    policy: Policy, world: _Single | _Vector | _SB3, n_episodes: int, seed: int | None, deterministic: bool
+def play(
+    policy: Policy, world: Single | Vector | SB3, n_episodes: int, seed: int | None, deterministic: bool
 ) -> list[tuple[float, int, bool | None]]:
     """(return, length, success) of each episode."""
     n = world.n
@@ -524,8 +514,8 @@ def _play(
     obs, state, first = world.reset(seed), None, np.ones(n, bool)
     while left.any():
         actions, state = policy.predict(obs, state=state, episode_start=first, deterministic=deterministic)
-        step = world.step(_check_actions(actions, n, world.action_space), left)
-        for i in np.flatnonzero(step.real & (left > 0)):
+        step = world.step(check_actions(actions, n, world.action_space), left)
+        for i in np.flatnonzero(step.real & (left > 0)).tolist():
             total[i] += step.rew[i]
             length[i] += 1
             info = step.infos[i]
@@ -552,7 +542,7 @@ def _play(
     return [finished[k] for k in range(n_episodes)]
 
 
-def _check_actions(actions: Any, n: int, space: spaces.Space[Any]) -> np.ndarray:
+def check_actions(actions: Any, n: int, space: spaces.Space[Any]) -> np.ndarray:
     array = np.asarray(actions)
     if array.shape != (n, *(space.shape or ())):
         raise ValueError(
@@ -567,16 +557,12 @@ def _check_actions(actions: Any, n: int, space: spaces.Space[Any]) -> np.ndarray
     return array
 
 
-def _check_spaces(policy: Any, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-    """The policy's spaces, where it tells them, against the environment's: obs by shape, actions by shape and bounds."""
-    theirs = getattr(policy, "observation_space", None)
-    if theirs is not None:
-        _same_shape(theirs, observation_space, "observation")
+def check_spaces(policy: Any, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    """The policy's spaces, where it tells them, against the environment's: obs by shape, act by shape and bounds."""
+    _same_shape(getattr(policy, "observation_space", None), observation_space, "observation")
     theirs = getattr(policy, "action_space", None)
-    if theirs is None:
-        return
     _same_shape(theirs, action_space, "action")
-    if isinstance(theirs, spaces.Box) and isinstance(action_space, spaces.Box):
+    if isinstance(theirs, spaces.Box) and isinstance(action_space, spaces.Box) and action_space.is_bounded():
         slack = 1e-3 * (action_space.high - action_space.low)
         ranges = (
             f"the policy's actions lie in [{theirs.low.min():g}, {theirs.high.max():g}], "
@@ -589,7 +575,9 @@ def _check_spaces(policy: Any, observation_space: spaces.Space[Any], action_spac
             warnings.warn(f"{ranges}: right if bounds came from the data, wrong if its units differ", stacklevel=4)
 
 
-def _same_shape(theirs: spaces.Space[Any], ours: spaces.Space[Any], what: str) -> None:
+def _same_shape(theirs: spaces.Space[Any] | None, ours: spaces.Space[Any], what: str) -> None:
+    if theirs is None:
+        return
     if isinstance(theirs, spaces.Dict) and isinstance(ours, spaces.Dict):
         for key, space in theirs.spaces.items():
             if key not in ours.spaces:
@@ -620,8 +608,8 @@ def record_video(
     """One episode, at most `max_steps` of it, as an mp4 (H.264, yuv420p) at `path`, which is returned.
 
     env: an id, a stored spec, or an Env made with render_mode="rgb_array". fps: frames per second, by default what the
-    environment says (`metadata["render_fps"]`), so that time runs as in the simulation. MuJoCo on a CPU renders some five
-    to ten frames a second; `env_kwargs={"width": 160, "height": 160}` helps.
+    environment says (`metadata["render_fps"]`), so that time runs as in the simulation. MuJoCo without a GPU renders
+    a few frames a second; `env_kwargs={"width": 160, "height": 160}` helps.
 
     A video is a nicety: whatever goes wrong (no renderer, no ffmpeg, ...) becomes one warning with cause and cure; then
     nothing is written and None returned.
@@ -638,7 +626,7 @@ def record_video(
                 world = make_env(env, **(env_kwargs or {}))
             if not isinstance(world, gym.Env) or world.render_mode != "rgb_array":
                 raise ValueError('the environment must be a single one made with render_mode="rgb_array"')
-            _check_spaces(policy, world.observation_space, world.action_space)
+            check_spaces(policy, world.observation_space, world.action_space)
             path.parent.mkdir(parents=True, exist_ok=True)
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=".video-"))
             part = pathlib.Path(folder) / "part.mp4"
@@ -656,9 +644,9 @@ def _frames(policy: Policy, env: Any, seed: int | None, max_steps: int, determin
     yield env.render()
     for _ in range(max_steps):
         actions, state = policy.predict(
-            _stack([obs]), state=state, episode_start=np.array([first]), deterministic=deterministic
+            stack([obs]), state=state, episode_start=np.array([first]), deterministic=deterministic
         )
-        obs, _, terminated, truncated, _ = env.step(_check_actions(actions, 1, env.action_space)[0])
+        obs, _, terminated, truncated, _ = env.step(check_actions(actions, 1, env.action_space)[0])
         yield env.render()
         first = False
         if terminated or truncated:
@@ -676,10 +664,8 @@ def _write_mp4(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int) -> No
             if writer is None:
                 size = (frame.shape[1], frame.shape[0])
                 # yuv420p wants even sides: an odd one is scaled up by a pixel.
-                writer = imageio_ffmpeg.write_frames(
-                    str(path), size, fps=fps, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=2,
-                    ffmpeg_log_level="error",
-                )  # fmt: skip
+                options = {"codec": "libx264", "pix_fmt_out": "yuv420p", "macro_block_size": 2}
+                writer = imageio_ffmpeg.write_frames(str(path), size, fps=fps, ffmpeg_log_level="error", **options)
                 writer.send(None)
             writer.send(np.ascontiguousarray(frame))
     finally:

@@ -88,7 +88,8 @@ def _run_stage(
     for optimizer in stage.optimizers:
         optimizer.start_schedule(length, done)
     interval = log_interval or max(1, min(1000, length // 20))
-    q_limit = 100.0 * sampler.max_abs_reward / (1.0 - getattr(agent.config, "gamma", 0.0)) + 1.0
+    # No policy earns more than max|r| / (1 - gamma): a mean Q a hundred times beyond has run away.
+    q_limit = 100.0 * float(sampler.rew.abs().max()) / (1.0 - getattr(agent.config, "gamma", 0.0)) + 1.0
     sums, good, good_at, started = MetricSums(), _snapshot(agent), done, (time.perf_counter(), done)
     while done < length:
         batch = sampler.sample(stage.batch_size, agent.generator)

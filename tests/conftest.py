@@ -33,7 +33,7 @@ def _connect_to_this_machine_only(self: socket.socket, address: Any) -> None:
     _connect(self, address)
 
 
-socket.socket.connect = _connect_to_this_machine_only  # type: ignore[method-assign]
+socket.socket.connect = _connect_to_this_machine_only  # type: ignore[method-assign, assignment]
 
 
 def pytest_unconfigure() -> None:

@@ -192,3 +192,36 @@ class SRPO(Agent):
     def behavior_policy(self, n_evals: int = 15) -> "BehaviorPolicy":
         """The behaviour model as something with `predict`: this agent's own behaviour cloning baseline."""
         return BehaviorPolicy(self, n_evals)
+
+    @classmethod
+    def from_official(cls, behavior: Any, critic: Any, policy: Any = None, **kwargs: Any) -> "SRPO":
+        """Load the authors' checkpoint files (paths or state dicts): `diffusion_behavior.*`; `q0.*, q0_target.*, vf.v.*`.
+
+        The official code never saves the policy: without `policy`, `predict` raises until
+        `learn(data, stages=("policy",))` has extracted one. kwargs as the constructor's. Raises FileNotFoundError, ValueError.
+        """
+        from diffagents.official import srpo_from_official
+
+        return srpo_from_official(behavior, critic, policy, **kwargs)
+
+
+class BehaviorPolicy:
+    """`predict` for the behaviour model: a sample per observation; deterministic=True starts all from one fixed noise."""
+
+    def __init__(self, agent: SRPO, n_evals: int) -> None:
+        self._agent, self._n_evals = agent, n_evals
+        self.observation_space, self.action_space = agent.observation_space, agent.action_space
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """As `Agent.predict`; the noise of a random sample comes from the agent's generator for predictions."""
+        agent, fixed = self._agent, self._agent.behavior.noise
+
+        def act(obs: Tensor) -> Tensor:
+            if deterministic:
+                return agent.behavior.sample(obs, fixed.expand(len(obs), -1), self._n_evals)
+            noise = torch.randn(len(obs), fixed.shape[1], generator=agent.predict_generator, device=agent.device)
+            return agent.behavior.sample(obs, noise, self._n_evals)
+
+        return agent.predict_with(act, observation), state

@@ -1,0 +1,433 @@
+"""Anything a user has -> Transitions, checked and cached. How rows become transitions is told in transitions.py."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from safetensors import SafetensorError
+
+from diffagents import dataset_checks as check
+from diffagents.dataset_checks import first_line, warn
+from diffagents.transitions import D4RL_NAMES, Transitions, from_arrays, from_episodes, obs_shapes
+from diffagents.types import Spec
+
+_ARRAYS = {
+    "observations", "actions", "rewards", "terminations", "truncations", "next_observations", "episode_ends", "dones", "masks",
+}  # fmt: skip
+_MINARI_ID = re.compile(r"(?:[-\w][-\w/]*[-\w]/)?[-\w]+-v\d+")
+_ACCEPTED = (
+    "a Minari id, a MinariDataset, a dict of arrays, a list of episode dicts, a path to .npz or .hdf5, "
+    "an SB3 ReplayBuffer, or Transitions"
+)
+
+
+def load_dataset(
+    source: Any,
+    *,
+    env: Any = None,
+    obs_keys: Sequence[str] | None = None,
+    clip_actions: bool = False,
+    download: bool = True,
+    cache: bool = True,
+    verbose: int = 0,
+) -> Transitions:
+    """Read `source`, check it and return Transitions on the CPU, in the environment's units.
+
+    `source` is one of
+      * a Minari id `(namespace/)name-vN`: local first, else downloaded (forbidden by `download=False`); with a remote in front,
+        `hf://user/namespace/name-v0`, it is downloaded from there;
+      * a `minari.MinariDataset`, filtered or not;
+      * a dict of arrays with one row per step: `observations` (an array or a dict of arrays), `actions`, `rewards`,
+        `terminations`, `truncations`, optional `next_observations`. D4RL's `terminals` and `timeouts` are accepted. Without
+        truncations, episode ends come from `episode_ends` (one past each last row), else from breaks in `next_observations`,
+        else from the time limit of `env`; if none is there, the data are refused;
+      * a list of episode dicts with T+1 observations and T actions each, same keys;
+      * a path to an `.npz` of the same arrays (a dict observation as `observations/key`), or a D4RL-style `.hdf5`/`.h5` file;
+      * a Stable-Baselines3 `ReplayBuffer` or `DictReplayBuffer`. Their actions are taken as SB3's off-policy algorithms store
+        them, scaled to [-1, 1], and brought back to the units of the buffer's action space;
+      * `Transitions`, returned as they are.
+
+    `env` (an id, a Gymnasium Env or VectorEnv, an SB3 VecEnv) provides spaces and the environment spec; else they come from the
+    dataset; arrays alone get unbounded observations and the action bounds of the data, with a warning. `obs_keys` chooses and
+    orders the parts of a Dict observation. `clip_actions` accepts actions outside the bounds. `cache` keeps Minari and HDF5
+    sets as flat files in $DIFFAGENTS_CACHE or ~/.cache/diffagents.
+
+    `info` of the result is JSON-able: `id`, `kind`, `n_steps` and `n_episodes` as recorded, `mean_return` and `std_return` of
+    whole episodes, `sha256` of the content, `env_spec` (JSON of a Gymnasium EnvSpec, for Minari the evaluation environment's
+    if recorded, or None), `ref_min_score`, `ref_max_score` (or None), `obs_keys`, `bounds_from_data`.
+
+    Raises TypeError, ValueError, FileNotFoundError or ConnectionError, in one line with the place and the cure.
+    """
+    if isinstance(source, Transitions):
+        return source
+    started = time.perf_counter()
+    if isinstance(obs_keys, str):
+        raise TypeError(f"obs_keys={obs_keys!r} is a string; pass a list of keys, [{obs_keys!r}]")
+    given = _describe_env(env, obs_keys) if env is not None else None
+    keys = tuple(obs_keys) if obs_keys is not None else (given.spec.obs_keys if given else None)
+    data = _read(source, keys, given, download, cache)
+    if given is not None:
+        _adopt(data, given)
+    elif data.info["bounds_from_data"]:
+        low, high = data.spec.action_space.low, data.spec.action_space.high
+        warn(f"action bounds [{low.min():.4g}, {high.max():.4g}] are those of the data; pass env= for the true ones")
+    data.action = check.within_bounds(data.action, data.spec, data.episode_ends, data.episode_lengths, clip_actions)
+    for advice in data.info["warnings"]:
+        warn(f"{data.info['id']}: {advice}")
+    if verbose:
+        took = time.perf_counter() - started
+        print(f"{data.info['id']}: {len(data):,} transitions, {data.info['n_episodes']:,} episodes, read in {took:.2f} s")
+    return data
+
+
+def _read(source: Any, keys: tuple[str, ...] | None, given: "_Given | None", download: bool, cache: bool) -> Transitions:
+    limit = given.max_episode_steps if given is not None else None
+    if isinstance(source, Path) or (isinstance(source, str) and source.lower().endswith((".npz", ".hdf5", ".h5"))):
+        return _read_file(Path(source).expanduser(), keys, limit, cache)
+    if isinstance(source, str):
+        return _read_minari(_local_minari(source, download), keys, cache)
+    if _is_a(source, "minari", "MinariDataset"):
+        return _read_minari(Path(source.storage.data_path), keys, cache, source)
+    if _is_a(source, "stable_baselines3", "ReplayBuffer"):
+        return _from_replay_buffer(source, keys, given)
+    if isinstance(source, Mapping):
+        return from_arrays(source, keys, limit, {"id": "arrays", "kind": "arrays"})
+    if isinstance(source, (list, tuple)) and all(isinstance(episode, Mapping) for episode in source):
+        n_steps = sum(len(episode["actions"]) for episode in source if "actions" in episode)
+        return from_episodes(source, n_steps, keys, None, {"id": "arrays", "kind": "episodes"})
+    raise TypeError(f"cannot read a dataset from {type(source).__name__}; accepted are {_ACCEPTED}")
+
+
+def _is_a(source: Any, package: str, name: str) -> bool:
+    # By name, so that the package is not imported only to find out that the source has nothing to do with it.
+    return any(cls.__name__ == name and cls.__module__.split(".")[0] == package for cls in type(source).__mro__)
+
+
+# ---- environments -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Given:
+    spec: Spec
+    env_spec: EnvSpec | None
+    max_episode_steps: int | None
+
+
+def _describe_env(env: Any, obs_keys: Sequence[str] | None) -> _Given:
+    keys = tuple(obs_keys) if obs_keys is not None else None
+    if isinstance(env, (str, EnvSpec)):
+        try:
+            made = gymnasium.make(env)
+        except Exception as error:  # whatever an environment's constructor may raise; its first line is the cause
+            raise ValueError(f"env={env!r} cannot be made ({type(error).__name__}: {first_line(error)}); check the id") from None
+        with made:
+            return _describe_env(made, obs_keys)
+    observation_space = getattr(env, "single_observation_space", getattr(env, "observation_space", None))
+    action_space = getattr(env, "single_action_space", getattr(env, "action_space", None))
+    if observation_space is None or action_space is None:
+        raise TypeError(f"env is a {type(env).__name__}; pass an environment id, a Gymnasium Env, or an SB3 VecEnv")
+    env_spec = getattr(env, "spec", None)
+    if env_spec is None and hasattr(env, "get_attr"):
+        try:
+            env_spec = env.get_attr("spec")[0]
+        except (AttributeError, IndexError):  # a VecEnv made of spaces only
+            env_spec = None
+    env_spec = env_spec if isinstance(env_spec, EnvSpec) else None
+    return _Given(
+        Spec.from_spaces(observation_space, action_space, keys), env_spec, env_spec.max_episode_steps if env_spec else None
+    )
+
+
+def _adopt(data: Transitions, given: _Given) -> None:
+    """Put the given environment's spaces and spec in place of the data's own. Raises ValueError if they do not fit."""
+    cure = "pass the environment that the data come from, or leave env= out"
+    have, want = obs_shapes(data.spec), obs_shapes(given.spec)
+    if have != want:
+        raise ValueError(f"observations are {_show(have)} in the data, but {_show(want)} in env; {cure}")
+    own, new = data.spec.action_space, given.spec.action_space
+    if own.shape != new.shape:
+        raise ValueError(f"actions have shape {own.shape} in the data, but {new.shape} in env; {cure}")
+    if not data.info["bounds_from_data"] and not (np.allclose(own.low, new.low) and np.allclose(own.high, new.high)):
+        raise ValueError(
+            f"action bounds are [{own.low.min():g}, {own.high.max():g}] in the data, "
+            f"but [{new.low.min():g}, {new.high.max():g}] in env; {cure}"
+        )
+    data.spec = given.spec
+    data.info |= {"bounds_from_data": False}
+    if given.env_spec is not None:
+        try:
+            data.info["env_spec"] = given.env_spec.to_json()
+        except (TypeError, ValueError):  # made with arguments that JSON cannot hold: not reproducible from a file
+            data.info["env_spec"] = None
+
+
+def _show(shapes: Mapping[str | None, tuple[int, ...]]) -> str:
+    return str(shapes[None]) if None in shapes else str(dict(shapes))
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------------
+
+
+def _read_file(path: Path, keys: tuple[str, ...] | None, limit: int | None, cache: bool) -> Transitions:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; give the path of an .npz or .hdf5 file, or a Minari id")
+    info = {"id": path.name, "kind": "npz" if path.suffix.lower() == ".npz" else "hdf5"}
+    if path.suffix.lower() == ".npz":
+        return from_arrays(_npz_arrays(path), keys, limit, info)
+    if path.suffix.lower() not in (".hdf5", ".h5"):
+        raise ValueError(f"{path} ends in {path.suffix!r}; only .npz, .hdf5 and .h5 files are read")
+    if not cache:
+        return from_arrays(_hdf5_arrays(path), keys, limit, info)
+    key = {"path": str(path.resolve()), "obs_keys": keys, "limit": limit}
+    return _cached(path.stem, key, {"files": _stamp([path])}, lambda: from_arrays(_hdf5_arrays(path), keys, limit, info))
+
+
+def _npz_arrays(path: Path) -> dict[str, Any]:
+    arrays: dict[str, Any] = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for name in file.files:
+                head, _, leaf = name.partition("/")
+                if D4RL_NAMES.get(head, head) not in _ARRAYS:
+                    continue
+                if leaf:
+                    arrays.setdefault(head, {})[leaf] = file[name]
+                else:
+                    arrays[head] = file[name]
+    except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile or AttributeError on foreign files
+        raise ValueError(f"{path} cannot be read as .npz ({first_line(error)}); write it with numpy.savez, plain arrays only") from None
+    return arrays
+
+
+def _hdf5_arrays(path: Path) -> dict[str, Any]:
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            if "episode_0" in file:
+                raise ValueError("it is the inside of a Minari set: pass the set's id instead")
+            arrays: dict[str, Any] = {}
+            for name, node in file.items():
+                if D4RL_NAMES.get(name, name) in _ARRAYS:
+                    arrays[name] = {key: leaf[()] for key, leaf in node.items()} if isinstance(node, h5py.Group) else node[()]
+            return arrays
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a D4RL-style HDF5 file: {first_line(error)}") from None
+
+
+# ---- Minari -----------------------------------------------------------------------------------------------------------------
+
+
+def _local_minari(source: str, download: bool) -> Path:
+    """The folder that holds metadata.json of a Minari set, downloaded if need be."""
+    remote, identity = None, source
+    if "://" in source:  # minari.load_dataset would look for a folder of that name
+        scheme, _, rest = source.partition("://")
+        owner, _, identity = rest.partition("/")
+        remote = f"{scheme}://{owner}"
+    if not _MINARI_ID.fullmatch(identity):
+        raise ValueError(
+            f"{source!r} is neither a Minari id, which looks like namespace/name-v0, nor a path that ends in .npz, .hdf5 or .h5"
+        )
+    root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+    path = root / identity / "data"
+    if (path / "metadata.json").is_file():
+        return path
+    if not download:
+        raise FileNotFoundError(
+            f"no Minari set {identity!r} in {root}; pass download=True, or set MINARI_DATASETS_PATH to the folder that holds it"
+        )
+    _download(identity, remote, path)
+    if not (path / "metadata.json").is_file():
+        raise FileNotFoundError(f"the download of {identity!r} left no metadata.json in {path}; delete that folder and try again")
+    return path
+
+
+def _download(identity: str, remote: str | None, path: Path) -> None:
+    import minari
+    from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
+
+    place = remote or os.environ.get("MINARI_REMOTE", DEFAULT_REMOTE)
+    instead = "or set MINARI_DATASETS_PATH to a folder that holds it"
+    try:
+        size = get_cloud_storage(remote_path=place).get_dataset_metadata(identity).get("dataset_size", "?")
+        print(f"downloading {identity} ({size} MB) from {place}", flush=True)
+        # A folder without metadata.json is what an interrupted download left behind.
+        minari.download_dataset(f"{place}/{identity}", force_download=path.parent.exists())
+    except ImportError:
+        raise
+    except Exception as error:  # from the hub's, the HTTP library's and Minari's own families of errors
+        kinds = {cls.__name__ for cls in type(error).__mro__}
+        if kinds & {"RepositoryNotFoundError", "RemoteEntryNotFoundError"} or type(error) is ValueError:
+            raise FileNotFoundError(f"{place} has no Minari set {identity!r}; check the id, {instead}") from None
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise ConnectionError(
+            f"cannot download {identity!r} from {place} ({cause}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {instead}"
+        ) from None
+
+
+def _read_minari(path: Path, keys: tuple[str, ...] | None, cache: bool, dataset: Any = None) -> Transitions:
+    """Read the set in `path`, or the part of it that a (filtered) MinariDataset points to."""
+    metadata = json.loads((path / "metadata.json").read_text())
+    chosen = None
+    if dataset is not None and len(dataset.episode_indices) != metadata["total_episodes"]:
+        chosen = hashlib.sha256(np.asarray(dataset.episode_indices, np.int64).tobytes()).hexdigest()
+    key = {"path": str(path.resolve()), "obs_keys": keys, "episodes": chosen}
+
+    def read() -> Transitions:
+        return _iterate_minari(path, metadata, keys, dataset)
+
+    if not cache:
+        return read()
+    stamp = {"minari": metadata["minari_version"], "steps": metadata["total_steps"], "files": _stamp(path.rglob("*"))}
+    return _cached(metadata["dataset_id"], key, stamp, read)
+
+
+def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: tuple[str, ...] | None, dataset: Any) -> Transitions:
+    import minari
+
+    name = metadata["dataset_id"]
+    try:
+        dataset = dataset if dataset is not None else minari.MinariDataset(path)
+    except ValueError as error:
+        raise ValueError(f"Minari set {name!r} cannot be opened: {first_line(error)}") from None
+    spec = Spec.from_spaces(dataset.observation_space, dataset.action_space, keys)
+    raw = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    info = {
+        "id": name,
+        "kind": "minari",
+        "env_spec": _clean_env_spec(raw) if raw else None,
+        "ref_min_score": metadata.get("ref_min_score"),
+        "ref_max_score": metadata.get("ref_max_score"),
+    }
+    episodes = (
+        {
+            "observations": episode.observations,
+            "actions": episode.actions,
+            "rewards": episode.rewards,
+            "terminations": episode.terminations,
+            "truncations": episode.truncations,
+        }
+        for episode in dataset.iterate_episodes()
+    )
+    try:
+        return from_episodes(episodes, dataset.total_steps, keys, spec, info)
+    except (OSError, KeyError) as error:
+        raise OSError(f"Minari set {name!r} in {path} is damaged ({first_line(error)}); delete the folder and load it again") from None
+
+
+def _clean_env_spec(raw: str) -> str:
+    """The JSON of an EnvSpec without fields that only older Gymnasium versions know."""
+    known = {field.name for field in fields(EnvSpec)}
+    return json.dumps({key: value for key, value in json.loads(raw).items() if key in known})
+
+
+# ---- Stable-Baselines3 ------------------------------------------------------------------------------------------------------
+
+
+def _from_replay_buffer(buffer: Any, keys: tuple[str, ...] | None, given: _Given | None) -> Transitions:
+    """Rows in the order of time, one environment after the other."""
+    n_envs, capacity = buffer.n_envs, buffer.buffer_size
+    first, n = (buffer.pos, capacity) if buffer.full else (0, buffer.pos)
+    shared = buffer.optimize_memory_usage
+    if shared and buffer.full:  # the oldest observation has been overwritten by the newest next observation
+        first, n = first + 1, n - 1
+    order = (first + np.arange(n)) % capacity
+
+    def unroll(array: Any) -> Any:
+        if isinstance(array, Mapping):
+            return {key: unroll(value) for key, value in array.items()}
+        return array[order].swapaxes(0, 1).reshape(n_envs * n, *array.shape[2:])
+
+    spec = Spec.from_spaces(buffer.observation_space, buffer.action_space, keys)
+    low, high = spec.action_space.low, spec.action_space.high
+    action = unroll(buffer.actions).reshape(-1, *low.shape)
+    if n and np.abs(action).max() > 1 + check.ACTION_TOLERANCE:
+        raise ValueError(
+            f"the replay buffer holds an action of {np.abs(action).max():.4g}: SB3 stores actions scaled to [-1, 1]; "
+            "if yours are in the environment's units, pass a dict of arrays instead"
+        )
+    done = unroll(buffer.dones).astype(bool)
+    last = (np.arange(n_envs) + 1) * n - 1
+    starts = np.arange(n_envs) * n
+    if buffer.handle_timeout_termination:
+        timeout = unroll(buffer.timeouts).astype(bool)
+    elif given is not None and given.env_spec is not None:
+        timeout = _timeouts_by_length(done, last, given.max_episode_steps, starts if buffer.full else starts[:0])
+    else:
+        raise ValueError(
+            "the replay buffer was made with handle_timeout_termination=False, so that its dones mix terminations and time-outs; "
+            "pass env= to tell them apart by its time limit"
+        )
+    data = {
+        "observations": unroll(buffer.observations),
+        "actions": low + 0.5 * (action + 1.0) * (high - low),
+        "rewards": unroll(buffer.rewards),
+        "terminations": done & ~timeout,
+        "truncations": done & timeout,
+    }
+    if not shared:
+        data["next_observations"] = unroll(buffer.next_observations)
+    info = {"id": "replay_buffer", "kind": "replay_buffer"}
+    return from_arrays(data, keys, None, info, spec, breaks=last, cut=starts if buffer.full else None)
+
+
+def _timeouts_by_length(done: np.ndarray, last: np.ndarray, limit: int | None, cut: np.ndarray) -> np.ndarray:
+    """Done rows at exactly the time limit; and where an episode's start is lost, as bootstrapping there errs less than masking."""
+    timeout = np.zeros(len(done), bool)
+    if limit is None:
+        return timeout
+    ends = np.union1d(np.flatnonzero(done), last)
+    timeout[ends[np.diff(ends, prepend=-1) == limit]] = True
+    timeout[ends[np.searchsorted(ends, cut)]] = True
+    return timeout & done
+
+
+# ---- the cache --------------------------------------------------------------------------------------------------------------
+
+
+def _stamp(files: Iterable[Path]) -> str:
+    """Changes when a file's name, size or time of writing does."""
+    facts = sorted((file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: Callable[[], Transitions]) -> Transitions:
+    """What `read` gives, from the cache file of `key` if that carries `stamp`, else read and put there.
+
+    One file per key, replaced when the stamp is another, so that the folder does not grow with every change of a set.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    slug = re.sub(r"[^-\w]+", "-", name)
+    try:
+        folder = Path(os.environ.get("DIFFAGENTS_CACHE") or Path.home() / ".cache" / "diffagents")
+        path = folder / f"{slug}-{digest}.safetensors"
+    except RuntimeError:  # nobody's home
+        return read()
+    with contextlib.suppress(Exception):  # absent, stale, truncated, foreign: whatever it is, it is made again
+        return Transitions.load(path, extra=stamp)
+    data = read()
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+        data.save(temporary, extra=stamp)
+        os.replace(temporary, path)
+    except (OSError, ValueError, SafetensorError) as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        warn(f"{name} is not cached ({first_line(error)}); set DIFFAGENTS_CACHE to a folder that can be written, or pass cache=False")
+    return data
