@@ -380,19 +380,19 @@ def _short(value: object) -> str:
     return ascii(str(value))[1:-1][:80] if plain else type(value).__name__
 
 
-def load_state(module: nn.Module, tensors: Mapping[str, Tensor], name: str = "") -> None:
-    """Copy tensors into the module's parameters and buffers of the same names, in place; `name` is the module's.
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Copy the tensors named `prefix` + parameter or buffer into the module, in place; other prefixes are left alone.
 
     Raises ArtifactError, before anything is copied, where names, shapes or dtypes are not exactly the module's.
     """
-    own = {_bare(key): value for key, value in module.state_dict().items()}
-    given = {_bare(key): value for key, value in tensors.items()}
+    own = {prefix + _bare(key): value for key, value in module.state_dict().items()}
+    given = {_bare(key): value for key, value in tensors.items() if key.startswith(prefix)}
     for keys, what in ((own.keys() - given.keys(), "lacks"), (given.keys() - own.keys(), "has the unknown")):
         if keys:
-            some = ", ".join(_short(f"{name}.{key}") for key in sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            some = ", ".join(map(_short, sorted(keys)[:3])) + (", ..." if len(keys) > 3 else "")
             raise ArtifactError(f"the artifact {what} {some} ({len(keys)} tensors): it is another network or version")
     for key, value in own.items():
-        _check_like(given[key], value, f"{name}.{key}")
+        _check_like(given[key], value, key)
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(given[key])

@@ -1,4 +1,4 @@
-"""What a dataset must satisfy. Every refusal is one line that names the place and the cure; nothing here repairs silently."""
+"""What a dataset must satisfy. Every refusal is one line that names the place and the cure."""
 
 import warnings
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ ACTION_TOLERANCE = 1e-4
 
 
 def numeric(name: str, value: Any) -> np.ndarray:
-    """`value` as a numpy array of real numbers. Raises TypeError for object, string or complex data, ValueError if ragged."""
+    """`value` as an array of real numbers. Raises TypeError for objects, strings or complex, ValueError if ragged."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"{name} cannot be read as an array: {first_line(error)}; make every row the same shape") from None
+        raise ValueError(f"{name} is no array ({first_line(error)}); give every row the same shape") from None
     if array.dtype.kind not in "biuf":
         cure = "take the real part" if array.dtype.kind == "c" else "convert it to float32 numbers"
         raise TypeError(f"{name} has dtype {array.dtype}, which is not a real number; {cure}")
@@ -51,7 +51,7 @@ def rows(name: str, value: Any, shape: tuple[int, ...] | None) -> np.ndarray:
     """One vector per step: (N, *shape), or any (N, ...) where `shape` is None. Raises ValueError with both shapes."""
     array = numeric(name, value)
     if shape is None and array.ndim < 2:
-        raise ValueError(f"{name} has shape {array.shape}, expected (N, D): for one dimension pass {name.split()[-1]}[:, None]")
+        raise ValueError(f"{name} has shape {array.shape}, expected (N, D); for one dimension pass array[:, None]")
     if shape is not None and array.shape[1:] != shape:
         raise ValueError(
             f"{name} has shape {array.shape}, but the space needs (N, {', '.join(map(str, shape))}): "
@@ -120,10 +120,12 @@ def within_bounds(action: Tensor, spec: Spec, ends: Tensor, lengths: Tensor, cli
     n_bad = int(outside.any(1).sum())
     if n_bad and not clip:
         row, dim = (int(i) for i in outside.nonzero()[0])
+        at = place(row, ends.numpy(), lengths.numpy())
+        value, bounds = float(action[row, dim]), f"[{float(low[dim]):.6g}, {float(high[dim]):.6g}]"
         raise ValueError(
-            f"actions leave the action space in {n_bad} of {len(action)} rows, first at {place(row, ends.numpy(), lengths.numpy())}: "
-            f"dimension {dim} is {float(action[row, dim]):.6g}, outside [{float(low[dim]):.6g}, {float(high[dim]):.6g}]; "
-            "pass clip_actions=True to clip them, or leave env= out if these are the wrong bounds"
+            f"actions leave the action space in {n_bad} of {len(action)} rows, first at {at}: "
+            f"dimension {dim} is {value:.6g}, outside {bounds}; pass clip_actions=True to clip them, "
+            "or leave env= out if these are the wrong bounds"
         )
     return action.clamp(low, high)
 
@@ -132,12 +134,13 @@ def advise(obs: Tensor, rew: Tensor, done: Tensor, n_episodes: int) -> list[str]
     """Warnings about data that can be learnt from, but probably not as hoped; one line each."""
     found = []
     if bool(rew.min() == rew.max()) and not bool(done.any()):
-        found.append(f"the reward is {float(rew[0]):g} in every row and no episode terminates: only cloning can learn from this")
+        found.append(f"the reward is always {float(rew[0]):g} and no episode terminates: only cloning can learn here")
     if n_episodes == 1:
         found.append("the data hold one episode: if there are more, their ends are missing (see truncations)")
     std = obs.std(dim=0, correction=0)
     if float(std.max()) > 50.0:
-        found.append(f"observation dimension {int(std.argmax())} has a std of {float(std.max()):.3g}: consider normalize_obs=True")
+        where = f"observation dimension {int(std.argmax())} has a std of {float(std.max()):.3g}"
+        found.append(f"{where}: consider normalize_obs=True")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Anything a user has -> Transitions, checked and cached. How rows become transitions is told in transitions.py."""
+"""Anything a user has -> Transitions, checked and cached. How rows become transitions is told in arrays.py."""
 
 import contextlib
 import hashlib
@@ -18,12 +18,14 @@ from gymnasium.envs.registration import EnvSpec
 from safetensors import SafetensorError
 
 from diffagents import dataset_checks as check
+from diffagents.arrays import D4RL_NAMES, Keys, from_arrays, from_episodes, from_replay_buffer, obs_shapes
 from diffagents.dataset_checks import first_line, warn
-from diffagents.transitions import D4RL_NAMES, Transitions, from_arrays, from_episodes, obs_shapes
+from diffagents.transitions import Transitions
 from diffagents.types import Spec
 
 _ARRAYS = {
-    "observations", "actions", "rewards", "terminations", "truncations", "next_observations", "episode_ends", "dones", "masks",
+    "observations", "actions", "rewards", "terminations", "truncations", "next_observations", "episode_ends",
+    "dones", "masks",
 }  # fmt: skip
 _MINARI_ID = re.compile(r"(?:[-\w][-\w/]*[-\w]/)?[-\w]+-v\d+")
 _ACCEPTED = (
@@ -45,27 +47,28 @@ def load_dataset(
     """Read `source`, check it and return Transitions on the CPU, in the environment's units.
 
     `source` is one of
-      * a Minari id `(namespace/)name-vN`: local first, else downloaded (forbidden by `download=False`); with a remote in front,
-        `hf://user/namespace/name-v0`, it is downloaded from there;
+      * a Minari id `(namespace/)name-vN`: local first, else downloaded (forbidden by `download=False`); with a remote in
+        front, `hf://user/namespace/name-v0`, it is downloaded from there;
       * a `minari.MinariDataset`, filtered or not;
       * a dict of arrays with one row per step: `observations` (an array or a dict of arrays), `actions`, `rewards`,
-        `terminations`, `truncations`, optional `next_observations`. D4RL's `terminals` and `timeouts` are accepted. Without
-        truncations, episode ends come from `episode_ends` (one past each last row), else from breaks in `next_observations`,
-        else from the time limit of `env`; if none is there, the data are refused;
+        `terminations`, `truncations`, optional `next_observations`. D4RL's `terminals` and `timeouts` are accepted.
+        Without truncations, episode ends come from `episode_ends` (one past each last row), else from breaks in
+        `next_observations`, else from the time limit of `env`; if there is none of them, the data are refused;
       * a list of episode dicts with T+1 observations and T actions each, same keys;
-      * a path to an `.npz` of the same arrays (a dict observation as `observations/key`), or a D4RL-style `.hdf5`/`.h5` file;
-      * a Stable-Baselines3 `ReplayBuffer` or `DictReplayBuffer`. Their actions are taken as SB3's off-policy algorithms store
-        them, scaled to [-1, 1], and brought back to the units of the buffer's action space;
+      * a path to an `.npz` of the same arrays (a dict observation as `observations/key`), or to a D4RL-style `.hdf5`;
+      * a Stable-Baselines3 `ReplayBuffer` or `DictReplayBuffer`. Their actions are taken as SB3's off-policy algorithms
+        store them, scaled to [-1, 1], and brought back to the units of the buffer's action space;
       * `Transitions`, returned as they are.
 
-    `env` (an id, a Gymnasium Env or VectorEnv, an SB3 VecEnv) provides spaces and the environment spec; else they come from the
-    dataset; arrays alone get unbounded observations and the action bounds of the data, with a warning. `obs_keys` chooses and
-    orders the parts of a Dict observation. `clip_actions` accepts actions outside the bounds. `cache` keeps Minari and HDF5
-    sets as flat files in $DIFFAGENTS_CACHE or ~/.cache/diffagents.
+    `env` (an id, a Gymnasium Env or VectorEnv, an SB3 VecEnv) provides spaces and the environment spec; else they come
+    from the dataset; arrays alone get unbounded observations and the action bounds of the data, with a warning.
+    `obs_keys` chooses and orders the parts of a Dict observation. `clip_actions` accepts actions outside the bounds.
+    `cache` keeps Minari and HDF5 sets as flat files in $DIFFAGENTS_CACHE or ~/.cache/diffagents.
 
-    `info` of the result is JSON-able: `id`, `kind`, `n_steps` and `n_episodes` as recorded, `mean_return` and `std_return` of
-    whole episodes, `sha256` of the content, `env_spec` (JSON of a Gymnasium EnvSpec, for Minari the evaluation environment's
-    if recorded, or None), `ref_min_score`, `ref_max_score` (or None), `obs_keys`, `bounds_from_data`.
+    `info` of the result is JSON-able: `id`, `kind`, `n_steps` and `n_episodes` as recorded, `mean_return` and
+    `std_return` of whole episodes, `sha256` of the content, `env_spec` (JSON of a Gymnasium EnvSpec or None; for Minari
+    the evaluation environment's if recorded), `ref_min_score` and `ref_max_score` (or None), `obs_keys`,
+    `bounds_from_data`, `warnings`.
 
     Raises TypeError, ValueError, FileNotFoundError or ConnectionError, in one line with the place and the cure.
     """
@@ -86,13 +89,14 @@ def load_dataset(
     for advice in data.info["warnings"]:
         warn(f"{data.info['id']}: {advice}")
     if verbose:
-        took = time.perf_counter() - started
-        print(f"{data.info['id']}: {len(data):,} transitions, {data.info['n_episodes']:,} episodes, read in {took:.2f} s")
+        took, n_episodes = time.perf_counter() - started, data.info["n_episodes"]
+        print(f"{data.info['id']}: {len(data):,} transitions, {n_episodes:,} episodes, read in {took:.2f} s")
     return data
 
 
-def _read(source: Any, keys: tuple[str, ...] | None, given: "_Given | None", download: bool, cache: bool) -> Transitions:
-    limit = given.max_episode_steps if given is not None else None
+def _read(source: Any, keys: Keys, given: "_Given | None", download: bool, cache: bool) -> Transitions:
+    env_spec = given.env_spec if given is not None else None
+    limit = env_spec.max_episode_steps if env_spec is not None else None
     if isinstance(source, Path) or (isinstance(source, str) and source.lower().endswith((".npz", ".hdf5", ".h5"))):
         return _read_file(Path(source).expanduser(), keys, limit, cache)
     if isinstance(source, str):
@@ -100,7 +104,7 @@ def _read(source: Any, keys: tuple[str, ...] | None, given: "_Given | None", dow
     if _is_a(source, "minari", "MinariDataset"):
         return _read_minari(Path(source.storage.data_path), keys, cache, source)
     if _is_a(source, "stable_baselines3", "ReplayBuffer"):
-        return _from_replay_buffer(source, keys, given)
+        return _from_replay_buffer(source, keys, env_spec)
     if isinstance(source, Mapping):
         return from_arrays(source, keys, limit, {"id": "arrays", "kind": "arrays"})
     if isinstance(source, (list, tuple)) and all(isinstance(episode, Mapping) for episode in source):
@@ -114,14 +118,13 @@ def _is_a(source: Any, package: str, name: str) -> bool:
     return any(cls.__name__ == name and cls.__module__.split(".")[0] == package for cls in type(source).__mro__)
 
 
-# ---- environments -----------------------------------------------------------------------------------------------------------
+# ---- environments ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Given:
     spec: Spec
     env_spec: EnvSpec | None
-    max_episode_steps: int | None
 
 
 def _describe_env(env: Any, obs_keys: Sequence[str] | None) -> _Given:
@@ -130,7 +133,8 @@ def _describe_env(env: Any, obs_keys: Sequence[str] | None) -> _Given:
         try:
             made = gymnasium.make(env)
         except Exception as error:  # whatever an environment's constructor may raise; its first line is the cause
-            raise ValueError(f"env={env!r} cannot be made ({type(error).__name__}: {first_line(error)}); check the id") from None
+            cause = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"env={env!r} cannot be made ({cause}); check the id and what it needs") from None
         with made:
             return _describe_env(made, obs_keys)
     observation_space = getattr(env, "single_observation_space", getattr(env, "observation_space", None))
@@ -143,10 +147,8 @@ def _describe_env(env: Any, obs_keys: Sequence[str] | None) -> _Given:
             env_spec = env.get_attr("spec")[0]
         except (AttributeError, IndexError):  # a VecEnv made of spaces only
             env_spec = None
-    env_spec = env_spec if isinstance(env_spec, EnvSpec) else None
-    return _Given(
-        Spec.from_spaces(observation_space, action_space, keys), env_spec, env_spec.max_episode_steps if env_spec else None
-    )
+    spec = Spec.from_spaces(observation_space, action_space, keys)
+    return _Given(spec, env_spec if isinstance(env_spec, EnvSpec) else None)
 
 
 def _adopt(data: Transitions, given: _Given) -> None:
@@ -176,10 +178,10 @@ def _show(shapes: Mapping[str | None, tuple[int, ...]]) -> str:
     return str(shapes[None]) if None in shapes else str(dict(shapes))
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path, keys: tuple[str, ...] | None, limit: int | None, cache: bool) -> Transitions:
+def _read_file(path: Path, keys: Keys, limit: int | None, cache: bool) -> Transitions:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; give the path of an .npz or .hdf5 file, or a Minari id")
@@ -191,7 +193,8 @@ def _read_file(path: Path, keys: tuple[str, ...] | None, limit: int | None, cach
     if not cache:
         return from_arrays(_hdf5_arrays(path), keys, limit, info)
     key = {"path": str(path.resolve()), "obs_keys": keys, "limit": limit}
-    return _cached(path.stem, key, {"files": _stamp([path])}, lambda: from_arrays(_hdf5_arrays(path), keys, limit, info))
+    stamp = {"files": _stamp([path])}
+    return _cached(path.stem, key, stamp, lambda: from_arrays(_hdf5_arrays(path), keys, limit, info))
 
 
 def _npz_arrays(path: Path) -> dict[str, Any]:
@@ -206,8 +209,9 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
                     arrays.setdefault(head, {})[leaf] = file[name]
                 else:
                     arrays[head] = file[name]
-    except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile or AttributeError on foreign files
-        raise ValueError(f"{path} cannot be read as .npz ({first_line(error)}); write it with numpy.savez, plain arrays only") from None
+    except Exception as error:  # numpy and zipfile raise many kinds on foreign files
+        cure = "write it with numpy.savez, from plain arrays only"
+        raise ValueError(f"{path} cannot be read as .npz ({first_line(error)}); {cure}") from None
     return arrays
 
 
@@ -221,13 +225,14 @@ def _hdf5_arrays(path: Path) -> dict[str, Any]:
             arrays: dict[str, Any] = {}
             for name, node in file.items():
                 if D4RL_NAMES.get(name, name) in _ARRAYS:
-                    arrays[name] = {key: leaf[()] for key, leaf in node.items()} if isinstance(node, h5py.Group) else node[()]
+                    parts = {key: leaf[()] for key, leaf in node.items()} if isinstance(node, h5py.Group) else None
+                    arrays[name] = node[()] if parts is None else parts
             return arrays
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a D4RL-style HDF5 file: {first_line(error)}") from None
 
 
-# ---- Minari -----------------------------------------------------------------------------------------------------------------
+# ---- Minari ----------------------------------------------------------------------------------------------------------
 
 
 def _local_minari(source: str, download: bool) -> Path:
@@ -239,7 +244,8 @@ def _local_minari(source: str, download: bool) -> Path:
         remote = f"{scheme}://{owner}"
     if not _MINARI_ID.fullmatch(identity):
         raise ValueError(
-            f"{source!r} is neither a Minari id, which looks like namespace/name-v0, nor a path that ends in .npz, .hdf5 or .h5"
+            f"{source!r} is neither a Minari id, which looks like namespace/name-v0, "
+            "nor a path that ends in .npz, .hdf5 or .h5"
         )
     root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
     path = root / identity / "data"
@@ -247,11 +253,12 @@ def _local_minari(source: str, download: bool) -> Path:
         return path
     if not download:
         raise FileNotFoundError(
-            f"no Minari set {identity!r} in {root}; pass download=True, or set MINARI_DATASETS_PATH to the folder that holds it"
+            f"no Minari set {identity!r} in {root}; pass download=True, "
+            "or set MINARI_DATASETS_PATH to the folder that holds it"
         )
     _download(identity, remote, path)
     if not (path / "metadata.json").is_file():
-        raise FileNotFoundError(f"the download of {identity!r} left no metadata.json in {path}; delete that folder and try again")
+        raise FileNotFoundError(f"downloading {identity!r} left no metadata.json in {path}; delete that and try again")
     return path
 
 
@@ -274,11 +281,12 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
             raise FileNotFoundError(f"{place} has no Minari set {identity!r}; check the id, {instead}") from None
         cause = f"{type(error).__name__}: {first_line(error)}"
         raise ConnectionError(
-            f"cannot download {identity!r} from {place} ({cause}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {instead}"
+            f"cannot download {identity!r} from {place} ({cause}); "
+            f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {instead}"
         ) from None
 
 
-def _read_minari(path: Path, keys: tuple[str, ...] | None, cache: bool, dataset: Any = None) -> Transitions:
+def _read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Transitions:
     """Read the set in `path`, or the part of it that a (filtered) MinariDataset points to."""
     metadata = json.loads((path / "metadata.json").read_text())
     chosen = None
@@ -295,7 +303,7 @@ def _read_minari(path: Path, keys: tuple[str, ...] | None, cache: bool, dataset:
     return _cached(metadata["dataset_id"], key, stamp, read)
 
 
-def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: tuple[str, ...] | None, dataset: Any) -> Transitions:
+def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset: Any) -> Transitions:
     import minari
 
     name = metadata["dataset_id"]
@@ -325,7 +333,10 @@ def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: tuple[str, ..
     try:
         return from_episodes(episodes, dataset.total_steps, keys, spec, info)
     except (OSError, KeyError) as error:
-        raise OSError(f"Minari set {name!r} in {path} is damaged ({first_line(error)}); delete the folder and load it again") from None
+        cause = first_line(error)
+        raise OSError(
+            f"Minari set {name!r} in {path} is damaged ({cause}); delete the folder and load it again"
+        ) from None
 
 
 def _clean_env_spec(raw: str) -> str:
@@ -334,68 +345,7 @@ def _clean_env_spec(raw: str) -> str:
     return json.dumps({key: value for key, value in json.loads(raw).items() if key in known})
 
 
-# ---- Stable-Baselines3 ------------------------------------------------------------------------------------------------------
-
-
-def _from_replay_buffer(buffer: Any, keys: tuple[str, ...] | None, given: _Given | None) -> Transitions:
-    """Rows in the order of time, one environment after the other."""
-    n_envs, capacity = buffer.n_envs, buffer.buffer_size
-    first, n = (buffer.pos, capacity) if buffer.full else (0, buffer.pos)
-    shared = buffer.optimize_memory_usage
-    if shared and buffer.full:  # the oldest observation has been overwritten by the newest next observation
-        first, n = first + 1, n - 1
-    order = (first + np.arange(n)) % capacity
-
-    def unroll(array: Any) -> Any:
-        if isinstance(array, Mapping):
-            return {key: unroll(value) for key, value in array.items()}
-        return array[order].swapaxes(0, 1).reshape(n_envs * n, *array.shape[2:])
-
-    spec = Spec.from_spaces(buffer.observation_space, buffer.action_space, keys)
-    low, high = spec.action_space.low, spec.action_space.high
-    action = unroll(buffer.actions).reshape(-1, *low.shape)
-    if n and np.abs(action).max() > 1 + check.ACTION_TOLERANCE:
-        raise ValueError(
-            f"the replay buffer holds an action of {np.abs(action).max():.4g}: SB3 stores actions scaled to [-1, 1]; "
-            "if yours are in the environment's units, pass a dict of arrays instead"
-        )
-    done = unroll(buffer.dones).astype(bool)
-    last = (np.arange(n_envs) + 1) * n - 1
-    starts = np.arange(n_envs) * n
-    if buffer.handle_timeout_termination:
-        timeout = unroll(buffer.timeouts).astype(bool)
-    elif given is not None and given.env_spec is not None:
-        timeout = _timeouts_by_length(done, last, given.max_episode_steps, starts if buffer.full else starts[:0])
-    else:
-        raise ValueError(
-            "the replay buffer was made with handle_timeout_termination=False, so that its dones mix terminations and time-outs; "
-            "pass env= to tell them apart by its time limit"
-        )
-    data = {
-        "observations": unroll(buffer.observations),
-        "actions": low + 0.5 * (action + 1.0) * (high - low),
-        "rewards": unroll(buffer.rewards),
-        "terminations": done & ~timeout,
-        "truncations": done & timeout,
-    }
-    if not shared:
-        data["next_observations"] = unroll(buffer.next_observations)
-    info = {"id": "replay_buffer", "kind": "replay_buffer"}
-    return from_arrays(data, keys, None, info, spec, breaks=last, cut=starts if buffer.full else None)
-
-
-def _timeouts_by_length(done: np.ndarray, last: np.ndarray, limit: int | None, cut: np.ndarray) -> np.ndarray:
-    """Done rows at exactly the time limit; and where an episode's start is lost, as bootstrapping there errs less than masking."""
-    timeout = np.zeros(len(done), bool)
-    if limit is None:
-        return timeout
-    ends = np.union1d(np.flatnonzero(done), last)
-    timeout[ends[np.diff(ends, prepend=-1) == limit]] = True
-    timeout[ends[np.searchsorted(ends, cut)]] = True
-    return timeout & done
-
-
-# ---- the cache --------------------------------------------------------------------------------------------------------------
+# ---- the cache -------------------------------------------------------------------------------------------------------
 
 
 def _stamp(files: Iterable[Path]) -> str:
@@ -404,7 +354,9 @@ def _stamp(files: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: Callable[[], Transitions]) -> Transitions:
+def _cached(
+    name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: Callable[[], Transitions]
+) -> Transitions:
     """What `read` gives, from the cache file of `key` if that carries `stamp`, else read and put there.
 
     One file per key, replaced when the stamp is another, so that the folder does not grow with every change of a set.
@@ -429,5 +381,6 @@ def _cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: C
     except (OSError, ValueError, SafetensorError) as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        warn(f"{name} is not cached ({first_line(error)}); set DIFFAGENTS_CACHE to a folder that can be written, or pass cache=False")
+        cure = "set DIFFAGENTS_CACHE to a folder that can be written, or pass cache=False"
+        warn(f"{name} is not cached ({first_line(error)}); {cure}")
     return data

@@ -310,6 +310,7 @@ def prefer_egl() -> bool:
 
 
 def is_sb3(env: Any) -> bool:
+    """Whether it is a Stable-Baselines3 VecEnv, without importing Stable-Baselines3 to find out."""
     module = sys.modules.get("stable_baselines3.common.vec_env")  # whoever has a VecEnv has imported it
     return module is not None and isinstance(env, module.VecEnv)
 
@@ -318,6 +319,8 @@ def is_sb3(env: Any) -> bool:
 
 
 class Step(NamedTuple):
+    """One step of n sub-environments."""
+
     obs: Any  # batched
     rew: np.ndarray  # (n,)
     ended: np.ndarray  # (n,) bool, this step ended an episode
@@ -416,6 +419,7 @@ class SB3:
 
 
 def stack(items: Sequence[Any]) -> Any:
+    """Observations of n environments as one batch: arrays (n, ...), in dicts or tuples where the observation is one."""
     if isinstance(items[0], Mapping):
         return {key: stack([item[key] for item in items]) for key in items[0]}
     if isinstance(items[0], tuple):
@@ -543,6 +547,7 @@ def play(
 
 
 def check_actions(actions: Any, n: int, space: spaces.Space[Any]) -> np.ndarray:
+    """What predict gave as an array (n, *action shape); ValueError for another shape, NaN or infinity."""
     array = np.asarray(actions)
     if array.shape != (n, *(space.shape or ())):
         raise ValueError(

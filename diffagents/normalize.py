@@ -1,7 +1,7 @@
 """Observation statistics and reward transforms, under their papers' names. Both travel inside the artifact.
 
-Every reward transform is affine, `r -> scale * r + shift`, fitted on a dataset once and applied unchanged afterwards, to the
-rewards of an online fine-tuning too.
+Every reward transform is affine, `r -> scale * r + shift`, fitted on a dataset once and applied unchanged afterwards,
+to the rewards of online fine-tuning too.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 REWARD_TRANSFORMS: dict[str, str] = {
     "none": "r",
-    "iql_locomotion": "1000 r / (R_max - R_min) over the returns R of the dataset's episodes: IQL, IDQL, SRPO, QGPO, BDPO",
+    "iql_locomotion": "1000 r / (R_max - R_min) over the returns R of episodes: IQL, IDQL, SRPO, QGPO, BDPO",
     "iql_antmaze": "r - 1: IQL, IDQL, SRPO, QGPO on sparse goals",
     "cql_antmaze": "4 (r - 0.5): Diffusion-QL, DiffCPS on sparse goals",
     "antmaze100": "100 r: BDPO on sparse goals",
     "normalize": "(r - mean) / std over the transitions: Diffusion-QL on adroit",
     "auto": "chosen from the data: iql_antmaze for a 0/1 goal reward, iql_locomotion where returns differ, else none",
 }
-"""Name -> formula and who uses it. "auto" is a rule, never a result: a fitted transform carries the name it resolved to."""
+"""Name -> formula and who uses it. "auto" is a rule, never a result: a fitted transform carries what it resolved to."""
+_FIXED = {"none": (1.0, 0.0), "iql_antmaze": (1.0, -1.0), "cql_antmaze": (4.0, -2.0), "antmaze100": (100.0, 0.0)}
 
 
 class ObsNormalizer(nn.Module):
@@ -77,12 +78,12 @@ def fit_reward_transform(
 ) -> RewardTransform:
     """The reward transform called `name`, fitted on a dataset.
 
-    `rewards` (N,) are all rewards, `episode_returns` (E,) the undiscounted returns of whole episodes, `terminal_rewards`
-    (K,) the rewards of the transitions that terminate (only "auto" looks at them).
+    `rewards` (N,) are all rewards, `episode_returns` (E,) the undiscounted returns of whole episodes, and
+    `terminal_rewards` (K,) the rewards of the transitions that terminate (only "auto" looks at them).
 
-    "iql_locomotion" takes its returns from the recorded episode boundaries. Official SRPO, QGPO and CORL cut every 1000 rows
-    of an array from which time-out rows are gone already, so that their windows drift across episodes; their factor differs
-    from this one by a small amount, most on HalfCheetah, where no episode terminates.
+    "iql_locomotion" takes its returns from the recorded episode boundaries. Official SRPO, QGPO and CORL cut every 1000
+    rows of an array from which time-out rows are gone already, so that their windows drift across episodes; their factor
+    differs from this one by a small amount, most where episodes rarely terminate.
 
     Raises ValueError for an unknown name, and where the data make a transform impossible.
     """
@@ -101,11 +102,10 @@ def fit_reward_transform(
         std, mean = torch.std_mean(rewards.double(), correction=0)
         if float(std) <= 1e-6 * max(1.0, abs(float(mean))):
             raise ValueError(
-                f"reward transform 'normalize' divides by the std of the rewards, but all are {float(mean):g}; use 'none'"
+                f"reward transform 'normalize' divides by the rewards' std, but all are {float(mean):g}; use 'none'"
             )
         return RewardTransform(name, scale=1.0 / float(std), shift=-float(mean / std))
-    scale, shift = {"none": (1.0, 0.0), "iql_antmaze": (1.0, -1.0), "cql_antmaze": (4.0, -2.0), "antmaze100": (100.0, 0.0)}[name]
-    return RewardTransform(name, scale, shift)
+    return RewardTransform(name, *_FIXED[name])
 
 
 def _choose(rewards: Tensor, episode_returns: Tensor, terminal_rewards: Tensor | None) -> str:

@@ -1,0 +1,108 @@
+"""Rows of `zoo/<algorithm>.yml`: budgets and per-task values that papers publish, found by row name or dataset id.
+
+    default: {<stage>_steps: ...}                  what a plain run takes
+    paper:   {<stage>_steps: ..., source: ...}     the paper's schedule
+    <row>:   {<knob>: ..., aliases: [<dataset id>, ...], source: ...}    only what differs from the knobs' defaults
+
+Applied only when asked for. `aliases` and `source` are for finding and for readers; they never reach an agent.
+"""
+
+import copy
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+BLOCKS = ("default", "paper")
+_HERE = Path(__file__).resolve().parent
+# In the installed package the build has put the presets beside this file; in a checkout they lie beside the package.
+_FOLDERS = (_HERE / "zoo", _HERE.parent / "zoo")
+
+
+def load_presets(algorithm: str) -> dict[str, dict[str, Any]]:
+    """The whole table of one algorithm (any case): block or row name -> its entries, in the file's order.
+
+    Raises ValueError for an algorithm without presets and for a file of another shape, naming the row.
+    """
+    name = algorithm.lower()
+    path = next((p for folder in _FOLDERS if (p := folder / f"{name}.yml").is_file()), None)
+    if path is None or not re.fullmatch(r"[a-z0-9_]+", name):
+        known = sorted({p.stem for folder in _FOLDERS for p in folder.glob("*.yml")})
+        raise ValueError(f"there are no presets for {algorithm!r}, only for {', '.join(known) or 'nothing'}")
+    import yaml
+
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    _check(table, path)
+    return dict(table)
+
+
+def find_preset(algorithm: str, name_or_id: str) -> tuple[str, dict[str, Any]] | None:
+    """(row name, its values) for a row name or an alias, exact or, where none is, in another version (`-vN`)."""
+    rows = {name: row for name, row in load_presets(algorithm).items() if name not in BLOCKS}
+    names = {alias: name for name, row in rows.items() for alias in (name, *row.get("aliases", ()))}
+    found = names.get(name_or_id) or {_bare(alias): name for alias, name in names.items()}.get(_bare(name_or_id))
+    return None if found is None else (found, _values(rows[found]))
+
+
+def resolve_preset(algorithm: str, preset: str | None, dataset_id: str | None) -> tuple[list[str], dict[str, Any]]:
+    """(names of what was applied over the default budget, the values of all: knobs, budgets, `policy_kwargs`).
+
+    preset     applied, in this order
+    None       []
+    "auto"     [the row of `dataset_id`], [] where it has none
+    "paper"    ["paper", the row of `dataset_id` where it has one]
+    a name     [that row], by its name or an alias
+
+    Raises ValueError for an unknown name, listing the rows.
+    """
+    table = load_presets(algorithm)
+    blocks = ["paper"] if preset == "paper" else []
+    wanted = dataset_id if preset in ("auto", "paper") else preset
+    found = find_preset(algorithm, wanted) if isinstance(wanted, str) else None
+    if found is None and preset not in (None, "auto", "paper"):
+        rows = [name for name in table if name not in BLOCKS]
+        aliases = [alias for name in rows for alias in table[name].get("aliases", ())]
+        near = difflib.get_close_matches(str(preset), ["auto", "paper", *rows, *aliases], 1)
+        hint = f"did you mean {near[0]!r}? There are" if near else "there are"
+        raise ValueError(f"preset={preset!r} is unknown; {hint} 'auto', 'paper' and {', '.join(rows)}")
+    values = _values(table["default"])
+    for block in blocks:
+        values |= _values(table[block])
+    if found is not None:
+        values |= found[1]
+    return blocks + ([found[0]] if found is not None else []), values
+
+
+def _values(entries: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy({key: value for key, value in entries.items() if key not in ("aliases", "source")})
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"-v\d+$", "", name)
+
+
+def _check(table: Any, path: Path) -> None:
+    if not isinstance(table, dict) or not all(isinstance(table.get(block), dict) for block in BLOCKS):
+        raise ValueError(f"{path} must be a mapping with the blocks {' and '.join(BLOCKS)}")
+    owners: dict[str, str] = {}
+    for row, entries in table.items():
+        where = f"{path}, row {row!r}"
+        if not isinstance(row, str) or not isinstance(entries, dict) or not all(isinstance(k, str) for k in entries):
+            raise ValueError(f"{where} must be a name with a mapping of knobs under it")
+        aliases = entries.get("aliases", [])
+        if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
+            raise ValueError(f"{where}: aliases must be a list of dataset ids, not {aliases!r}")
+        if row in BLOCKS and aliases:
+            raise ValueError(f"{where}: a block has no aliases")
+        if not isinstance(entries.get("source"), str):
+            raise ValueError(f"{where}: source must say where the values come from")
+        for name in {_bare(alias) for alias in (row, *aliases)}:
+            if name in owners:
+                raise ValueError(f"{where}: {name!r} also belongs to row {owners[name]!r}")
+            owners[name] = row
+        for key, value in entries.items():
+            if isinstance(value, str) and key != "source" and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.I):
+                raise ValueError(f"{where}: YAML reads {key}: {value} as text; write it with a point, as 3.0e-4")
