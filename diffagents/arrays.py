@@ -95,7 +95,8 @@ def from_episodes(
     An episode with T observations (an old recording fault) follows the rule for unknown next observations and warns.
     """
     from_data = spec is None
-    obs = next_obs = action = rew = np.empty(())
+    obs: np.ndarray = np.empty(0)
+    next_obs = action = rew = obs
     terminated, unknown = np.zeros(n_steps, bool), np.zeros(n_steps, bool)
     ends: list[int] = []
     whole: list[bool] = []

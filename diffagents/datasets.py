@@ -47,8 +47,8 @@ def load_dataset(
     """Read `source`, check it and return Transitions on the CPU, in the environment's units.
 
     `source` is one of
-      * a Minari id `(namespace/)name-vN`: local first, else downloaded (forbidden by `download=False`); with a remote in
-        front, `hf://user/namespace/name-v0`, it is downloaded from there;
+      * a Minari id `(namespace/)name-vN`: local first, else downloaded (forbidden by `download=False`), from the remote
+        in front of it if there is one, `hf://user/namespace/name-v0`;
       * a `minari.MinariDataset`, filtered or not;
       * a dict of arrays with one row per step: `observations` (an array or a dict of arrays), `actions`, `rewards`,
         `terminations`, `truncations`, optional `next_observations`. D4RL's `terminals` and `timeouts` are accepted.
@@ -104,7 +104,7 @@ def _read(source: Any, keys: Keys, given: "_Given | None", download: bool, cache
     if _is_a(source, "minari", "MinariDataset"):
         return _read_minari(Path(source.storage.data_path), keys, cache, source)
     if _is_a(source, "stable_baselines3", "ReplayBuffer"):
-        return _from_replay_buffer(source, keys, env_spec)
+        return from_replay_buffer(source, keys, env_spec)
     if isinstance(source, Mapping):
         return from_arrays(source, keys, limit, {"id": "arrays", "kind": "arrays"})
     if isinstance(source, (list, tuple)) and all(isinstance(episode, Mapping) for episode in source):
@@ -134,7 +134,8 @@ def _describe_env(env: Any, obs_keys: Sequence[str] | None) -> _Given:
             made = gymnasium.make(env)
         except Exception as error:  # whatever an environment's constructor may raise; its first line is the cause
             cause = f"{type(error).__name__}: {first_line(error)}"
-            raise ValueError(f"env={env!r} cannot be made ({cause}); check the id and what it needs") from None
+            cure = "check the id, and import the package that registers it"
+            raise ValueError(f"env={env!r} cannot be made ({cause}); {cure}") from None
         with made:
             return _describe_env(made, obs_keys)
     observation_space = getattr(env, "single_observation_space", getattr(env, "observation_space", None))

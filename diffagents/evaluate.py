@@ -375,7 +375,7 @@ class Vector:
     def step(self, actions: np.ndarray, left: np.ndarray) -> Step:
         obs, rew, terminations, truncations, info = self.env.step(actions)
         real = ~self.ended if self.mode is AutoresetMode.NEXT_STEP else np.ones(self.n, bool)
-        ended = np.logical_or(terminations, truncations) & real
+        ended = np.logical_or(terminations, truncations)
         infos = [_info_of(info, i) for i in range(self.n)]
         if self.mode is AutoresetMode.SAME_STEP:
             for i in np.flatnonzero(ended).tolist():

@@ -82,8 +82,8 @@ def fit_reward_transform(
     `terminal_rewards` (K,) the rewards of the transitions that terminate (only "auto" looks at them).
 
     "iql_locomotion" takes its returns from the recorded episode boundaries. Official SRPO, QGPO and CORL cut every 1000
-    rows of an array from which time-out rows are gone already, so that their windows drift across episodes; their factor
-    differs from this one by a small amount, most where episodes rarely terminate.
+    rows of an array from which time-out rows are gone already, so that their windows drift across episodes; their
+    factor differs from this one by a small amount, most where episodes rarely terminate.
 
     Raises ValueError for an unknown name, and where the data make a transform impossible.
     """

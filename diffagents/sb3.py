@@ -69,18 +69,21 @@ def make_callback(agent: Any, callback: Any, progress_bar: bool) -> "BaseCallbac
         return None
     from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 
-    if isinstance(callback, (list, tuple)):
-        callback = CallbackList(list(callback))
-    elif callback is not None and not isinstance(callback, BaseCallback):
-        if not callable(callback):
-            raise TypeError(f"callback must be an SB3 callback, a list of them or a function, not {type(callback).__name__}")
-        callback = ConvertCallback(callback)
+    def as_callback(one: Any) -> BaseCallback:
+        if isinstance(one, BaseCallback):
+            return one
+        if isinstance(one, (list, tuple)):
+            return CallbackList([as_callback(item) for item in one])
+        if callable(one):
+            return ConvertCallback(one)
+        raise TypeError(f"callback must be an SB3 callback, a function, or a list of them, not {type(one).__name__}")
+
+    callbacks = [as_callback(callback)] if callback is not None else []
     if progress_bar:
-        bar = ProgressBarCallback()
-        callback = bar if callback is None else CallbackList([callback, bar])
-    callback.init_callback(agent)
-    made: BaseCallback = callback
-    return made
+        callbacks.append(ProgressBarCallback())
+    whole = callbacks[0] if len(callbacks) == 1 else CallbackList(callbacks)
+    whole.init_callback(agent)
+    return whole
 
 
 def make_logger(verbose: int, tensorboard_log: str | None, name: str, reset_num_timesteps: bool) -> "Logger":

@@ -203,6 +203,17 @@ class Tenfold(gym.RewardWrapper[np.ndarray, np.ndarray]):
         return 10.0 * float(reward)
 
 
+def normalized(env: DummyVecEnv | VecMonitor) -> VecNormalize:
+    normalize = VecNormalize(env, norm_obs=False)
+    normalize.ret_rms.var = np.array(100.0)  # as after some training: rewards come out a tenth as large
+    return normalize
+
+
+def recorded(mode: AutoresetMode, factor: float = 1.0) -> gym.vector.VectorEnv[Any, Any, Any]:
+    env = gym.wrappers.vector.RecordEpisodeStatistics(SyncVectorEnv([Toy] * 2, autoreset_mode=mode))
+    return env if factor == 1.0 else gym.wrappers.vector.TransformReward(env, lambda reward: factor * reward)
+
+
 RAW = [r for r, _, _ in by_hand(2, 3)]
 
 
@@ -210,22 +221,28 @@ RAW = [r for r, _, _ in by_hand(2, 3)]
     "env",
     [
         DummyVecEnv([lambda: Tenfold(Monitor(Toy()))] * 2),  # type: ignore[list-item]
-        VecNormalize(DummyVecEnv([lambda: Monitor(Toy())] * 2), norm_obs=False),
-        VecNormalize(sb3_env(2), norm_obs=False),
-        VecNormalize(VecMonitor(sb3_env(2)), norm_obs=False),
+        normalized(DummyVecEnv([lambda: Monitor(Toy())] * 2)),
+        normalized(sb3_env(2)),
+        normalized(VecMonitor(sb3_env(2))),
         SyncVectorEnv([lambda: Tenfold(gym.wrappers.RecordEpisodeStatistics(Toy()))] * 2),
         SyncVectorEnv(
             [lambda: Tenfold(gym.wrappers.RecordEpisodeStatistics(Toy()))] * 2, autoreset_mode=AutoresetMode.SAME_STEP
         ),
-        *(
-            gym.wrappers.vector.RecordEpisodeStatistics(SyncVectorEnv([Toy] * 2, autoreset_mode=mode))
-            for mode in AutoresetMode
-        ),
+        *(recorded(mode) for mode in AutoresetMode),
+        recorded(AutoresetMode.NEXT_STEP, 10.0),
+        recorded(AutoresetMode.SAME_STEP, 10.0),
     ],
     ids=lambda env: type(env).__name__,
 )
 def test_the_raw_return_is_reported(env: Any) -> None:
     np.testing.assert_allclose(evaluate(Steer(), env, 6).returns, RAW, rtol=1e-4)
+
+
+def test_what_one_sub_environment_recorded_is_not_taken_for_another() -> None:
+    """A VectorEnv fills the places of those that said nothing with zeros."""
+    seed = next(s for s in range(99) if len({n for _, n, _ in by_hand(2, 1, s)}) == 1)  # both end in the same step
+    env = SyncVectorEnv([lambda: gym.wrappers.RecordEpisodeStatistics(Toy()), Toy])
+    np.testing.assert_allclose(evaluate(Steer(), env, 2, seed=seed).returns, [r for r, _, _ in by_hand(2, 1, seed)], 1e-5)
 
 
 def test_evaluation_leaves_a_vec_normalize_as_it_was() -> None:

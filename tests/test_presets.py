@@ -9,10 +9,13 @@ import pytest
 from diffagents import presets
 from diffagents.presets import find_preset, load_presets, resolve_preset
 
-KNOBS = set(
-    "beta expectile gamma tau learning_rate batch_size behavior_batch_size dropout weight subtract_noise q_grad_norm "
-    "reward_transform normalize_obs policy_kwargs critic_steps behavior_steps policy_steps".split()
-)
+# fmt: off
+KNOBS = {
+    "beta", "expectile", "gamma", "tau", "learning_rate", "batch_size", "behavior_batch_size", "dropout",
+    "weight", "subtract_noise", "q_grad_norm", "reward_transform", "normalize_obs",
+    "policy_kwargs", "critic_steps", "behavior_steps", "policy_steps",
+}
+# fmt: on
 TABLE_2 = {
     "halfcheetah-medium-expert": 0.01,
     "halfcheetah-medium": 0.2,
@@ -63,7 +66,7 @@ def test_the_blocks_are_budgets_and_every_entry_says_its_source() -> None:
 
 
 def test_the_file_holds_no_row_twice() -> None:
-    text = (Path(presets.__file__).parents[1] / "zoo" / "srpo.yml").read_text()
+    text = (Path(__file__).parents[1] / "zoo" / "srpo.yml").read_text()
     rows = re.findall(r"^([\w-]+):", text, re.M)
     assert sorted(rows) == sorted(load_presets("srpo"))
 
@@ -168,7 +171,8 @@ def test_a_malformed_file_is_refused(text: str, message: str, tmp_path: Path, mo
 
 
 def test_the_installed_presets_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert presets._FOLDERS == (Path(presets.__file__).parent / "zoo", Path(presets.__file__).parents[1] / "zoo")
+    package = Path(presets.__file__).parent
+    assert list(presets._FOLDERS) == [package / "zoo", package.parent / "zoo"]
     for folder in ("installed", "checkout"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "srpo.yml").write_text(GOOD.replace("us", folder))

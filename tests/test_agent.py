@@ -1,0 +1,380 @@
+"""The agent's verbs with the real Stable-Baselines3 pieces, and how runs are planned, stopped and counted."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    LogEveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
+    StopTrainingOnNoModelImprovement,
+    StopTrainingOnRewardThreshold,
+)
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecNormalize
+
+import diffagents
+from diffagents import SRPO, TrainingDiverged
+from toy import line_data
+
+SMALL: dict[str, Any] = {"seed": 0, "verbose": 0, "device": "cpu", "critic_steps": 10, "behavior_steps": 10, "policy_steps": 10,
+                         "batch_size": 16, "behavior_batch_size": 8,
+                         "policy_kwargs": {"net_arch": [16, 16], "behavior_width": 16, "behavior_blocks": 1}}  # fmt: skip
+DATA = line_data()
+
+
+def pendulum_data() -> dict[str, Any]:
+    """Random torque on the real Pendulum-v1: actions in [-2, 2], episodes end by time limit only."""
+    env = gymnasium.make("Pendulum-v1")
+    env.action_space.seed(0)
+    rows: dict[str, list[Any]] = {k: [] for k in ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")}
+    for episode in range(2):
+        obs, _ = env.reset(seed=episode)
+        over = False
+        while not over:
+            action = env.action_space.sample()
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            for key, value in zip(rows, (obs, action, reward, next_obs, terminated, truncated), strict=True):
+                rows[key].append(value)
+            obs, over = next_obs, terminated or truncated
+    return {key: np.array(value) for key, value in rows.items()}
+
+
+PENDULUM = pendulum_data()
+
+
+@pytest.fixture(scope="module")
+def pendulum_agent() -> SRPO:
+    return SRPO("MlpPolicy", "Pendulum-v1", **SMALL).learn(PENDULUM)
+
+
+# ---- Stable-Baselines3 -----------------------------------------------------------------------------------------------
+def test_callbacks_all_together(tmp_path: pathlib.Path) -> None:
+    agent = SRPO("MlpPolicy", "Pendulum-v1", **SMALL)
+    seen: list[int] = []
+
+    class Note(BaseCallback):
+        def _on_step(self) -> bool:
+            seen.append(self.num_timesteps)
+            return True
+
+    evaluation = EvalCallback(gymnasium.make("Pendulum-v1"), n_eval_episodes=1, eval_freq=15, verbose=0,
+                              log_path=str(tmp_path), best_model_save_path=str(tmp_path))  # fmt: skip
+    callbacks = [
+        evaluation,
+        CheckpointCallback(10, str(tmp_path), "step"),
+        EveryNTimesteps(10, Note()),
+        LogEveryNTimesteps(10),
+        StopTrainingOnMaxEpisodes(1000),
+        lambda local, _: local["total_timesteps"] == 30,
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not of the same type")  # EvalCallback, of a training env it mistrusts
+        agent.learn(PENDULUM, callback=callbacks, progress_bar=True)  # type: ignore[arg-type]
+    assert agent.num_timesteps == 30 and seen == [10, 20, 30]
+    assert sorted(p.name for p in tmp_path.glob("*.zip")) == ["best_model.zip", "step_10_steps.zip", "step_20_steps.zip", "step_30_steps.zip"]
+    assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [15, 30]
+    obs = np.zeros(3, np.float32)
+    assert np.array_equal(SRPO.load(tmp_path / "step_30_steps.zip").predict(obs)[0], agent.predict(obs)[0])
+
+
+def test_without_an_environment_callbacks_still_work(tmp_path: pathlib.Path) -> None:
+    """EvalCallback and the progress bar insist on a training VecEnv: `get_env` gives a stand-in."""
+    agent = SRPO(**SMALL).learn(PENDULUM, callback=EvalCallback(make_vec_env("Pendulum-v1"), n_eval_episodes=1, eval_freq=30, verbose=0),
+                                progress_bar=True)  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"set_env"):
+        agent.get_env().reset()
+
+
+def test_threshold_stops_and_run_can_be_finished() -> None:
+    stop = EvalCallback(gymnasium.make("Pendulum-v1"), callback_on_new_best=StopTrainingOnRewardThreshold(-1e9, verbose=0),
+                        n_eval_episodes=1, eval_freq=12, verbose=0)  # fmt: skip
+    agent = SRPO("MlpPolicy", "Pendulum-v1", **SMALL).learn(PENDULUM, callback=stop)
+    assert agent.num_timesteps == 12
+    agent.learn(PENDULUM, reset_num_timesteps=False)
+    assert agent.num_timesteps == 30 and agent.plan is not None and agent.plan.remaining == 0
+
+
+def test_no_improvement_stops() -> None:
+    stop = EvalCallback(gymnasium.make("Pendulum-v1"), callback_after_eval=StopTrainingOnNoModelImprovement(1, verbose=0),
+                        n_eval_episodes=1, eval_freq=2, verbose=0)  # fmt: skip
+    agent = SRPO("MlpPolicy", "Pendulum-v1", **SMALL).learn(PENDULUM, callback=stop)
+    assert agent.num_timesteps < 20  # the policy does not change before its own stage
+
+
+def test_logger_outputs(tmp_path: pathlib.Path) -> None:
+    agent = SRPO(**SMALL)
+    agent.set_logger(configure(str(tmp_path), ["csv", "json", "log"]))
+    agent.learn(DATA, log_interval=5)
+    rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
+    assert len(rows) == 6
+    assert {"critic/q_loss", "time/updates_per_second"} <= set(rows[0]) and "policy/policy_loss" in rows[-1]
+    assert (tmp_path / "progress.csv").stat().st_size > 0 and (tmp_path / "log.txt").stat().st_size > 0
+
+
+def test_tensorboard(tmp_path: pathlib.Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    SRPO(**SMALL, tensorboard_log=str(tmp_path)).learn(DATA, tb_log_name="run")
+    events = EventAccumulator(str(tmp_path / "run_1"))
+    events.Reload()
+    assert {"critic/v_loss", "behavior/behavior_loss", "policy/q_grad_norm"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_evaluate_policy(pendulum_agent: SRPO, n_envs: int) -> None:
+    returns, lengths = evaluate_policy(pendulum_agent, make_vec_env("Pendulum-v1", n_envs), 4, return_episode_rewards=True)
+    assert lengths == [200] * 4 and all(-2000 < r < 0 for r in returns)
+
+
+def test_vec_normalize_is_found() -> None:
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2))
+    agent = SRPO("MlpPolicy", env, **SMALL)
+    assert agent.get_vec_normalize_env() is env and agent.n_envs == 2 and agent.get_env() is env
+
+
+def test_set_env(pendulum_agent: SRPO) -> None:
+    agent = SRPO(**SMALL).learn(DATA)
+    with pytest.raises(ValueError, match=r"observations \(3,\) and actions \(1,\)"):
+        agent.set_env("Pendulum-v1")
+    pendulum_agent.set_env(gymnasium.make("Pendulum-v1"))
+    assert pendulum_agent.get_env().num_envs == 1
+
+
+# ---- acting ----------------------------------------------------------------------------------------------------------
+def test_predict_shapes_and_units(pendulum_agent: SRPO) -> None:
+    one, state = pendulum_agent.predict(np.array([1.0, 0.0, 0.0]), deterministic=True)
+    many, _ = pendulum_agent.predict(np.tile([1.0, 0.0, 0.0], (5, 1)), deterministic=True)
+    assert one.shape == (1,) and many.shape == (5, 1) and state is None and one.dtype == np.float32
+    np.testing.assert_allclose(many, np.tile(one, (5, 1)), atol=1e-6)
+    agent = SRPO("MlpPolicy", "Pendulum-v1", **SMALL)
+    torch.nn.init.constant_(agent.policy.net[-1].bias, 100.0)  # tanh at its limit: the space's bound, 2 Nm
+    assert agent.predict(np.zeros(3))[0].tolist() == [2.0]
+
+
+def test_evaluating_never_changes_training() -> None:
+    plain = SRPO("MlpPolicy", "Pendulum-v1", **SMALL).learn(PENDULUM)
+    env = gymnasium.make("Pendulum-v1")
+
+    class Act(BaseCallback):
+        def _on_step(self) -> bool:
+            obs, _ = env.reset(seed=0)
+            self.model.predict(obs)
+            self.model.behavior_policy().predict(obs)  # type: ignore[attr-defined]
+            return True
+
+    watched = SRPO("MlpPolicy", "Pendulum-v1", **SMALL).learn(PENDULUM, callback=Act())
+    same_networks(plain, watched)
+
+
+def same_networks(a: SRPO, b: SRPO) -> None:
+    for name, state in a.get_parameters().items():
+        for key, value in state.items():
+            assert torch.equal(value, b.get_parameters()[name][key]), f"{name}.{key}"
+
+
+def test_same_seed_same_result_and_global_generator_untouched() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    a = SRPO(**SMALL).learn(DATA)
+    assert torch.equal(torch.rand(3), expected)
+    same_networks(a, SRPO(**SMALL).learn(DATA))
+    other = SRPO(**{**SMALL, "seed": 1}).learn(DATA)
+    assert not torch.equal(a.policy.net[0].weight, other.policy.net[0].weight)
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+def test_total_timesteps_is_split_as_in_the_paper() -> None:
+    agent = SRPO(**{k: v for k, v in SMALL.items() if not k.endswith("_steps")}).learn(DATA, total_timesteps=45)
+    assert agent.plan is not None and agent.plan.lengths == {"critic": 15, "behavior": 20, "policy": 10}
+    assert agent.num_timesteps == agent.n_updates == 45
+
+
+def test_counting_over_several_learns() -> None:
+    agent = SRPO(**SMALL).learn(DATA)
+    agent.learn(DATA, stages=("policy",), reset_num_timesteps=False)
+    assert agent.num_timesteps == agent.n_updates == 40 and agent.stage_steps == {"critic": 10, "behavior": 10, "policy": 20}
+    agent.learn(DATA, stages=("policy",))
+    assert agent.num_timesteps == 10 and agent.n_updates == 50
+
+
+def test_learning_rate_reaches_zero() -> None:
+    agent = SRPO(**SMALL).learn(DATA)
+    agent.optimizers["policy"].start_schedule(10, 9)
+    assert agent.optimizers["policy"].lr.item() == pytest.approx(3e-4 * 0.5 * (1 + np.cos(np.pi * 0.9)), rel=1e-5)
+    assert agent.optimizers["critic"].lr.item() == pytest.approx(3e-4)
+
+
+SCRIPT = """
+import sys
+from diffagents import SRPO
+from toy import line_data
+agent = SRPO.load(sys.argv[1]).learn(line_data(), reset_num_timesteps=False)
+agent.save(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("stop_at", [4, 15, 25])
+def test_stopped_run_finished_in_a_new_process_is_the_uninterrupted_run(tmp_path: pathlib.Path, stop_at: int) -> None:
+    whole = SRPO(**SMALL).learn(DATA)
+    part = SRPO(**SMALL).learn(DATA, callback=lambda local, _: local["self"].num_timesteps < stop_at)
+    assert part.num_timesteps == stop_at
+    part.save(tmp_path / "part")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "part.zip"), str(tmp_path / "done.zip")], check=True, env=env)
+    finished = SRPO.load(tmp_path / "done.zip", verbose=0)
+    same_networks(whole, finished)
+    for name, optimizer in whole.optimizers.items():
+        ours, theirs = optimizer.inner.state_dict()["state"], finished.optimizers[name].inner.state_dict()["state"]
+        for i in ours:
+            for key in ours[i]:
+                assert torch.equal(ours[i][key], theirs[i][key]), (name, i, key)
+    assert [row["num_timesteps"] for row in whole.history][-1] == finished.history[-1]["num_timesteps"] == 30
+
+
+def test_ctrl_c_stops_between_updates_and_the_run_can_be_finished() -> None:
+    whole = SRPO(**SMALL).learn(DATA)
+    agent = SRPO(**SMALL)
+
+    def press(local: dict[str, Any], _: Any) -> bool:
+        if local["self"].num_timesteps == 13:
+            signal.raise_signal(signal.SIGINT)
+        return True
+
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(DATA, callback=press)
+    assert agent.num_timesteps == 13
+    same_networks(whole, agent.learn(DATA, reset_num_timesteps=False))
+
+
+def test_nan_stops_with_the_last_good_state() -> None:
+    agent = SRPO(**SMALL)
+
+    def poison(local: dict[str, Any], _: Any) -> bool:
+        if local["self"].num_timesteps == 6:
+            agent.critic.v[0].weight.data.fill_(float("nan"))
+        return True
+
+    with pytest.raises(TrainingDiverged, match=r"critic diverged between its steps 4 and 8 .*learning_rate"):
+        agent.learn(DATA, callback=poison, log_interval=4)
+    assert agent.num_timesteps == 4 and all(torch.isfinite(p).all() for p in agent.critic.parameters())
+    same_networks(SRPO(**SMALL).learn(DATA), agent.learn(DATA, reset_num_timesteps=False))  # the fault is gone: as if never
+
+
+def test_announcement_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    big = {**SMALL, "critic_steps": 120}
+    loud = SRPO(**{**big, "verbose": 1}).learn(DATA)
+    out = capsys.readouterr().out
+    assert "plan: critic 0/120, behavior 0/10, policy 0/10 gradient steps; about 0:0" in out and "mean return" in out
+    same_networks(loud, SRPO(**big).learn(DATA))
+    assert capsys.readouterr().out == ""
+
+
+def test_reward_transform_and_normaliser_are_kept() -> None:
+    agent = SRPO(**{**SMALL, "normalize_obs": True, "reward_transform": "normalize"}).learn(DATA)
+    scale, mean = agent.reward_transform.scale, agent.obs_normalizer.mean.clone()  # type: ignore[union-attr]
+    agent.learn(line_data(seed=9), stages=("policy",))
+    assert agent.reward_transform.scale == scale and torch.equal(agent.obs_normalizer.mean, mean)  # type: ignore[union-attr]
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("folder", [False, True])
+def test_save_load_acts_and_updates_the_same(tmp_path: pathlib.Path, folder: bool) -> None:
+    agent = SRPO(**{**SMALL, "normalize_obs": True}).learn(DATA)
+    path = agent.save_pretrained(tmp_path / "agent", include_trainer_state=True) if folder else agent.save(tmp_path / "agent")
+    loaded = diffagents.load(path, verbose=0)
+    obs = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    assert type(loaded) is SRPO and np.array_equal(loaded.predict(obs)[0], agent.predict(obs)[0])
+    assert np.array_equal(loaded.behavior_policy().predict(obs)[0], agent.behavior_policy().predict(obs)[0])  # type: ignore[attr-defined]
+    same_networks(agent.learn(DATA, total_timesteps=6), loaded.learn(DATA, total_timesteps=6))  # type: ignore[arg-type]
+
+
+def test_artifact_loads_without_environment_or_dataset_packages(tmp_path: pathlib.Path) -> None:
+    """predict from a file needs torch, numpy, gymnasium and safetensors; nothing else is imported."""
+    path = SRPO(**SMALL).learn(DATA).save(tmp_path / "agent")
+    code = (
+        "import sys, numpy as np, diffagents; a = diffagents.load(sys.argv[1], verbose=0); a.predict(np.zeros(3));"
+        "bad = {'minari', 'h5py', 'stable_baselines3', 'mujoco', 'matplotlib', 'huggingface_hub'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+
+
+def test_no_trainer_state_on_request(tmp_path: pathlib.Path) -> None:
+    agent = SRPO(**SMALL).learn(DATA)
+    small = agent.save(tmp_path / "small.zip", include_trainer_state=False).stat().st_size
+    assert small < 0.5 * agent.save(tmp_path / "full.zip").stat().st_size
+    assert diffagents.load(tmp_path / "small.zip", verbose=0).plan is None
+
+
+def test_load_with_other_knobs(tmp_path: pathlib.Path) -> None:
+    path = SRPO(**SMALL).learn(DATA).save(tmp_path / "agent")
+    assert SRPO.load(path, beta=0.5, seed=4).config.beta == 0.5
+    with pytest.raises(TypeError, match=r"no knob 'betta'; did you mean 'beta'"):
+        SRPO.load(path, betta=0.5)
+
+
+def test_parameters_round_trip() -> None:
+    a, b = SRPO(**SMALL).learn(DATA), SRPO(**{**SMALL, "seed": 1}).learn(DATA)
+    b.set_parameters(a.get_parameters())
+    same_networks(a, b)
+    with pytest.raises(ValueError, match="policy"):
+        b.set_parameters({"policy": a.policy.state_dict()})
+    b.set_parameters({"policy": a.policy.state_dict()}, exact_match=False)
+
+
+def test_dict_observations(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    data = {**DATA, "observations": {"observation": rng.normal(size=(400, 4)), "achieved_goal": rng.normal(size=(400, 2)),
+                                     "desired_goal": rng.normal(size=(400, 2))}}  # fmt: skip
+    data["next_observations"] = data["observations"]
+    agent = SRPO(**SMALL).learn(data)
+    assert agent.obs_keys == ("observation", "desired_goal") and agent.spec is not None and agent.spec.obs_dim == 6
+    obs = {"desired_goal": np.ones(2), "observation": np.zeros(4), "achieved_goal": np.zeros(2)}
+    loaded = diffagents.load(agent.save(tmp_path / "a"), verbose=0)
+    assert loaded.obs_keys == agent.obs_keys and np.array_equal(loaded.predict(obs)[0], agent.predict(obs)[0])
+    reordered = SRPO(**SMALL, obs_keys=("desired_goal", "observation")).learn(data)
+    assert not np.array_equal(reordered.predict(obs)[0], agent.predict(obs)[0])
+
+
+def test_official_checkpoint_without_policy(tmp_path: pathlib.Path) -> None:
+    source = SRPO(**{**SMALL, "policy_kwargs": {}}).learn(DATA)
+    net, critic = source.behavior.net, source.critic
+    behavior = {"diffusion_behavior.embed.0.W": net.frequencies}
+    names = {"time_mlp": "cond_model", "input": "main.fc", "output": "main.out_fc", "blocks": "main.blocks", "norm": "layer_norm",
+             "expand": "fc1", "project": "fc2"}  # fmt: skip
+    for key, value in net.named_parameters():
+        behavior["diffusion_behavior." + ".".join(names.get(part, part) for part in key.split("."))] = value.data
+    twins: dict[str, torch.Tensor] = {f"vf.v.{k}": v for k, v in critic.v.state_dict().items()}
+    for ours, theirs in ((critic.q, "q0"), (critic.q_target, "q0_target")):
+        for i in range(3):
+            for twin in (0, 1):
+                twins[f"{theirs}.q{twin + 1}.{2 * i}.weight"] = ours.weights[i].data[twin].T.contiguous()
+                twins[f"{theirs}.q{twin + 1}.{2 * i}.bias"] = ours.biases[i].data[twin, 0]
+    torch.save(behavior, tmp_path / "behavior.pth")
+    torch.save(twins, tmp_path / "critic.pth")
+    agent = SRPO.from_official(tmp_path / "behavior.pth", tmp_path / "critic.pth", **{k: v for k, v in SMALL.items() if k != "policy_kwargs"})
+    for name in ("behavior", "critic"):
+        ours_state, theirs_state = source.get_parameters()[name], agent.get_parameters()[name]
+        assert all(torch.equal(ours_state[k], theirs_state[k]) for k in ours_state if k != "noise")
+    with pytest.raises(RuntimeError, match=r'learn\(data, stages=\("policy",\)\)'):
+        agent.predict(np.zeros(3))
+    again = SRPO.load(agent.save(tmp_path / "no_policy"), verbose=0)
+    with pytest.raises(RuntimeError, match=r"stages"):
+        again.predict(np.zeros(3))
+    assert again.learn(DATA, stages=("policy",)).predict(np.zeros(3, np.float32))[0].shape == (2,)

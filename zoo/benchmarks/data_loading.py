@@ -1,0 +1,122 @@
+"""Seconds from a Minari set of a million Hopper-like steps to tensors: first load, and load from the cache.
+
+    python zoo/benchmarks/data_loading.py [--steps 1000000] [--root FOLDER]
+
+The set (obs 11, act 3, episodes of 523 steps on average) is random numbers: only its size matters here. Each load runs in
+a process of its own; the first one's time includes importing minari. The files have just been written, so the disk is warm.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+GOALS = {"first": 4.0, "cached": 0.2}  # seconds per million steps
+ID = "benchmark/hopper-like-v0"
+LOAD = """
+import json, sys, time
+start = time.perf_counter()
+import diffagents.datasets as datasets
+imported = time.perf_counter()
+data = datasets.load_dataset(sys.argv[1], download=False)
+loaded = time.perf_counter()
+sampler = data.sampler("cpu")
+done = time.perf_counter()
+print(json.dumps({"import": imported - start, "load": loaded - imported, "sampler": done - loaded, "n": len(data),
+                  "minari": "minari" in sys.modules}))
+"""
+
+
+def main() -> None:
+    """Make the set if it is not there, load it three times, print the seconds and the facts of the machine."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--root", type=Path, help="keep the set (and its cache) here; default: a temporary folder")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = (args.root or Path(temporary)).resolve()
+        os.environ |= {"MINARI_DATASETS_PATH": str(root / "minari"), "DIFFAGENTS_CACHE": str(root / "cache")}
+        (root / "minari").mkdir(parents=True, exist_ok=True)
+        if not (root / "minari" / ID).exists():
+            start = time.perf_counter()
+            make_set(args.steps)
+            print(f"made {args.steps:,} steps in {time.perf_counter() - start:.1f} s")
+        for file in (root / "cache").glob("*"):
+            file.unlink()
+        results = {name: load() for name in ("first", "cached", "cached again")}
+    for name, r in results.items():
+        million = r["load"] / r["n"] * 1e6
+        print(
+            f"{name:>12}: load {r['load']:.3f} s ({million:.3f} s per million), to the sampler's matrix {r['sampler']:.3f} s, "
+            f"import of diffagents {r['import']:.2f} s, minari imported: {'yes' if r['minari'] else 'no'}"
+        )
+    print(f"goals per million steps: first under {GOALS['first']} s, cached under {GOALS['cached']} s")
+    print(describe_machine())
+
+
+def make_set(n_steps: int) -> None:
+    """Write random episodes of 100 to 946 steps as a Minari HDF5 set."""
+    import minari
+    import numpy as np
+    from gymnasium import spaces
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+
+    rng = np.random.default_rng(0)
+    buffers = []
+    left = n_steps
+    while left > 0:
+        n = min(int(rng.integers(100, 947)), left)
+        left -= n
+        ends = np.arange(n) == n - 1
+        buffers.append(
+            EpisodeBuffer(
+                id=len(buffers),
+                observations=rng.standard_normal((n + 1, 11)),
+                actions=rng.uniform(-1, 1, (n, 3)).astype(np.float32),
+                rewards=rng.uniform(0, 4, n),
+                terminations=ends & (n < 900),
+                truncations=ends & (n >= 900),
+                infos={},
+            )
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about an author and an environment that this set does not have
+        minari.create_dataset_from_buffers(
+            ID,
+            buffers,
+            observation_space=spaces.Box(-np.inf, np.inf, (11,), np.float64),
+            action_space=spaces.Box(-1.0, 1.0, (3,), np.float32),
+        )
+
+
+def load() -> dict[str, float]:
+    """Load the set in a new process and return its seconds."""
+    found = subprocess.run([sys.executable, "-c", LOAD, ID], capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise SystemExit(found.stderr)
+    result: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
+    return result
+
+
+def describe_machine() -> str:
+    """Python, library versions, processor and its cores, in one line."""
+    from importlib.metadata import version
+
+    names = ("torch", "numpy", "minari", "h5py", "safetensors")
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0] if models else cpu
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return f"Python {platform.python_version()}, {versions}; {cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+
+
+if __name__ == "__main__":
+    main()
