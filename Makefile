@@ -8,7 +8,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt
-# Small networks: one thread per process and one process per core is faster than one process with all cores.
+# Small networks: one thread per process, one process per core (JOBS=0 for a single process).
 JOBS ?= 2
 
 .PHONY: help run test lint type format bench clean setup

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import pathlib
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -47,6 +48,8 @@ class Agent(ABC):
     LEARNER: ClassVar[tuple[str, ...]]  # every other network: learner.safetensors
 
     config: Any
+    obs_dim: int
+    act_dim: int
     policy: nn.Module
     optimizers: dict[str, Optimizer]
 
@@ -75,12 +78,14 @@ class Agent(ABC):
     ) -> None:
         if policy not in ("MlpPolicy", "MultiInputPolicy"):
             raise ValueError(f'policy={policy!r}; the only policy is "MlpPolicy" (pass an environment as env=...)')
-        self.config = self.Config(**self._check_knobs(knobs))
+        self.config = self._make_config(knobs)
         self._explicit = dict(knobs)  # what the user asked for wins over any preset
         self.preset, self.policy_kwargs = preset, dict(policy_kwargs or {})
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
         self.tensorboard_log, self.verbose = tensorboard_log, verbose
-        self.seed = int(torch.seed() % 2**31) if seed is None else int(seed)
+        if seed is not None and (isinstance(seed, bool) or int(seed) != seed or not 0 <= seed < 2**63):
+            raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1, or None to draw one")
+        self.seed = secrets.randbelow(2**31) if seed is None else int(seed)
         self.device = _find_device(device)
         self.set_random_seed(self.seed)
         self.num_timesteps = self.n_env_steps = self.n_updates = 0
@@ -134,7 +139,7 @@ class Agent(ABC):
         running update; in all cases the agent can be saved, and a plan be finished later.
         """
         data = self._adopt(load_dataset(dataset, env=self._env, obs_keys=self.obs_keys, verbose=self.verbose))
-        plan = training.make_plan(self, total_timesteps, reset_num_timesteps, stages)
+        plan = training.make_plan(self, total_timesteps, reset_num_timesteps, stages, log_interval)
         if "critic" in plan.lengths and not data.done.any() and bool((data.rew == data.rew[0]).all()):
             raise ValueError(
                 f"every reward is {float(data.rew[0]):g} and no episode terminates: there is nothing to prefer; add rewards, "
@@ -321,19 +326,31 @@ class Agent(ABC):
     def _set_up(self, spec: Spec) -> None:
         """Build the networks from the seed, leaving the global generator alone."""
         self.spec, self.obs_keys = spec, spec.obs_keys
+        self.obs_dim, self.act_dim = spec.obs_dim, spec.act_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.obs_normalizer = ObsNormalizer(spec.obs_dim).to(self.device)
+            self.obs_normalizer = ObsNormalizer(self.obs_dim).to(self.device)
             self.build()
 
-    def _check_knobs(self, knobs: dict[str, Any]) -> dict[str, Any]:
+    def _make_config(self, knobs: dict[str, Any]) -> Any:
+        """The algorithm's Config with the checks that all algorithms share. Raises TypeError or ValueError."""
         valid = [f.name for f in dataclasses.fields(self.Config)]
-        for name in knobs:
+        for name, value in knobs.items():
             if name not in valid:
                 near = difflib.get_close_matches(name, valid, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise TypeError(f"{type(self).__name__} has no knob {name!r}{hint} Valid: {', '.join(valid)}")
-        return knobs
+            if name == "gamma":
+                check_number(name, value, "must lie in [0, 1)", lambda x: 0 <= x < 1)
+            elif name == "tau":
+                check_number(name, value, "must lie in (0, 1]", lambda x: 0 < x <= 1)
+            elif name.endswith("learning_rate"):
+                check_number(name, value, "must be positive", lambda x: x > 0)
+            elif name.endswith("batch_size"):
+                check_number(name, value, "must be a positive whole number", lambda x: x >= 1 and int(x) == x)
+            elif name.endswith("_steps") and value is not None:
+                check_number(name, value, "must be zero or a positive whole number", lambda x: x >= 0 and int(x) == x)
+        return self.Config(**knobs)
 
     def _resolve_preset(self, dataset_id: str | None) -> None:
         """Put the preset's values under the explicit knobs; done again on data whose id may name a row."""
@@ -344,11 +361,25 @@ class Agent(ABC):
         before = self.policy_kwargs
         if kwargs and not self.policy_kwargs:
             self.policy_kwargs = kwargs
-        self.config = self.Config(**{**self._check_knobs(values), **self._explicit})
+        self.config = self._make_config({**values, **self._explicit})
         if self.spec is not None and self.stage_steps == dict.fromkeys(self.STAGE_SHARES, 0) and before != self.policy_kwargs:
             self._set_up(self.spec)
         if self.verbose:
             print(f"preset {self.preset!r}: {', '.join(applied) or 'no row for this dataset'} {values}")
+
+
+def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
+    """Raises ValueError, naming the knob and the rule, unless `value` is a finite number for which `holds` is true."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise ValueError(f"{name}={value!r} must be a number")
+    if not (np.isfinite(value) and holds(float(value))):
+        raise ValueError(f"{name}={value!r} {rule}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises ValueError, listing the choices, unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")
 
 
 def net_arch(policy_kwargs: dict[str, Any], parts: Sequence[str], default: Sequence[int], extra: dict[str, int]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from safetensors import SafetensorError
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from diffagents import dataset_checks as check
 from diffagents.arrays import D4RL_NAMES, Keys, from_arrays, from_episodes, from_replay_buffer, obs_shapes
 from diffagents.dataset_checks import first_line, warn
+from diffagents.evaluate import make_env
 from diffagents.transitions import Transitions
 from diffagents.types import Spec
 
@@ -129,14 +129,8 @@ class _Given:
 
 def _describe_env(env: Any, obs_keys: Sequence[str] | None) -> _Given:
     keys = tuple(obs_keys) if obs_keys is not None else None
-    if isinstance(env, (str, EnvSpec)):
-        try:
-            made = gymnasium.make(env)
-        except Exception as error:  # whatever an environment's constructor may raise; its first line is the cause
-            cause = f"{type(error).__name__}: {first_line(error)}"
-            cure = "check the id, and import the package that registers it"
-            raise ValueError(f"env={env!r} cannot be made ({cause}); {cure}") from None
-        with made:
+    if isinstance(env, str | EnvSpec):
+        with make_env(env) as made:
             return _describe_env(made, obs_keys)
     observation_space = getattr(env, "single_observation_space", getattr(env, "observation_space", None))
     action_space = getattr(env, "single_action_space", getattr(env, "action_space", None))

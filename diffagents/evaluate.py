@@ -612,9 +612,9 @@ def record_video(
 ) -> pathlib.Path | None:
     """One episode, at most `max_steps` of it, as an mp4 (H.264, yuv420p) at `path`, which is returned.
 
-    env: an id, a stored spec, or an Env made with render_mode="rgb_array". fps: frames per second, by default what the
-    environment says (`metadata["render_fps"]`), so that time runs as in the simulation. MuJoCo without a GPU renders
-    a few frames a second; `env_kwargs={"width": 160, "height": 160}` helps.
+    env: an id, a stored spec, or an Env made with render_mode="rgb_array". The video runs as fast as the simulation
+    (`metadata["render_fps"]`) with about 30 pictures a second, so only every fourth of Hopper's 125; with `fps` it
+    holds every step, `fps` of them a second. MuJoCo without a GPU needs up to half a second for a picture.
 
     A video is a nicety: whatever goes wrong (no renderer, no ffmpeg, ...) becomes one warning with cause and cure; then
     nothing is written and None returned.
@@ -635,8 +635,9 @@ def record_video(
             path.parent.mkdir(parents=True, exist_ok=True)
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=".video-"))
             part = pathlib.Path(folder) / "part.mp4"
-            rate = fps or int(world.metadata.get("render_fps") or 30)
-            _write_mp4(part, _frames(policy, world, seed, max_steps, deterministic), rate)
+            rate = fps or float(world.metadata.get("render_fps") or 30)
+            every = 1 if fps else max(1, int(rate // 30))
+            _write_mp4(part, _frames(policy, world, seed, max_steps, deterministic, every), rate / every)
             os.replace(part, path)
     except Exception as error:
         warnings.warn(f"no video at {path}: {_one_line(error)} -- {_video_cure(error)}", stacklevel=2)
@@ -644,21 +645,25 @@ def record_video(
     return path
 
 
-def _frames(policy: Policy, env: Any, seed: int | None, max_steps: int, deterministic: bool) -> Iterator[np.ndarray]:
+def _frames(
+    policy: Policy, env: Any, seed: int | None, max_steps: int, deterministic: bool, every: int
+) -> Iterator[np.ndarray]:
+    """The picture after the reset, after every so many steps, and after the last one."""
     obs, state, first = env.reset(seed=seed)[0], None, True
     yield env.render()
-    for _ in range(max_steps):
+    for t in range(1, max_steps + 1):
         actions, state = policy.predict(
             stack([obs]), state=state, episode_start=np.array([first]), deterministic=deterministic
         )
         obs, _, terminated, truncated, _ = env.step(check_actions(actions, 1, env.action_space)[0])
-        yield env.render()
-        first = False
-        if terminated or truncated:
+        first, over = False, terminated or truncated or t == max_steps
+        if over or t % every == 0:
+            yield env.render()
+        if over:
             return
 
 
-def _write_mp4(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int) -> None:
+def _write_mp4(path: pathlib.Path, frames: Iterator[np.ndarray], fps: float) -> None:
     import imageio_ffmpeg  # moviepy and imageio[ffmpeg] both bring it
 
     writer = None
@@ -686,8 +691,6 @@ def _video_cure(error: Exception) -> str:
         return 'pip install "diffagents[video]"'
     if "opengl" in text or "egl" in text or "glfw" in text or "mujoco" in text:
         return "MuJoCo needs a renderer: on Linux without a screen install libegl1 and PyOpenGL, then set MUJOCO_GL=egl"
-    if "pygame" in text:
-        return 'pip install "gymnasium[classic-control]"'
     return "the evaluation itself is not touched"
 
 

@@ -26,11 +26,15 @@ class TrainingDiverged(RuntimeError):
     """A loss became NaN or Q exploded; the agent holds its last good state and can be used or saved."""
 
 
-def make_plan(agent: Any, total: int | None, reset: bool, stages: Sequence[str] | None) -> Plan:
+def make_plan(
+    agent: Any, total: int | None, reset: bool, stages: Sequence[str] | None, log_interval: int | None
+) -> Plan:
     """The stage lengths of one `learn` call; with reset=False an unfinished plan goes on. Raises ValueError."""
     known = agent.STAGE_SHARES
     if isinstance(stages, str) or (stages is not None and (not stages or any(name not in known for name in stages))):
         raise ValueError(f"stages={stages!r}; give a tuple of some of {list(known)}")
+    if log_interval is not None and (isinstance(log_interval, bool) or int(log_interval) != log_interval or log_interval < 1):
+        raise ValueError(f"log_interval={log_interval!r} must be a positive whole number of gradient steps")
     if not reset and agent.plan is not None and agent.plan.remaining > 0:
         plan: Plan = agent.plan
         return plan
@@ -39,14 +43,13 @@ def make_plan(agent: Any, total: int | None, reset: bool, stages: Sequence[str] 
         if isinstance(total, bool) or not isinstance(total, (int, float)) or int(total) != total or total < 1:
             raise ValueError(f"total_timesteps={total!r} must be a positive whole number of gradient steps")
         return Plan(Plan.split(int(total), shares))
-    default = resolve_preset(type(agent).__name__, None, None)[1]
-    lengths = {}
-    for name in shares:
-        given = getattr(agent.config, f"{name}_steps")
-        lengths[name] = int(default[f"{name}_steps"] if given is None else given)
+    lengths = {name: getattr(agent.config, f"{name}_steps") for name in shares}
+    if None in lengths.values():
+        default = resolve_preset(type(agent).__name__, None, None)[1]
+        lengths = {name: default[f"{name}_steps"] if steps is None else steps for name, steps in lengths.items()}
     if min(lengths.values()) < 0 or sum(lengths.values()) < 1:
         raise ValueError(f"stage lengths {lengths} must be zero or more, and one of them positive")
-    return Plan({name: steps for name, steps in lengths.items() if steps > 0})
+    return Plan({name: int(steps) for name, steps in lengths.items() if steps > 0})
 
 
 def run(

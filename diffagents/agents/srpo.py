@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffagents.agent import Agent, net_arch
+from diffagents.agent import Agent, check_choice, check_number, net_arch
 from diffagents.diffusion import dpm_solve, dpm_solver_steps, eps_loss, perturb, vp_alpha_sigma
 from diffagents.engine import Draws, Optimizer, Stage
 from diffagents.iql_critic import IQLCritic
@@ -61,16 +61,11 @@ class SRPOConfig:
     policy_steps: int | None = None  # paper 1.0M
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta} must be positive: large follows Q, small stays close to the data")
-        if not 0 < self.expectile < 1:
-            raise ValueError(f"expectile={self.expectile} must lie strictly between 0 and 1 (0.7 is the usual value)")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
-        if self.weight not in WEIGHTS:
-            raise ValueError(f"weight={self.weight!r}; choose from {WEIGHTS}")
-        if self.q_grad_norm not in Q_GRAD_NORMS:
-            raise ValueError(f"q_grad_norm={self.q_grad_norm!r}; choose from {Q_GRAD_NORMS}")
+        check_number("beta", self.beta, "must be positive: large follows Q, small stays close to the data", lambda x: x > 0)
+        check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
+        check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
+        check_choice("weight", self.weight, WEIGHTS)
+        check_choice("q_grad_norm", self.q_grad_norm, Q_GRAD_NORMS)
 
 
 class Behavior(nn.Module):
@@ -99,7 +94,7 @@ class SRPO(Agent):
     LEARNER = ("critic", "behavior")
 
     def build(self) -> None:
-        c, obs_dim, act_dim = self.config, self.spec.obs_dim, self.spec.act_dim
+        c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
         arch = net_arch(self.policy_kwargs, ("pi", "qf", "vf"), default=(256, 256), extra={"behavior_width": 256, "behavior_blocks": 3})
         self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"]).to(self.device)
         self.behavior = Behavior(obs_dim, act_dim, arch["behavior_width"], arch["behavior_blocks"]).to(self.device)
@@ -151,7 +146,7 @@ class SRPO(Agent):
     # ---- stage 3: policy -------------------------------------------------------------------------------------------
     def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
-        return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.spec.act_dim, **kwargs)}
+        return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.act_dim, **kwargs)}
 
     def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
         loss, metrics = self.policy_loss(batch, draws)
@@ -178,7 +173,7 @@ class SRPO(Agent):
         if c.q_grad_norm == "l2":  # [D4]
             dq_da = dq_da / (norm + 1e-8)
         elif c.q_grad_norm == "rms":
-            dq_da = dq_da / (norm / self.spec.act_dim**0.5 + 1e-8)
+            dq_da = dq_da / (norm / self.act_dim**0.5 + 1e-8)
         loss = ((pull - c.beta * dq_da) * a).sum(-1).mean()
         metrics = {"policy_loss": loss.detach(), "q_grad_norm": norm.mean(), "score_pull": pull.norm(dim=-1).mean()}
         return loss, metrics

@@ -2,8 +2,8 @@
 
     python zoo/benchmarks/data_loading.py [--steps 1000000] [--root FOLDER]
 
-The set (obs 11, act 3, episodes of 523 steps on average) is random numbers: only its size matters here. Each load runs in
-a process of its own; the first one's time includes importing minari. The files have just been written, so the disk is warm.
+The set (obs 11, act 3, episodes of 523 steps on average) is random numbers: only its size matters here. Each load runs
+in a process of its own; the first one's time includes importing minari. The files have just been written: a warm disk.
 """
 
 import argparse
@@ -52,9 +52,10 @@ def main() -> None:
         results = {name: load() for name in ("first", "cached", "cached again")}
     for name, r in results.items():
         million = r["load"] / r["n"] * 1e6
+        imported = "yes" if r["minari"] else "no"
         print(
-            f"{name:>12}: load {r['load']:.3f} s ({million:.3f} s per million), to the sampler's matrix {r['sampler']:.3f} s, "
-            f"import of diffagents {r['import']:.2f} s, minari imported: {'yes' if r['minari'] else 'no'}"
+            f"{name:>12}: load {r['load']:.3f} s ({million:.3f} s per million), then the matrix {r['sampler']:.3f} s, "
+            f"import of diffagents {r['import']:.2f} s, minari imported: {imported}"
         )
     print(f"goals per million steps: first under {GOALS['first']} s, cached under {GOALS['cached']} s")
     print(describe_machine())
@@ -108,14 +109,15 @@ def describe_machine() -> str:
     """Python, library versions, processor and its cores, in one line."""
     from importlib.metadata import version
 
-    names = ("torch", "numpy", "minari", "h5py", "safetensors")
+    libraries = ("torch", "numpy", "minari", "h5py", "safetensors")
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0] if models else cpu
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    return f"Python {platform.python_version()}, {versions}; {cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+    load_average = f"load average {os.getloadavg()[0]:.1f}"
+    return f"Python {platform.python_version()}, {versions}; {cpu}, {os.cpu_count()} cores, {load_average}"
 
 
 if __name__ == "__main__":
