@@ -4,7 +4,6 @@ An algorithm's file gives `Config`, `build`, `stages` and `act`; everything a us
 """
 
 import dataclasses
-import difflib
 import inspect
 import pathlib
 import secrets
@@ -20,6 +19,7 @@ from diffagents import artifact, checkpoint, presets, training
 from diffagents.datasets import load_dataset
 from diffagents.engine import Optimizer, Plan, Stage
 from diffagents.evaluate import Evaluation, evaluate
+from diffagents.knobs import make_config
 from diffagents.normalize import ObsNormalizer, RewardTransform
 from diffagents.sb3 import as_vec_env, check_same_spaces, make_callback, make_logger, stub_env
 from diffagents.transitions import Transitions
@@ -78,7 +78,7 @@ class Agent(ABC):
     ) -> None:
         if policy not in ("MlpPolicy", "MultiInputPolicy"):
             raise ValueError(f'policy={policy!r}; the only policy is "MlpPolicy" (pass an environment as env=...)')
-        self.config = self._make_config(knobs)
+        self.config = make_config(self.Config, type(self).__name__, knobs)
         self._explicit = dict(knobs)  # what the user asked for wins over any preset
         self.preset, self.policy_kwargs = preset, dict(policy_kwargs or {})
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
@@ -332,26 +332,6 @@ class Agent(ABC):
             self.obs_normalizer = ObsNormalizer(self.obs_dim).to(self.device)
             self.build()
 
-    def _make_config(self, knobs: dict[str, Any]) -> Any:
-        """The algorithm's Config with the checks that all algorithms share. Raises TypeError or ValueError."""
-        valid = [f.name for f in dataclasses.fields(self.Config)]
-        for name, value in knobs.items():
-            if name not in valid:
-                near = difflib.get_close_matches(name, valid, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise TypeError(f"{type(self).__name__} has no knob {name!r}{hint} Valid: {', '.join(valid)}")
-            if name == "gamma":
-                check_number(name, value, "must lie in [0, 1)", lambda x: 0 <= x < 1)
-            elif name == "tau":
-                check_number(name, value, "must lie in (0, 1]", lambda x: 0 < x <= 1)
-            elif name.endswith("learning_rate"):
-                check_number(name, value, "must be positive", lambda x: x > 0)
-            elif name.endswith("batch_size"):
-                check_number(name, value, "must be a positive whole number", lambda x: x >= 1 and int(x) == x)
-            elif name.endswith("_steps") and value is not None:
-                check_number(name, value, "must be zero or a positive whole number", lambda x: x >= 0 and int(x) == x)
-        return self.Config(**knobs)
-
     def _resolve_preset(self, dataset_id: str | None) -> None:
         """Put the preset's values under the explicit knobs; done again on data whose id may name a row."""
         if self.preset is None:
@@ -361,47 +341,11 @@ class Agent(ABC):
         before = self.policy_kwargs
         if kwargs and not self.policy_kwargs:
             self.policy_kwargs = kwargs
-        self.config = self._make_config({**values, **self._explicit})
+        self.config = make_config(self.Config, type(self).__name__, {**values, **self._explicit})
         if self.spec is not None and self.stage_steps == dict.fromkeys(self.STAGE_SHARES, 0) and before != self.policy_kwargs:
             self._set_up(self.spec)
         if self.verbose:
             print(f"preset {self.preset!r}: {', '.join(applied) or 'no row for this dataset'} {values}")
-
-
-def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
-    """Raises ValueError, naming the knob and the rule, unless `value` is a finite number for which `holds` is true."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise ValueError(f"{name}={value!r} must be a number")
-    if not (np.isfinite(value) and holds(float(value))):
-        raise ValueError(f"{name}={value!r} {rule}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raises ValueError, listing the choices, unless `value` is one of them."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")
-
-
-def net_arch(policy_kwargs: dict[str, Any], parts: Sequence[str], default: Sequence[int], extra: dict[str, int]) -> dict[str, Any]:
-    """`policy_kwargs` -> hidden sizes for each of `parts` and the integers of `extra`, checked.
-
-    `net_arch` may be a list (for all parts) or a dict by part, as in SB3. Raises TypeError for an unknown key.
-    """
-    unknown = set(policy_kwargs) - {"net_arch", *extra}
-    if unknown:
-        raise TypeError(f"policy_kwargs has no {sorted(unknown)[0]!r}; valid: net_arch, {', '.join(extra)}")
-    arch = policy_kwargs.get("net_arch", list(default))
-    by_part = dict(arch) if isinstance(arch, dict) else dict.fromkeys(parts, arch)
-    if set(by_part) - set(parts):
-        raise TypeError(f"net_arch names {sorted(set(by_part) - set(parts))[0]!r}; its parts are {', '.join(parts)}")
-    if "vf" in parts and "qf" in by_part:
-        by_part.setdefault("vf", by_part["qf"])
-    sizes: dict[str, Any] = {part: tuple(by_part.get(part, default)) for part in parts}
-    sizes |= {name: policy_kwargs.get(name, value) for name, value in extra.items()}
-    flat = [n for size in sizes.values() for n in (size if isinstance(size, tuple) else (size,))]
-    if not all(isinstance(n, int) and n > 0 for n in flat):
-        raise ValueError(f"policy_kwargs {policy_kwargs} must hold positive whole numbers")
-    return sizes
 
 
 def _find_device(device: str | torch.device) -> torch.device:

@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffagents.agent import Agent, check_choice, check_number, net_arch
+from diffagents.agent import Agent
 from diffagents.diffusion import dpm_solve, dpm_solver_steps, eps_loss, perturb, vp_alpha_sigma
 from diffagents.engine import Draws, Optimizer, Stage
 from diffagents.iql_critic import IQLCritic
+from diffagents.knobs import check_choice, check_number, net_arch
 from diffagents.networks import ResidualScoreNet, TanhPolicy, dropout_masks
 from diffagents.types import Batch, Metrics
 from diffagents.values import action_gradient

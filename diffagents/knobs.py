@@ -1,0 +1,65 @@
+"""Checks of what a user may set: an algorithm's knobs and `policy_kwargs`. Messages name the knob, the value and the rule."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
+    """`kind(**knobs)` after the checks that all algorithms share. Raises TypeError (unknown knob) or ValueError."""
+    valid = [f.name for f in dataclasses.fields(kind)]
+    for name, value in knobs.items():
+        if name not in valid:
+            near = difflib.get_close_matches(name, valid, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise TypeError(f"{algorithm} has no knob {name!r}{hint} Valid: {', '.join(valid)}")
+        if name == "gamma":
+            check_number(name, value, "must lie in [0, 1)", lambda x: 0 <= x < 1)
+        elif name == "tau":
+            check_number(name, value, "must lie in (0, 1]", lambda x: 0 < x <= 1)
+        elif name.endswith("learning_rate"):
+            check_number(name, value, "must be positive", lambda x: x > 0)
+        elif name.endswith("batch_size"):
+            check_number(name, value, "must be a positive whole number", lambda x: x >= 1 and int(x) == x)
+        elif name.endswith("_steps") and value is not None:
+            check_number(name, value, "must be zero or a positive whole number", lambda x: x >= 0 and int(x) == x)
+    return kind(**knobs)
+
+
+def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
+    """Raises ValueError, naming the knob and the rule, unless `value` is a finite number for which `holds` is true."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise ValueError(f"{name}={value!r} must be a number")
+    if not (np.isfinite(value) and holds(float(value))):
+        raise ValueError(f"{name}={value!r} {rule}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises ValueError, listing the choices, unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")
+
+
+def net_arch(policy_kwargs: dict[str, Any], parts: Sequence[str], default: Sequence[int], extra: dict[str, int]) -> dict[str, Any]:
+    """`policy_kwargs` -> hidden sizes for each of `parts` and the integers of `extra`, checked.
+
+    `net_arch` may be a list (for all parts) or a dict by part, as in SB3. Raises TypeError for an unknown key.
+    """
+    unknown = set(policy_kwargs) - {"net_arch", *extra}
+    if unknown:
+        raise TypeError(f"policy_kwargs has no {sorted(unknown)[0]!r}; valid: net_arch, {', '.join(extra)}")
+    arch = policy_kwargs.get("net_arch", list(default))
+    by_part = dict(arch) if isinstance(arch, dict) else dict.fromkeys(parts, arch)
+    if set(by_part) - set(parts):
+        raise TypeError(f"net_arch names {sorted(set(by_part) - set(parts))[0]!r}; its parts are {', '.join(parts)}")
+    if "vf" in parts and "qf" in by_part:
+        by_part.setdefault("vf", by_part["qf"])
+    sizes: dict[str, Any] = {part: tuple(by_part.get(part, default)) for part in parts}
+    sizes |= {name: policy_kwargs.get(name, value) for name, value in extra.items()}
+    flat = [n for size in sizes.values() for n in (size if isinstance(size, tuple) else (size,))]
+    if not all(isinstance(n, int) and n > 0 for n in flat):
+        raise ValueError(f"policy_kwargs {policy_kwargs} must hold positive whole numbers")
+    return sizes
