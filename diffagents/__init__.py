@@ -12,9 +12,9 @@ AGENTS = {"SRPO": "diffagents.agents.srpo"}
 _LAZY = {
     **AGENTS,
     "load_dataset": "diffagents.datasets",
-    "evaluate": "diffagents.evaluate",
-    "record_video": "diffagents.evaluate",
-    "Evaluation": "diffagents.evaluate",
+    "evaluate": "diffagents.evaluation",
+    "record_video": "diffagents.evaluation",
+    "Evaluation": "diffagents.evaluation",
     "ArtifactError": "diffagents.artifact",
     "TrainingDiverged": "diffagents.training",
 }
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diffagents.agents.srpo import SRPO
     from diffagents.artifact import ArtifactError
     from diffagents.datasets import load_dataset
-    from diffagents.evaluate import Evaluation, evaluate, record_video
+    from diffagents.evaluation import Evaluation, evaluate, record_video
     from diffagents.training import TrainingDiverged
 
 

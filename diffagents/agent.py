@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffagents import artifact, checkpoint, presets, training
 from diffagents.datasets import load_dataset
 from diffagents.engine import Optimizer, Plan, Stage
-from diffagents.evaluate import Evaluation, evaluate
+from diffagents.evaluation import Evaluation, evaluate
 from diffagents.knobs import make_config
 from diffagents.normalize import ObsNormalizer, RewardTransform
 from diffagents.sb3 import as_vec_env, check_same_spaces, make_callback, make_logger, stub_env

@@ -81,7 +81,7 @@ def restore(
         knobs = {**config["knobs"], **{k: v for k, v in overrides.items() if k not in AGENT_OVERRIDES}}
         agent = cls(preset=config["preset"], policy_kwargs=config["policy_kwargs"], device=device, **settings, **knobs)
         obs_keys = tuple(config["obs_keys"]) if config["obs_keys"] is not None else None
-        spec = Spec(space_from_json(config["observation_space"]), space_from_json(config["action_space"]), obs_keys)
+        spec = Spec.from_spaces(space_from_json(config["observation_space"]), space_from_json(config["action_space"]), obs_keys)
         transform, counters = config["reward_transform"], config["counters"]
         agent.reward_transform = RewardTransform.from_json(transform) if transform is not None else None
         agent.dataset_info = config["dataset"]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from diffagents import dataset_checks as check
 from diffagents.arrays import D4RL_NAMES, Keys, from_arrays, from_episodes, from_replay_buffer, obs_shapes
 from diffagents.dataset_checks import first_line, warn
-from diffagents.evaluate import make_env
+from diffagents.environments import make_env
 from diffagents.transitions import Transitions
 from diffagents.types import Spec
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffagents.evaluate import make_env
+from diffagents.environments import make_env
 from diffagents.types import Spec
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def as_vec_env(env: Any) -> "VecEnv":
     """An id, a Gymnasium Env or an SB3 VecEnv -> a VecEnv whose episodes a Monitor records.
 
-    Raises TypeError for anything else; ValueError or ImportError for an id that cannot be made (evaluate.make_env).
+    Raises TypeError for anything else; ValueError or ImportError for an id that cannot be made (environments.make_env).
     """
     import gymnasium
     from stable_baselines3.common.monitor import Monitor

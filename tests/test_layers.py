@@ -14,8 +14,8 @@ PACKAGE = ROOT / "diffagents"
 # From the bottom up. A module imports, at module level, only from earlier groups: not even from its own.
 GROUPS = [
     {"types"},
-    {"values", "diffusion", "networks", "normalize", "engine", "artifact", "knobs"},
-    {"transitions", "iql_critic", "evaluate", "presets", "hub", "dataset_checks", "checkpoint"},
+    {"values", "diffusion", "networks", "normalize", "engine", "artifact", "knobs", "environments", "rollouts"},
+    {"transitions", "iql_critic", "evaluation", "presets", "hub", "dataset_checks", "checkpoint"},
     {"arrays"},
     {"datasets", "sb3", "training"},
     {"agent"},

@@ -17,7 +17,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
-from diffagents.evaluate import Evaluation, d4rl_score, env_id_of, evaluate, make_env, record_video
+from diffagents.environments import env_id_of, make_env
+from diffagents.evaluation import Evaluation, d4rl_score, evaluate, record_video
 
 SHORT, LONG = 2, 17
 
@@ -464,7 +465,7 @@ BOX = spaces.Box
 def test_bad_calls(
     policy: Any, env: Any, arguments: Any, error: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffagents.evaluate.MAX_EPISODE_STEPS", 1000)
+    monkeypatch.setattr("diffagents.rollouts.MAX_EPISODE_STEPS", 1000)
     with pytest.raises(error, match=message) as caught:
         evaluate(policy, env, **{"n_episodes": 1, **arguments})
     assert "\n" not in str(caught.value)
@@ -518,7 +519,7 @@ def test_missing_packages_name_the_extra_to_install() -> None:
     code = """
 import sys
 sys.modules["mujoco"] = sys.modules["gymnasium_robotics"] = None
-from diffagents.evaluate import make_env, prefer_egl
+from diffagents.environments import make_env, prefer_egl
 assert not prefer_egl()
 for name in ("Hopper-v5", "PointMaze_UMaze-v3", "AdroitHandPen-v1", "Nope-v0"):
     try:
@@ -617,7 +618,8 @@ def test_mujoco_renders_without_a_screen(tmp_path: Path) -> None:
         pytest.skip("no libEGL on this machine")
     code = f"""
 import os, numpy as np
-from diffagents.evaluate import prefer_egl, record_video
+from diffagents.environments import prefer_egl
+from diffagents.evaluation import record_video
 class Still:
     def predict(self, obs, state=None, episode_start=None, deterministic=True):
         return np.zeros((1, 2), np.float32), None

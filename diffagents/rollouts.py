@@ -1,0 +1,236 @@
+"""Whole episodes of a policy in any kind of environment: which ones count, and what each of them summed to.
+
+Shapes: n sub-environments stepped together, one `predict` call for all of them.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+
+MAX_EPISODE_STEPS = 100_000
+"""An episode longer than this stops the evaluation: the environment has no time limit and would never end."""
+
+_INFO_KEYS = ("is_success", "success", "episode")
+
+
+class Policy(Protocol):
+    """What is evaluated: our agents, SB3's models, or anything of this shape."""
+
+    def predict(
+        self, observation: Any, /, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]: ...
+
+
+class Step(NamedTuple):
+    """One step of n sub-environments."""
+
+    obs: Any  # batched
+    rew: np.ndarray  # (n,)
+    ended: np.ndarray  # (n,) bool, this step ended an episode
+    first: np.ndarray  # (n,) bool, obs is the first of an episode
+    real: np.ndarray  # (n,) bool, False where the step only reset
+    infos: Sequence[Mapping[str, Any]]  # of the step, at an end that of the last step
+
+
+class Single:
+    """Gymnasium environments one by one. Episode k is reset with seed + k, so the number of them changes nothing."""
+
+    def __init__(self, envs: Sequence[Any]) -> None:
+        self.envs, self.n = envs, len(envs)
+        self.observation_space, self.action_space = envs[0].observation_space, envs[0].action_space
+
+    def _reset(self, i: int) -> Any:
+        seed = None if self.seed is None else self.seed + self.next_episode[i]
+        self.next_episode[i] += self.n
+        return self.envs[i].reset(seed=seed)[0]
+
+    def reset(self, seed: int | None) -> Any:
+        self.seed, self.next_episode = seed, list(range(self.n))
+        self.last = [self._reset(i) for i in range(self.n)]
+        return stack(self.last)
+
+    def step(self, actions: np.ndarray, left: np.ndarray) -> Step:
+        rew, ended = np.zeros(self.n), np.zeros(self.n, bool)
+        infos: list[Mapping[str, Any]] = [{}] * self.n
+        for i in np.flatnonzero(left).tolist():
+            self.last[i], reward, terminated, truncated, infos[i] = self.envs[i].step(actions[i])
+            rew[i], ended[i] = float(reward), terminated or truncated
+            if ended[i] and left[i] > 1:
+                self.last[i] = self._reset(i)
+        return Step(stack(self.last), rew, ended, ended, left > 0, infos)
+
+
+class Vector:
+    """A Gymnasium VectorEnv in any of the three autoreset modes."""
+
+    def __init__(self, env: Any) -> None:
+        self.env, self.n = env, env.num_envs
+        self.observation_space, self.action_space = env.single_observation_space, env.single_action_space
+        mode = env.metadata.get("autoreset_mode")
+        if mode is None:
+            warnings.warn(f"{env} does not say its autoreset_mode in metadata; NEXT_STEP is assumed", stacklevel=4)
+        self.mode = AutoresetMode.NEXT_STEP if mode is None else AutoresetMode(mode)
+
+    def reset(self, seed: int | None) -> Any:
+        self.ended = np.zeros(self.n, bool)
+        return self.env.reset(seed=seed)[0]
+
+    def step(self, actions: np.ndarray, left: np.ndarray) -> Step:
+        obs, rew, terminations, truncations, info = self.env.step(actions)
+        real = ~self.ended if self.mode is AutoresetMode.NEXT_STEP else np.ones(self.n, bool)
+        ended = np.logical_or(terminations, truncations)
+        infos = [_info_of(info, i) for i in range(self.n)]
+        if self.mode is AutoresetMode.SAME_STEP:
+            for i in np.flatnonzero(ended).tolist():
+                # On top lies the new episode's reset info, except what a vector wrapper counted of the old one.
+                counted = {key: value for key, value in infos[i].items() if key == "episode"}
+                infos[i] = counted | _info_of(info.get("final_info", {}), i)
+        elif self.mode is AutoresetMode.DISABLED:
+            # A masked reset clears the counts of all sub-environments in Gymnasium's vector RecordEpisodeStatistics.
+            infos = [{key: value for key, value in item.items() if key != "episode"} for item in infos]
+            if ended.any():
+                obs = self.env.reset(options={"reset_mask": ended.copy()})[0]
+        first = ~real if self.mode is AutoresetMode.NEXT_STEP else ended
+        self.ended = ended
+        return Step(obs, np.asarray(rew, np.float64), ended, first, real, infos)
+
+
+class SB3:
+    """An SB3 VecEnv. A VecNormalize in it learns nothing from an evaluation, and its rewards are undone."""
+
+    def __init__(self, env: Any, cleanup: ExitStack) -> None:
+        from stable_baselines3.common.vec_env import unwrap_vec_normalize
+
+        self.env, self.n = env, env.num_envs
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.normalize = unwrap_vec_normalize(env)
+        if self.normalize is not None:
+            cleanup.callback(setattr, self.normalize, "training", self.normalize.training)
+            self.normalize.training = False
+
+    def reset(self, seed: int | None) -> Any:
+        if seed is not None:
+            self.env.seed(seed)
+        return self.env.reset()
+
+    def step(self, actions: np.ndarray, left: np.ndarray) -> Step:
+        obs, rew, ended, infos = self.env.step(actions)
+        if self.normalize is not None:
+            rew = self.normalize.get_original_reward()
+        ended = np.asarray(ended, bool)
+        return Step(obs, np.asarray(rew, np.float64), ended, ended, np.ones(self.n, bool), infos)
+
+
+def stack(items: Sequence[Any]) -> Any:
+    """Observations of n environments as one batch: arrays (n, ...), in dicts or tuples where the observation is one."""
+    if isinstance(items[0], Mapping):
+        return {key: stack([item[key] for item in items]) for key in items[0]}
+    if isinstance(items[0], tuple):
+        return tuple(stack(column) for column in zip(*items, strict=True))
+    return np.stack([np.asarray(item) for item in items])
+
+
+def _info_of(info: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """What sub-environment i said of success and of its episode, out of a VectorEnv's dict of arrays and masks."""
+    found: dict[str, Any] = {}
+    for key in _INFO_KEYS:
+        if key in info and (f"_{key}" not in info or info[f"_{key}"][i]):
+            value = info[key]
+            found[key] = {name: value[name][i] for name in ("r", "l")} if isinstance(value, Mapping) else value[i]
+    return found
+
+
+def play(
+    policy: Policy, world: Single | Vector | SB3, n_episodes: int, seed: int | None, deterministic: bool
+) -> list[tuple[float, int, bool | None]]:
+    """(return, length, success) of each episode."""
+    n = world.n
+    left = np.array([len(range(i, n_episodes, n)) for i in range(n)])
+    finished: dict[int, tuple[float, int, bool | None]] = {}
+    next_episode = list(range(n))
+    total, length = np.zeros(n), np.zeros(n, int)
+    success: list[bool | None] = [None] * n
+    obs, state, first = world.reset(seed), None, np.ones(n, bool)
+    while left.any():
+        actions, state = policy.predict(obs, state=state, episode_start=first, deterministic=deterministic)
+        step = world.step(check_actions(actions, n, world.action_space), left)
+        for i in np.flatnonzero(step.real & (left > 0)).tolist():
+            total[i] += step.rew[i]
+            length[i] += 1
+            info = step.infos[i]
+            for key in ("is_success", "success"):
+                if info.get(key) is not None:
+                    success[i] = bool(success[i]) or bool(np.any(info[key]))
+            if length[i] > MAX_EPISODE_STEPS:
+                raise ValueError(
+                    f"an episode did not end in {MAX_EPISODE_STEPS} steps; "
+                    "give the environment a time limit: gymnasium.wrappers.TimeLimit(env, max_episode_steps)"
+                )
+            if not np.isfinite(total[i]):
+                raise ValueError(f"the environment gave a reward of {step.rew[i]} at step {length[i]} of an episode")
+            if not step.ended[i]:
+                continue
+            counted = info.get("episode")
+            if isinstance(counted, Mapping) and "r" in counted and "l" in counted:
+                total[i], length[i] = float(np.asarray(counted["r"]).item()), int(np.asarray(counted["l"]).item())
+            finished[next_episode[i]] = float(total[i]), int(length[i]), success[i]
+            next_episode[i] += n
+            left[i] -= 1
+            total[i], length[i], success[i] = 0.0, 0, None
+        obs, first = step.obs, step.first
+    return [finished[k] for k in range(n_episodes)]
+
+
+def check_actions(actions: Any, n: int, space: spaces.Space[Any]) -> np.ndarray:
+    """What predict gave as an array (n, *action shape); ValueError for another shape, NaN or infinity."""
+    array = np.asarray(actions)
+    if array.shape != (n, *(space.shape or ())):
+        raise ValueError(
+            f"predict gave actions of shape {array.shape} for {n} observations; expected {(n, *(space.shape or ()))}"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        row = int(np.flatnonzero(~np.isfinite(array.reshape(n, -1)).all(axis=1))[0])
+        raise ValueError(
+            f"predict gave the action {array[row]} with NaN or infinity: the policy's weights are broken; "
+            "go back to an earlier save, or train with a smaller learning rate"
+        )
+    return array
+
+
+def check_spaces(policy: Any, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    """The policy's spaces, where it tells them, against the environment's: obs by shape, act by shape and bounds."""
+    _same_shape(getattr(policy, "observation_space", None), observation_space, "observation")
+    theirs = getattr(policy, "action_space", None)
+    _same_shape(theirs, action_space, "action")
+    if isinstance(theirs, spaces.Box) and isinstance(action_space, spaces.Box) and action_space.is_bounded():
+        slack = 1e-3 * (action_space.high - action_space.low)
+        ranges = (
+            f"the policy's actions lie in [{theirs.low.min():g}, {theirs.high.max():g}], "
+            f"the environment's in [{action_space.low.min():g}, {action_space.high.max():g}]"
+        )
+        if np.any(theirs.low < action_space.low - slack) or np.any(theirs.high > action_space.high + slack):
+            raise ValueError(f"{ranges}: evaluate in the environment of the data, or wrap it with RescaleAction")
+        if np.any(theirs.low > action_space.low + slack) or np.any(theirs.high < action_space.high - slack):
+            # Bounds taken from data are narrower, which is fine; data scaled to other units is not.
+            warnings.warn(f"{ranges}: right if bounds came from the data, wrong if its units differ", stacklevel=4)
+
+
+def _same_shape(theirs: spaces.Space[Any] | None, ours: spaces.Space[Any], what: str) -> None:
+    if theirs is None:
+        return
+    if isinstance(theirs, spaces.Dict) and isinstance(ours, spaces.Dict):
+        for key, space in theirs.spaces.items():
+            if key not in ours.spaces:
+                raise ValueError(f"the policy reads {what} {key!r}; the environment has only {list(ours.spaces)}")
+            _same_shape(space, ours.spaces[key], f"{what} {key!r}")
+        return
+    if type(theirs) is not type(ours) or theirs.shape != ours.shape:
+        raise ValueError(
+            f"the policy's {what} space is {theirs}, the environment's {ours}: "
+            "evaluate in the environment (and with the wrappers and kwargs) that the data came from"
+        )
