@@ -251,7 +251,7 @@ class Agent(ABC):
         if wrong:
             raise ValueError(f"parameters name {sorted(parameters)}, the agent has {sorted(networks)}")
         for name, state in parameters.items():
-            artifact.load_state(networks[name], state)
+            checkpoint.load_state(networks[name], state)
 
     def networks(self) -> dict[str, nn.Module]:
         """Every network by its attribute name, the observation normaliser included."""

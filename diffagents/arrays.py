@@ -7,6 +7,7 @@ with both flags the episode terminated.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -198,7 +199,7 @@ def from_replay_buffer(buffer: Any, keys: Keys, env_spec: EnvSpec | None) -> Tra
 
 def _timeouts_by_length(done: np.ndarray, last: np.ndarray, limit: int | None, cut: np.ndarray | None) -> np.ndarray:
     timeout = np.zeros(len(done), bool)
-    if limit is None:
+    if limit is None or len(done) == 0:
         return timeout
     ends = np.union1d(np.flatnonzero(done), last)
     timeout[ends[np.diff(ends, prepend=-1) == limit]] = True
@@ -233,7 +234,7 @@ def _observations(name: str, value: Any, shapes: Shapes) -> np.ndarray:
         if isinstance(value, Mapping):
             raise ValueError(f"{name} is a dict with {list(value)}, but the space is one Box; pass one of its arrays")
         array = check.rows(name, value, shapes[None])
-        return np.array(array.reshape(len(array), -1), np.float32)
+        return np.array(_flat(array), np.float32)
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} is one array, but the space is a Dict; pass a dict with the keys {list(shapes)}")
     missing = [key for key in shapes if key not in value]
@@ -243,7 +244,11 @@ def _observations(name: str, value: Any, shapes: Shapes) -> np.ndarray:
     lengths = {key: len(part) for key, part in parts.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the parts of {name} disagree in length {lengths}; every part needs one row per step")
-    return np.concatenate([part.reshape(len(part), -1) for part in parts.values()], axis=1, dtype=np.float32)
+    return np.concatenate([_flat(part) for part in parts.values()], axis=1, dtype=np.float32)
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array), math.prod(array.shape[1:]))  # not -1: the array may be empty
 
 
 def _guess_spec(observations: Any, actions: Any, keys: Keys) -> Spec:

@@ -19,7 +19,6 @@ import secrets
 import shutil
 import stat
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from gymnasium import spaces
-from torch import Tensor, nn
+from torch import Tensor
 
 LIBRARY, FORMAT = "diffagents", 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -44,10 +42,10 @@ MAX_BOX_SIZE = 1_000_000  # numbers in one Box
 
 _BOX_DTYPES = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint32", "uint16", "uint8"}
 _TENSOR_DTYPES = {getattr(torch, name) for name in ("bool", "bfloat16", *sorted(_BOX_DTYPES))}
-_AGAIN = "save, copy or download it again"
+AGAIN = "save, copy or download it again"
 _GIVE = "give the folder or .zip that save() made"
 _CURES = {
-    "model": _AGAIN,
+    "model": AGAIN,
     "learner": "this copy can act but not learn on; get the whole artifact",
     "optimizer": "it was saved without its trainer state, so the run cannot be resumed; start a new one",
 }
@@ -137,7 +135,7 @@ def _encode(
     if trainer_state is not None:
         files[TRAINER_STATE] = _dump(trainer_state, "trainer_state")
     for name, named in tensors.items():
-        copies = {_bare(key): tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in named.items()}
+        copies = {bare(key): tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in named.items()}
         if len(copies) < len(named):
             raise ValueError(f"two {name} tensors have one name once '_orig_mod.' is taken out: {sorted(named)[:4]}")
         _check_tensors(copies, f"{name} tensors")
@@ -152,7 +150,7 @@ def _dump(value: Mapping[str, Any], where: str) -> bytes:
     return json.dumps(to_json_safe(value, where), indent=1, allow_nan=False).encode()
 
 
-def _bare(key: str) -> str:
+def bare(key: str) -> str:
     return key.replace("_orig_mod.", "")
 
 
@@ -236,11 +234,11 @@ class Artifact:
         if header > MAX_HEADER_BYTES:
             pickled = data[:1] == b"\x80" or data[:2] == b"PK"
             what = "a pickle under another name, never opened here" if pickled else f"a header of {header} bytes"
-            raise ArtifactError(f"{where} is not a safetensors file but {what}: {_AGAIN}")
+            raise ArtifactError(f"{where} is not a safetensors file but {what}: {AGAIN}")
         try:
             tensors = safetensors.torch.load(data)
         except Exception as error:  # whatever the parser trips over, it means the same here
-            raise ArtifactError(f"{where} is truncated or damaged ({_short(error)}): {_AGAIN}") from None
+            raise ArtifactError(f"{where} is truncated or damaged ({short(error)}): {AGAIN}") from None
         _check_tensors(tensors, where)
         return tensors
 
@@ -264,13 +262,13 @@ def read(path: str | os.PathLike[str]) -> Artifact:
     library, version = config.get("library"), config.get("format")
     if library != LIBRARY:
         whose = "Stable-Baselines3" if "policy_class" in config else "its own library"
-        raise ArtifactError(f"{where} names the library {_short(library)}, not {LIBRARY}: load it with {whose}")
+        raise ArtifactError(f"{where} names the library {short(library)}, not {LIBRARY}: load it with {whose}")
     if type(version) is not int or version < 1:
-        raise ArtifactError(f"{where} has the format {_short(version)}, not a whole number from 1: {_AGAIN}")
+        raise ArtifactError(f"{where} has the format {short(version)}, not a whole number from 1: {AGAIN}")
     if version > FORMAT:
-        raise ArtifactError(f"{where} has format {_short(version)}, above {FORMAT}, from a newer {LIBRARY}: upgrade")
+        raise ArtifactError(f"{where} has format {short(version)}, above {FORMAT}, from a newer {LIBRARY}: upgrade")
     if not isinstance(config.get("algorithm"), str):
-        raise ArtifactError(f"{where} names no algorithm: {_AGAIN}")
+        raise ArtifactError(f"{where} names no algorithm: {AGAIN}")
     if _find(found, TENSOR_FILES["model"]) is None:
         raise ArtifactError(f"{found} has no {TENSOR_FILES['model']}: {_CURES['model']}")
     for old in range(version, FORMAT):
@@ -291,8 +289,8 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     except RecursionError:
         problem = "nested too deep"
     except ValueError as error:
-        problem = f"not JSON ({_short(error)})"
-    raise ArtifactError(f"{path}: {name} is {problem}: {_AGAIN}")
+        problem = f"not JSON ({short(error)})"
+    raise ArtifactError(f"{path}: {name} is {problem}: {AGAIN}")
 
 
 def _finite(text: str) -> float:
@@ -307,13 +305,9 @@ def _read_bytes(path: Path, name: str) -> bytes | None:
         return None if found is None else found.read_bytes()
     try:
         with zipfile.ZipFile(path) as archive:
-            data = archive.read(found)
-        if len(data) == found.file_size:
-            return data
-        problem = f"{name} ends early"
+            return archive.read(found)
     except Exception as error:  # zipfile lets errors of many types through when the bytes are damaged
-        problem = _short(error)
-    raise ArtifactError(f"{path} is a truncated or damaged zip ({problem}): {_AGAIN}")
+        raise ArtifactError(f"{path} is a truncated or damaged zip ({short(error)}): {AGAIN}") from None
 
 
 def _find(path: Path, name: str) -> Path | zipfile.ZipInfo | None:
@@ -324,7 +318,7 @@ def _find(path: Path, name: str) -> Path | zipfile.ZipInfo | None:
     if not file.exists():
         return None
     if not file.is_file():  # a pipe or device never ends; links are followed, the Hub's cache is made of them
-        raise ArtifactError(f"{file} is not a regular file: {_AGAIN}")
+        raise ArtifactError(f"{file} is not a regular file: {AGAIN}")
     _check_size(file.stat().st_size, name, path)
     return file
 
@@ -342,7 +336,7 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
     except Exception as error:  # as in _read_bytes
-        raise ArtifactError(f"{path} is a truncated or damaged zip ({_short(error)}): {_AGAIN}") from None
+        raise ArtifactError(f"{path} is a truncated or damaged zip ({short(error)}): {AGAIN}") from None
     names = [info.orig_filename for info in infos]
     if CONFIG not in names and any(name == "data" or name.endswith(".pth") for name in names):
         raise ArtifactError(f"{path} is a Stable-Baselines3 file: load it with Stable-Baselines3, e.g. SAC.load(...)")
@@ -353,9 +347,9 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
     for name, info in zip(names, infos, strict=True):
         odd = name.startswith("/") or ".." in name.split("/") or any(sign in name for sign in "\\:\0")
         if odd or stat.S_ISLNK(info.external_attr >> 16):
-            raise ArtifactError(f"{path} holds an unsafe file name or link, {_short(name)}: do not use it")
+            raise ArtifactError(f"{path} holds an unsafe file name or link, {short(name)}: do not use it")
         if info.file_size > max(1 << 20, MAX_ZIP_RATIO * info.compress_size):
-            raise ArtifactError(f"{path} holds a zip bomb, {_short(name)} of {info.file_size} bytes: do not use it")
+            raise ArtifactError(f"{path} holds a zip bomb, {short(name)} of {info.file_size} bytes: do not use it")
         _check_size(info.file_size, name, path)
     return dict(zip(names, infos, strict=True))
 
@@ -363,112 +357,18 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
 def _check_size(size: int, name: str, path: Path) -> None:
     limit = MAX_BYTES.get(name, 1 << 32)
     if size > limit:
-        raise ArtifactError(f"{path}: {_short(name)} has {size} bytes, more than the {limit} allowed: {_AGAIN}")
+        raise ArtifactError(f"{path}: {short(name)} has {size} bytes, more than the {limit} allowed: {AGAIN}")
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
     for key, tensor in tensors.items():
         if tensor.dtype not in _TENSOR_DTYPES:
-            raise ArtifactError(f"{where}: {_short(key)} has the dtype {tensor.dtype}, which no agent of ours uses")
+            raise ArtifactError(f"{where}: {short(key)} has the dtype {tensor.dtype}, which no agent of ours uses")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(f"{where}: {_short(key)} holds NaN or infinity: go back to an earlier checkpoint")
+            raise ArtifactError(f"{where}: {short(key)} holds NaN or infinity: go back to an earlier checkpoint")
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """A value from a stranger's file as at most 80 plain characters on one line."""
     plain = isinstance(value, str | float | None | Exception) or (isinstance(value, int) and abs(value) < 10**9)
     return ascii(str(value))[1:-1][:80] if plain else type(value).__name__
-
-
-def load_state(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Copy the tensors named `prefix` + parameter or buffer into the module, in place; other prefixes are left alone.
-
-    Raises ArtifactError, before anything is copied, where names, shapes or dtypes are not exactly the module's.
-    """
-    own = {prefix + _bare(key): value for key, value in module.state_dict().items()}
-    given = {_bare(key): value for key, value in tensors.items() if key.startswith(prefix)}
-    for keys, what in ((own.keys() - given.keys(), "lacks"), (given.keys() - own.keys(), "has the unknown")):
-        if keys:
-            some = ", ".join(map(_short, sorted(keys)[:3])) + (", ..." if len(keys) > 3 else "")
-            raise ArtifactError(f"the artifact {what} {some} ({len(keys)} tensors): it is another network or version")
-    for key, value in own.items():
-        _check_like(given[key], value, key)
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(given[key])
-
-
-def _check_like(given: Tensor, own: Tensor, name: str) -> None:
-    if given.shape != own.shape or given.dtype != own.dtype:
-        found, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (given, own))
-        raise ArtifactError(f"{_short(name)} is {found} in the artifact, {wanted} here: another network or space")
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """The state of an Adam or AdamW as `<prefix>.<i>.<key>`, i in parameter order; empty where it has not stepped.
-
-    The tensors are the optimiser's own, not copies. Learning rates and other settings are the agent's to set.
-    """
-    states = [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
-    return {f"{prefix}.{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Put what `optimizer_tensors` gave back into an optimiser over the same parameters; in place where it has stepped.
-
-    Raises ArtifactError, before anything is changed, where names, shapes or dtypes do not fit the parameters.
-    """
-    given = {name: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
-    places = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    states: list[dict[str, Tensor]] = []
-    for i, (parameter, group) in enumerate(places):
-        # Adam keeps the step beside the parameter only where a kernel reads it there.
-        step = torch.zeros((), device=parameter.device if group["fused"] or group["capturable"] else "cpu")
-        likes = {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter}
-        found = {key: given.pop(f"{prefix}.{i}.{key}") for key in likes if f"{prefix}.{i}.{key}" in given}
-        if found and len(found) < len(likes):
-            raise ArtifactError(f"the artifact has only {sorted(found)} of {prefix}.{i}, not {sorted(likes)}: {_AGAIN}")
-        for key, value in found.items():
-            _check_like(value, likes[key], f"{prefix}.{i}.{key}")
-            if key != "exp_avg" and bool((value < 0).any()):
-                raise ArtifactError(f"the artifact's {prefix}.{i}.{key} holds negative numbers: {_AGAIN}")
-        states.append({key: torch.zeros_like(likes[key], requires_grad=False).copy_(found[key]) for key in found})
-    if given:
-        raise ArtifactError(f"the artifact has {_short(min(given))}, this optimizer of {len(places)} tensors does not")
-    for (parameter, _), state in zip(places, states, strict=True):
-        old = optimizer.state.pop(parameter, {})
-        if state:  # into the same memory where there is some, which a captured CUDA graph may hold
-            optimizer.state[parameter] = {key: old[key].copy_(new) if key in old else new for key, new in state.items()}
-
-
-def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
-    """A Box, or a Dict of them, as JSON: bounds exact, one number where all are the same, infinity as "inf" or "-inf".
-
-    Raises ValueError for other spaces.
-    """
-    if isinstance(space, spaces.Dict):
-        return {"type": "Dict", "spaces": {key: space_to_json(item) for key, item in space.spaces.items()}}
-    if not isinstance(space, spaces.Box) or str(space.dtype) not in _BOX_DTYPES:
-        raise ValueError(f"the space {space} cannot be stored, only a Box of numbers or a Dict of them can")
-    low, high = (to_json_safe(b.flat[0] if b.size and (b == b.flat[0]).all() else b) for b in (space.low, space.high))
-    return {"type": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
-
-
-def space_from_json(obj: Any, where: str = "space") -> spaces.Space[Any]:
-    """The space that `space_to_json` described, keys of a Dict in the same order. Raises ArtifactError."""
-    try:
-        if obj["type"] == "Dict":
-            items = [(key, space_from_json(item, f"{where}[{_short(key)}]")) for key, item in obj["spaces"].items()]
-            return spaces.Dict(OrderedDict(items))
-        shape, dtype = tuple(obj["shape"]), obj["dtype"]
-        if obj["type"] != "Box" or dtype not in _BOX_DTYPES or not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError("unknown type, dtype or shape")
-        if math.prod(max(n, 1) for n in shape) > MAX_BOX_SIZE:
-            raise ValueError("too large")
-        low, high = (np.array(obj[key], dtype) if isinstance(obj[key], list) else np.full(shape, obj[key], dtype)
-                     for key in ("low", "high"))  # fmt: skip
-        return spaces.Box(low, high, shape, np.dtype(dtype).type)
-    except ArtifactError:
-        raise
-    except Exception as error:  # of many types, from numpy and gymnasium too
-        raise ArtifactError(f"{where} is not a Box or Dict of them ({_short(error)}): {_AGAIN}") from None

@@ -7,22 +7,14 @@ optimizer.safetensors  optimiser moments and both random generators; with traine
 
 import dataclasses
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffagents.artifact import (
-    Artifact,
-    ArtifactError,
-    load_optimizer,
-    load_state,
-    optimizer_tensors,
-    space_from_json,
-    space_to_json,
-)
+from diffagents.artifact import AGAIN, Artifact, ArtifactError, bare, short
 from diffagents.engine import Plan
 from diffagents.normalize import RewardTransform
 from diffagents.types import Spec
@@ -43,9 +35,7 @@ def pack(agent: Any, trainer_state: bool) -> tuple[dict[str, Any], dict[str, Ten
         "policy_kwargs": agent.policy_kwargs,
         "preset": agent.preset,
         "seed": agent.seed,
-        "observation_space": space_to_json(spec.observation_space),
-        "action_space": space_to_json(spec.action_space),
-        "obs_keys": list(spec.obs_keys) if spec.obs_keys is not None else None,
+        "spec": spec.to_json(),
         "reward_transform": agent.reward_transform.to_json() if agent.reward_transform is not None else None,
         "dataset": agent.dataset_info,
         "counters": {"num_timesteps": agent.num_timesteps, "n_env_steps": agent.n_env_steps, "n_updates": agent.n_updates,
@@ -77,11 +67,13 @@ def restore(
     if unknown:
         raise ValueError(f"fresh={tuple(fresh)} names {unknown[0]!r}; the networks are {[*cls.MODEL, *cls.LEARNER]}")
     try:
+        spec = Spec.from_json(config["spec"])
+    except (KeyError, AttributeError, ValueError) as error:
+        raise ArtifactError(f"config.json has no usable spec: {error}; {AGAIN}") from None
+    try:
         settings = {"seed": config["seed"], **{k: v for k, v in overrides.items() if k in AGENT_OVERRIDES}}
         knobs = {**config["knobs"], **{k: v for k, v in overrides.items() if k not in AGENT_OVERRIDES}}
         agent = cls(preset=config["preset"], policy_kwargs=config["policy_kwargs"], device=device, **settings, **knobs)
-        obs_keys = tuple(config["obs_keys"]) if config["obs_keys"] is not None else None
-        spec = Spec.from_spaces(space_from_json(config["observation_space"]), space_from_json(config["action_space"]), obs_keys)
         transform, counters = config["reward_transform"], config["counters"]
         agent.reward_transform = RewardTransform.from_json(transform) if transform is not None else None
         agent.dataset_info = config["dataset"]
@@ -89,7 +81,7 @@ def restore(
         agent.n_updates = counters["n_updates"]
         agent.stage_steps, agent._policy_missing = dict(counters["stage_steps"]), counters["policy_missing"]
     except (KeyError, AttributeError) as error:
-        raise ArtifactError(f"config.json lacks or garbles {error}: the artifact is damaged; save or download it again") from None
+        raise ArtifactError(f"config.json lacks or garbles {error}: {AGAIN}") from None
     agent._set_up(spec)
     _load_named(agent, tensors["model"], ("obs_normalizer", *agent.MODEL), fresh)
     agent.has_learner = "learner" in tensors
@@ -144,6 +136,67 @@ def _load_optimizer_side(agent: Any, tensors: Tensors, fresh: Sequence[str]) -> 
         state = tensors.get(f"{name}.state")
         if state is not None and len(state) == len(getattr(agent, name).get_state()):  # another device's state does not fit
             getattr(agent, name).set_state(state.cpu())
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Copy the tensors named `prefix` + parameter or buffer into the module, in place; other prefixes are left alone.
+
+    Raises ArtifactError, before anything is copied, where names, shapes or dtypes are not exactly the module's.
+    """
+    own = {prefix + bare(key): value for key, value in module.state_dict().items()}
+    given = {bare(key): value for key, value in tensors.items() if key.startswith(prefix)}
+    for keys, what in ((own.keys() - given.keys(), "lacks"), (given.keys() - own.keys(), "has the unknown")):
+        if keys:
+            some = ", ".join(map(short, sorted(keys)[:3])) + (", ..." if len(keys) > 3 else "")
+            raise ArtifactError(f"the artifact {what} {some} ({len(keys)} tensors): it is another network or version")
+    for key, value in own.items():
+        _check_like(given[key], value, key)
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(given[key])
+
+
+def _check_like(given: Tensor, own: Tensor, name: str) -> None:
+    if given.shape != own.shape or given.dtype != own.dtype:
+        found, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (given, own))
+        raise ArtifactError(f"{short(name)} is {found} in the artifact, {wanted} here: another network or space")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The state of an Adam or AdamW as `<prefix>.<i>.<key>`, i in parameter order; empty where it has not stepped.
+
+    The tensors are the optimiser's own, not copies. Learning rates and other settings are the agent's to set.
+    """
+    states = [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+    return {f"{prefix}.{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Put what `optimizer_tensors` gave back into an optimiser over the same parameters; in place where it has stepped.
+
+    Raises ArtifactError, before anything is changed, where names, shapes or dtypes do not fit the parameters.
+    """
+    given = {name: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
+    places = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    states: list[dict[str, Tensor]] = []
+    for i, (parameter, group) in enumerate(places):
+        # Adam keeps the step beside the parameter only where a kernel reads it there.
+        step = torch.zeros((), device=parameter.device if group["fused"] or group["capturable"] else "cpu")
+        likes = {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter}
+        found = {key: given.pop(f"{prefix}.{i}.{key}") for key in likes if f"{prefix}.{i}.{key}" in given}
+        if found and len(found) < len(likes):
+            raise ArtifactError(f"the artifact has only {sorted(found)} of {prefix}.{i}, not {sorted(likes)}: {AGAIN}")
+        for key, value in found.items():
+            _check_like(value, likes[key], f"{prefix}.{i}.{key}")
+            if key != "exp_avg" and bool((value < 0).any()):
+                raise ArtifactError(f"the artifact's {prefix}.{i}.{key} holds negative numbers: {AGAIN}")
+        states.append({key: torch.zeros_like(likes[key], requires_grad=False).copy_(found[key]) for key in found})
+    if given:
+        raise ArtifactError(f"the artifact has {short(min(given))}, this optimizer of {len(places)} tensors does not")
+    for (parameter, _), state in zip(places, states, strict=True):
+        old = optimizer.state.pop(parameter, {})
+        if state:  # into the same memory where there is some, which a captured CUDA graph may hold
+            optimizer.state[parameter] = {key: old[key].copy_(new) if key in old else new for key, new in state.items()}
 
 
 def _version(package: str) -> str:

@@ -108,7 +108,8 @@ def _read(source: Any, keys: Keys, given: "_Given | None", download: bool, cache
     if isinstance(source, Mapping):
         return from_arrays(source, keys, limit, {"id": "arrays", "kind": "arrays"})
     if isinstance(source, (list, tuple)) and all(isinstance(episode, Mapping) for episode in source):
-        n_steps = sum(len(episode["actions"]) for episode in source if "actions" in episode)
+        found = ((f"episode {i} actions", e["actions"]) for i, e in enumerate(source) if "actions" in e)
+        n_steps = sum(len(check.actions(name, actions, None)) for name, actions in found)
         return from_episodes(source, n_steps, keys, None, {"id": "arrays", "kind": "episodes"})
     raise TypeError(f"cannot read a dataset from {type(source).__name__}; accepted are {_ACCEPTED}")
 
@@ -274,7 +275,10 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
         kinds = {cls.__name__ for cls in type(error).__mro__}
         if kinds & {"RepositoryNotFoundError", "RemoteEntryNotFoundError"} or type(error) is ValueError:
             raise FileNotFoundError(f"{place} has no Minari set {identity!r}; check the id, {instead}") from None
-        cause = f"{type(error).__name__}: {first_line(error)}"
+        root: BaseException = error  # wrapped once or more; the innermost says what really happened
+        while (inner := root.__cause__ or root.__context__) is not None:
+            root = inner
+        cause = f"{type(root).__name__}: {first_line(root)}"
         raise ConnectionError(
             f"cannot download {identity!r} from {place} ({cause}); "
             f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {instead}"
@@ -283,9 +287,21 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
 
 def _read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Transitions:
     """Read the set in `path`, or the part of it that a (filtered) MinariDataset points to."""
-    metadata = json.loads((path / "metadata.json").read_text())
+    try:
+        metadata = json.loads((path / "metadata.json").read_text())
+        stamp = {
+            "minari": metadata["minari_version"],
+            "steps": metadata["total_steps"],
+            "files": _stamp(path.rglob("*")),
+        }
+        n_episodes = metadata["total_episodes"]
+    except (ValueError, KeyError) as error:
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise OSError(
+            f"{path / 'metadata.json'} is damaged ({cause}); delete the folder and load the set again"
+        ) from None
     chosen = None
-    if dataset is not None and len(dataset.episode_indices) != metadata["total_episodes"]:
+    if dataset is not None and not np.array_equal(dataset.episode_indices, np.arange(n_episodes)):
         chosen = hashlib.sha256(np.asarray(dataset.episode_indices, np.int64).tobytes()).hexdigest()
     key = {"path": str(path.resolve()), "obs_keys": keys, "episodes": chosen}
 
@@ -294,7 +310,6 @@ def _read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Tr
 
     if not cache:
         return read()
-    stamp = {"minari": metadata["minari_version"], "steps": metadata["total_steps"], "files": _stamp(path.rglob("*"))}
     return _cached(metadata["dataset_id"], key, stamp, read)
 
 

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from diffagents.agents.srpo import SRPO
-from diffagents.artifact import load_state
+from diffagents.checkpoint import load_state
 from diffagents.types import Spec
 
 State = Mapping[str, Tensor]

@@ -7,7 +7,6 @@
 Applied only when asked for. `aliases` and `source` are for finding and for readers; they never reach an agent.
 """
 
-import copy
 import difflib
 import re
 from pathlib import Path
@@ -77,7 +76,7 @@ def resolve_preset(algorithm: str, preset: str | None, dataset_id: str | None) -
 
 
 def _values(entries: dict[str, Any]) -> dict[str, Any]:
-    return copy.deepcopy({key: value for key, value in entries.items() if key not in ("aliases", "source")})
+    return {key: value for key, value in entries.items() if key not in ("aliases", "source")}
 
 
 def _bare(name: str) -> str:

@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffagents.artifact import space_from_json, space_to_json
 from diffagents.normalize import ObsNormalizer, RewardTransform, fit_reward_transform
-from diffagents.types import Batch, Spec
+from diffagents.types import Batch, Spec, space_from_json, space_to_json
 
 FILE_FORMAT = 1
 """Number of the file layout of `Transitions.save`; a file of another number is refused."""

@@ -4,6 +4,8 @@ Shapes: B batch, S flat observation, A flat action. Actions are in [-1, 1] where
 (inside the library) and in the environment's own units wherever it is `action` (outside).
 """
 
+import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -72,6 +74,25 @@ class Spec:
             obs_keys = goal if set(goal) <= set(observation_space.spaces) else tuple(observation_space.spaces)
         return cls(observation_space, action_space, tuple(obs_keys) if obs_keys is not None else None)  # type: ignore[arg-type]
 
+    def to_json(self) -> dict[str, Any]:
+        """Spaces and keys as strict JSON. Raises ValueError for a space that holds more than Boxes and Dicts of them."""
+        keys = list(self.obs_keys) if self.obs_keys is not None else None
+        return {
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
+            "obs_keys": keys,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Spec":
+        """What `to_json` described. Raises ValueError where it is malformed."""
+        observation_space = space_from_json(data.get("observation_space"), "observation_space")
+        keys = data.get("obs_keys")
+        if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+            raise ValueError("obs_keys is not a list of names")
+        action_space = space_from_json(data.get("action_space"), "action_space")
+        return cls(observation_space, action_space, tuple(keys) if keys is not None else None)  # type: ignore[arg-type]
+
     @property
     def obs_dim(self) -> int:
         """S, the length of the flat observation."""
@@ -131,6 +152,53 @@ class Spec:
 
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
         return self.action_space.low.reshape(-1), self.action_space.high.reshape(-1)
+
+
+_BOX_DTYPES = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint32", "uint16", "uint8"}
+_MAX_BOX_SIZE = 1_000_000  # numbers in one Box that comes from a file
+
+
+def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
+    """A Box, or a Dict of them, as strict JSON: bounds exact, one number where all are equal, infinity as "inf" or "-inf".
+
+    Raises ValueError for other spaces.
+    """
+    if isinstance(space, spaces.Dict):
+        return {"type": "Dict", "spaces": {key: space_to_json(item) for key, item in space.spaces.items()}}
+    if not isinstance(space, spaces.Box) or str(space.dtype) not in _BOX_DTYPES:
+        raise ValueError(f"the space {space} cannot be stored, only a Box of numbers or a Dict of them can")
+    low, high = (_bound(b.flat[0] if b.size and (b == b.flat[0]).all() else b) for b in (space.low, space.high))
+    return {"type": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
+
+
+def _bound(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_bound(item) for item in value]
+    number = value.item()
+    return number if math.isfinite(number) else str(number)
+
+
+def space_from_json(data: Any, where: str = "space") -> spaces.Space[Any]:
+    """The space that `space_to_json` described, keys of a Dict in the same order. Raises ValueError, naming the place."""
+    try:
+        kind = data["type"]
+        if kind == "Dict":
+            # pairs, because gymnasium sorts the keys of a plain dict
+            return spaces.Dict(OrderedDict((k, space_from_json(v, f"{where}[{k[:40]!a}]")) for k, v in data["spaces"].items()))
+        shape, dtype = tuple(data["shape"]), data["dtype"]
+        if kind != "Box" or dtype not in _BOX_DTYPES:
+            raise ValueError("unknown type or dtype")
+        if math.prod(max(n, 1) for n in shape) > _MAX_BOX_SIZE:
+            raise ValueError("too large")
+        low, high = (
+            np.array(data[key], dtype) if isinstance(data[key], list) else np.full(shape, data[key], dtype)
+            for key in ("low", "high")
+        )
+        return spaces.Box(low, high, shape, np.dtype(dtype).type)
+    except Exception as error:  # of many types, from numpy and gymnasium too
+        if str(error).startswith(where):
+            raise
+        raise ValueError(f"{where} is not a Box or a Dict of them ({ascii(str(error))[1:-1][:80]})") from None
 
 
 def _check_box(space: spaces.Space[Any], name: str) -> None:

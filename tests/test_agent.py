@@ -27,10 +27,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecNormalize
+from toy import line_data
 
 import diffagents
 from diffagents import SRPO, TrainingDiverged
-from toy import line_data
 
 SMALL: dict[str, Any] = {"seed": 0, "verbose": 0, "device": "cpu", "critic_steps": 10, "behavior_steps": 10, "policy_steps": 10,
                          "batch_size": 16, "behavior_batch_size": 8,

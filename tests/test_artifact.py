@@ -10,32 +10,20 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import safetensors.torch
 import stable_baselines3
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 
 from diffagents import artifact
-from diffagents.artifact import (
-    ArtifactError,
-    load_optimizer,
-    load_state,
-    optimizer_tensors,
-    read,
-    space_from_json,
-    space_to_json,
-    to_json_safe,
-    write,
-)
+from diffagents.artifact import ArtifactError, read, to_json_safe, write
+from diffagents.checkpoint import load_optimizer, load_state, optimizer_tensors
 
 CONFIG = {"algorithm": "SRPO", "knobs": {"beta": 0.1, "sizes": (2, 3)}}
 STATE = {"plan": [1, 2], "seed": 2**127 + 1}
@@ -808,104 +796,3 @@ def test_to_json_safe() -> None:
     for bad in (object(), torch.ones(1), np.array([object()]), b"x", 1j):
         with pytest.raises(TypeError, match=r"^knobs\['a'\]\[0\] is a .*, which JSON cannot hold"):
             to_json_safe({"a": [bad]}, "knobs")
-
-
-third = np.float32(1) / np.float32(3)
-BOXES = [
-    spaces.Box(-np.inf, np.inf, (11,), np.float64),
-    spaces.Box(-np.inf, np.inf, (3, 2), np.float32),
-    spaces.Box(-1.0, 1.0, (6,), np.float32),
-    spaces.Box(np.array([-third, -np.inf, -0.0], np.float32), np.array([third, 1e30, np.inf], np.float32)),
-    spaces.Box(np.nextafter(-1.0, 0), 0.1, (2,), np.float64),
-    spaces.Box(np.array([[0.1, 0.2]]), np.array([[0.3, np.inf]]), dtype=np.float64),
-    spaces.Box(0, 255, (2,), np.uint8),
-    spaces.Box(-(2**62) - 1, 2**62 + 1, (2,), np.int64),
-    spaces.Box(0.0, 1.0, (), np.float32),
-    spaces.Box(0.0, 1.0, (0,), np.float32),
-    gym.make("Pendulum-v1").observation_space,
-    gym.make("Pendulum-v1").action_space,
-]
-
-
-@pytest.mark.parametrize("box", BOXES, ids=str)
-def test_box_round_trip(box: spaces.Box) -> None:
-    text = json.dumps(space_to_json(box), allow_nan=False)
-    back = space_from_json(json.loads(text))
-    assert back == box
-    assert isinstance(back, spaces.Box)
-    assert back.dtype == box.dtype
-    assert back.low.tobytes() == box.low.tobytes()
-    assert back.high.tobytes() == box.high.tobytes()
-    assert np.array_equal(back.bounded_below, box.bounded_below)
-    assert np.array_equal(back.bounded_above, box.bounded_above)
-
-
-def test_uniform_bounds_are_one_number() -> None:
-    assert space_to_json(BOXES[0]) == {"type": "Box", "low": "-inf", "high": "inf", "shape": [11], "dtype": "float64"}
-    assert space_to_json(BOXES[2])["low"] == -1.0
-    assert space_to_json(BOXES[3])["high"] == [float(third), float(np.float32(1e30)), "inf"]
-
-
-def test_dict_round_trip_keeps_the_order() -> None:
-    inner = spaces.Dict(OrderedDict(z=BOXES[2], a=BOXES[3]))
-    space = spaces.Dict(OrderedDict(observation=BOXES[0], inner=inner, desired_goal=BOXES[1]))
-    back = space_from_json(json.loads(json.dumps(space_to_json(space), allow_nan=False)))
-    assert back == space
-    assert isinstance(back, spaces.Dict)
-    assert list(back.spaces) == ["observation", "inner", "desired_goal"]
-    assert list(back["inner"].spaces) == ["z", "a"]  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.Box(0, 1, (2,), np.bool_), spaces.Dict(a=spaces.Text(3))])
-def test_other_spaces_are_refused(space: spaces.Space[Any]) -> None:
-    with pytest.raises(ValueError, match="cannot be stored"):
-        space_to_json(space)
-
-
-BOX = {"type": "Box", "low": -1.0, "high": 1.0, "shape": [2], "dtype": "float32"}
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        None,
-        [],
-        "Box",
-        {},
-        {"type": "Discrete", "n": 3},
-        {"type": "Dict"},
-        {"type": "Dict", "spaces": [1]},
-        {key: value for key, value in BOX.items() if key != "low"},
-        {**BOX, "shape": [-1]},
-        {**BOX, "shape": 2},
-        {**BOX, "shape": [2.0]},
-        {**BOX, "shape": [True]},
-        {**BOX, "shape": [1 << 40]},
-        {**BOX, "shape": [1 << 20, 0]},
-        {**BOX, "shape": [1] * 100},
-        {**BOX, "low": [-1.0]},
-        {**BOX, "low": [[-1.0, -1.0]]},
-        {**BOX, "low": "low"},
-        {**BOX, "low": "nan"},
-        {**BOX, "low": None},
-        {**BOX, "low": 2.0},
-        {**BOX, "dtype": "object"},
-        {**BOX, "dtype": "float32,float32"},
-        {**BOX, "dtype": ["float32"]},
-    ],
-    ids=str,
-)
-def test_a_malformed_space_is_refused_with_its_place(bad: Any) -> None:
-    with pytest.raises(ArtifactError, match=r"^config\['observation_space'\] is not a Box or Dict") as caught:
-        space_from_json(bad, "config['observation_space']")
-    assert str(caught.value).isprintable()
-    with pytest.raises(ArtifactError, match=r"^space\[goal\] is not a Box or Dict"):
-        space_from_json({"type": "Dict", "spaces": {"fine": BOX, "goal": bad}})
-
-
-def test_spaces_nested_without_end_are_refused() -> None:
-    deep: Any = BOX
-    for _ in range(20_000):
-        deep = {"type": "Dict", "spaces": {"x": deep}}
-    with pytest.raises(ArtifactError, match="not a Box or Dict"):
-        space_from_json(deep)

@@ -16,10 +16,10 @@ import torch
 from gymnasium.wrappers import FlattenObservation
 from stable_baselines3 import TD3
 from stable_baselines3.common.env_util import make_vec_env
+from toy import line_data
 
 import diffagents
 from diffagents import SRPO
-from toy import line_data
 
 SMALL: dict[str, Any] = {"seed": 0, "verbose": 0, "device": "cpu", "critic_steps": 2, "behavior_steps": 2, "policy_steps": 2,
                          "batch_size": 8, "behavior_batch_size": 8,

@@ -88,7 +88,7 @@ def write_hdf5(path: Path, data: dict[str, Any]) -> Path:
 
     with h5py.File(path, "w") as file:
         for key, value in data.items():
-            for name, array in (value.items() if isinstance(value, dict) else [("", value)]):
+            for name, array in value.items() if isinstance(value, dict) else [("", value)]:
                 file[f"{key}/{name}".rstrip("/")] = array
         file["infos/qpos"] = np.zeros(3)
     return path
@@ -111,8 +111,8 @@ def source_of(kind: str, episodes: list[Episode], folder: Path) -> Any:
     if kind == "minari id":
         make_minari(episodes)
         return "test/set-v0"
-    if kind in ("minari dataset", "minari arrow"):
-        return make_minari(episodes, data_format="hdf5" if kind == "minari dataset" else "arrow")
+    if kind == "minari dataset":
+        return make_minari(episodes)
     return {
         "arrays": lambda: flat,
         "tensors": lambda: {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in flat.items()},
@@ -132,7 +132,7 @@ def flat_without(flat: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 KINDS = (
-    "minari id", "minari dataset", "minari arrow", "arrays", "tensors", "columns (N, 1)", "d4rl names", "episode_ends",
+    "minari id", "minari dataset", "arrays", "tensors", "columns (N, 1)", "d4rl names", "episode_ends",
     "breaks", "npz", "npz as str", "hdf5", "episodes",
 )  # fmt: skip
 
@@ -188,6 +188,23 @@ def test_a_last_row_without_a_flag_is_dropped_and_its_episode_counts_as_cut() ->
     data = load_dataset(flat)
     assert len(data) == 20
     assert data.episode_whole.tolist() == [True, True, True, False]
+
+
+def test_a_short_last_episode_that_was_truncated_counts_as_cut_by_the_end_of_the_recording() -> None:
+    episodes = make_episodes()  # 5 terminated, 7 truncated, 4 terminated, 6 truncated
+    data = load_dataset(episodes)
+    assert data.episode_whole.tolist() == [True, True, True, False]
+    assert data.info["mean_return"] == pytest.approx(float(data.episode_returns[:3].mean()), rel=1e-5)
+    assert load_dataset(episodes[:3]).episode_whole.all()  # terminated
+    assert load_dataset(episodes[:2]).episode_whole.all()  # as long as any
+
+
+def test_auto_rewards_know_which_rows_terminate() -> None:
+    flat = flatten(make_episodes())
+    flat["rewards"] = flat["terminations"].astype(float)
+    assert load_dataset(flat).fit_reward_transform("auto").name == "iql_antmaze"
+    flat["rewards"] = 1.0 - flat["rewards"]  # alive is 1, a fall is 0
+    assert load_dataset(flat).fit_reward_transform("auto").name == "iql_locomotion"
 
 
 def test_with_both_flags_the_episode_terminated() -> None:
@@ -468,7 +485,18 @@ def test_a_hit_imports_neither_minari_nor_h5py(tmp_path: Path) -> None:
     assert out.stdout.split("\n")[0] == "22 []"
 
 
-def test_a_cached_set_serves_with_and_without_env_but_not_other_keys(tmp_path: Path) -> None:
+def test_a_cached_set_serves_with_and_without_env(tmp_path: Path) -> None:
+    obs_space, act_space = spaces.Box(-np.inf, np.inf, (3,)), spaces.Box(-2, 2, (1,))
+    make_minari(pendulum_episodes(), observation_space=obs_space, action_space=act_space)
+    assert load_dataset("test/set-v0").info["env_spec"] is None
+    data = load_dataset("test/set-v0", env="Pendulum-v1")
+    assert json.loads(data.info["env_spec"])["id"] == "Pendulum-v1"
+    assert data.spec.observation_space == gymnasium.make("Pendulum-v1").observation_space
+    assert load_dataset("test/set-v0").info["env_spec"] is None  # what env= said is not in the cache
+    assert len(cache_files(tmp_path)) == 1
+
+
+def test_other_obs_keys_have_a_cache_of_their_own(tmp_path: Path) -> None:
     make_minari(make_episodes(dict_obs=True))
     load_dataset("test/set-v0")
     other = load_dataset("test/set-v0", obs_keys=["achieved_goal"])
@@ -518,7 +546,9 @@ def test_a_damaged_cache_file_is_made_again_without_a_word(
         first = load_dataset("test/set-v0")
     (file,) = cache_files(tmp_path)
     good = file.read_bytes()
-    bad = {"truncated": good[: len(good) // 2], "foreign": b"not ours" * 100, "empty": b"", "older format": good}[damage]
+    bad = {"truncated": good[: len(good) // 2], "foreign": b"not ours" * 100, "empty": b"", "older format": good}[
+        damage
+    ]
     file.write_bytes(bad)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from reference_rule import make_weights, read_reference
 from torch import Tensor, nn
 
 from diffagents import SRPO
 from diffagents.official import srpo_behavior_state, srpo_critic_state, srpo_policy_state
 from diffagents.types import Batch
-from reference_rule import make_weights, read_reference
 
 VECTORS, INFO = read_reference("srpo")
 SETTINGS = INFO["settings"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
+from toy import line_data
 
 from diffagents import SRPO
 from diffagents.diffusion import vp_alpha_sigma
 from diffagents.types import Batch, Spec
-from toy import line_data
 
 MEAN, VAR, BEST = 0.3, 0.04, -0.5  # data N(MEAN, VAR I); Q(s, a) = -|a - BEST|^2
 N = 200_000

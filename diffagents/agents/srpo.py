@@ -19,7 +19,6 @@ Details
 Details of the critic stage: iql_critic.py. The official code trains an IQL policy beside the critic, to watch it; left out.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

@@ -65,7 +65,7 @@ def main() -> None:
     minari.create_dataset_from_buffers(
         args.id,
         buffers,
-        env=env.spec,
+        env=gymnasium.spec(args.env),
         observation_space=gymnasium.spaces.Box(-np.inf, np.inf, box.shape, np.float32),
         action_space=env.action_space,
         algorithm_name="SAC (stable-baselines3), replay",
