@@ -19,7 +19,17 @@ _LAZY = {
     "TrainingDiverged": "diffagents.training",
 }
 
-__all__ = ["AGENTS", "SRPO", "ArtifactError", "Evaluation", "TrainingDiverged", "evaluate", "load", "load_dataset", "record_video"]
+__all__ = [
+    "AGENTS",
+    "SRPO",
+    "ArtifactError",
+    "Evaluation",
+    "TrainingDiverged",
+    "evaluate",
+    "load",
+    "load_dataset",
+    "record_video",
+]
 
 if TYPE_CHECKING:
     from diffagents.agent import Agent
@@ -49,7 +59,9 @@ def load(path: str | pathlib.Path, **kwargs: Any) -> "Agent":
 
     algorithm = read(path).config.get("algorithm")
     if algorithm not in AGENTS:
-        raise ArtifactError(f"{path} holds the algorithm {algorithm!r}; this version knows {', '.join(AGENTS)}: upgrade diffagents")
+        raise ArtifactError(
+            f"{path} holds the algorithm {algorithm!r}; this version knows {', '.join(AGENTS)}: upgrade diffagents"
+        )
     cls = getattr(importlib.import_module(AGENTS[algorithm]), algorithm)
     agent: Agent = cls.load(path, **kwargs)
     return agent

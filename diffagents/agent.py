@@ -149,7 +149,9 @@ class Agent(ABC):
             self.num_timesteps, self.history = 0, []
         self.plan = plan
         if self.tensorboard_log is not None:
-            self._logger = make_logger(self.verbose, self.tensorboard_log, tb_log_name or type(self).__name__, reset_num_timesteps)
+            self._logger = make_logger(
+                self.verbose, self.tensorboard_log, tb_log_name or type(self).__name__, reset_num_timesteps
+            )
         assert self.reward_transform is not None
         sampler = data.sampler(self.device, self.reward_transform, self.obs_normalizer)
         if self.verbose:
@@ -174,7 +176,9 @@ class Agent(ABC):
                 self.obs_normalizer.fit(data.obs)
             self.dataset_info = dict(data.info)
         elif self.dataset_info and self.dataset_info.get("sha256") != data.info.get("sha256") and self.verbose:
-            print(f"note: the reward transform and normaliser of {self.dataset_info['id']} are kept for {data.info['id']}")
+            print(
+                f"note: the reward transform and normaliser of {self.dataset_info['id']} are kept for {data.info['id']}"
+            )
         return data
 
     # ---- acting ----------------------------------------------------------------------------------------------------
@@ -217,8 +221,15 @@ class Agent(ABC):
         return artifact.write(folder, *checkpoint.pack(self, include_trainer_state), folder=True)
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, env: Any = None, device: str | torch.device = "auto",
-             custom_objects: dict[str, Any] | None = None, print_system_info: bool = False, **overrides: Any) -> Self:  # fmt: skip
+    def load(
+        cls,
+        path: str | pathlib.Path,
+        env: Any = None,
+        device: str | torch.device = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        **overrides: Any,
+    ) -> Self:
         """Read what `save` or `save_pretrained` wrote; no environment, dataset or pickle is involved.
 
         overrides: other knobs (e.g. beta=0.1), `seed`, `verbose` or `tensorboard_log`. custom_objects and print_system_info
@@ -236,7 +247,9 @@ class Agent(ABC):
         behaviour model.
         """
         config, tensors, state = checkpoint.pack(self, True)
-        other: Self = checkpoint.restore(type(self), config, tensors, state, self.device, {"verbose": self.verbose, **knobs}, fresh)
+        other: Self = checkpoint.restore(
+            type(self), config, tensors, state, self.device, {"verbose": self.verbose, **knobs}, fresh
+        )
         other._env = self._env
         return other
 
@@ -342,7 +355,11 @@ class Agent(ABC):
         if kwargs and not self.policy_kwargs:
             self.policy_kwargs = kwargs
         self.config = make_config(self.Config, type(self).__name__, {**values, **self._explicit})
-        if self.spec is not None and self.stage_steps == dict.fromkeys(self.STAGE_SHARES, 0) and before != self.policy_kwargs:
+        if (
+            self.spec is not None
+            and self.stage_steps == dict.fromkeys(self.STAGE_SHARES, 0)
+            and before != self.policy_kwargs
+        ):
             self._set_up(self.spec)
         if self.verbose:
             print(f"preset {self.preset!r}: {', '.join(applied) or 'no row for this dataset'} {values}")
@@ -355,5 +372,7 @@ def _find_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} is not usable here: {str(error).splitlines()[0]}; try device=\"auto\"") from None
+        raise ValueError(
+            f'device={device!r} is not usable here: {str(error).splitlines()[0]}; try device="auto"'
+        ) from None
     return found

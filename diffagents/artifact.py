@@ -151,6 +151,7 @@ def _dump(value: Mapping[str, Any], where: str) -> bytes:
 
 
 def bare(key: str) -> str:
+    """A state dict's key without what `torch.compile` puts before it."""
     return key.replace("_orig_mod.", "")
 
 

@@ -38,9 +38,17 @@ def pack(agent: Any, trainer_state: bool) -> tuple[dict[str, Any], dict[str, Ten
         "spec": spec.to_json(),
         "reward_transform": agent.reward_transform.to_json() if agent.reward_transform is not None else None,
         "dataset": agent.dataset_info,
-        "counters": {"num_timesteps": agent.num_timesteps, "n_env_steps": agent.n_env_steps, "n_updates": agent.n_updates,
-                     "stage_steps": agent.stage_steps, "policy_missing": agent._policy_missing},  # fmt: skip
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("diffagents", "torch", "gymnasium")}},
+        "counters": {
+            "num_timesteps": agent.num_timesteps,
+            "n_env_steps": agent.n_env_steps,
+            "n_updates": agent.n_updates,
+            "stage_steps": agent.stage_steps,
+            "policy_missing": agent._policy_missing,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("diffagents", "torch", "gymnasium")},
+        },
     }
     tensors = {"model": _named(agent, ("obs_normalizer", *agent.MODEL)), "learner": _named(agent, agent.LEARNER)}
     if not trainer_state:
@@ -53,15 +61,22 @@ def unpack(cls: type[Any], source: Artifact, device: Any, overrides: dict[str, A
     """The agent that was written to `source`, as an instance of `cls`. Raises ArtifactError if it is of another class."""
     algorithm = source.config.get("algorithm")
     if algorithm != cls.__name__:
-        raise ArtifactError(f"{source.path} holds a {algorithm}, not a {cls.__name__}: use diffagents.load(path) or {algorithm}.load")
+        raise ArtifactError(
+            f"{source.path} holds a {algorithm}, not a {cls.__name__}: use diffagents.load(path) or {algorithm}.load"
+        )
     tensors = {name: source.tensors(name) for name in ("model", "learner", "optimizer") if source.has(name)}
     return restore(cls, source.config, tensors, source.trainer_state(), device, overrides, ())
 
 
 def restore(
-    cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], state: dict[str, Any] | None,
-    device: Any, overrides: dict[str, Any], fresh: Sequence[str],
-) -> Any:  # fmt: skip
+    cls: type[Any],
+    config: dict[str, Any],
+    tensors: dict[str, Tensors],
+    state: dict[str, Any] | None,
+    device: Any,
+    overrides: dict[str, Any],
+    fresh: Sequence[str],
+) -> Any:
     """Build an agent from packed parts. `overrides` change knobs; networks in `fresh` stay newly built."""
     unknown = [name for name in fresh if name not in (*cls.MODEL, *cls.LEARNER)]
     if unknown:
@@ -103,7 +118,9 @@ def load_training_tensors(agent: Any, tensors: Tensors) -> None:
     """Put `training_tensors` (cloned earlier) back."""
     names = ("obs_normalizer", *agent.MODEL, *agent.LEARNER)
     _load_named(agent, {k: v for k, v in tensors.items() if k.partition(".")[0] in names}, names, ())
-    _load_optimizer_side(agent, {k: v for k, v in tensors.items() if k.partition(".")[0] in ("optimizer", *GENERATORS)}, ())
+    _load_optimizer_side(
+        agent, {k: v for k, v in tensors.items() if k.partition(".")[0] in ("optimizer", *GENERATORS)}, ()
+    )
 
 
 def _named(agent: Any, names: Sequence[str]) -> Tensors:
@@ -134,7 +151,9 @@ def _load_optimizer_side(agent: Any, tensors: Tensors, fresh: Sequence[str]) -> 
             load_optimizer(optimizer.inner, tensors, f"optimizer.{name}")
     for name in GENERATORS:
         state = tensors.get(f"{name}.state")
-        if state is not None and len(state) == len(getattr(agent, name).get_state()):  # another device's state does not fit
+        if state is not None and len(state) == len(
+            getattr(agent, name).get_state()
+        ):  # another device's state does not fit
             getattr(agent, name).set_state(state.cpu())
 
 

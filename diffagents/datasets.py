@@ -26,7 +26,7 @@ from diffagents.types import Spec
 _ARRAYS = {
     "observations", "actions", "rewards", "terminations", "truncations", "next_observations", "episode_ends",
     "dones", "masks",
-}  # fmt: skip
+}
 _MINARI_ID = re.compile(r"(?:[-\w][-\w/]*[-\w]/)?[-\w]+-v\d+")
 _ACCEPTED = (
     "a Minari id, a MinariDataset, a dict of arrays, a list of episode dicts, a path to .npz or .hdf5, "

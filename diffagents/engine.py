@@ -91,7 +91,9 @@ class Plan:
         Raises ValueError when there are fewer steps than stages.
         """
         if total < len(shares):
-            raise ValueError(f"total_timesteps={total} is fewer than the {len(shares)} stages {list(shares)}: give each at least one")
+            raise ValueError(
+                f"total_timesteps={total} is fewer than the {len(shares)} stages {list(shares)}: give each at least one"
+            )
         weight = sum(shares.values())
         lengths = {name: max(1, total * share // weight) for name, share in shares.items()}
         longest = max(lengths, key=lambda name: lengths[name])

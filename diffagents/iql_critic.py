@@ -1,4 +1,4 @@
-"""Implicit Q-learning's critic: twin Q, lagged twin target, V by expectile regression (Kostrikov et al. 2021, arXiv:2110.06169).
+"""Implicit Q-learning's critic: twin Q, lagged twins, V by expectile regression (Kostrikov et al. 2021, arXiv:2110.06169).
 
     L_V = E[ |tau - 1(u < 0)| u^2 ],   u = min_j Qbar_j(s, a) - V(s)           Eq. (5)
     L_Q = mean_j E[ (r + gamma (1 - d) V(s') - Q_j(s, a))^2 ]                  Eq. (6), averaged over the twins

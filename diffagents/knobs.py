@@ -43,7 +43,9 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")
 
 
-def net_arch(policy_kwargs: dict[str, Any], parts: Sequence[str], default: Sequence[int], extra: dict[str, int]) -> dict[str, Any]:
+def net_arch(
+    policy_kwargs: dict[str, Any], parts: Sequence[str], default: Sequence[int], extra: dict[str, int]
+) -> dict[str, Any]:
     """`policy_kwargs` -> hidden sizes for each of `parts` and the integers of `extra`, checked.
 
     `net_arch` may be a list (for all parts) or a dict by part, as in SB3. Raises TypeError for an unknown key.

@@ -6,6 +6,7 @@ Shapes: B batch, S observation, A action, E ensemble members. Every layer starts
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class MLP(nn.Sequential):
     def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int) -> None:
         sizes = [in_dim, *hidden]
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+        for n_in, n_out in pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), nn.ReLU()]
         super().__init__(*layers, nn.Linear(sizes[-1], out_dim))
 
@@ -46,7 +47,7 @@ class EnsembleMLP(nn.Module):
         sizes = [in_dim, *hidden, 1]
         self.weights = nn.ParameterList()  # each (E, in, out)
         self.biases = nn.ParameterList()  # each (E, 1, out)
-        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+        for n_in, n_out in pairwise(sizes):
             bound = 1.0 / math.sqrt(n_in)
             self.weights.append(nn.Parameter(torch.empty(n_members, n_in, n_out).uniform_(-bound, bound)))
             self.biases.append(nn.Parameter(torch.empty(n_members, 1, n_out).uniform_(-bound, bound)))

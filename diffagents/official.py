@@ -64,7 +64,9 @@ def read_checkpoint(source: Any, what: str) -> dict[str, Tensor]:
             source = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises several kinds for a bad file
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{path} is not a checkpoint of plain tensors ({reason}): export its state_dict() with torch.save") from None
+            raise ValueError(
+                f"{path} is not a checkpoint of plain tensors ({reason}): export its state_dict() with torch.save"
+            ) from None
     if not isinstance(source, Mapping) or not all(isinstance(value, Tensor) for value in source.values()):
         raise ValueError(f"the official {what} checkpoint must be a state dict of tensors, not {type(source).__name__}")
     return dict(source)
@@ -88,7 +90,9 @@ def srpo_behavior_state(official: State) -> dict[str, Tensor]:
             if match:
                 state[match.expand(ours)] = value.float()
     if "net.output.bias" not in state:
-        raise ValueError(f"no SRPO behaviour network among the tensors {list(official)[:3]}...: expected diffusion_behavior.main.*")
+        raise ValueError(
+            f"no SRPO behaviour network among the tensors {list(official)[:3]}...: expected diffusion_behavior.main.*"
+        )
     return state
 
 
@@ -113,7 +117,9 @@ def srpo_critic_state(official: State) -> dict[str, Tensor]:
         if match:
             state[f"v.{match[1]}.{match[2]}"] = value.float()
     if not {"q.biases.0", "q_target.biases.0", "v.0.bias"} <= set(state):
-        raise ValueError(f"no SRPO critic among the tensors {list(official)[:3]}...: expected q0.*, q0_target.* and vf.v.*")
+        raise ValueError(
+            f"no SRPO critic among the tensors {list(official)[:3]}...: expected q0.*, q0_target.* and vf.v.*"
+        )
     return state
 
 
@@ -131,5 +137,7 @@ def srpo_policy_state(official: State) -> dict[str, Tensor]:
 
 def _linear_sizes(state: State, prefix: str) -> list[int]:
     """Widths [in, hidden..., out] of a Sequential of Linears named `<prefix>.<i>.weight`."""
-    found = sorted((int(m[1]), value) for name, value in state.items() if (m := re.fullmatch(rf"{prefix}\.(\d+)\.weight", name)))
+    found = sorted(
+        (int(m[1]), value) for name, value in state.items() if (m := re.fullmatch(rf"{prefix}\.(\d+)\.weight", name))
+    )
     return [found[0][1].shape[1], *(value.shape[0] for _, value in found)]

@@ -31,8 +31,10 @@ def as_vec_env(env: Any) -> "VecEnv":
     if isinstance(env, VecEnv):
         return env
     if isinstance(env, gymnasium.vector.VectorEnv):
-        raise TypeError("a gymnasium.vector environment cannot be the agent's own env (SB3 callbacks need a VecEnv): "
-                        "use stable_baselines3.common.env_util.make_vec_env; evaluate() accepts it as it is")
+        raise TypeError(
+            "a gymnasium.vector environment cannot be the agent's own env (SB3 callbacks need a VecEnv): "
+            "use stable_baselines3.common.env_util.make_vec_env; evaluate() accepts it as it is"
+        )
     if isinstance(env, str):
         env = make_env(env)
     if not isinstance(env, gymnasium.Env):
@@ -108,7 +110,9 @@ def check_same_spaces(spec: Spec, observation_space: Any, action_space: Any) -> 
             f"built for {shape[0]} and {shape[1]}: use the environment of its dataset"
         )
     same: Callable[[np.ndarray, np.ndarray], bool] = lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
-    if not (same(spec.action_space.low, other.action_space.low) and same(spec.action_space.high, other.action_space.high)):
+    if not (
+        same(spec.action_space.low, other.action_space.low) and same(spec.action_space.high, other.action_space.high)
+    ):
         raise ValueError(
             f"this environment's actions lie in [{other.action_space.low}, {other.action_space.high}], the agent's in "
             f"[{spec.action_space.low}, {spec.action_space.high}]: give the agent env= when it first learns"

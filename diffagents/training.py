@@ -33,7 +33,9 @@ def make_plan(
     known = agent.STAGE_SHARES
     if isinstance(stages, str) or (stages is not None and (not stages or any(name not in known for name in stages))):
         raise ValueError(f"stages={stages!r}; give a tuple of some of {list(known)}")
-    if log_interval is not None and (isinstance(log_interval, bool) or int(log_interval) != log_interval or log_interval < 1):
+    if log_interval is not None and (
+        isinstance(log_interval, bool) or int(log_interval) != log_interval or log_interval < 1
+    ):
         raise ValueError(f"log_interval={log_interval!r} must be a positive whole number of gradient steps")
     if not reset and agent.plan is not None and agent.plan.remaining > 0:
         plan: Plan = agent.plan
@@ -81,9 +83,15 @@ def run(
 
 
 def _run_stage(
-    agent: Any, stage: Stage, plan: Plan, sampler: Sampler, callback: Any, local: dict[str, Any],
-    log_interval: int | None, interrupted: threading.Event,
-) -> bool:  # fmt: skip
+    agent: Any,
+    stage: Stage,
+    plan: Plan,
+    sampler: Sampler,
+    callback: Any,
+    local: dict[str, Any],
+    log_interval: int | None,
+    interrupted: threading.Event,
+) -> bool:
     """Bring one stage to its planned length. False when a callback or Ctrl-C stopped it."""
     length, done = plan.lengths[stage.name], plan.done.get(stage.name, 0)
     if done < length and stage.name == agent.POLICY_STAGE:

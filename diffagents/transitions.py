@@ -19,7 +19,7 @@ FILE_FORMAT = 1
 """Number of the file layout of `Transitions.save`; a file of another number is refused."""
 _COLUMNS = (
     "obs", "action", "rew", "next_obs", "done", "episode_ends", "episode_returns", "episode_lengths", "episode_whole",
-)  # fmt: skip
+)
 _ROWS_AT_ONCE = 65_536  # small enough that temporaries do not matter beside the matrix, large enough to be quick
 
 

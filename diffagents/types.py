@@ -66,7 +66,10 @@ class Spec:
 
     @classmethod
     def from_spaces(
-        cls, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], obs_keys: tuple[str, ...] | None = None
+        cls,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        obs_keys: tuple[str, ...] | None = None,
     ) -> "Spec":
         """A Spec with the default keys of a Dict observation: `observation` + `desired_goal` if it has both, else all."""
         if isinstance(observation_space, spaces.Dict) and obs_keys is None:
@@ -123,7 +126,9 @@ class Spec:
                 raise ValueError(f"the observation is a dict, but the agent was built for {self.observation_space}")
             return _flat(obs, self.observation_space.shape or (), "observation")
         if not isinstance(obs, Mapping):
-            raise ValueError(f"the observation must be a dict with the keys {list(self.obs_keys)}, not {type(obs).__name__}")
+            raise ValueError(
+                f"the observation must be a dict with the keys {list(self.obs_keys)}, not {type(obs).__name__}"
+            )
         missing = [key for key in self.obs_keys if key not in obs]
         if missing:
             raise ValueError(f"the observation lacks the keys {missing}; it has {list(obs)}")
@@ -184,7 +189,9 @@ def space_from_json(data: Any, where: str = "space") -> spaces.Space[Any]:
         kind = data["type"]
         if kind == "Dict":
             # pairs, because gymnasium sorts the keys of a plain dict
-            return spaces.Dict(OrderedDict((k, space_from_json(v, f"{where}[{k[:40]!a}]")) for k, v in data["spaces"].items()))
+            return spaces.Dict(
+                OrderedDict((k, space_from_json(v, f"{where}[{k[:40]!a}]")) for k, v in data["spaces"].items())
+            )
         shape, dtype = tuple(data["shape"]), data["dtype"]
         if kind != "Box" or dtype not in _BOX_DTYPES:
             raise ValueError("unknown type or dtype")
@@ -198,12 +205,14 @@ def space_from_json(data: Any, where: str = "space") -> spaces.Space[Any]:
     except Exception as error:  # of many types, from numpy and gymnasium too
         if str(error).startswith(where):
             raise
-        raise ValueError(f"{where} is not a Box or a Dict of them ({ascii(str(error))[1:-1][:80]})") from None
+        raise ValueError(f"{where} is not a Box or Dict of them ({ascii(str(error))[1:-1][:80]})") from None
 
 
 def _check_box(space: spaces.Space[Any], name: str) -> None:
     if not isinstance(space, spaces.Box):
-        raise ValueError(f"{name} {space} is not a Box; choose other obs_keys or wrap the environment (FlattenObservation)")
+        raise ValueError(
+            f"{name} {space} is not a Box; choose other obs_keys or wrap the environment (FlattenObservation)"
+        )
     if space.dtype == np.uint8 or len(space.shape) > 2:
         raise ValueError(f"{name} {space} looks like an image; only vectors are supported, encode it first")
 

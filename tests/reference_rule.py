@@ -15,13 +15,17 @@ from torch import Tensor
 def read_reference(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     folder = pathlib.Path(os.environ.get("DIFFAGENTS_REFERENCE") or pathlib.Path(__file__).parent / "reference")
     with safe_open(folder / f"{name}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["info"])
+        keys = file.keys()  # the file itself cannot be iterated
+        return {key: file.get_tensor(key) for key in keys}, json.loads(file.metadata()["info"])
 
 
 def make_weights(info: dict[str, Any], prefix: str) -> dict[str, Tensor]:
     """Every weight whose name starts with `prefix`, that prefix removed. Matrices are [out, in]."""
-    return {name.removeprefix(prefix): make_weight(name, tuple(shape), info["seed"])
-            for name, shape in info["weights"].items() if name.startswith(prefix)}  # fmt: skip
+    return {
+        name.removeprefix(prefix): make_weight(name, tuple(shape), info["seed"])
+        for name, shape in info["weights"].items()
+        if name.startswith(prefix)
+    }
 
 
 def make_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -32,9 +32,17 @@ from toy import line_data
 import diffagents
 from diffagents import SRPO, TrainingDiverged
 
-SMALL: dict[str, Any] = {"seed": 0, "verbose": 0, "device": "cpu", "critic_steps": 10, "behavior_steps": 10, "policy_steps": 10,
-                         "batch_size": 16, "behavior_batch_size": 8,
-                         "policy_kwargs": {"net_arch": [16, 16], "behavior_width": 16, "behavior_blocks": 1}}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "seed": 0,
+    "verbose": 0,
+    "device": "cpu",
+    "critic_steps": 10,
+    "behavior_steps": 10,
+    "policy_steps": 10,
+    "batch_size": 16,
+    "behavior_batch_size": 8,
+    "policy_kwargs": {"net_arch": [16, 16], "behavior_width": 16, "behavior_blocks": 1},
+}
 DATA = line_data()
 
 
@@ -42,7 +50,9 @@ def pendulum_data() -> dict[str, Any]:
     """Random torque on the real Pendulum-v1: actions in [-2, 2], episodes end by time limit only."""
     env = gymnasium.make("Pendulum-v1")
     env.action_space.seed(0)
-    rows: dict[str, list[Any]] = {k: [] for k in ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")}
+    rows: dict[str, list[Any]] = {
+        k: [] for k in ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
+    }
     for episode in range(2):
         obs, _ = env.reset(seed=episode)
         over = False
@@ -73,8 +83,14 @@ def test_callbacks_all_together(tmp_path: pathlib.Path) -> None:
             seen.append(self.num_timesteps)
             return True
 
-    evaluation = EvalCallback(gymnasium.make("Pendulum-v1"), n_eval_episodes=1, eval_freq=15, verbose=0,
-                              log_path=str(tmp_path), best_model_save_path=str(tmp_path))  # fmt: skip
+    evaluation = EvalCallback(
+        gymnasium.make("Pendulum-v1"),
+        n_eval_episodes=1,
+        eval_freq=15,
+        verbose=0,
+        log_path=str(tmp_path),
+        best_model_save_path=str(tmp_path),
+    )
     callbacks = [
         evaluation,
         CheckpointCallback(10, str(tmp_path), "step"),
@@ -84,10 +100,17 @@ def test_callbacks_all_together(tmp_path: pathlib.Path) -> None:
         lambda local, _: local["total_timesteps"] == 30,
     ]
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*not of the same type")  # EvalCallback, of a training env it mistrusts
+        warnings.filterwarnings(
+            "error", message=".*not of the same type"
+        )  # EvalCallback, of a training env it mistrusts
         agent.learn(PENDULUM, callback=callbacks, progress_bar=True)  # type: ignore[arg-type]
     assert agent.num_timesteps == 30 and seen == [10, 20, 30]
-    assert sorted(p.name for p in tmp_path.glob("*.zip")) == ["best_model.zip", "step_10_steps.zip", "step_20_steps.zip", "step_30_steps.zip"]
+    assert sorted(p.name for p in tmp_path.glob("*.zip")) == [
+        "best_model.zip",
+        "step_10_steps.zip",
+        "step_20_steps.zip",
+        "step_30_steps.zip",
+    ]
     assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [15, 30]
     obs = np.zeros(3, np.float32)
     assert np.array_equal(SRPO.load(tmp_path / "step_30_steps.zip").predict(obs)[0], agent.predict(obs)[0])
@@ -95,15 +118,23 @@ def test_callbacks_all_together(tmp_path: pathlib.Path) -> None:
 
 def test_without_an_environment_callbacks_still_work(tmp_path: pathlib.Path) -> None:
     """EvalCallback and the progress bar insist on a training VecEnv: `get_env` gives a stand-in."""
-    agent = SRPO(**SMALL).learn(PENDULUM, callback=EvalCallback(make_vec_env("Pendulum-v1"), n_eval_episodes=1, eval_freq=30, verbose=0),
-                                progress_bar=True)  # fmt: skip
+    agent = SRPO(**SMALL).learn(
+        PENDULUM,
+        callback=EvalCallback(make_vec_env("Pendulum-v1"), n_eval_episodes=1, eval_freq=30, verbose=0),
+        progress_bar=True,
+    )
     with pytest.raises(RuntimeError, match=r"set_env"):
         agent.get_env().reset()
 
 
 def test_threshold_stops_and_run_can_be_finished() -> None:
-    stop = EvalCallback(gymnasium.make("Pendulum-v1"), callback_on_new_best=StopTrainingOnRewardThreshold(-1e9, verbose=0),
-                        n_eval_episodes=1, eval_freq=12, verbose=0)  # fmt: skip
+    stop = EvalCallback(
+        gymnasium.make("Pendulum-v1"),
+        callback_on_new_best=StopTrainingOnRewardThreshold(-1e9, verbose=0),
+        n_eval_episodes=1,
+        eval_freq=12,
+        verbose=0,
+    )
     agent = SRPO("MlpPolicy", "Pendulum-v1", **SMALL).learn(PENDULUM, callback=stop)
     assert agent.num_timesteps == 12
     agent.learn(PENDULUM, reset_num_timesteps=False)
@@ -111,8 +142,13 @@ def test_threshold_stops_and_run_can_be_finished() -> None:
 
 
 def test_no_improvement_stops() -> None:
-    stop = EvalCallback(gymnasium.make("Pendulum-v1"), callback_after_eval=StopTrainingOnNoModelImprovement(1, verbose=0),
-                        n_eval_episodes=1, eval_freq=2, verbose=0)  # fmt: skip
+    stop = EvalCallback(
+        gymnasium.make("Pendulum-v1"),
+        callback_after_eval=StopTrainingOnNoModelImprovement(1, verbose=0),
+        n_eval_episodes=1,
+        eval_freq=2,
+        verbose=0,
+    )
     agent = SRPO("MlpPolicy", "Pendulum-v1", **SMALL).learn(PENDULUM, callback=stop)
     assert agent.num_timesteps < 20  # the policy does not change before its own stage
 
@@ -138,7 +174,9 @@ def test_tensorboard(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_evaluate_policy(pendulum_agent: SRPO, n_envs: int) -> None:
-    returns, lengths = evaluate_policy(pendulum_agent, make_vec_env("Pendulum-v1", n_envs), 4, return_episode_rewards=True)
+    returns, lengths = evaluate_policy(
+        pendulum_agent, make_vec_env("Pendulum-v1", n_envs), 4, return_episode_rewards=True
+    )
     assert lengths == [200] * 4 and all(-2000 < r < 0 for r in returns)
 
 
@@ -209,7 +247,11 @@ def test_total_timesteps_is_split_as_in_the_paper() -> None:
 def test_counting_over_several_learns() -> None:
     agent = SRPO(**SMALL).learn(DATA)
     agent.learn(DATA, stages=("policy",), reset_num_timesteps=False)
-    assert agent.num_timesteps == agent.n_updates == 40 and agent.stage_steps == {"critic": 10, "behavior": 10, "policy": 20}
+    assert agent.num_timesteps == agent.n_updates == 40 and agent.stage_steps == {
+        "critic": 10,
+        "behavior": 10,
+        "policy": 20,
+    }
     agent.learn(DATA, stages=("policy",))
     assert agent.num_timesteps == 10 and agent.n_updates == 50
 
@@ -237,7 +279,9 @@ def test_stopped_run_finished_in_a_new_process_is_the_uninterrupted_run(tmp_path
     assert part.num_timesteps == stop_at
     part.save(tmp_path / "part")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path])}
-    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "part.zip"), str(tmp_path / "done.zip")], check=True, env=env)
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "part.zip"), str(tmp_path / "done.zip")], check=True, env=env
+    )
     finished = SRPO.load(tmp_path / "done.zip", verbose=0)
     same_networks(whole, finished)
     for name, optimizer in whole.optimizers.items():
@@ -274,7 +318,9 @@ def test_nan_stops_with_the_last_good_state() -> None:
     with pytest.raises(TrainingDiverged, match=r"critic diverged between its steps 4 and 8 .*learning_rate"):
         agent.learn(DATA, callback=poison, log_interval=4)
     assert agent.num_timesteps == 4 and all(torch.isfinite(p).all() for p in agent.critic.parameters())
-    same_networks(SRPO(**SMALL).learn(DATA), agent.learn(DATA, reset_num_timesteps=False))  # the fault is gone: as if never
+    same_networks(
+        SRPO(**SMALL).learn(DATA), agent.learn(DATA, reset_num_timesteps=False)
+    )  # the fault is gone: as if never
 
 
 def test_announcement_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,7 +343,11 @@ def test_reward_transform_and_normaliser_are_kept() -> None:
 @pytest.mark.parametrize("folder", [False, True])
 def test_save_load_acts_and_updates_the_same(tmp_path: pathlib.Path, folder: bool) -> None:
     agent = SRPO(**{**SMALL, "normalize_obs": True}).learn(DATA)
-    path = agent.save_pretrained(tmp_path / "agent", include_trainer_state=True) if folder else agent.save(tmp_path / "agent")
+    path = (
+        agent.save_pretrained(tmp_path / "agent", include_trainer_state=True)
+        if folder
+        else agent.save(tmp_path / "agent")
+    )
     loaded = diffagents.load(path, verbose=0)
     obs = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
     assert type(loaded) is SRPO and np.array_equal(loaded.predict(obs)[0], agent.predict(obs)[0])
@@ -340,8 +390,14 @@ def test_parameters_round_trip() -> None:
 
 def test_dict_observations(tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
-    data = {**DATA, "observations": {"observation": rng.normal(size=(400, 4)), "achieved_goal": rng.normal(size=(400, 2)),
-                                     "desired_goal": rng.normal(size=(400, 2))}}  # fmt: skip
+    data = {
+        **DATA,
+        "observations": {
+            "observation": rng.normal(size=(400, 4)),
+            "achieved_goal": rng.normal(size=(400, 2)),
+            "desired_goal": rng.normal(size=(400, 2)),
+        },
+    }
     data["next_observations"] = data["observations"]
     agent = SRPO(**SMALL).learn(data)
     assert agent.obs_keys == ("observation", "desired_goal") and agent.spec is not None and agent.spec.obs_dim == 6
@@ -356,8 +412,15 @@ def test_official_checkpoint_without_policy(tmp_path: pathlib.Path) -> None:
     source = SRPO(**{**SMALL, "policy_kwargs": {}}).learn(DATA)
     net, critic = source.behavior.net, source.critic
     behavior = {"diffusion_behavior.embed.0.W": net.frequencies}
-    names = {"time_mlp": "cond_model", "input": "main.fc", "output": "main.out_fc", "blocks": "main.blocks", "norm": "layer_norm",
-             "expand": "fc1", "project": "fc2"}  # fmt: skip
+    names = {
+        "time_mlp": "cond_model",
+        "input": "main.fc",
+        "output": "main.out_fc",
+        "blocks": "main.blocks",
+        "norm": "layer_norm",
+        "expand": "fc1",
+        "project": "fc2",
+    }
     for key, value in net.named_parameters():
         behavior["diffusion_behavior." + ".".join(names.get(part, part) for part in key.split("."))] = value.data
     twins: dict[str, torch.Tensor] = {f"vf.v.{k}": v for k, v in critic.v.state_dict().items()}
@@ -368,7 +431,9 @@ def test_official_checkpoint_without_policy(tmp_path: pathlib.Path) -> None:
                 twins[f"{theirs}.q{twin + 1}.{2 * i}.bias"] = ours.biases[i].data[twin, 0]
     torch.save(behavior, tmp_path / "behavior.pth")
     torch.save(twins, tmp_path / "critic.pth")
-    agent = SRPO.from_official(tmp_path / "behavior.pth", tmp_path / "critic.pth", **{k: v for k, v in SMALL.items() if k != "policy_kwargs"})
+    agent = SRPO.from_official(
+        tmp_path / "behavior.pth", tmp_path / "critic.pth", **{k: v for k, v in SMALL.items() if k != "policy_kwargs"}
+    )
     for name in ("behavior", "critic"):
         ours_state, theirs_state = source.get_parameters()[name], agent.get_parameters()[name]
         assert all(torch.equal(ours_state[k], theirs_state[k]) for k in ours_state if k != "noise")

@@ -359,7 +359,7 @@ class GoalPendulum(gymnasium.ObservationWrapper[Any, Any, Any]):
 
 
 def fill_buffer(n_steps: int, size: int, n_envs: int, dict_obs: bool, **kwargs: Any) -> tuple[Any, list[list[Any]]]:
-    """SAC's own collection into its own buffer, and beside it what each environment saw: (obs, action, rew, next, over)."""
+    """SAC's own collection into its own buffer, and beside it what each environment saw, row by row."""
     from stable_baselines3 import SAC
     from stable_baselines3.common.vec_env import DummyVecEnv
 

@@ -50,7 +50,9 @@ def test_ensemble_equals_its_members() -> None:
 
 def test_ensemble_starts_like_linear_layers() -> None:
     ensemble = EnsembleMLP(2, 100, (50,))
-    assert ensemble.weights[0].abs().max() <= 0.1 and ensemble.weights[0].std().item() == pytest.approx(0.1 / math.sqrt(3), rel=0.05)
+    assert ensemble.weights[0].abs().max() <= 0.1 and ensemble.weights[0].std().item() == pytest.approx(
+        0.1 / math.sqrt(3), rel=0.05
+    )
     assert not torch.equal(ensemble.weights[0][0], ensemble.weights[0][1])
 
 

@@ -15,9 +15,12 @@ from diffagents.types import Batch
 VECTORS, INFO = read_reference("srpo")
 SETTINGS = INFO["settings"]
 BATCH = Batch(
-    VECTORS["batch.observations"], VECTORS["batch.actions"], VECTORS["batch.rewards"].reshape(-1),
-    VECTORS["batch.next_observations"], VECTORS["batch.terminals"].reshape(-1),
-)  # fmt: skip
+    VECTORS["batch.observations"],
+    VECTORS["batch.actions"],
+    VECTORS["batch.rewards"].reshape(-1),
+    VECTORS["batch.next_observations"],
+    VECTORS["batch.terminals"].reshape(-1),
+)
 VARIANTS = sorted({m[1] for key in VECTORS if (m := re.match(r"policy\.(\w+)\.after3$", key))})
 
 
@@ -31,12 +34,18 @@ def make_agent(variant: str = "locomotion") -> SRPO:
         behavior=make_weights(INFO, "policy_stage.behavior."),
         critic=make_weights(INFO, "critic."),
         policy=policy,
-        seed=0, verbose=0, device="cpu",
-        beta=SETTINGS["beta"], expectile=SETTINGS["expectile"], gamma=SETTINGS["discount"], tau=SETTINGS["target_tau"],
-        dropout=SETTINGS["dropout"], learning_rate=SETTINGS["lr"],
+        seed=0,
+        verbose=0,
+        device="cpu",
+        beta=SETTINGS["beta"],
+        expectile=SETTINGS["expectile"],
+        gamma=SETTINGS["discount"],
+        tau=SETTINGS["target_tau"],
+        dropout=SETTINGS["dropout"],
+        learning_rate=SETTINGS["lr"],
         subtract_noise="noise" in variant,
         q_grad_norm="rms" if variant == "antmaze" else None,
-    )  # fmt: skip
+    )
     assert hidden == [layer.out_features for layer in agent.policy.net if isinstance(layer, nn.Linear)][:-1]
     assert v["0.weight"].shape[1] == agent.spec.obs_dim == INFO["obs_dim"]
     for optimizer in agent.optimizers.values():
@@ -45,7 +54,9 @@ def make_agent(variant: str = "locomotion") -> SRPO:
 
 
 def close(ours: Any, theirs: Any, what: str) -> None:
-    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=1e-5, atol=1e-5, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        torch.as_tensor(ours), torch.as_tensor(theirs), rtol=1e-5, atol=1e-5, msg=lambda m: f"{what}: {m}"
+    )
 
 
 def check_grad_norms(module: nn.Module, expected: dict[str, float], rename: Any) -> None:
@@ -91,7 +102,11 @@ def test_critic() -> None:
         torch.testing.assert_close(metrics["q_loss"].item(), q_loss, rtol=1e-5, atol=0)
     act_obs = torch.cat([BATCH.act, BATCH.obs], -1)
     with torch.no_grad():
-        close(agent.critic.q(act_obs)[:, :, None], torch.stack([VECTORS["critic.after3.q1"], VECTORS["critic.after3.q2"]]), "Q")
+        close(
+            agent.critic.q(act_obs)[:, :, None],
+            torch.stack([VECTORS["critic.after3.q1"], VECTORS["critic.after3.q2"]]),
+            "Q",
+        )
         targets = torch.stack([VECTORS["critic.after3.q1_target"], VECTORS["critic.after3.q2_target"]])
         close(agent.critic.q_target(act_obs)[:, :, None], targets, "target Q")
         close(agent.critic.v(BATCH.obs), VECTORS["critic.after3.v"], "V")
@@ -101,8 +116,12 @@ def test_critic() -> None:
 def test_policy(variant: str) -> None:
     agent = make_agent(variant)
     critic = srpo_critic_state({**make_weights(INFO, "critic."), **make_weights(INFO, "policy_stage.")})
-    targets = srpo_critic_state({**make_weights(INFO, "critic."),
-                                 **{k: v for k, v in make_weights(INFO, "policy_stage.").items() if k.startswith("q_target")}})  # fmt: skip
+    targets = srpo_critic_state(
+        {
+            **make_weights(INFO, "critic."),
+            **{k: v for k, v in make_weights(INFO, "policy_stage.").items() if k.startswith("q_target")},
+        }
+    )
     assert critic.keys() == targets.keys()
     agent.critic.load_state_dict(targets)
     for i in range(3):
@@ -116,8 +135,14 @@ def test_policy(variant: str) -> None:
 def test_variants_differ() -> None:
     """The three variants are three computations: an agent of one does not reproduce another."""
     agent = make_agent("locomotion_noise_baseline")
-    agent.critic.load_state_dict(srpo_critic_state({**make_weights(INFO, "critic."), **{
-        k: v for k, v in make_weights(INFO, "policy_stage.").items() if k.startswith("q_target")}}))  # fmt: skip
+    agent.critic.load_state_dict(
+        srpo_critic_state(
+            {
+                **make_weights(INFO, "critic."),
+                **{k: v for k, v in make_weights(INFO, "policy_stage.").items() if k.startswith("q_target")},
+            }
+        )
+    )
     for i in range(3):
         agent.update_policy(BATCH, draws_of("policy.locomotion_noise_baseline", i))
     with torch.no_grad():

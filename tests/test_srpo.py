@@ -103,14 +103,16 @@ def test_noise_baseline_keeps_the_mean_and_cuts_the_variance() -> None:
 
 @pytest.mark.parametrize(("norm", "length"), [("l2", 1.0), ("rms", 2**0.5)])
 def test_q_grad_norm(norm: str, length: float) -> None:
-    """"l2" gives dQ/da unit length; "rms" sqrt(A), as the official code."""
+    """ "l2" gives dQ/da unit length; "rms" sqrt(A), as the official code."""
     agent = analytic_agent(beta=1.0, q_grad_norm=norm, subtract_noise=False)
     agent.behavior.net = NoPull()  # type: ignore[assignment]
     assert gradient(agent, 0.4, 100).norm().item() == pytest.approx(length, rel=1e-5)
 
 
 def test_policy_update_leaves_critic_and_behavior_alone() -> None:
-    agent = SRPO(seed=0, verbose=0, critic_steps=2, behavior_steps=2, policy_steps=2, behavior_batch_size=8).learn(line_data())
+    agent = SRPO(seed=0, verbose=0, critic_steps=2, behavior_steps=2, policy_steps=2, behavior_batch_size=8).learn(
+        line_data()
+    )
     before = {name: {k: v.clone() for k, v in state.items()} for name, state in agent.get_parameters().items()}
     agent.learn(line_data(), stages=("policy",))
     for name, state in agent.get_parameters().items():
@@ -120,7 +122,14 @@ def test_policy_update_leaves_critic_and_behavior_alone() -> None:
 
 def test_stages_are_reused_for_another_beta() -> None:
     """clone(beta=..., fresh=("policy",)) equals training that beta from the start on the same critic and behaviour."""
-    knobs = {"critic_steps": 5, "behavior_steps": 5, "policy_steps": 5, "behavior_batch_size": 8, "verbose": 0, "seed": 3}
+    knobs = {
+        "critic_steps": 5,
+        "behavior_steps": 5,
+        "policy_steps": 5,
+        "behavior_batch_size": 8,
+        "verbose": 0,
+        "seed": 3,
+    }
     data, obs = line_data(), np.zeros((4, 3), np.float32)
     base = SRPO(beta=0.05, **knobs).learn(data, stages=("critic", "behavior"))
     first = base.clone(beta=0.5, fresh=("policy",)).learn(data, stages=("policy",))
@@ -132,7 +141,9 @@ def test_stages_are_reused_for_another_beta() -> None:
 
 def test_behavior_samples() -> None:
     """deterministic=True depends on the observation only; otherwise samples differ and stay in the action space."""
-    agent = SRPO(seed=0, verbose=0, critic_steps=1, behavior_steps=2, policy_steps=1, behavior_batch_size=8).learn(line_data())
+    agent = SRPO(seed=0, verbose=0, critic_steps=1, behavior_steps=2, policy_steps=1, behavior_batch_size=8).learn(
+        line_data()
+    )
     bc, obs = agent.behavior_policy(), np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     one, _ = bc.predict(obs, deterministic=True)
     two, _ = bc.predict(obs[::-1].copy(), deterministic=True)
@@ -146,8 +157,18 @@ def test_learns_the_best_action_of_the_data() -> None:
     """One-step choices, reward -|a - 0.5|^2 under uniform data: a larger beta lands nearer to 0.5."""
     data = line_data(2000, horizon=1)
     data["terminations"][:], data["truncations"][:] = True, False
-    base = SRPO(seed=0, verbose=0, critic_steps=600, behavior_steps=300, policy_steps=300, behavior_batch_size=128,
-                learning_rate=3e-3, tau=0.05, reward_transform="none", policy_kwargs={"net_arch": [64, 64], "behavior_width": 64}).learn(data, stages=("critic", "behavior"))  # fmt: skip
+    base = SRPO(
+        seed=0,
+        verbose=0,
+        critic_steps=600,
+        behavior_steps=300,
+        policy_steps=300,
+        behavior_batch_size=128,
+        learning_rate=3e-3,
+        tau=0.05,
+        reward_transform="none",
+        policy_kwargs={"net_arch": [64, 64], "behavior_width": 64},
+    ).learn(data, stages=("critic", "behavior"))
     obs = np.random.default_rng(1).normal(size=(100, 3)).astype(np.float32)
     errors = []
     for beta in (0.01, 10.0):
@@ -158,13 +179,34 @@ def test_learns_the_best_action_of_the_data() -> None:
 
 def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives another policy."""
-    base: dict[str, Any] = {"critic_steps": 20, "behavior_steps": 3, "policy_steps": 3, "batch_size": 16, "behavior_batch_size": 8,
-                            "tau": 0.1, "verbose": 0, "seed": 0}  # fmt: skip
+    base: dict[str, Any] = {
+        "critic_steps": 20,
+        "behavior_steps": 3,
+        "policy_steps": 3,
+        "batch_size": 16,
+        "behavior_batch_size": 8,
+        "tau": 0.1,
+        "verbose": 0,
+        "seed": 0,
+    }
     other: dict[str, Any] = {
-        "beta": 0.5, "expectile": 0.9, "gamma": 0.5, "tau": 0.5, "learning_rate": 1e-3, "batch_size": 17, "behavior_batch_size": 9,
-        "dropout": 0.5, "weight": "constant", "subtract_noise": False, "q_grad_norm": "l2", "reward_transform": "normalize",
-        "normalize_obs": True, "critic_steps": 21, "behavior_steps": 4, "policy_steps": 4,
-    }  # fmt: skip
+        "beta": 0.5,
+        "expectile": 0.9,
+        "gamma": 0.5,
+        "tau": 0.5,
+        "learning_rate": 1e-3,
+        "batch_size": 17,
+        "behavior_batch_size": 9,
+        "dropout": 0.5,
+        "weight": "constant",
+        "subtract_noise": False,
+        "q_grad_norm": "l2",
+        "reward_transform": "normalize",
+        "normalize_obs": True,
+        "critic_steps": 21,
+        "behavior_steps": 4,
+        "policy_steps": 4,
+    }
     obs = np.ones(3, np.float32)
     results = {name: SRPO(**{**base, name: value}).learn(line_data()).predict(obs)[0] for name, value in other.items()}
     results["default"] = SRPO(**base).learn(line_data()).predict(obs)[0]

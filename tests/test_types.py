@@ -102,7 +102,7 @@ def test_a_malformed_space_is_refused_with_its_place(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"^config\['observation_space'\] is not a Box or Dict") as caught:
         space_from_json(bad, "config['observation_space']")
     assert str(caught.value).isprintable()
-    with pytest.raises(ValueError, match=r"^space\[goal\] is not a Box or Dict"):
+    with pytest.raises(ValueError, match=r"^space\['goal'\] is not a Box or Dict"):
         space_from_json({"type": "Dict", "spaces": {"fine": BOX, "goal": bad}})
 
 
@@ -131,10 +131,14 @@ def test_actions_are_scaled_both_ways() -> None:
 
 
 def test_dict_observations_are_concatenated_in_order() -> None:
-    observation = spaces.Dict({key: spaces.Box(-1, 1, (n,)) for key, n in (("observation", 2), ("achieved_goal", 1), ("desired_goal", 1))})
+    observation = spaces.Dict(
+        {key: spaces.Box(-1, 1, (n,)) for key, n in (("observation", 2), ("achieved_goal", 1), ("desired_goal", 1))}
+    )
     spec = Spec.from_spaces(observation, BOXES[2])
     obs = {"achieved_goal": [9.0], "desired_goal": [3.0], "observation": [1.0, 2.0]}
     flat, batched = spec.flatten_obs(obs)
     assert spec.obs_keys == ("observation", "desired_goal") and spec.obs_dim == 3
     assert flat.tolist() == [[1.0, 2.0, 3.0]] and not batched
-    assert Spec.from_spaces(observation, BOXES[2], ("desired_goal", "observation")).flatten_obs(obs)[0].tolist() == [[3.0, 1.0, 2.0]]
+    assert Spec.from_spaces(observation, BOXES[2], ("desired_goal", "observation")).flatten_obs(obs)[0].tolist() == [
+        [3.0, 1.0, 2.0]
+    ]

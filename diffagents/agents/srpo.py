@@ -20,7 +20,7 @@ Details of the critic stage: iql_critic.py. The official code trains an IQL poli
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -61,8 +61,12 @@ class SRPOConfig:
     policy_steps: int | None = None  # paper 1.0M
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, "must be positive: large follows Q, small stays close to the data", lambda x: x > 0)
-        check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
+        check_number(
+            "beta", self.beta, "must be positive: large follows Q, small stays close to the data", lambda x: x > 0
+        )
+        check_number(
+            "expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1
+        )
         check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
         check_choice("weight", self.weight, WEIGHTS)
         check_choice("q_grad_norm", self.q_grad_norm, Q_GRAD_NORMS)
@@ -88,14 +92,19 @@ class SRPO(Agent):
 
     Config = SRPOConfig
     config: SRPOConfig
-    STAGE_SHARES = {"critic": 1_500_000, "behavior": 2_000_000, "policy": 1_000_000}  # the paper's schedule
+    STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 1_500_000, "behavior": 2_000_000, "policy": 1_000_000}  # paper's
     POLICY_STAGE = "policy"
     MODEL = ("policy",)
     LEARNER = ("critic", "behavior")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
-        arch = net_arch(self.policy_kwargs, ("pi", "qf", "vf"), default=(256, 256), extra={"behavior_width": 256, "behavior_blocks": 3})
+        arch = net_arch(
+            self.policy_kwargs,
+            ("pi", "qf", "vf"),
+            default=(256, 256),
+            extra={"behavior_width": 256, "behavior_blocks": 3},
+        )
         self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"]).to(self.device)
         self.behavior = Behavior(obs_dim, act_dim, arch["behavior_width"], arch["behavior_blocks"]).to(self.device)
         self.policy = TanhPolicy(obs_dim, act_dim, arch["pi"]).to(self.device)

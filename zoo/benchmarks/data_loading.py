@@ -45,7 +45,7 @@ print(json.dumps({"load": time.perf_counter() - start, "cpu": time.process_time(
 
 
 def main() -> None:
-    """Make the set if it is not there, load it in processes of their own, print the seconds and the facts of the machine."""
+    """Make the set if it is not there, load it, print the seconds and the facts of the machine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--root", type=Path, help="keep the set (and its cache) here; default: a temporary folder")
@@ -66,8 +66,8 @@ def main() -> None:
     for name, r in results.items():
         million, imported = r["load"] / r["n"] * 1e6, "yes" if r["minari"] else "no"
         print(
-            f"{name:>12}: load {r['load']:.3f} s ({million:.3f} s per million, {r['cpu']:.3f} s of CPU), then the sampler "
-            f"{r['sampler']:.3f} s; importing diffagents {r['import']:.2f} s; minari imported: {imported}"
+            f"{name:>12}: load {r['load']:.3f} s ({million:.3f} s per million, {r['cpu']:.3f} s of CPU), "
+            f"then the sampler {r['sampler']:.3f} s; import diffagents {r['import']:.2f} s; minari imported: {imported}"
         )
     print(f"goals per million steps: first under {GOALS['first']} s, cached under {GOALS['cached']} s")
     print(describe_machine())

@@ -24,7 +24,9 @@ class Recorder(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, **kwargs: Any) -> Any:
         obs, info = self.env.reset(**kwargs)
-        self.episodes.append({"observations": [obs], "actions": [], "rewards": [], "terminations": [], "truncations": []})
+        self.episodes.append(
+            {"observations": [obs], "actions": [], "rewards": [], "terminations": [], "truncations": []}
+        )
         return obs, info
 
     def step(self, action: Any) -> Any:
@@ -54,7 +56,10 @@ def main() -> None:
     SAC("MlpPolicy", env, seed=args.seed, learning_starts=1000).learn(args.steps, progress_bar=False)
     buffers = []
     for episode in env.episodes:
-        arrays = {key: np.array(column, bool if key.endswith("ations") and key[0] == "t" else np.float32) for key, column in episode.items()}
+        arrays = {
+            key: np.array(column, bool if key.endswith("ations") and key[0] == "t" else np.float32)
+            for key, column in episode.items()
+        }
         if len(arrays["rewards"]) == 0:
             continue
         if not (arrays["terminations"][-1] or arrays["truncations"][-1]):
@@ -72,8 +77,10 @@ def main() -> None:
         author="diffagents contributors",
         description=f"everything SAC did in its first {args.steps} steps, seed {args.seed}",
     )
-    print(f"{args.id}: {sum(len(b.rewards) for b in buffers)} steps, {len(buffers)} episodes, mean return {returns.mean():.1f}, "
-          f"last ten episodes {returns[-10:].mean():.1f}, best {returns.max():.1f}")  # fmt: skip
+    print(
+        f"{args.id}: {sum(len(b.rewards) for b in buffers)} steps, {len(buffers)} episodes, mean return {returns.mean():.1f}, "
+        f"last ten episodes {returns[-10:].mean():.1f}, best {returns.max():.1f}"
+    )
 
 
 if __name__ == "__main__":
