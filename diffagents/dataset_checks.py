@@ -41,6 +41,8 @@ def column(name: str, value: Any) -> np.ndarray:
 def flags(name: str, value: Any) -> np.ndarray:
     """A column of 0/1 as bool (N,). Raises ValueError at the first other value."""
     array = column(name, value)
+    if array.dtype == bool:
+        return array
     wrong = np.flatnonzero((array != 0) & (array != 1))
     if wrong.size:
         raise ValueError(f"{name} is {array[wrong[0]]:g} at row {wrong[0]}; only 0 (no) and 1 (yes) are allowed")
@@ -137,7 +139,7 @@ def advise(obs: Tensor, rew: Tensor, done: Tensor, n_episodes: int) -> list[str]
         found.append(f"the reward is always {float(rew[0]):g} and no episode terminates: only cloning can learn here")
     if n_episodes == 1:
         found.append("the data hold one episode: if there are more, their ends are missing (see truncations)")
-    std = obs.std(dim=0, correction=0)
+    std = obs[:: max(1, len(obs) // 10_000)].std(dim=0, correction=0)  # a sample: only the order of magnitude matters
     if float(std.max()) > 50.0:
         where = f"observation dimension {int(std.argmax())} has a std of {float(std.max()):.3g}"
         found.append(f"{where}: consider normalize_obs=True")

@@ -360,7 +360,8 @@ def test_artifact_loads_without_environment_or_dataset_packages(tmp_path: pathli
     path = SRPO(**SMALL).learn(DATA).save(tmp_path / "agent")
     code = (
         "import sys, numpy as np, diffagents; a = diffagents.load(sys.argv[1], verbose=0); a.predict(np.zeros(3));"
-        "bad = {'minari', 'h5py', 'stable_baselines3', 'mujoco', 'matplotlib', 'huggingface_hub'} & set(sys.modules); assert not bad, bad"
+        "bad = {'minari', 'h5py', 'stable_baselines3', 'mujoco', 'matplotlib', 'huggingface_hub'} & set(sys.modules);"
+        "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
 
@@ -431,9 +432,8 @@ def test_official_checkpoint_without_policy(tmp_path: pathlib.Path) -> None:
                 twins[f"{theirs}.q{twin + 1}.{2 * i}.bias"] = ours.biases[i].data[twin, 0]
     torch.save(behavior, tmp_path / "behavior.pth")
     torch.save(twins, tmp_path / "critic.pth")
-    agent = SRPO.from_official(
-        tmp_path / "behavior.pth", tmp_path / "critic.pth", **{k: v for k, v in SMALL.items() if k != "policy_kwargs"}
-    )
+    knobs = {k: v for k, v in SMALL.items() if k != "policy_kwargs"}
+    agent = SRPO.from_official(tmp_path / "behavior.pth", tmp_path / "critic.pth", **knobs)
     for name in ("behavior", "critic"):
         ours_state, theirs_state = source.get_parameters()[name], agent.get_parameters()[name]
         assert all(torch.equal(ours_state[k], theirs_state[k]) for k in ours_state if k != "noise")

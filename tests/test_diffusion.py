@@ -1,5 +1,6 @@
 """The VP-SDE and its sampler against closed forms."""
 
+import itertools
 import math
 
 import pytest
@@ -75,7 +76,7 @@ def test_solver_is_of_second_order() -> None:
     errors = [
         abs(dpm_solve(gaussian_eps(mean, var), x, dpm_solver_steps(n, t_end)).item() - exact) for n in (32, 64, 128)
     ]
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(1.7 < slope < 2.4 for slope in slopes), (errors, slopes)
 
 

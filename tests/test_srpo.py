@@ -68,7 +68,7 @@ def gradient(agent: SRPO, value: float, n: int = N) -> Tensor:
 @pytest.mark.parametrize("beta", [0.05, 0.5])
 @pytest.mark.parametrize("weight", ["sigma2", "constant", "alpha_over_sigma"])
 def test_fixed_point(weight: str, beta: float) -> None:
-    """With exact scores of N(m, v I) the policy stops at (2 beta q + c m) / (2 beta + c), c = E_t[w alpha sigma / (alpha^2 v + sigma^2)]."""
+    """With exact scores of N(m, v I): (2 beta q + c m) / (2 beta + c); c = E_t[w alpha sigma / (alpha^2 v + sigma^2)]."""
     t = 0.02 + 0.96 * (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     alpha, sigma = vp_alpha_sigma(t)
     w = {"sigma2": sigma.square(), "constant": torch.ones_like(t), "alpha_over_sigma": alpha / sigma}[weight]

@@ -48,6 +48,9 @@ def main() -> None:
     os.environ["MINARI_DATASETS_PATH"] = os.path.abspath(args.root)
     os.makedirs(args.root, exist_ok=True)
 
+    if os.path.exists(os.path.join(args.root, args.id)):
+        parser.error(f"{args.id} is already there: choose another --id or --root, or delete that folder")
+
     import minari
     from minari.data_collector.episode_buffer import EpisodeBuffer
     from stable_baselines3 import SAC
@@ -75,6 +78,8 @@ def main() -> None:
         action_space=env.action_space,
         algorithm_name="SAC (stable-baselines3), replay",
         author="diffagents contributors",
+        author_email="none",
+        code_permalink="zoo/recipes/replay_dataset.py",
         description=f"everything SAC did in its first {args.steps} steps, seed {args.seed}",
     )
     print(
