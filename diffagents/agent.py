@@ -5,8 +5,10 @@ An algorithm's file gives `Config`, `build`, `stages` and `act`; everything a us
 
 import dataclasses
 import inspect
+import json
 import pathlib
 import secrets
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from diffagents import artifact, checkpoint, presets, training
 from diffagents.datasets import load_dataset
 from diffagents.engine import Optimizer, Plan, Stage
+from diffagents.environments import env_id_of
 from diffagents.evaluation import Evaluation, evaluate
 from diffagents.knobs import make_config
 from diffagents.normalize import ObsNormalizer, RewardTransform
@@ -95,6 +98,8 @@ class Agent(ABC):
         self.spec: Spec | None = None
         self.reward_transform: RewardTransform | None = None
         self.dataset_info: dict[str, Any] | None = None
+        self.has_learner = True  # False: loaded without critics and behaviour model, to act only
+        self._pristine = True  # no weight has been trained or loaded yet
         self._policy_missing = False  # an official checkpoint has no policy
         self._env: VecEnv | None = None
         self._stub: VecEnv | None = None
@@ -138,8 +143,10 @@ class Agent(ABC):
         Raises ValueError (bad data or arguments) before any work, TrainingDiverged on NaN, KeyboardInterrupt after the
         running update; in all cases the agent can be saved, and a plan be finished later.
         """
+        training.check_arguments(self, total_timesteps, stages, log_interval)
         data = self._adopt(load_dataset(dataset, env=self._env, obs_keys=self.obs_keys, verbose=self.verbose))
-        plan = training.make_plan(self, total_timesteps, reset_num_timesteps, stages, log_interval)
+        plan = training.make_plan(self, total_timesteps, reset_num_timesteps, stages)
+        tick = make_callback(self, callback, progress_bar)
         if "critic" in plan.lengths and not data.done.any() and bool((data.rew == data.rew[0]).all()):
             raise ValueError(
                 f"every reward is {float(data.rew[0]):g} and no episode terminates: there is nothing to prefer; add rewards, "
@@ -156,29 +163,40 @@ class Agent(ABC):
         sampler = data.sampler(self.device, self.reward_transform, self.obs_normalizer)
         if self.verbose:
             training.announce(self, plan, sampler)
-        training.run(self, plan, sampler, make_callback(self, callback, progress_bar), log_interval, tb_log_name)
+        training.run(self, plan, sampler, tick, log_interval, tb_log_name)
         return self
 
     def _adopt(self, data: Transitions) -> Transitions:
         """On the first data: resolve the preset, build, fit the transforms. Later: check that the data fits the agent."""
-        if self.spec is None:
+        if not self.has_learner:
+            raise RuntimeError(
+                f"this {type(self).__name__} was loaded without learner.safetensors, its critics and behaviour model: it can "
+                "act, not learn; load the whole artifact"
+            )
+        first = self.reward_transform is None
+        if first:
             self._resolve_preset(data.info["id"])
+        if self.spec is None:
             self._set_up(data.spec)
         assert self.spec is not None
         check_same_spaces(self.spec, data.spec.observation_space, self.spec.action_space)
         if data.spec.act_dim != self.spec.act_dim:
             raise ValueError(f"the data's actions have {data.spec.act_dim} dimensions, the agent's {self.spec.act_dim}")
+        reach = np.abs(self.spec.scale_action(torch.stack([data.action.amin(0), data.action.amax(0)]).numpy())).max()
+        if reach > 1 + 1e-4:
+            low, high = self.spec.action_space.low.min(), self.spec.action_space.high.max()
+            raise ValueError(
+                f"the data's actions leave the agent's bounds [{low:g}, {high:g}] by {50 * (reach - 1):.3g} % of their range: "
+                "give the agent env= when it first learns, or clip them with load_dataset(..., clip_actions=True)"
+            )
         data = dataclasses.replace(data, spec=self.spec)
-        if self.reward_transform is None:  # fitted once: later data and online rewards use the same numbers
-            self._resolve_preset(data.info["id"])
+        if first:  # fitted once: later data and online rewards use the same numbers
             self.reward_transform = data.fit_reward_transform(self.config.reward_transform)
             if self.config.normalize_obs:
                 self.obs_normalizer.fit(data.obs)
             self.dataset_info = dict(data.info)
         elif self.dataset_info and self.dataset_info.get("sha256") != data.info.get("sha256") and self.verbose:
-            print(
-                f"note: the reward transform and normaliser of {self.dataset_info['id']} are kept for {data.info['id']}"
-            )
+            print(f"note: the reward transform and normaliser of {self.dataset_info['id']} are kept for {data.info['id']}")
         return data
 
     # ---- acting ----------------------------------------------------------------------------------------------------
@@ -205,8 +223,20 @@ class Agent(ABC):
         return action if batched else action[0]
 
     def evaluate(self, env: Any = None, n_episodes: int = 10, **kwargs: Any) -> Evaluation:
-        """`diffagents.evaluate(self, ...)`; without `env`, in the environment stored with the dataset, kwargs included."""
+        """`diffagents.evaluate(self, ...)`; without `env`, in the environment stored with the dataset, kwargs included.
+
+        Warns when `env` is another environment than that.
+        """
         stored = (self.dataset_info or {}).get("env_spec")
+        if env is not None and stored is not None:
+            theirs, ours = json.loads(stored), env_id_of(env)
+            if ours != theirs.get("id"):
+                warnings.warn(f"evaluating in {ours}, the dataset is from {theirs.get('id')}", stacklevel=2)
+            elif isinstance(env, str) and theirs.get("kwargs"):
+                cure = "leave env out to have them"
+                warnings.warn(
+                    f"evaluating in plain {ours}, the dataset's was made with {theirs['kwargs']}: {cure}", stacklevel=2
+                )
         if env is None and stored is None and self._env is None:
             raise ValueError("no environment is stored with this agent's dataset: pass env=, an id or an environment")
         return evaluate(self, env if env is not None else (stored or self._env), n_episodes, **kwargs)
@@ -351,15 +381,9 @@ class Agent(ABC):
             return
         applied, values = presets.resolve_preset(type(self).__name__, self.preset, dataset_id)
         kwargs = values.pop("policy_kwargs", None)
-        before = self.policy_kwargs
-        if kwargs and not self.policy_kwargs:
-            self.policy_kwargs = kwargs
+        self.policy_kwargs = self.policy_kwargs or kwargs or {}
         self.config = make_config(self.Config, type(self).__name__, {**values, **self._explicit})
-        if (
-            self.spec is not None
-            and self.stage_steps == dict.fromkeys(self.STAGE_SHARES, 0)
-            and before != self.policy_kwargs
-        ):
+        if self.spec is not None and self._pristine:
             self._set_up(self.spec)
         if self.verbose:
             print(f"preset {self.preset!r}: {', '.join(applied) or 'no row for this dataset'} {values}")
@@ -372,7 +396,5 @@ def _find_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f'device={device!r} is not usable here: {str(error).splitlines()[0]}; try device="auto"'
-        ) from None
+        raise ValueError(f'device={device!r} is not usable here: {str(error).splitlines()[0]}; try device="auto"') from None
     return found

@@ -50,7 +50,9 @@ def pack(agent: Any, trainer_state: bool) -> tuple[dict[str, Any], dict[str, Ten
             **{name: _version(name) for name in ("diffagents", "torch", "gymnasium")},
         },
     }
-    tensors = {"model": _named(agent, ("obs_normalizer", *agent.MODEL)), "learner": _named(agent, agent.LEARNER)}
+    tensors = {"model": _named(agent, ("obs_normalizer", *agent.MODEL))}
+    if agent.has_learner:
+        tensors["learner"] = _named(agent, agent.LEARNER)
     if not trainer_state:
         return config, tensors, None
     tensors["optimizer"] = _optimizer_side(agent)
@@ -98,6 +100,7 @@ def restore(
     except (KeyError, AttributeError) as error:
         raise ArtifactError(f"config.json lacks or garbles {error}: {AGAIN}") from None
     agent._set_up(spec)
+    agent._pristine = False
     _load_named(agent, tensors["model"], ("obs_normalizer", *agent.MODEL), fresh)
     agent.has_learner = "learner" in tensors
     if agent.has_learner:

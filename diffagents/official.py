@@ -44,6 +44,7 @@ def srpo_from_official(behavior: Any, critic: Any, policy: Any = None, *, env: A
     if agent.spec is None:  # the official tasks have unbounded observations and actions in [-1, 1]
         box = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
         agent._set_up(Spec(box, spaces.Box(-1.0, 1.0, (act_dim,), np.float32)))
+    agent._pristine = False
     noise = agent.behavior.noise  # ours: the official file has no such tensor
     load_state(agent.behavior, {**behavior_state, "noise": noise})
     load_state(agent.critic, critic_state)

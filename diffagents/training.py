@@ -26,24 +26,24 @@ class TrainingDiverged(RuntimeError):
     """A loss became NaN or Q exploded; the agent holds its last good state and can be used or saved."""
 
 
-def make_plan(
-    agent: Any, total: int | None, reset: bool, stages: Sequence[str] | None, log_interval: int | None
-) -> Plan:
-    """The stage lengths of one `learn` call; with reset=False an unfinished plan goes on. Raises ValueError."""
+def check_arguments(agent: Any, total: Any, stages: Any, log_interval: Any) -> None:
+    """Raises ValueError for what `learn` cannot mean, before any data is read."""
     known = agent.STAGE_SHARES
     if isinstance(stages, str) or (stages is not None and (not stages or any(name not in known for name in stages))):
         raise ValueError(f"stages={stages!r}; give a tuple of some of {list(known)}")
-    if log_interval is not None and (
-        isinstance(log_interval, bool) or int(log_interval) != log_interval or log_interval < 1
-    ):
+    if log_interval is not None and (isinstance(log_interval, bool) or int(log_interval) != log_interval or log_interval < 1):
         raise ValueError(f"log_interval={log_interval!r} must be a positive whole number of gradient steps")
+    if total is not None and (isinstance(total, bool) or int(total) != total or total < 1):
+        raise ValueError(f"total_timesteps={total!r} must be a positive whole number of gradient steps")
+
+
+def make_plan(agent: Any, total: int | None, reset: bool, stages: Sequence[str] | None) -> Plan:
+    """The stage lengths of one `learn` call; with reset=False an unfinished plan goes on. Raises ValueError."""
     if not reset and agent.plan is not None and agent.plan.remaining > 0:
         plan: Plan = agent.plan
         return plan
-    shares = {name: share for name, share in known.items() if stages is None or name in stages}
+    shares = {name: share for name, share in agent.STAGE_SHARES.items() if stages is None or name in stages}
     if total is not None:
-        if isinstance(total, bool) or not isinstance(total, (int, float)) or int(total) != total or total < 1:
-            raise ValueError(f"total_timesteps={total!r} must be a positive whole number of gradient steps")
         return Plan(Plan.split(int(total), shares))
     lengths = {name: getattr(agent.config, f"{name}_steps") for name in shares}
     if None in lengths.values():
@@ -54,9 +54,7 @@ def make_plan(
     return Plan({name: int(steps) for name, steps in lengths.items() if steps > 0})
 
 
-def run(
-    agent: Any, plan: Plan, sampler: Sampler, callback: Any, log_interval: int | None, tb_log_name: str | None
-) -> None:
+def run(agent: Any, plan: Plan, sampler: Sampler, callback: Any, log_interval: int | None, tb_log_name: str | None) -> None:
     """Run what is left of `plan`; returns early when a callback says stop, raises KeyboardInterrupt after Ctrl-C."""
     local = {
         "self": agent,
@@ -100,7 +98,8 @@ def _run_stage(
         optimizer.start_schedule(length, done)
     interval = log_interval or max(1, min(1000, length // 20))
     # No policy earns more than max|r| / (1 - gamma): a mean Q a hundred times beyond has run away.
-    q_limit = 100.0 * float(sampler.rew.abs().max()) / (1.0 - getattr(agent.config, "gamma", 0.0)) + 1.0
+    q_limit = 100.0 * sampler.max_abs_reward / (1.0 - getattr(agent.config, "gamma", 0.0)) + 1.0
+    agent._pristine = False
     sums, good, good_at, started = MetricSums(), _snapshot(agent), done, (time.perf_counter(), done)
     while done < length:
         batch = sampler.sample(stage.batch_size, agent.generator)

@@ -143,11 +143,6 @@ class Sampler:
         """All normalised observations, a view (N, S)."""
         return self.matrix[:, : self.obs_dim]
 
-    @property
-    def rew(self) -> Tensor:
-        """All transformed rewards, a view (N,)."""
-        return self.matrix[:, self.obs_dim + self.act_dim]
-
     def sample(self, n: int, generator: torch.Generator) -> Batch:
         """n transitions drawn uniformly with replacement; the fields are views of one fresh (n, 2S + A + 2) tensor."""
         index = torch.randint(len(self), (n,), generator=generator, device=self.device)

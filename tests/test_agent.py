@@ -335,7 +335,8 @@ def test_announcement_changes_nothing(capsys: pytest.CaptureFixture[str]) -> Non
 def test_reward_transform_and_normaliser_are_kept() -> None:
     agent = SRPO(**{**SMALL, "normalize_obs": True, "reward_transform": "normalize"}).learn(DATA)
     scale, mean = agent.reward_transform.scale, agent.obs_normalizer.mean.clone()  # type: ignore[union-attr]
-    agent.learn(line_data(seed=9), stages=("policy",))
+    other = line_data(seed=9)
+    agent.learn({**other, "actions": 0.9 * other["actions"]}, stages=("policy",))
     assert agent.reward_transform.scale == scale and torch.equal(agent.obs_normalizer.mean, mean)  # type: ignore[union-attr]
 
 

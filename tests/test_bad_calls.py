@@ -49,6 +49,8 @@ def files(agent: SRPO, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path
         (folder / name / "config.json").write_text(json.dumps({**config, **changes}))
     agent.save_pretrained(folder / "gutted")
     (folder / "gutted" / "model.safetensors").unlink()
+    agent.save_pretrained(folder / "actor")
+    (folder / "actor" / "learner.safetensors").unlink()
     big = SRPO(**{**SMALL, "policy_kwargs": {"net_arch": [9], "behavior_width": 8, "behavior_blocks": 1}}).learn(DATA)
     big.save_pretrained(folder / "shapes")
     (folder / "shapes" / "config.json").write_bytes((folder / "folder" / "config.json").read_bytes())
@@ -106,6 +108,8 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "half a step": (lambda a, f: a.learn(DATA, total_timesteps=9.5), ValueError, r"total_timesteps=9\.5"),
     "fewer steps than stages": (lambda a, f: a.learn(DATA, total_timesteps=2), ValueError, r"fewer than the 3 stages"),
     "log interval": (lambda a, f: a.learn(DATA, log_interval=0), ValueError, r"log_interval=0 must be a positive"),
+    "actions beyond bounds": (lambda a, f: a.learn({**DATA, "actions": 3 * DATA["actions"]}), ValueError, r"leave the agent's bounds \[-"),
+    "learn without learner": (lambda a, f: SRPO.load(f / "actor", verbose=0).learn(DATA), RuntimeError, r"learner\.safetensors"),
     "callback": (lambda a, f: a.learn(DATA, callback=3), TypeError, r"callback must be an SB3 callback.*not int"),
     "other data": (lambda a, f: a.learn(line_data(60, obs_dim=5)), ValueError, r"\(5,\).*\(3,\)"),
     "other actions": (lambda a, f: a.learn(line_data(60, act_dim=4)), ValueError, r"4.*2"),

@@ -2,9 +2,10 @@
 
   python zoo/benchmarks/learning.py --dataset diffagents/halfcheetah/medium-v0 --seeds 0 1 2 --betas 0.05 0.2 --out results.json
 
-For each seed, critic and behaviour are trained once; each beta then extracts a policy from them, evaluated `--points` times on the
-way (same episodes each time). Printed at the end: mean and standard deviation over seeds of the LAST policy's mean return; the best
-point of a curve is in the JSON, and is not the result. Interrupted, the same command goes on where the last finished stage ended.
+For each seed, critic and behaviour are trained once; each beta then extracts a policy from them, evaluated `--points` times
+on the way, in the same episodes each time. Printed at the end: mean and standard deviation over seeds of the LAST policy's
+mean return. The best point of a curve is in the JSON, and is not the result. Critic and behaviour are kept beside --out: the
+same command again uses them.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def main() -> None:
             every = max(1, args.policy_steps // args.points)
 
             def look(local: dict[str, Any], _: Any) -> bool:
-                done = local["self"].plan.done["policy"]  # noqa: B023 - used within this turn of the loop only
+                done = local["self"].plan.done["policy"]
                 if done % every == 0:  # noqa: B023
                     result = evaluate(local["self"], env, args.episodes, n_envs=args.episodes)
                     curve.append({"policy_step": done, **result.to_json()})  # noqa: B023
@@ -98,7 +99,7 @@ def main() -> None:
                 }
             )
             args.out.write_text(json.dumps(result, indent=1))
-    print(f"\n{data.info['id']}: data {data.info['mean_return']:.1f}; mean return over {args.episodes} episodes, mean ± std over seeds")
+    print(f"\n{data.info['id']}: data {data.info['mean_return']:.1f}; mean return of {args.episodes} episodes, mean ± std over seeds")
     cloned_returns = {run["seed"]: run["behavior_cloning"]["mean_return"] for run in result["runs"]}
     show("behaviour cloning", list(cloned_returns.values()))
     for beta in args.betas:
