@@ -99,7 +99,8 @@ def main() -> None:
                 }
             )
             args.out.write_text(json.dumps(result, indent=1))
-    print(f"\n{data.info['id']}: data {data.info['mean_return']:.1f}; mean return of {args.episodes} episodes, mean ± std over seeds")
+    print(f"\n{data.info['id']}: data {data.info['mean_return']:.1f}; below: mean return of {args.episodes} episodes,")
+    print("mean ± std over seeds")
     cloned_returns = {run["seed"]: run["behavior_cloning"]["mean_return"] for run in result["runs"]}
     show("behaviour cloning", list(cloned_returns.values()))
     for beta in args.betas:
