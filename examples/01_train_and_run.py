@@ -18,10 +18,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 SHIPPED = "diffagents/reacher/replay-v0"
 # For the shipped set: small networks and short stages, minutes on two cores. Any other set gets the library's defaults.
 SHIPPED_KNOBS = {
-    "beta": 0.2,
-    "critic_steps": 20_000,
-    "behavior_steps": 8_000,
-    "policy_steps": 8_000,
+    "beta": 0.1,
+    "critic_steps": 15_000,
+    "behavior_steps": 5_000,
+    "policy_steps": 4_000,
     "behavior_batch_size": 256,
     "policy_kwargs": {"behavior_width": 128},
 }

@@ -88,7 +88,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "learning rate": (lambda a, f: SRPO(learning_rate=-1e-3), ValueError, r"learning_rate=-0\.001 must be positive"),
     "weight": (lambda a, f: SRPO(weight="vds"), ValueError, r"weight='vds'; choose from"),
     "q_grad_norm": (lambda a, f: SRPO(q_grad_norm="L2"), ValueError, r"q_grad_norm='L2'; choose from"),
-    "reward transform": (lambda a, f: SRPO(**SMALL, reward_transform="iql").learn(DATA), ValueError, r"'iql'.*iql_locomotion"),
+    "reward transform": (lambda a, f: SRPO(**SMALL, reward_transform="iql"), ValueError, r"'iql'.*iql_locomotion"),
     "policy": (lambda a, f: SRPO("CnnPolicy"), ValueError, r"policy='CnnPolicy'.*MlpPolicy"),
     "env as policy": (lambda a, f: SRPO(gymnasium.make("Pendulum-v1")), ValueError, r"pass an environment as env="),
     "device": (lambda a, f: SRPO(device="gpu"), ValueError, r'device=\'gpu\' is not usable here.*device="auto"'),

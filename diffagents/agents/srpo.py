@@ -32,6 +32,7 @@ from diffagents.engine import Draws, Optimizer, Stage
 from diffagents.iql_critic import IQLCritic
 from diffagents.knobs import check_choice, check_number, net_arch
 from diffagents.networks import ResidualScoreNet, TanhPolicy, dropout_masks
+from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
 from diffagents.values import action_gradient
 
@@ -68,6 +69,7 @@ class SRPOConfig:
             "expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1
         )
         check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
+        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
         check_choice("weight", self.weight, WEIGHTS)
         check_choice("q_grad_norm", self.q_grad_norm, Q_GRAD_NORMS)
 
