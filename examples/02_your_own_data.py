@@ -1,6 +1,6 @@
 """Arrays in, policy out: train on transitions that you recorded yourself, save the agent, load it, act.
 
-  python examples/02_your_own_data.py [--episodes 40] [--total-timesteps 6000]
+  python examples/02_your_own_data.py [--episodes 60] [--total-timesteps 15000]
 
 The data here are a stumbling controller's episodes on Pendulum-v1; replace `record()` by your own arrays. All you need is
 observations, actions, rewards and, at each row, whether the episode terminated (a true end) or was truncated (a time limit).
@@ -16,7 +16,7 @@ from diffagents import SRPO, evaluate, load
 
 
 def record(n_episodes: int) -> dict[str, np.ndarray]:
-    """A swing-up controller with a lot of noise: what a log of a real system might look like."""
+    """A swing-up controller that acts at random half of the time: what a log of a poor system might look like."""
     env, rng = gymnasium.make("Pendulum-v1"), np.random.default_rng(0)
     rows: dict[str, list] = {"observations": [], "actions": [], "rewards": [], "terminations": [], "truncations": []}
     for episode in range(n_episodes):
@@ -26,7 +26,9 @@ def record(n_episodes: int) -> dict[str, np.ndarray]:
             cos, sin, speed = obs
             energy = 0.5 * speed**2 / 3 + 5 * (cos - 1)
             torque = -10 * sin - 2 * speed if cos > 0.9 else 2 * np.sign(speed) * (energy < 0)
-            action = np.clip([torque + rng.normal(0, 1.5)], -2, 2).astype(np.float32)
+            if rng.random() < 0.5:  # half of the time it stumbles
+                torque = rng.uniform(-2, 2)
+            action = np.clip([torque], -2, 2).astype(np.float32)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             for column, value in zip(rows.values(), (obs, action, reward, terminated, truncated), strict=True):
                 column.append(value)
@@ -36,12 +38,12 @@ def record(n_episodes: int) -> dict[str, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--episodes", type=int, default=40)
-    parser.add_argument("--total-timesteps", type=int, default=6000)
+    parser.add_argument("--episodes", type=int, default=60)
+    parser.add_argument("--total-timesteps", type=int, default=15_000)
     args = parser.parse_args()
 
     data = record(args.episodes)
-    agent = SRPO("MlpPolicy", "Pendulum-v1", seed=0, behavior_batch_size=256, policy_kwargs={"behavior_width": 64})
+    agent = SRPO("MlpPolicy", "Pendulum-v1", seed=0, behavior_batch_size=256, policy_kwargs={"net_arch": [128, 128], "behavior_width": 64})
     agent.learn(data, total_timesteps=args.total_timesteps)
 
     with tempfile.TemporaryDirectory() as folder:
