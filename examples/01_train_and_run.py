@@ -22,7 +22,6 @@ SHIPPED_KNOBS = {
     "critic_steps": 15_000,
     "behavior_steps": 5_000,
     "policy_steps": 4_000,
-    "behavior_batch_size": 256,
     "policy_kwargs": {"behavior_width": 128},
 }
 
