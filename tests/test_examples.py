@@ -28,7 +28,6 @@ def test_main_example_at_a_small_budget(tmp_path: pathlib.Path) -> None:
 def test_main_example_takes_any_file_and_environment(tmp_path: pathlib.Path) -> None:
     """The same script on arrays in a .npz, with two seeds."""
     import numpy as np
-
     from toy import line_data
 
     data = line_data(600, obs_dim=3, act_dim=1)
