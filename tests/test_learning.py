@@ -20,7 +20,7 @@ def own_data_example() -> types.ModuleType:
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_srpo_beats_the_data_and_its_behaviour_cloning(seed: int) -> None:
-    """A policy that always acts as the controller means to gets about -130; the data have -585, and cloning them is no better."""
+    """A policy that always acts as the controller means to gets about -130; the data have -585, cloning does no better."""
     agent = SRPO(
         "MlpPolicy",
         "Pendulum-v1",

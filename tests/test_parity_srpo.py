@@ -21,6 +21,7 @@ BATCH = Batch(
     VECTORS["batch.next_observations"],
     VECTORS["batch.terminals"].reshape(-1),
 )
+HORIZON = int(re.search(r"over ([\d,]+) steps", SETTINGS["policy_lr_schedule"])[1].replace(",", ""))  # type: ignore[index]
 VARIANTS = sorted({m[1] for key in VECTORS if (m := re.match(r"policy\.(\w+)\.after3$", key))})
 
 
@@ -49,7 +50,7 @@ def make_agent(variant: str = "locomotion") -> SRPO:
     assert hidden == [layer.out_features for layer in agent.policy.net if isinstance(layer, nn.Linear)][:-1]
     assert v["0.weight"].shape[1] == agent.spec.obs_dim == INFO["obs_dim"]
     for optimizer in agent.optimizers.values():
-        optimizer.start_schedule(1_000_000)
+        optimizer.start_schedule(HORIZON)
     return agent
 
 
