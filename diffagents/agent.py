@@ -5,7 +5,6 @@ An algorithm's file gives `Config`, `build`, `stages` and `act`; everything a us
 
 import dataclasses
 import inspect
-import json
 import pathlib
 import secrets
 import warnings
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 from diffagents import artifact, checkpoint, presets, training
 from diffagents.datasets import load_dataset
 from diffagents.engine import Optimizer, Plan, Stage
-from diffagents.environments import env_id_of
+from diffagents.environments import warn_of_another_env
 from diffagents.evaluation import Evaluation, evaluate
-from diffagents.knobs import make_config
+from diffagents.knobs import make_config, whole_number
 from diffagents.normalize import ObsNormalizer, RewardTransform
 from diffagents.sb3 import as_vec_env, check_same_spaces, make_callback, make_logger, stub_env
-from diffagents.transitions import Transitions
 from diffagents.types import Spec
 
 if TYPE_CHECKING:
@@ -83,14 +81,17 @@ class Agent(ABC):
             raise ValueError(f'policy={policy!r}; the only policy is "MlpPolicy" (pass an environment as env=...)')
         self.config = make_config(self.Config, type(self).__name__, knobs)
         self._explicit = dict(knobs)  # what the user asked for wins over any preset
+        if preset is not None:
+            presets.resolve_preset(type(self).__name__, preset, None)  # a misspelt name is told at once
+        if policy_kwargs is not None and not isinstance(policy_kwargs, dict):
+            raise TypeError(f"policy_kwargs must be a dict, not {type(policy_kwargs).__name__}")
+        if isinstance(obs_keys, str):
+            raise TypeError(f"obs_keys={obs_keys!r} must be a sequence of names: obs_keys=({obs_keys!r},)")
         self.preset, self.policy_kwargs = preset, dict(policy_kwargs or {})
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
         self.tensorboard_log, self.verbose = tensorboard_log, verbose
-        if seed is not None and (isinstance(seed, bool) or int(seed) != seed or not 0 <= seed < 2**63):
-            raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1, or None to draw one")
-        self.seed = secrets.randbelow(2**31) if seed is None else int(seed)
         self.device = _find_device(device)
-        self.set_random_seed(self.seed)
+        self.set_random_seed(seed)
         self.num_timesteps = self.n_env_steps = self.n_updates = 0
         self.stage_steps = dict.fromkeys(self.STAGE_SHARES, 0)  # gradient steps ever done, by stage
         self.plan: Plan | None = None
@@ -137,67 +138,39 @@ class Agent(ABC):
         """Train on a dataset (anything `load_dataset` reads) and return self.
 
         total_timesteps: gradient steps in all, split over the stages in the paper's proportion; None takes each stage's own
-        `*_steps` knob, else the preset. log_interval: gradient steps between looks (None: about 20 a stage).
-        reset_num_timesteps=False: finish an interrupted plan exactly as it would have gone; where there is none, count on.
+        `*_steps` knob, else the preset. log_interval: gradient steps between looks (None: a
+        twentieth of the stage, at most 1000).
+        reset_num_timesteps=False: finish an interrupted plan exactly as it would have gone; with total_timesteps or stages on a
+        finished one, a new plan that counts on.
         stages: run only these, on the others' results, e.g. ("policy",).
         Raises ValueError (bad data or arguments) before any work, TrainingDiverged on NaN, KeyboardInterrupt after the
         running update; in all cases the agent can be saved, and a plan be finished later.
         """
         training.check_arguments(self, total_timesteps, stages, log_interval)
-        data = self._adopt(load_dataset(dataset, env=self._env, obs_keys=self.obs_keys, verbose=self.verbose))
-        plan = training.make_plan(self, total_timesteps, reset_num_timesteps, stages)
-        tick = make_callback(self, callback, progress_bar)
-        if "critic" in plan.lengths and not data.done.any() and bool((data.rew == data.rew[0]).all()):
-            raise ValueError(
-                f"every reward is {float(data.rew[0]):g} and no episode terminates: there is nothing to prefer; add rewards, "
-                'or imitate only, with learn(data, stages=("behavior",))'
-            )
-        if reset_num_timesteps and plan is not self.plan:
+        data = load_dataset(dataset, env=self._env, obs_keys=self.obs_keys, verbose=self.verbose)
+        with training.nothing_if_refused(self):
+            data = training.adopt(self, data)
+            plan = training.make_plan(self, total_timesteps, reset_num_timesteps, stages)
+            if plan is None:
+                print(f"nothing to do: the plan of {self.plan.total:,} steps is finished")  # type: ignore[union-attr]
+                return self
+            training.check_rewards(plan, data)
+            tick = make_callback(self, callback, progress_bar)
+        assert self.dataset_info is not None and self.reward_transform is not None
+        if data.info["sha256"] != self.dataset_info["sha256"]:
+            kept = "transform and normaliser" if plan is not self.plan else "unfinished plan, transform and normaliser"
+            warnings.warn(f"these are other data than {self.dataset_info['id']}, whose {kept} are kept", stacklevel=2)
+        if plan is not self.plan and reset_num_timesteps:
             self.num_timesteps, self.history = 0, []
         self.plan = plan
         if self.tensorboard_log is not None:
-            self._logger = make_logger(
-                self.verbose, self.tensorboard_log, tb_log_name or type(self).__name__, reset_num_timesteps
-            )
-        assert self.reward_transform is not None
+            name = tb_log_name or type(self).__name__
+            self._logger = make_logger(self.verbose, self.tensorboard_log, name, reset_num_timesteps)
         sampler = data.sampler(self.device, self.reward_transform, self.obs_normalizer)
         if self.verbose:
             training.announce(self, plan, sampler)
         training.run(self, plan, sampler, tick, log_interval, tb_log_name)
         return self
-
-    def _adopt(self, data: Transitions) -> Transitions:
-        """On the first data: resolve the preset, build, fit the transforms. Later: check that the data fits the agent."""
-        if not self.has_learner:
-            raise RuntimeError(
-                f"this {type(self).__name__} was loaded without learner.safetensors, its critics and behaviour model: it can "
-                "act, not learn; load the whole artifact"
-            )
-        first = self.reward_transform is None
-        if first:
-            self._resolve_preset(data.info["id"])
-        if self.spec is None:
-            self._set_up(data.spec)
-        assert self.spec is not None
-        check_same_spaces(self.spec, data.spec.observation_space, self.spec.action_space)
-        if data.spec.act_dim != self.spec.act_dim:
-            raise ValueError(f"the data's actions have {data.spec.act_dim} dimensions, the agent's {self.spec.act_dim}")
-        reach = np.abs(self.spec.scale_action(torch.stack([data.action.amin(0), data.action.amax(0)]).numpy())).max()
-        if reach > 1 + 1e-4:
-            low, high = self.spec.action_space.low.min(), self.spec.action_space.high.max()
-            raise ValueError(
-                f"the data's actions leave the agent's bounds [{low:g}, {high:g}] by {50 * (reach - 1):.3g} % of their range: "
-                "give the agent env= when it first learns, or clip them with load_dataset(..., clip_actions=True)"
-            )
-        data = dataclasses.replace(data, spec=self.spec)
-        if first:  # fitted once: later data and online rewards use the same numbers
-            self.reward_transform = data.fit_reward_transform(self.config.reward_transform)
-            if self.config.normalize_obs:
-                self.obs_normalizer.fit(data.obs)
-            self.dataset_info = dict(data.info)
-        elif self.dataset_info and self.dataset_info.get("sha256") != data.info.get("sha256") and self.verbose:
-            print(f"note: the reward transform and normaliser of {self.dataset_info['id']} are kept for {data.info['id']}")
-        return data
 
     # ---- acting ----------------------------------------------------------------------------------------------------
     def predict(
@@ -205,7 +178,8 @@ class Agent(ABC):
     ) -> tuple[np.ndarray, Any]:
         """One observation or a batch -> (action in the environment's units and dtype, `state` unchanged).
 
-        Raises ValueError for a wrong shape or NaN, TypeError for an `(obs, info)` tuple, RuntimeError before training.
+        Raises ValueError for a wrong shape or NaN, TypeError for an `(obs, info)` tuple, RuntimeError where there is no policy
+        at all. As in SB3, an agent that knows its spaces acts before it is trained: at random.
         """
         if self.spec is None or self._policy_missing:
             stages = f', stages=("{self.POLICY_STAGE}",)' if self._policy_missing else ""
@@ -229,14 +203,7 @@ class Agent(ABC):
         """
         stored = (self.dataset_info or {}).get("env_spec")
         if env is not None and stored is not None:
-            theirs, ours = json.loads(stored), env_id_of(env)
-            if ours != theirs.get("id"):
-                warnings.warn(f"evaluating in {ours}, the dataset is from {theirs.get('id')}", stacklevel=2)
-            elif isinstance(env, str) and theirs.get("kwargs"):
-                cure = "leave env out to have them"
-                warnings.warn(
-                    f"evaluating in plain {ours}, the dataset's was made with {theirs['kwargs']}: {cure}", stacklevel=2
-                )
+            warn_of_another_env(env, stored, kwargs.get("env_kwargs"))
         if env is None and stored is None and self._env is None:
             raise ValueError("no environment is stored with this agent's dataset: pass env=, an id or an environment")
         return evaluate(self, env if env is not None else (stored or self._env), n_episodes, **kwargs)
@@ -295,6 +262,9 @@ class Agent(ABC):
             raise ValueError(f"parameters name {sorted(parameters)}, the agent has {sorted(networks)}")
         for name, state in parameters.items():
             checkpoint.load_state(networks[name], state)
+        self._pristine = False
+        if "policy" in parameters:
+            self._policy_missing = False
 
     def networks(self) -> dict[str, nn.Module]:
         """Every network by its attribute name, the observation normaliser included."""
@@ -341,11 +311,11 @@ class Agent(ABC):
         """Write what has been recorded, at the present step."""
         self.logger.dump(self.num_timesteps)
 
-    def set_random_seed(self, seed: int) -> None:
+    def set_random_seed(self, seed: int | None = None) -> None:
         """Restart both generators: one for training, another for `predict`, so that evaluating never changes training."""
-        self.seed = seed
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.predict_generator = torch.Generator(self.device).manual_seed(seed + 1)
+        self.seed = secrets.randbelow(2**31) if seed is None else whole_number("seed", seed, 0)
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
+        self.predict_generator = torch.Generator(self.device).manual_seed(self.seed + 1)
 
     @property
     def observation_space(self) -> Any:
@@ -380,13 +350,16 @@ class Agent(ABC):
         if self.preset is None:
             return
         applied, values = presets.resolve_preset(type(self).__name__, self.preset, dataset_id)
-        kwargs = values.pop("policy_kwargs", None)
-        self.policy_kwargs = self.policy_kwargs or kwargs or {}
+        kwargs = values.pop("policy_kwargs", {})
+        values = {name: value for name, value in values.items() if name not in self._explicit}
         self.config = make_config(self.Config, type(self).__name__, {**values, **self._explicit})
-        if self.spec is not None and self._pristine:
-            self._set_up(self.spec)
+        if self._pristine:  # networks that hold something keep their shape
+            self.policy_kwargs = {**kwargs, **self.policy_kwargs}
+            if self.spec is not None:
+                self._set_up(self.spec)
         if self.verbose:
-            print(f"preset {self.preset!r}: {', '.join(applied) or 'no row for this dataset'} {values}")
+            row = "" if applied and applied[-1] not in presets.BLOCKS else ", no row for this dataset"
+            print(f"preset {self.preset!r}: {', '.join(applied) or 'defaults'}{row}; {values} {self.policy_kwargs or ''}")
 
 
 def _find_device(device: str | torch.device) -> torch.device:

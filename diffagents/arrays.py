@@ -8,6 +8,7 @@ with both flags the episode terminated.
 
 import dataclasses
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,16 +24,6 @@ from diffagents.types import Spec
 D4RL_NAMES = {"terminals": "terminations", "timeouts": "truncations"}
 """D4RL's name of an array -> ours."""
 Keys = tuple[str, ...] | None
-Shapes = dict[str | None, tuple[int, ...]]
-"""Observation key -> shape of one observation; the key None stands for an observation that is no dict."""
-
-
-def obs_shapes(spec: Spec) -> Shapes:
-    """What the observations of `spec` look like, key by key, in order."""
-    if spec.obs_keys is None:
-        return {None: spec.observation_space.shape or ()}
-    assert isinstance(spec.observation_space, spaces.Dict)  # Spec has checked it
-    return {key: spec.observation_space[key].shape or () for key in spec.obs_keys}
 
 
 def from_arrays(
@@ -52,7 +43,7 @@ def from_arrays(
     named = _named(data, "the dataset")
     from_data = spec is None
     spec = spec or _guess_spec(named["observations"], named["actions"], keys)
-    shapes = obs_shapes(spec)
+    shapes = check.obs_shapes(spec)
     action = check.actions("actions", named["actions"], spec.action_space.shape)
     obs = _observations("observations", named["observations"], shapes)
     rew = np.array(check.column("rewards", named["rewards"]), np.float32)
@@ -111,16 +102,27 @@ def from_episodes(
             action = np.empty((n_steps, spec.act_dim), np.float32)
             rew = np.empty(n_steps, np.float32)
         act = check.actions(f"episode {i} actions", named["actions"], spec.action_space.shape)
-        seen = _observations(f"episode {i} observations", named["observations"], obs_shapes(spec))
+        seen = _observations(f"episode {i} observations", named["observations"], check.obs_shapes(spec))
         reward = check.column(f"episode {i} rewards", named["rewards"])
         over = check.flags(f"episode {i} terminations", named["terminations"])
         lengths = {"actions": len(act), "rewards": len(reward), "terminations": len(over)}
-        flagged = bool(over[-1:].any())
-        if named.get("truncations") is not None:
+        truncated = np.zeros(len(over), bool)
+        if "truncations" in named:
             truncated = check.flags(f"episode {i} truncations", named["truncations"])
             lengths["truncations"] = len(truncated)
-            flagged = flagged or bool(truncated[-1:].any())
         n = check.equal_lengths(lengths, f"the arrays of episode {i}")
+        if "next_observations" in named:
+            raise ValueError(
+                f"episode {i} has next_observations, which an episode says by its {n + 1} observations: append the last of "
+                "them to observations and leave the rest out, or pass flat arrays"
+            )
+        early = np.flatnonzero((over | truncated)[:-1])
+        if early.size:
+            what = "terminations" if over[early[0]] else "truncations"
+            raise ValueError(
+                f"episode {i} goes on after step {early[0]} of {n}, where {what} is true: an episode ends there; "
+                "cut it after that step, or pass flat arrays"
+            )
         if len(seen) not in (n, n + 1):
             raise ValueError(
                 f"episode {i} has {len(seen)} observations for {n} actions, expected {n + 1}: "
@@ -134,7 +136,7 @@ def from_episodes(
         unknown[row + n - 1] = len(seen) == n
         row += n
         ends.append(row)
-        whole.append(flagged)
+        whole.append(bool(over[-1] or truncated[-1]))
     if spec is None or row == 0:
         raise ValueError(f"{info['id']} is empty (no episode): nothing to learn from; check the id or the filter")
     if unknown.any():
@@ -217,7 +219,13 @@ def _named(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     if "dones" in data and not {"terminations", "terminals"} & set(data):
         raise ValueError(f"{where} has 'dones', which may be time-outs; pass terminations and truncations instead")
-    named = {D4RL_NAMES.get(key, key): value for key, value in data.items()}
+    for theirs, ours in D4RL_NAMES.items():
+        if data.get(theirs) is None or data.get(ours) is None:
+            continue
+        one, other = (check.flags(f"{where}: {key}", data[key]) for key in (theirs, ours))
+        if not np.array_equal(one, other):
+            raise ValueError(f"{where} has {theirs!r} beside {ours!r}, two names of one thing, and they differ; leave one out")
+    named = {D4RL_NAMES.get(key, key): value for key, value in data.items() if value is not None}
     missing = [key for key in ("observations", "actions", "rewards", "terminations") if key not in named]
     if missing == ["terminations"]:
         raise ValueError(
@@ -228,7 +236,7 @@ def _named(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     return named
 
 
-def _observations(name: str, value: Any, shapes: Shapes) -> np.ndarray:
+def _observations(name: str, value: Any, shapes: check.Shapes) -> np.ndarray:
     """An array or a dict of arrays -> a new float32 array (N, S), its parts in the order of `shapes`."""
     if None in shapes:
         if isinstance(value, Mapping):
@@ -262,7 +270,8 @@ def _guess_spec(observations: Any, actions: Any, keys: Keys) -> Spec:
 
     space: spaces.Space[Any]
     if isinstance(observations, Mapping):
-        space = spaces.Dict({key: box(f"observations/{key}", value) for key, value in observations.items()})
+        # pairs, because gymnasium sorts the keys of a plain dict
+        space = spaces.Dict(OrderedDict((key, box(f"observations/{key}", value)) for key, value in observations.items()))
     else:
         space = box("observations", observations)
     shape = check.actions("actions", actions, None).shape[1:]

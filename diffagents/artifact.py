@@ -38,10 +38,10 @@ TENSOR_FILES = {name: f"{name}.safetensors" for name in ("model", "learner", "op
 MAX_BYTES = {CONFIG: 1 << 20, TRAINER_STATE: 1 << 26, **dict.fromkeys(TENSOR_FILES.values(), 1 << 32)}
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
 MAX_ZIP_MEMBERS, MAX_ZIP_RATIO = 1000, 100
-MAX_BOX_SIZE = 1_000_000  # numbers in one Box
 
-_BOX_DTYPES = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint32", "uint16", "uint8"}
-_TENSOR_DTYPES = {getattr(torch, name) for name in ("bool", "bfloat16", *sorted(_BOX_DTYPES))}
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8}
+_TENSOR_DTYPES = _FLOATS | _INTEGERS | {torch.bool}
 AGAIN = "save, copy or download it again"
 _GIVE = "give the folder or .zip that save() made"
 _CURES = {

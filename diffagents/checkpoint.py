@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffagents.artifact import AGAIN, Artifact, ArtifactError, bare, short
 from diffagents.engine import Plan
+from diffagents.knobs import make_config, whole_number
 from diffagents.normalize import RewardTransform
 from diffagents.types import Spec
 
@@ -32,6 +33,7 @@ def pack(agent: Any, trainer_state: bool) -> tuple[dict[str, Any], dict[str, Ten
         "library": "diffagents",
         "algorithm": type(agent).__name__,
         "knobs": dataclasses.asdict(agent.config),
+        "explicit": sorted(agent._explicit),
         "policy_kwargs": agent.policy_kwargs,
         "preset": agent.preset,
         "seed": agent.seed,
@@ -44,6 +46,7 @@ def pack(agent: Any, trainer_state: bool) -> tuple[dict[str, Any], dict[str, Ten
             "n_updates": agent.n_updates,
             "stage_steps": agent.stage_steps,
             "policy_missing": agent._policy_missing,
+            "pristine": agent._pristine,
         },
         "versions": {
             "python": platform.python_version(),
@@ -83,33 +86,70 @@ def restore(
     unknown = [name for name in fresh if name not in (*cls.MODEL, *cls.LEARNER)]
     if unknown:
         raise ValueError(f"fresh={tuple(fresh)} names {unknown[0]!r}; the networks are {[*cls.MODEL, *cls.LEARNER]}")
+    for name in overrides:
+        if name in ("policy_kwargs", "preset", "obs_keys", "device", "env"):
+            raise TypeError(f"{name} belongs to the saved networks and cannot be changed here: make a new {cls.__name__}(...)")
+    make_config(cls.Config, cls.__name__, {k: v for k, v in overrides.items() if k not in AGENT_OVERRIDES})
     try:
-        spec = Spec.from_json(config["spec"])
-    except (KeyError, AttributeError, ValueError) as error:
-        raise ArtifactError(f"config.json has no usable spec: {error}; {AGAIN}") from None
-    try:
-        settings = {"seed": config["seed"], **{k: v for k, v in overrides.items() if k in AGENT_OVERRIDES}}
-        knobs = {**config["knobs"], **{k: v for k, v in overrides.items() if k not in AGENT_OVERRIDES}}
-        agent = cls(preset=config["preset"], policy_kwargs=config["policy_kwargs"], device=device, **settings, **knobs)
-        transform, counters = config["reward_transform"], config["counters"]
-        agent.reward_transform = RewardTransform.from_json(transform) if transform is not None else None
-        agent.dataset_info = config["dataset"]
-        agent.num_timesteps, agent.n_env_steps = counters["num_timesteps"], counters["n_env_steps"]
-        agent.n_updates = counters["n_updates"]
-        agent.stage_steps, agent._policy_missing = dict(counters["stage_steps"]), counters["policy_missing"]
-    except (KeyError, AttributeError) as error:
-        raise ArtifactError(f"config.json lacks or garbles {error}: {AGAIN}") from None
-    agent._set_up(spec)
-    agent._pristine = False
+        agent = _build(cls, config, tensors, device, overrides)
+        plan = Plan.from_json(state["plan"], cls.STAGE_SHARES) if state and state.get("plan") else None
+        history = [dict(row) for row in state["history"]] if state else []
+    except ArtifactError:
+        raise
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        reason = short(" ".join(str(error).split()))
+        raise ArtifactError(f"config.json or trainer_state.json is not what this version writes ({reason}): {AGAIN}") from None
     _load_named(agent, tensors["model"], ("obs_normalizer", *agent.MODEL), fresh)
     agent.has_learner = "learner" in tensors
     if agent.has_learner:
         _load_named(agent, tensors["learner"], agent.LEARNER, fresh)
     if state is not None and "optimizer" in tensors:
-        _load_optimizer_side(agent, tensors["optimizer"], fresh)
-        agent.plan = Plan.from_json(state["plan"]) if state.get("plan") else None
-        agent.history = list(state.get("history", []))
+        _load_optimizer_side(agent, tensors["optimizer"], fresh, generators="seed" not in overrides)
+        agent.plan, agent.history = plan, history
     return agent
+
+
+def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], device: Any, overrides: dict[str, Any]) -> Any:
+    """The agent that `config` describes, networks new. Raises KeyError, TypeError, ... where it is not as `pack` writes it."""
+    spec = Spec.from_json(config["spec"])
+    sizes = {n for some in tensors.values() for tensor in some.values() for n in tensor.shape}
+    if "learner" not in tensors:  # the sizes of what is not there cannot be compared
+        sizes |= set(range(4097))
+    if len(tensors["model"]["obs_normalizer.mean"]) != spec.obs_dim or not _numbers(config["policy_kwargs"]) <= sizes | set(
+        range(17)
+    ):
+        raise ValueError("spec or policy_kwargs name sizes that no tensor has")  # before any memory is taken for them
+    settings = {"seed": config["seed"], **{k: v for k, v in overrides.items() if k in AGENT_OVERRIDES}}
+    knobs = {**config["knobs"], **{k: v for k, v in overrides.items() if k not in AGENT_OVERRIDES}}
+    agent = cls(preset=config["preset"], policy_kwargs=config["policy_kwargs"], device=device, **settings, **knobs)
+    agent._explicit = {name: knobs[name] for name in {*config["explicit"], *overrides} if name in knobs}
+    transform, counters = config["reward_transform"], config["counters"]
+    agent.reward_transform = RewardTransform.from_json(transform) if transform is not None else None
+    if transform is not None:
+        for name in ("reward_transform", "normalize_obs"):
+            if name in overrides and overrides[name] != config["knobs"].get(name):
+                raise _Fixed(f"{name} was fitted when the agent first learned: make a new {cls.__name__}({name}=...) instead")
+    agent.dataset_info = dict(config["dataset"]) if config["dataset"] is not None else None
+    agent.num_timesteps, agent.n_env_steps, agent.n_updates = (
+        whole_number(name, counters[name], 0) for name in ("num_timesteps", "n_env_steps", "n_updates")
+    )
+    agent.stage_steps = {name: whole_number(name, counters["stage_steps"][name], 0) for name in cls.STAGE_SHARES}
+    agent._set_up(spec)
+    agent._policy_missing, agent._pristine = bool(counters["policy_missing"]), bool(counters["pristine"])
+    return agent
+
+
+class _Fixed(ArtifactError):
+    """What cannot be changed on loading."""
+
+
+def _numbers(value: Any) -> set[int]:
+    """Every whole number in nested dicts and lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return set().union(*map(_numbers, value))
+    return {value} if isinstance(value, int) else set()
 
 
 def training_tensors(agent: Any) -> Tensors:
@@ -121,9 +161,7 @@ def load_training_tensors(agent: Any, tensors: Tensors) -> None:
     """Put `training_tensors` (cloned earlier) back."""
     names = ("obs_normalizer", *agent.MODEL, *agent.LEARNER)
     _load_named(agent, {k: v for k, v in tensors.items() if k.partition(".")[0] in names}, names, ())
-    _load_optimizer_side(
-        agent, {k: v for k, v in tensors.items() if k.partition(".")[0] in ("optimizer", *GENERATORS)}, ()
-    )
+    _load_optimizer_side(agent, {k: v for k, v in tensors.items() if k.partition(".")[0] in ("optimizer", *GENERATORS)}, ())
 
 
 def _named(agent: Any, names: Sequence[str]) -> Tensors:
@@ -148,15 +186,13 @@ def _optimizer_side(agent: Any) -> Tensors:
     return tensors
 
 
-def _load_optimizer_side(agent: Any, tensors: Tensors, fresh: Sequence[str]) -> None:
+def _load_optimizer_side(agent: Any, tensors: Tensors, fresh: Sequence[str], generators: bool = True) -> None:
     for name, optimizer in agent.optimizers.items():
         if name not in fresh:
             load_optimizer(optimizer.inner, tensors, f"optimizer.{name}")
-    for name in GENERATORS:
+    for name in GENERATORS if generators else ():
         state = tensors.get(f"{name}.state")
-        if state is not None and len(state) == len(
-            getattr(agent, name).get_state()
-        ):  # another device's state does not fit
+        if state is not None and len(state) == len(getattr(agent, name).get_state()):  # another device's state does not fit
             getattr(agent, name).set_state(state.cpu())
 
 

@@ -1,17 +1,72 @@
 """What a dataset must satisfy. Every refusal is one line that names the place and the cure."""
 
+import json
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec, registry
 from torch import Tensor
 
 from diffagents.types import Spec
 
 ACTION_TOLERANCE = 1e-4
 """Overshoot of the action bounds, as a share of their width, that counts as rounding and is clipped without a word."""
+
+Shapes = dict[str | None, tuple[int, ...]]
+"""Observation key -> shape of one observation; the key None stands for an observation that is no dict."""
+_NOT_THE_TASK = {"render_mode", "num_envs", "vectorization_mode"}  # keyword arguments of a window and of make_vec
+
+
+def obs_shapes(spec: Spec) -> Shapes:
+    """What the observations of `spec` look like, key by key, in order."""
+    if spec.obs_keys is None:
+        return {None: spec.observation_space.shape or ()}
+    assert isinstance(spec.observation_space, spaces.Dict)  # Spec has checked it
+    return {key: spec.observation_space[key].shape or () for key in spec.obs_keys}
+
+
+def fits(data: Spec, env: Spec, bounds_from_data: bool) -> None:
+    """Raises ValueError where data of the spec `data` cannot come from `env`: shapes, or bounds unless they are guessed."""
+    cure = "pass the environment that the data come from, or leave env= out"
+    have, want = obs_shapes(data), obs_shapes(env)
+    if have != want:
+        raise ValueError(f"observations are {_show(have)} in the data, but {_show(want)} in env; {cure}")
+    own, new = data.action_space, env.action_space
+    if own.shape != new.shape:
+        raise ValueError(f"actions have shape {own.shape} in the data, but {new.shape} in env; {cure}")
+    if not bounds_from_data and not (np.allclose(own.low, new.low) and np.allclose(own.high, new.high)):
+        raise ValueError(
+            f"action bounds are [{own.low.min():g}, {own.high.max():g}] in the data, "
+            f"but [{new.low.min():g}, {new.high.max():g}] in env; {cure}"
+        )
+
+
+def another_env(name: str, stored: str, given: EnvSpec) -> str | None:
+    """A line about where the environment `given` is another than the one in the JSON `stored`; None where it is not."""
+    old, new = _identity(json.loads(stored)), _identity(vars(given))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if not keys:
+        return None
+    listed = ", ".join(f"{key}={new.get(key, 'default')} instead of {old.get(key, 'default')}" for key in keys)
+    cure = "the stored one is kept for evaluation; pass env= there for another"
+    return f"{name}: env= is not the environment stored with the dataset ({listed}); {cure}"
+
+
+def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two environments different: id, time limit and keyword arguments, as JSON would hold them."""
+    kwargs = json.loads(json.dumps(spec.get("kwargs") or {}, default=str, skipkeys=True))
+    registered = registry.get(str(spec.get("id")))
+    limit = spec.get("max_episode_steps") or (registered.max_episode_steps if registered is not None else None)
+    facts = {"id": spec.get("id"), "max_episode_steps": limit}
+    return facts | {key: value for key, value in kwargs.items() if key not in _NOT_THE_TASK}
+
+
+def _show(shapes: Shapes) -> str:
+    return str(shapes[None]) if None in shapes else str(dict(shapes))
 
 
 def numeric(name: str, value: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ from gymnasium.envs.registration import EnvSpec
 from safetensors import SafetensorError
 
 from diffagents import dataset_checks as check
-from diffagents.arrays import D4RL_NAMES, Keys, from_arrays, from_episodes, from_replay_buffer, obs_shapes
+from diffagents.arrays import D4RL_NAMES, Keys, from_arrays, from_episodes, from_replay_buffer
 from diffagents.dataset_checks import first_line, warn
 from diffagents.environments import make_env
 from diffagents.transitions import Transitions
 from diffagents.types import Spec
 
 _ARRAYS = {
-    "observations", "actions", "rewards", "terminations", "truncations", "next_observations", "episode_ends",
-    "dones", "masks",
-}
+    "observations", "actions", "rewards", "terminations", "truncations", "next_observations", "episode_ends", "dones", "masks",
+}  # fmt: skip
 _MINARI_ID = re.compile(r"(?:[-\w][-\w/]*[-\w]/)?[-\w]+-v\d+")
 _ACCEPTED = (
     "a Minari id, a MinariDataset, a dict of arrays, a list of episode dicts, a path to .npz or .hdf5, "
@@ -58,10 +57,12 @@ def load_dataset(
       * a path to an `.npz` of the same arrays (a dict observation as `observations/key`), or to a D4RL-style `.hdf5`;
       * a Stable-Baselines3 `ReplayBuffer` or `DictReplayBuffer`. Their actions are taken as SB3's off-policy algorithms
         store them, scaled to [-1, 1], and brought back to the units of the buffer's action space;
-      * `Transitions`, returned as they are.
+      * `Transitions`, returned as they are, or a copy that shares their tensors where `env` or `clip_actions` change them;
+        their `obs_keys` cannot be changed any more.
 
-    `env` (an id, a Gymnasium Env or VectorEnv, an SB3 VecEnv) provides spaces and the environment spec; else they come
-    from the dataset; arrays alone get unbounded observations and the action bounds of the data, with a warning.
+    `env` (an id, a Gymnasium Env or VectorEnv, an SB3 VecEnv) provides the spaces; else they come from the dataset; arrays
+    alone get unbounded observations and the action bounds of the data, with a warning. It also provides the environment
+    spec where the dataset has none; a dataset's own is kept, with a warning where `env` is another.
     `obs_keys` chooses and orders the parts of a Dict observation. `clip_actions` accepts actions outside the bounds.
     `cache` keeps Minari and HDF5 sets as flat files in $DIFFAGENTS_CACHE or ~/.cache/diffagents.
 
@@ -72,20 +73,29 @@ def load_dataset(
 
     Raises TypeError, ValueError, FileNotFoundError or ConnectionError, in one line with the place and the cure.
     """
-    if isinstance(source, Transitions):
-        return source
     started = time.perf_counter()
     if isinstance(obs_keys, str):
-        raise TypeError(f"obs_keys={obs_keys!r} is a string; pass a list of keys, [{obs_keys!r}]")
-    given = _describe_env(env, obs_keys) if env is not None else None
-    keys = tuple(obs_keys) if obs_keys is not None else (given.spec.obs_keys if given else None)
+        raise TypeError(f"obs_keys={obs_keys!r} is a string, not a list of keys; pass obs_keys=({obs_keys!r},)")
+    keys = tuple(obs_keys) if obs_keys is not None else None
+    ready = isinstance(source, Transitions)
+    if ready:
+        if keys not in (None, source.spec.obs_keys):
+            was = f"these Transitions were read with obs_keys={source.spec.obs_keys}"
+            raise ValueError(f"{was}, which obs_keys={keys} cannot change; read the source again with those")
+        keys = source.spec.obs_keys
+    given = _describe_env(env, keys) if env is not None else None
+    if keys is None and given is not None:
+        keys = given.spec.obs_keys
     data = _read(source, keys, given, download, cache)
     if given is not None:
-        _adopt(data, given)
-    elif data.info["bounds_from_data"]:
+        if difference := _adopt(data, given):
+            warn(difference)
+    elif data.info.get("bounds_from_data") and not ready:
         low, high = data.spec.action_space.low, data.spec.action_space.high
         warn(f"action bounds [{low.min():.4g}, {high.max():.4g}] are those of the data; pass env= for the true ones")
     data.action = check.within_bounds(data.action, data.spec, data.episode_ends, data.episode_lengths, clip_actions)
+    if ready:  # what there is to say about them was said when they were read
+        return source if given is None and data.action is source.action else data
     for advice in data.info["warnings"]:
         warn(f"{data.info['id']}: {advice}")
     if verbose:
@@ -97,6 +107,8 @@ def load_dataset(
 def _read(source: Any, keys: Keys, given: "_Given | None", download: bool, cache: bool) -> Transitions:
     env_spec = given.env_spec if given is not None else None
     limit = env_spec.max_episode_steps if env_spec is not None else None
+    if isinstance(source, Transitions):
+        return replace(source, info=dict(source.info))
     if isinstance(source, Path) or (isinstance(source, str) and source.lower().endswith((".npz", ".hdf5", ".h5"))):
         return _read_file(Path(source).expanduser(), keys, limit, cache)
     if isinstance(source, str):
@@ -128,11 +140,10 @@ class _Given:
     env_spec: EnvSpec | None
 
 
-def _describe_env(env: Any, obs_keys: Sequence[str] | None) -> _Given:
-    keys = tuple(obs_keys) if obs_keys is not None else None
+def _describe_env(env: Any, keys: Keys) -> _Given:
     if isinstance(env, str | EnvSpec):
         with make_env(env) as made:
-            return _describe_env(made, obs_keys)
+            return _describe_env(made, keys)
     observation_space = getattr(env, "single_observation_space", getattr(env, "observation_space", None))
     action_space = getattr(env, "single_action_space", getattr(env, "action_space", None))
     if observation_space is None or action_space is None:
@@ -147,31 +158,27 @@ def _describe_env(env: Any, obs_keys: Sequence[str] | None) -> _Given:
     return _Given(spec, env_spec if isinstance(env_spec, EnvSpec) else None)
 
 
-def _adopt(data: Transitions, given: _Given) -> None:
-    """Put the given environment's spaces and spec in place of the data's own. Raises ValueError if they do not fit."""
-    cure = "pass the environment that the data come from, or leave env= out"
-    have, want = obs_shapes(data.spec), obs_shapes(given.spec)
-    if have != want:
-        raise ValueError(f"observations are {_show(have)} in the data, but {_show(want)} in env; {cure}")
-    own, new = data.spec.action_space, given.spec.action_space
-    if own.shape != new.shape:
-        raise ValueError(f"actions have shape {own.shape} in the data, but {new.shape} in env; {cure}")
-    if not data.info["bounds_from_data"] and not (np.allclose(own.low, new.low) and np.allclose(own.high, new.high)):
-        raise ValueError(
-            f"action bounds are [{own.low.min():g}, {own.high.max():g}] in the data, "
-            f"but [{new.low.min():g}, {new.high.max():g}] in env; {cure}"
-        )
+def _adopt(data: Transitions, given: _Given) -> str | None:
+    """Put the environment's spaces in place of the data's, and its spec where they have none. Returns what to warn of."""
+    check.fits(data.spec, given.spec, data.info.get("bounds_from_data", False))
     data.spec = given.spec
-    data.info |= {"bounds_from_data": False}
-    if given.env_spec is not None:
-        try:
-            data.info["env_spec"] = given.env_spec.to_json()
-        except (TypeError, ValueError):  # made with arguments that JSON cannot hold: not reproducible from a file
-            data.info["env_spec"] = None
+    data.info["bounds_from_data"] = False
+    stored = data.info.get("env_spec")
+    if stored is None:
+        data.info["env_spec"] = _env_spec_json(given.env_spec)
+    return check.another_env(data.info.get("id", "the data"), stored, given.env_spec) if stored and given.env_spec else None
 
 
-def _show(shapes: Mapping[str | None, tuple[int, ...]]) -> str:
-    return str(shapes[None]) if None in shapes else str(dict(shapes))
+def _env_spec_json(env_spec: EnvSpec | None) -> str | None:
+    if env_spec is None:
+        return None
+    # SB3 puts its Monitor around every environment: it only records, and nobody wants to hear that it is missing.
+    monitor = "stable_baselines3.common.monitor:Monitor"
+    wrappers = tuple(wrapper for wrapper in env_spec.additional_wrappers if wrapper.entry_point != monitor)
+    try:
+        return replace(env_spec, additional_wrappers=wrappers).to_json()
+    except (TypeError, ValueError):  # made with arguments that JSON cannot hold: not reproducible from a file
+        return None
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -240,8 +247,7 @@ def _local_minari(source: str, download: bool) -> Path:
         remote = f"{scheme}://{owner}"
     if not _MINARI_ID.fullmatch(identity):
         raise ValueError(
-            f"{source!r} is neither a Minari id, which looks like namespace/name-v0, "
-            "nor a path that ends in .npz, .hdf5 or .h5"
+            f"{source!r} is neither a Minari id, which looks like namespace/name-v0, nor a path that ends in .npz, .hdf5 or .h5"
         )
     root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
     path = root / identity / "data"
@@ -249,8 +255,7 @@ def _local_minari(source: str, download: bool) -> Path:
         return path
     if not download:
         raise FileNotFoundError(
-            f"no Minari set {identity!r} in {root}; pass download=True, "
-            "or set MINARI_DATASETS_PATH to the folder that holds it"
+            f"no Minari set {identity!r} in {root}; pass download=True, or set MINARI_DATASETS_PATH to the folder that holds it"
         )
     _download(identity, remote, path)
     if not (path / "metadata.json").is_file():
@@ -280,8 +285,7 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
             root = inner
         cause = f"{type(root).__name__}: {first_line(root)}"
         raise ConnectionError(
-            f"cannot download {identity!r} from {place} ({cause}); "
-            f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {instead}"
+            f"cannot download {identity!r} from {place} ({cause}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {instead}"
         ) from None
 
 
@@ -297,9 +301,7 @@ def _read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Tr
         n_episodes = metadata["total_episodes"]
     except (ValueError, KeyError) as error:
         cause = f"{type(error).__name__}: {first_line(error)}"
-        raise OSError(
-            f"{path / 'metadata.json'} is damaged ({cause}); delete the folder and load the set again"
-        ) from None
+        raise OSError(f"{path / 'metadata.json'} is damaged ({cause}); delete the folder and load the set again") from None
     chosen = None
     if dataset is not None and not np.array_equal(dataset.episode_indices, np.arange(n_episodes)):
         chosen = hashlib.sha256(np.asarray(dataset.episode_indices, np.int64).tobytes()).hexdigest()
@@ -344,9 +346,7 @@ def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset
         return from_episodes(episodes, dataset.total_steps, keys, spec, info)
     except (OSError, KeyError) as error:
         cause = first_line(error)
-        raise OSError(
-            f"Minari set {name!r} in {path} is damaged ({cause}); delete the folder and load it again"
-        ) from None
+        raise OSError(f"Minari set {name!r} in {path} is damaged ({cause}); delete the folder and load it again") from None
 
 
 def _clean_env_spec(raw: str) -> str:
@@ -364,9 +364,7 @@ def _stamp(files: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _cached(
-    name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: Callable[[], Transitions]
-) -> Transitions:
+def _cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: Callable[[], Transitions]) -> Transitions:
     """What `read` gives, from the cache file of `key` if that carries `stamp`, else read and put there.
 
     One file per key, replaced when the stamp is another, so that the folder does not grow with every change of a set.

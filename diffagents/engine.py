@@ -81,8 +81,17 @@ class Plan:
         return {"lengths": dict(self.lengths), "done": dict(self.done)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(dict(data["lengths"]), dict(data["done"]))
+    def from_json(cls, data: dict[str, Any], stages: Iterable[str]) -> Self:
+        """What `to_json` gave. Raises ValueError unless it is a plan over some of `stages`."""
+        plan = cls(dict(data["lengths"]), dict(data["done"]))
+        known = set(stages)
+        for name, length in plan.lengths.items():
+            done = plan.done.get(name, 0)
+            if name not in known or not all(type(n) is int for n in (length, done)) or not 0 <= done <= length:
+                raise ValueError(f"the plan's stage {name!r} ({done!r} of {length!r} steps) cannot be")
+        if not set(plan.done) <= set(plan.lengths):
+            raise ValueError("the plan has done stages that it does not have")
+        return plan
 
     @staticmethod
     def split(total: int, shares: dict[str, int]) -> dict[str, int]:
@@ -124,8 +133,3 @@ class MetricSums:
         means = (torch.stack(self._sums) / self.count).tolist()
         self.count = 0
         return dict(zip(self._names, means, strict=True))
-
-
-def reference_generator(seed: int, device: torch.device) -> torch.Generator:
-    """A generator of random numbers on `device`, started from `seed`."""
-    return torch.Generator(device=device).manual_seed(seed)

@@ -128,6 +128,27 @@ def env_id_of(env: Any) -> str | None:
     return None if spec is None else str(spec.id)
 
 
+def warn_of_another_env(env: Any, stored: str, env_kwargs: Mapping[str, Any] | None = None) -> None:
+    """One warning where `env` is not the environment that a dataset's spec describes: another id, or other kwargs."""
+    theirs, their_kwargs = _read_spec(stored)
+    ours = env_id_of(env)
+    if ours is None:
+        return
+    if ours != theirs:
+        warnings.warn(f"evaluating in {ours}, the dataset is from {theirs}", stacklevel=3)
+        return
+    if isinstance(env, str):
+        kwargs = _read_spec(env)[1] if env.lstrip().startswith("{") else dict(env_kwargs or {})
+    else:
+        spec = env if isinstance(env, EnvSpec) else (env.get_attr("spec")[0] if is_sb3(env) else env.spec)
+        kwargs = dict(getattr(spec, "kwargs", None) or {})
+    aside = ("render_mode", "max_episode_steps")
+    plain = [{k: v for k, v in some.items() if k not in aside} for some in (kwargs, their_kwargs)]
+    if plain[0] != plain[1]:
+        cure = "leave env out to evaluate in the dataset's"
+        warnings.warn(f"evaluating in {ours} with {plain[0]}, the dataset's was made with {plain[1]}: {cure}", stacklevel=3)
+
+
 def prefer_egl() -> bool:
     """Let MuJoCo render without a screen: sets MUJOCO_GL=egl where that works, and says whether it did.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,15 @@ import numpy as np
 
 def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
     """`kind(**knobs)` after the checks that all algorithms share. Raises TypeError (unknown knob) or ValueError."""
-    valid = [f.name for f in dataclasses.fields(kind)]
+    types = {f.name: f.type for f in dataclasses.fields(kind)}
+    knobs = dict(knobs)
     for name, value in knobs.items():
-        if name not in valid:
-            near = difflib.get_close_matches(name, valid, 1)
+        if name not in types:
+            near = difflib.get_close_matches(name, types, 1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise TypeError(f"{algorithm} has no knob {name!r}{hint} Valid: {', '.join(valid)}")
+            raise TypeError(f"{algorithm} has no knob {name!r}{hint} Valid: {', '.join(types)}")
+        if types[name] is bool and not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
         if name == "gamma":
             check_number(name, value, "must lie in [0, 1)", lambda x: 0 <= x < 1)
         elif name == "tau":
@@ -23,10 +26,19 @@ def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
         elif name.endswith("learning_rate"):
             check_number(name, value, "must be positive", lambda x: x > 0)
         elif name.endswith("batch_size"):
-            check_number(name, value, "must be a positive whole number", lambda x: x >= 1 and int(x) == x)
+            knobs[name] = whole_number(name, value, 1)
         elif name.endswith("_steps") and value is not None:
-            check_number(name, value, "must be zero or a positive whole number", lambda x: x >= 0 and int(x) == x)
+            knobs[name] = whole_number(name, value, 0)
     return kind(**knobs)
+
+
+def whole_number(name: str, value: Any, least: int, unit: str = "") -> int:
+    """`value` as an int (16.0 counts). Raises ValueError unless it is a whole number of at least `least`."""
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not (real and np.isfinite(value) and int(value) == value and value >= least):
+        kind = "a positive whole number" if least == 1 else "zero or a positive whole number"
+        raise ValueError(f"{name}={value!r} must be {kind}{unit}")
+    return int(value)
 
 
 def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
@@ -37,7 +49,7 @@ def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool
         raise ValueError(f"{name}={value!r} {rule}")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises ValueError, listing the choices, unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")
@@ -50,11 +62,16 @@ def net_arch(
 
     `net_arch` may be a list (for all parts) or a dict by part, as in SB3. Raises TypeError for an unknown key.
     """
+    if not isinstance(policy_kwargs, dict):
+        raise TypeError(f"policy_kwargs must be a dict, not {type(policy_kwargs).__name__}")
     unknown = set(policy_kwargs) - {"net_arch", *extra}
     if unknown:
         raise TypeError(f"policy_kwargs has no {sorted(unknown)[0]!r}; valid: net_arch, {', '.join(extra)}")
     arch = policy_kwargs.get("net_arch", list(default))
-    by_part = dict(arch) if isinstance(arch, dict) else dict.fromkeys(parts, arch)
+    sizes_of = arch.values() if isinstance(arch, dict) else [arch]
+    if not all(isinstance(sizes, (list, tuple)) for sizes in sizes_of):
+        raise ValueError(f"net_arch={arch!r} must be a list of layer sizes, or a dict of such lists by part")
+    by_part: dict[str, Any] = dict(arch) if isinstance(arch, dict) else dict.fromkeys(parts, arch)
     if set(by_part) - set(parts):
         raise TypeError(f"net_arch names {sorted(set(by_part) - set(parts))[0]!r}; its parts are {', '.join(parts)}")
     if "vf" in parts and "qf" in by_part:

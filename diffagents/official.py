@@ -35,8 +35,11 @@ def srpo_from_official(behavior: Any, critic: Any, policy: Any = None, *, env: A
         policy_state = srpo_policy_state(read_checkpoint(policy, "policy"))
         arch["pi"] = _linear_sizes(policy_state, "net")[1:-1]
     n_blocks = len([key for key in behavior_state if key.endswith("norm.weight")])
+    asked = kwargs.pop("policy_kwargs", {}).get("net_arch", {})
+    if policy_state is None and asked:  # the policy's size is the user's to choose, the others are the file's
+        arch["pi"] = asked["pi"] if isinstance(asked, dict) else asked
     policy_kwargs = {
-        "net_arch": {**arch, **kwargs.pop("policy_kwargs", {}).get("net_arch", {})},
+        "net_arch": arch,
         "behavior_width": len(behavior_state["net.input.bias"]),
         "behavior_blocks": n_blocks,
     }
@@ -118,9 +121,7 @@ def srpo_critic_state(official: State) -> dict[str, Tensor]:
         if match:
             state[f"v.{match[1]}.{match[2]}"] = value.float()
     if not {"q.biases.0", "q_target.biases.0", "v.0.bias"} <= set(state):
-        raise ValueError(
-            f"no SRPO critic among the tensors {list(official)[:3]}...: expected q0.*, q0_target.* and vf.v.*"
-        )
+        raise ValueError(f"no SRPO critic among the tensors {list(official)[:3]}...: expected q0.*, q0_target.* and vf.v.*")
     return state
 
 

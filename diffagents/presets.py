@@ -2,6 +2,7 @@
 
     default: {<stage>_steps: ...}                  what a plain run takes
     paper:   {<stage>_steps: ..., source: ...}     the paper's schedule
+    official_code: {<knob>: ..., source: ...}      optional: where the authors' code as published is not the paper
     <row>:   {<knob>: ..., aliases: [<dataset id>, ...], source: ...}    only what differs from the knobs' defaults
 
 Applied only when asked for. `aliases` and `source` are for finding and for readers; they never reach an agent.
@@ -12,7 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-BLOCKS = ("default", "paper")
+BLOCKS = ("default", "paper", "official_code")
+_NEEDED = BLOCKS[:2]
 _HERE = Path(__file__).resolve().parent
 # In the installed package the build has put the presets beside this file; in a checkout they lie beside the package.
 _FOLDERS = (_HERE / "zoo", _HERE.parent / "zoo")
@@ -39,7 +41,10 @@ def load_presets(algorithm: str) -> dict[str, dict[str, Any]]:
 
 
 def find_preset(algorithm: str, name_or_id: str) -> tuple[str, dict[str, Any]] | None:
-    """(row name, its values) for a row name or an alias, exact or, where none is, in another version (`-vN`)."""
+    """(row name, its values) for a row name or an alias, exact or, where none is, in another version (`-vN`).
+
+    A file's name counts as an id: its `.hdf5`, `.h5` or `.npz` is cut off, and `_` is read as `-`.
+    """
     rows = {name: row for name, row in load_presets(algorithm).items() if name not in BLOCKS}
     names = {alias: name for name, row in rows.items() for alias in (name, *row.get("aliases", ()))}
     found = names.get(name_or_id) or {_bare(alias): name for alias, name in names.items()}.get(_bare(name_or_id))
@@ -49,24 +54,26 @@ def find_preset(algorithm: str, name_or_id: str) -> tuple[str, dict[str, Any]] |
 def resolve_preset(algorithm: str, preset: str | None, dataset_id: str | None) -> tuple[list[str], dict[str, Any]]:
     """(names of what was applied over the default budget, the values of all: knobs, budgets, `policy_kwargs`).
 
-    preset     applied, in this order
-    None       []
-    "auto"     [the row of `dataset_id`], [] where it has none
-    "paper"    ["paper", the row of `dataset_id` where it has one]
-    a name     [that row], by its name or an alias
+    preset            applied, in this order
+    None              []
+    "auto"            [the row of `dataset_id`], [] where it has none
+    "paper"           ["paper", the row of `dataset_id` where it has one]
+    "official_code"   ["paper", "official_code", the row of `dataset_id` where it has one]
+    a name            [that row], by its name or an alias
 
     Raises ValueError for an unknown name, listing the rows.
     """
     table = load_presets(algorithm)
-    blocks = ["paper"] if preset == "paper" else []
-    wanted = dataset_id if preset in ("auto", "paper") else preset
+    general = ["auto", *(block for block in BLOCKS[1:] if block in table)]
+    blocks = general[1 : general.index(preset) + 1] if preset in general else []
+    wanted = dataset_id if preset in general else preset
     found = find_preset(algorithm, wanted) if isinstance(wanted, str) else None
-    if found is None and preset not in (None, "auto", "paper"):
+    if found is None and preset is not None and preset not in general:
         rows = [name for name in table if name not in BLOCKS]
         aliases = [alias for name in rows for alias in table[name].get("aliases", ())]
-        near = difflib.get_close_matches(str(preset), ["auto", "paper", *rows, *aliases], 1)
+        near = difflib.get_close_matches(str(preset), [*general, *rows, *aliases], 1)
         hint = f"did you mean {near[0]!r}? There are" if near else "there are"
-        raise ValueError(f"preset={preset!r} is unknown; {hint} 'auto', 'paper' and {', '.join(rows)}")
+        raise ValueError(f"preset={preset!r} is unknown; {hint} {', '.join(map(repr, general))} and {', '.join(rows)}")
     values = _values(table["default"])
     for block in blocks:
         values |= _values(table[block])
@@ -80,12 +87,13 @@ def _values(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bare(name: str) -> str:
+    name = re.sub(r"\.(hdf5|h5|npz)$", "", name, flags=re.IGNORECASE).replace("_", "-")
     return re.sub(r"-v\d+$", "", name)
 
 
 def _check(table: Any, path: Path) -> None:
-    if not isinstance(table, dict) or not all(isinstance(table.get(block), dict) for block in BLOCKS):
-        raise ValueError(f"{path} must be a mapping with the blocks {' and '.join(BLOCKS)}")
+    if not isinstance(table, dict) or not all(isinstance(table.get(block), dict) for block in _NEEDED):
+        raise ValueError(f"{path} must be a mapping with the blocks {' and '.join(_NEEDED)}")
     owners: dict[str, str] = {}
     for row, entries in table.items():
         where = f"{path}, row {row!r}"

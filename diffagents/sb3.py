@@ -5,10 +5,8 @@ so training from arrays without a callback never pays for it.
 """
 
 import importlib.util
-from collections.abc import Callable
+import warnings
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from diffagents.environments import make_env
 from diffagents.types import Spec
@@ -81,8 +79,14 @@ def make_callback(agent: Any, callback: Any, progress_bar: bool) -> "BaseCallbac
         raise TypeError(f"callback must be an SB3 callback, a function, or a list of them, not {type(one).__name__}")
 
     callbacks = [as_callback(callback)] if callback is not None else []
+
+    class ProgressBar(ProgressBarCallback):
+        def _on_step(self) -> bool:
+            self.pbar.update(1)  # SB3 counts a step for every environment; ours are gradient steps
+            return True
+
     if progress_bar:
-        callbacks.append(ProgressBarCallback())
+        callbacks.append(ProgressBar())
     whole = callbacks[0] if len(callbacks) == 1 else CallbackList(callbacks)
     whole.init_callback(agent)
     return whole
@@ -98,7 +102,10 @@ def make_logger(verbose: int, tensorboard_log: str | None, name: str, reset_num_
 
 
 def check_same_spaces(spec: Spec, observation_space: Any, action_space: Any) -> None:
-    """Raises ValueError unless an environment's spaces are those the agent was built for (shapes, keys, action bounds)."""
+    """Raises ValueError unless an environment's observations are the agent's and the agent's actions lie within its own.
+
+    Warns where the agent uses only a part of the environment's actions (bounds that were taken from data).
+    """
     try:
         other = Spec.from_spaces(observation_space, action_space, spec.obs_keys)
     except ValueError as error:
@@ -109,14 +116,15 @@ def check_same_spaces(spec: Spec, observation_space: Any, action_space: Any) -> 
             f"this environment has observations {_shapes(other)} and actions {other.action_space.shape}, the agent was "
             f"built for {shape[0]} and {shape[1]}: use the environment of its dataset"
         )
-    same: Callable[[np.ndarray, np.ndarray], bool] = lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
-    if not (
-        same(spec.action_space.low, other.action_space.low) and same(spec.action_space.high, other.action_space.high)
-    ):
+    low, high = spec.action_space.low, spec.action_space.high
+    margin = 1e-4 * (other.action_space.high - other.action_space.low)
+    if (low < other.action_space.low - margin).any() or (high > other.action_space.high + margin).any():
         raise ValueError(
             f"this environment's actions lie in [{other.action_space.low}, {other.action_space.high}], the agent's in "
-            f"[{spec.action_space.low}, {spec.action_space.high}]: give the agent env= when it first learns"
+            f"[{low}, {high}]: give the agent env= when it first learns"
         )
+    if (low > other.action_space.low + margin).any() or (high < other.action_space.high - margin).any():
+        warnings.warn(f"the agent uses only the part [{low}, {high}] of this environment's actions", stacklevel=3)
 
 
 def _shapes(spec: Spec) -> Any:

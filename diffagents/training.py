@@ -1,9 +1,10 @@
-"""The loop of `learn`: the plan, looks at the metrics, callbacks, the NaN guard. Nothing about any algorithm.
+"""What `learn` does: adopt the data, plan, loop, look at the metrics, guard against NaN. Nothing about any algorithm.
 
 Between looks nothing waits for the device: batches and random numbers are made on it, metrics are summed on it.
 """
 
 import copy
+import dataclasses
 import math
 import signal
 import threading
@@ -18,8 +19,11 @@ import torch
 
 from diffagents import checkpoint
 from diffagents.engine import MetricSums, Plan, Stage
+from diffagents.knobs import whole_number
+from diffagents.normalize import ObsNormalizer
 from diffagents.presets import resolve_preset
-from diffagents.transitions import Sampler
+from diffagents.sb3 import check_same_spaces
+from diffagents.transitions import Sampler, Transitions
 
 
 class TrainingDiverged(RuntimeError):
@@ -28,19 +32,77 @@ class TrainingDiverged(RuntimeError):
 
 def check_arguments(agent: Any, total: Any, stages: Any, log_interval: Any) -> None:
     """Raises ValueError for what `learn` cannot mean, before any data is read."""
-    known = agent.STAGE_SHARES
-    if isinstance(stages, str) or (stages is not None and (not stages or any(name not in known for name in stages))):
-        raise ValueError(f"stages={stages!r}; give a tuple of some of {list(known)}")
-    if log_interval is not None and (isinstance(log_interval, bool) or int(log_interval) != log_interval or log_interval < 1):
-        raise ValueError(f"log_interval={log_interval!r} must be a positive whole number of gradient steps")
-    if total is not None and (isinstance(total, bool) or int(total) != total or total < 1):
-        raise ValueError(f"total_timesteps={total!r} must be a positive whole number of gradient steps")
+    known = list(agent.STAGE_SHARES)
+    if stages is not None and not (isinstance(stages, (tuple, list)) and stages and set(stages) <= set(known)):
+        raise ValueError(f"stages={stages!r}; give a tuple of some of {known}")
+    if log_interval is not None:
+        whole_number("log_interval", log_interval, 1, " of gradient steps")
+    if total is not None:
+        whole_number("total_timesteps", total, 1, " of gradient steps")
+    if not agent.has_learner:
+        raise RuntimeError(
+            f"this {type(agent).__name__} was loaded without learner.safetensors, its critics and behaviour model: it can "
+            "act, not learn; load the whole artifact"
+        )
 
 
-def make_plan(agent: Any, total: int | None, reset: bool, stages: Sequence[str] | None) -> Plan:
-    """The stage lengths of one `learn` call; with reset=False an unfinished plan goes on. Raises ValueError."""
-    if not reset and agent.plan is not None and agent.plan.remaining > 0:
+@contextmanager
+def nothing_if_refused(agent: Any) -> Iterator[None]:
+    """Leave the agent as it was when what follows raises: a refused dataset must not leave its transform behind."""
+    before = dict(agent.__dict__)
+    try:
+        yield
+    except BaseException:
+        agent.__dict__.clear()
+        agent.__dict__.update(before)
+        raise
+
+
+def adopt(agent: Any, data: Transitions) -> Transitions:
+    """The first data: resolve the preset, build, fit the transforms. Later data: check that they fit the agent."""
+    first = agent.reward_transform is None
+    if first:
+        agent._resolve_preset(data.info["id"])
+    if agent.spec is None:
+        agent._set_up(data.spec)
+    spec = agent.spec
+    if data.spec.act_dim != spec.act_dim:
+        raise ValueError(f"the data's actions have {data.spec.act_dim} dimensions, the agent's {spec.act_dim}")
+    check_same_spaces(spec, data.spec.observation_space, spec.action_space)
+    reach = np.abs(spec.scale_action(torch.stack([data.action.amin(0), data.action.amax(0)]).numpy())).max()
+    if reach > 1 + 1e-4:
+        low, high = spec.action_space.low.min(), spec.action_space.high.max()
+        raise ValueError(
+            f"the data's actions leave the agent's bounds [{low:g}, {high:g}] by {50 * (reach - 1):.3g} % of their range: "
+            "give the agent env= when it first learns, or clip them with load_dataset(..., clip_actions=True)"
+        )
+    if first:  # fitted once: later data and online rewards use the same numbers
+        agent.reward_transform = data.fit_reward_transform(agent.config.reward_transform)
+        agent.dataset_info = dict(data.info)
+        if agent.config.normalize_obs:
+            agent.obs_normalizer = ObsNormalizer(spec.obs_dim).fit(data.obs).to(agent.device)
+    return dataclasses.replace(data, spec=spec)
+
+
+def make_plan(agent: Any, total: int | None, reset: bool, stages: Sequence[str] | None) -> Plan | None:
+    """The stage lengths of one `learn` call; with reset=False an unfinished plan goes on. None: a finished one, nothing to do.
+
+    Raises ValueError where what is asked for is not what the unfinished plan would do.
+    """
+    if not reset and agent.plan is None and any(agent.stage_steps.values()):
+        raise ValueError(
+            "this agent was saved without its trainer state, so its run cannot go on where it stopped: start a new plan "
+            "with learn(data), or save with include_trainer_state=True next time"
+        )
+    if not reset and agent.plan is not None and (agent.plan.remaining > 0 or (total is None and stages is None)):
         plan: Plan = agent.plan
+        if plan.remaining == 0:
+            return None
+        if (stages is not None and set(stages) != set(plan.lengths)) or (total is not None and int(total) != plan.total):
+            raise ValueError(
+                f"a plan of {plan.total:,} steps over {list(plan.lengths)} is unfinished: leave total_timesteps and stages "
+                "out to finish it, or start another with reset_num_timesteps=True"
+            )
         return plan
     shares = {name: share for name, share in agent.STAGE_SHARES.items() if stages is None or name in stages}
     if total is not None:
@@ -49,9 +111,18 @@ def make_plan(agent: Any, total: int | None, reset: bool, stages: Sequence[str] 
     if None in lengths.values():
         default = resolve_preset(type(agent).__name__, None, None)[1]
         lengths = {name: default[f"{name}_steps"] if steps is None else steps for name, steps in lengths.items()}
-    if min(lengths.values()) < 0 or sum(lengths.values()) < 1:
-        raise ValueError(f"stage lengths {lengths} must be zero or more, and one of them positive")
-    return Plan({name: int(steps) for name, steps in lengths.items() if steps > 0})
+    if sum(lengths.values()) < 1:
+        raise ValueError(f"the stage lengths {lengths} are all zero: give one of them steps")
+    return Plan({name: steps for name, steps in lengths.items() if steps > 0})
+
+
+def check_rewards(plan: Plan, data: Transitions) -> None:
+    """Raises ValueError where a critic is to be trained on rewards that prefer nothing."""
+    if "critic" in plan.lengths and not data.done.any() and bool((data.rew == data.rew[0]).all()):
+        raise ValueError(
+            f"every reward is {float(data.rew[0]):g} and no episode terminates: there is nothing to prefer; add rewards, "
+            'or imitate only, with learn(data, stages=("behavior",))'
+        )
 
 
 def run(agent: Any, plan: Plan, sampler: Sampler, callback: Any, log_interval: int | None, tb_log_name: str | None) -> None:
@@ -101,6 +172,24 @@ def _run_stage(
     q_limit = 100.0 * sampler.max_abs_reward / (1.0 - getattr(agent.config, "gamma", 0.0)) + 1.0
     agent._pristine = False
     sums, good, good_at, started = MetricSums(), _snapshot(agent), done, (time.perf_counter(), done)
+
+    def look() -> None:
+        """Wait for the device, see whether all is well, report, and keep the state to fall back to."""
+        nonlocal good, good_at
+        means = sums.take()
+        tensors = checkpoint.training_tensors(agent).values()
+        finite = bool(torch.stack([t.sum() for t in tensors if t.is_floating_point()]).isfinite().all())
+        if not finite or not all(map(math.isfinite, means.values())) or abs(means.get("q", 0.0)) > q_limit:
+            _restore(agent, good)
+            raise TrainingDiverged(
+                f"{stage.name} diverged between its steps {good_at} and {done} ({_numbers(means)}); the agent holds its "
+                "state from before: try a lower learning_rate, another reward_transform or normalize_obs=True"
+            )
+        good, good_at = _snapshot(agent), done
+        if means:
+            rate = (done - started[1]) / max(time.perf_counter() - started[0], 1e-9)
+            _report(agent, stage.name, done, length, rate, means)
+
     while done < length:
         batch = sampler.sample(stage.batch_size, agent.generator)
         sums.add(stage.update(batch, stage.draw(stage.batch_size, agent.generator)))
@@ -110,21 +199,17 @@ def _run_stage(
         agent.num_timesteps += 1
         agent.n_updates += 1
         if done % interval == 0 or done == length:
-            means = sums.take()
-            if not all(map(math.isfinite, means.values())) or abs(means.get("q", 0.0)) > q_limit:
-                _restore(agent, good)
-                raise TrainingDiverged(
-                    f"{stage.name} diverged between its steps {good_at} and {done} ({_numbers(means)}); the agent holds its "
-                    "state from before: try a lower learning_rate, another reward_transform or normalize_obs=True"
-                )
-            good, good_at = _snapshot(agent), done
-            rate = (done - started[1]) / max(time.perf_counter() - started[0], 1e-9)
-            _report(agent, stage.name, done, length, rate, means)
+            look()
+        go_on = True
         if callback is not None:
             callback.update_locals(local)
-            if not callback.on_step():
-                return False
-        if interrupted.is_set():
+            try:
+                go_on = callback.on_step()
+            except Exception:
+                look()  # a NaN explains more than what it led to, e.g. a checkpoint that could not be written
+                raise
+        if not go_on or interrupted.is_set():
+            look()  # whoever stops here can save what is here
             return False
     return True
 
@@ -156,6 +241,8 @@ def announce(agent: Any, plan: Plan, sampler: Sampler) -> None:
 
 
 def _report(agent: Any, stage: str, done: int, length: int, rate: float, means: dict[str, float]) -> None:
+    if len(agent.history) >= 10_000:  # a long run with short intervals: keep every other row, so that it can be saved
+        agent.history = agent.history[::2]
     agent.history.append({"num_timesteps": agent.num_timesteps, "stage": stage, "stage_step": done, **means})
     if agent._logger is not None:
         for name, value in means.items():
@@ -190,10 +277,10 @@ def _restore(agent: Any, snapshot: dict[str, Any]) -> None:
 def _interrupt_between_updates() -> Iterator[threading.Event]:
     """Turn Ctrl-C into an event, so that no update is cut in the middle; a second Ctrl-C stops at once."""
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):  # ignored, or not Python's
         yield event
         return
-    previous = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: types.FrameType | None) -> None:
         if event.is_set():

@@ -33,7 +33,7 @@ class Spec:
     """What a policy reads and writes: spaces, the order of observation keys, and the way between them and flat arrays.
 
     `obs_keys` is None for a Box observation; for a Dict observation it names the keys that are concatenated, in order.
-    Raises ValueError where a space is of a kind that the library cannot learn on.
+    Raises ValueError where a space is of a kind that the library cannot learn on, TypeError for keys that are a string.
     """
 
     observation_space: spaces.Space[Any]
@@ -52,6 +52,8 @@ class Spec:
                 f"action space bounds must be finite with low < high, not [{low.min()}, {high.max()}]: "
                 "wrap the environment with gymnasium.wrappers.RescaleAction, or leave env= out to take bounds from the data"
             )
+        if isinstance(self.obs_keys, str):
+            raise TypeError(f"obs_keys={self.obs_keys!r} is a string, not a tuple of keys; pass obs_keys=({self.obs_keys!r},)")
         if self.obs_keys is None:
             _check_box(self.observation_space, "observation space")
             return
@@ -75,7 +77,9 @@ class Spec:
         if isinstance(observation_space, spaces.Dict) and obs_keys is None:
             goal = ("observation", "desired_goal")
             obs_keys = goal if set(goal) <= set(observation_space.spaces) else tuple(observation_space.spaces)
-        return cls(observation_space, action_space, tuple(obs_keys) if obs_keys is not None else None)  # type: ignore[arg-type]
+        if obs_keys is not None and not isinstance(obs_keys, str):  # a string goes on as it is, and is refused
+            obs_keys = tuple(obs_keys)
+        return cls(observation_space, action_space, obs_keys)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, Any]:
         """Spaces and keys as strict JSON. Raises ValueError for a space that holds more than Boxes and Dicts of them."""
@@ -126,9 +130,7 @@ class Spec:
                 raise ValueError(f"the observation is a dict, but the agent was built for {self.observation_space}")
             return _flat(obs, self.observation_space.shape or (), "observation")
         if not isinstance(obs, Mapping):
-            raise ValueError(
-                f"the observation must be a dict with the keys {list(self.obs_keys)}, not {type(obs).__name__}"
-            )
+            raise ValueError(f"the observation must be a dict with the keys {list(self.obs_keys)}, not {type(obs).__name__}")
         missing = [key for key in self.obs_keys if key not in obs]
         if missing:
             raise ValueError(f"the observation lacks the keys {missing}; it has {list(obs)}")
@@ -189,9 +191,7 @@ def space_from_json(data: Any, where: str = "space") -> spaces.Space[Any]:
         kind = data["type"]
         if kind == "Dict":
             # pairs, because gymnasium sorts the keys of a plain dict
-            return spaces.Dict(
-                OrderedDict((k, space_from_json(v, f"{where}[{k[:40]!a}]")) for k, v in data["spaces"].items())
-            )
+            return spaces.Dict(OrderedDict((k, space_from_json(v, f"{where}[{k[:40]!a}]")) for k, v in data["spaces"].items()))
         shape, dtype = tuple(data["shape"]), data["dtype"]
         if kind != "Box" or dtype not in _BOX_DTYPES:
             raise ValueError("unknown type or dtype")
@@ -210,21 +210,24 @@ def space_from_json(data: Any, where: str = "space") -> spaces.Space[Any]:
 
 def _check_box(space: spaces.Space[Any], name: str) -> None:
     if not isinstance(space, spaces.Box):
-        raise ValueError(
-            f"{name} {space} is not a Box; choose other obs_keys or wrap the environment (FlattenObservation)"
-        )
+        raise ValueError(f"{name} {space} is not a Box; choose other obs_keys or wrap the environment (FlattenObservation)")
     if space.dtype == np.uint8 or len(space.shape) > 2:
         raise ValueError(f"{name} {space} looks like an image; only vectors are supported, encode it first")
 
 
 def _flat(value: Any, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, bool]:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} is a tensor that requires grad; pass it with .detach()")
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        raise ValueError(f"{name} is a tensor on {value.device}; pass it with .cpu()")
     try:
         array = np.asarray(value, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be read as float32 numbers: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: a list of tensors that require grad
+        raise ValueError(f"{name} cannot be read as float32 numbers: {' '.join(str(error).split())}") from None
     batched = array.ndim == len(shape) + 1
     if array.shape[1 if batched else 0 :] != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape} or a batch {('B', *shape)}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinity: {array.reshape(-1)[~np.isfinite(array.reshape(-1))][:3]}")
-    return array.reshape(array.shape[0] if batched else 1, -1), batched
+    n_rows = array.shape[0] if batched else 1
+    return array.reshape(n_rows, math.prod(shape)), batched  # not -1: the batch may be empty

@@ -100,9 +100,7 @@ def test_callbacks_all_together(tmp_path: pathlib.Path) -> None:
         lambda local, _: local["total_timesteps"] == 30,
     ]
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "error", message=".*not of the same type"
-        )  # EvalCallback, of a training env it mistrusts
+        warnings.filterwarnings("error", message=".*not of the same type")  # EvalCallback, of a training env it mistrusts
         agent.learn(PENDULUM, callback=callbacks, progress_bar=True)  # type: ignore[arg-type]
     assert agent.num_timesteps == 30 and seen == [10, 20, 30]
     assert sorted(p.name for p in tmp_path.glob("*.zip")) == [
@@ -174,9 +172,7 @@ def test_tensorboard(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_evaluate_policy(pendulum_agent: SRPO, n_envs: int) -> None:
-    returns, lengths = evaluate_policy(
-        pendulum_agent, make_vec_env("Pendulum-v1", n_envs), 4, return_episode_rewards=True
-    )
+    returns, lengths = evaluate_policy(pendulum_agent, make_vec_env("Pendulum-v1", n_envs), 4, return_episode_rewards=True)
     assert lengths == [200] * 4 and all(-2000 < r < 0 for r in returns)
 
 
@@ -256,9 +252,8 @@ def test_counting_over_several_learns() -> None:
     assert agent.num_timesteps == 10 and agent.n_updates == 50
 
 
-def test_learning_rate_reaches_zero() -> None:
-    agent = SRPO(**SMALL).learn(DATA)
-    agent.optimizers["policy"].start_schedule(10, 9)
+def test_learning_rate_follows_the_cosine_in_the_policy_stage_only() -> None:
+    agent = SRPO(**SMALL).learn(DATA)  # the tenth of ten steps was taken at share 9 / 10
     assert agent.optimizers["policy"].lr.item() == pytest.approx(3e-4 * 0.5 * (1 + np.cos(np.pi * 0.9)), rel=1e-5)
     assert agent.optimizers["critic"].lr.item() == pytest.approx(3e-4)
 
@@ -279,9 +274,7 @@ def test_stopped_run_finished_in_a_new_process_is_the_uninterrupted_run(tmp_path
     assert part.num_timesteps == stop_at
     part.save(tmp_path / "part")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path])}
-    subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "part.zip"), str(tmp_path / "done.zip")], check=True, env=env
-    )
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "part.zip"), str(tmp_path / "done.zip")], check=True, env=env)
     finished = SRPO.load(tmp_path / "done.zip", verbose=0)
     same_networks(whole, finished)
     for name, optimizer in whole.optimizers.items():
@@ -318,9 +311,7 @@ def test_nan_stops_with_the_last_good_state() -> None:
     with pytest.raises(TrainingDiverged, match=r"critic diverged between its steps 4 and 8 .*learning_rate"):
         agent.learn(DATA, callback=poison, log_interval=4)
     assert agent.num_timesteps == 4 and all(torch.isfinite(p).all() for p in agent.critic.parameters())
-    same_networks(
-        SRPO(**SMALL).learn(DATA), agent.learn(DATA, reset_num_timesteps=False)
-    )  # the fault is gone: as if never
+    same_networks(SRPO(**SMALL).learn(DATA), agent.learn(DATA, reset_num_timesteps=False))  # the fault is gone: as if never
 
 
 def test_announcement_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,15 +331,145 @@ def test_reward_transform_and_normaliser_are_kept() -> None:
     assert agent.reward_transform.scale == scale and torch.equal(agent.obs_normalizer.mean, mean)  # type: ignore[union-attr]
 
 
+def test_refused_data_leave_nothing_behind() -> None:
+    agent, fresh = SRPO(**SMALL), SRPO(**SMALL).learn(DATA)
+    with pytest.raises(ValueError, match="nothing to prefer"):
+        agent.learn({**DATA, "rewards": np.ones(400), "terminations": np.zeros(400, bool)})
+    assert agent.reward_transform is None and agent.dataset_info is None and agent.spec is None
+    same_networks(agent.learn(DATA), fresh)
+    assert agent.reward_transform == fresh.reward_transform
+
+
+def test_transitions_with_other_keys_are_refused() -> None:
+    """The columns would be swapped without a word."""
+    rng = np.random.default_rng(0)
+    both = {"a": rng.normal(size=(400, 2)), "b": rng.normal(size=(400, 2))}
+    read = diffagents.load_dataset({**DATA, "observations": both, "next_observations": both}, obs_keys=("b", "a"))
+    with pytest.raises(ValueError, match=r"read with obs_keys=\('b', 'a'\)"):
+        SRPO(**SMALL, obs_keys=("a", "b")).learn(read)
+    agent = SRPO(**SMALL, obs_keys=("b", "a")).learn(read)
+    other = diffagents.load_dataset({**DATA, "observations": both, "next_observations": both}, obs_keys=("a", "b"))
+    with pytest.raises(ValueError, match="read the source again"):
+        agent.learn(other)
+
+
+def test_resuming_is_never_something_else(tmp_path: pathlib.Path) -> None:
+    stop = {"callback": lambda local, _: local["self"].num_timesteps < 15}
+    agent = SRPO(**SMALL).learn(DATA, **stop)
+    for asked in ({"stages": ("policy",)}, {"total_timesteps": 1000}):
+        with pytest.raises(ValueError, match=r"a plan of 30 steps over .* is unfinished"):
+            agent.learn(DATA, reset_num_timesteps=False, **asked)
+    with pytest.warns(UserWarning, match="other data than arrays, whose unfinished plan"):
+        agent.clone().learn({**DATA, "rewards": DATA["rewards"] + 1}, reset_num_timesteps=False)
+    agent.learn(DATA, reset_num_timesteps=False, total_timesteps=30)
+    before = agent.policy.net[0].weight.clone()
+    agent.learn(DATA, reset_num_timesteps=False)  # finished: nothing to do
+    assert agent.num_timesteps == 30 and torch.equal(before, agent.policy.net[0].weight)
+    bare = SRPO.load(agent.save(tmp_path / "bare", include_trainer_state=False), verbose=0)
+    with pytest.raises(ValueError, match="saved without its trainer state"):
+        bare.learn(DATA, reset_num_timesteps=False)
+    assert bare.learn(DATA).num_timesteps == 30
+
+
+def test_seeds_of_clones_and_loaded_agents_count(tmp_path: pathlib.Path) -> None:
+    base = SRPO(**SMALL).learn(DATA, stages=("critic", "behavior"))
+    path = base.save(tmp_path / "base")
+    runs = [base.clone(seed=1), base.clone(seed=2), SRPO.load(path, seed=1, verbose=0)]
+    weights = [run.learn(DATA, stages=("policy",)).policy.net[0].weight for run in runs]
+    assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
+def test_fitted_transforms_cannot_be_changed_later(tmp_path: pathlib.Path) -> None:
+    agent = SRPO(**SMALL).learn(DATA)
+    path = agent.save(tmp_path / "a")
+    for name, value in (("reward_transform", "none"), ("normalize_obs", True)):
+        for call in (lambda k: agent.clone(**k), lambda k: SRPO.load(path, **k)):
+            with pytest.raises(ValueError, match=f"{name} was fitted when the agent first learned"):
+                call({name: value})
+    with pytest.raises(TypeError, match="policy_kwargs belongs to the saved networks"):
+        SRPO.load(path, policy_kwargs={})
+
+
+@pytest.mark.parametrize("how", ["stop", "exception", "checkpoint"])
+def test_nan_between_looks_is_caught_when_somebody_stops(tmp_path: pathlib.Path, how: str) -> None:
+    agent = SRPO(**SMALL)
+
+    def poison(local: dict[str, Any], _: Any) -> bool:
+        if local["self"].num_timesteps == 6:
+            agent.critic.v[0].weight.data.fill_(float("nan"))
+        if local["self"].num_timesteps == 7:
+            if how == "exception":
+                raise ZeroDivisionError
+            return how != "stop"
+        return True
+
+    with pytest.raises(TrainingDiverged, match="critic diverged between its steps 5 and 7"):
+        agent.learn(DATA, callback=[poison, CheckpointCallback(7, str(tmp_path))], log_interval=5)
+    assert agent.num_timesteps == 5
+    agent.save(tmp_path / "good")
+
+
+def test_history_of_a_long_run_stays_small() -> None:
+    agent = SRPO(**SMALL).learn(DATA)
+    agent.history = agent.history * 400
+    agent.learn(DATA, stages=("policy",), reset_num_timesteps=False)
+    assert len(agent.history) <= 6011 and agent.history[-1]["num_timesteps"] == 40
+
+
+def test_preset_survives_saving_before_training(tmp_path: pathlib.Path) -> None:
+    """What the user set explicitly, and nothing else, wins over the preset, before and after a round trip."""
+    knobs = {k: v for k, v in SMALL.items() if k != "policy_kwargs"}
+    agent = SRPO(env="Pendulum-v1", preset="antmaze-umaze", expectile=0.6, reward_transform="normalize", **knobs)
+    loaded = SRPO.load(agent.save(tmp_path / "untrained"), verbose=0).learn(PENDULUM)
+    assert (loaded.config.beta, loaded.config.expectile, loaded.config.q_grad_norm) == (0.02, 0.6, "rms")
+    assert len([m for m in loaded.policy.net if isinstance(m, torch.nn.Linear)]) == 5
+    assert SRPO.load(loaded.save(tmp_path / "trained"), verbose=0).config == loaded.config
+
+
+def test_paper_preset_merges_with_explicit_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    knobs = {k: v for k, v in SMALL.items() if k not in ("policy_kwargs", "verbose")}
+    small = {"behavior_width": 16, "behavior_blocks": 1}
+    agent = SRPO(preset="antmaze-umaze", beta=0.3, reward_transform="none", policy_kwargs=small, **knobs).learn(DATA)
+    assert len([m for m in agent.policy.net if isinstance(m, torch.nn.Linear)]) == 5 and agent.behavior.net.width == 16
+    out = capsys.readouterr().out
+    assert "'beta'" not in out.splitlines()[1] and "'expectile': 0.9" in out
+
+
+def test_progress_bar_counts_gradient_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    from stable_baselines3.common.callbacks import ProgressBarCallback
+
+    totals: list[tuple[float, float]] = []
+    original = ProgressBarCallback._on_training_end
+    try:
+        ProgressBarCallback._on_training_end = lambda self: totals.append((self.pbar.n, self.pbar.total)) or original(self)  # type: ignore
+        SRPO("MlpPolicy", make_vec_env("Pendulum-v1", 3), **SMALL).learn(PENDULUM, progress_bar=True)
+    finally:
+        ProgressBarCallback._on_training_end = original  # type: ignore[method-assign]
+    assert totals == [(30, 30)]
+
+
+def test_agent_of_bare_arrays_gets_its_environment_later() -> None:
+    agent = SRPO(**SMALL).learn(PENDULUM)  # bounds from the data: a little narrower than [-2, 2]
+    with pytest.warns(UserWarning, match="uses only the part"):
+        agent.set_env("Pendulum-v1")
+    agent.set_env(agent.get_env())
+
+
+def test_evaluate_warns_of_another_environment() -> None:
+    agent = SRPO("MlpPolicy", "Pendulum-v1", **SMALL).learn(PENDULUM)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent.evaluate(n_episodes=1)
+        agent.evaluate("Pendulum-v1", 1)
+    with pytest.warns(UserWarning, match=r"with {'g': 1.0}, the dataset's was made with {}"):
+        agent.evaluate(gymnasium.make("Pendulum-v1", g=1.0), 1)
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("folder", [False, True])
 def test_save_load_acts_and_updates_the_same(tmp_path: pathlib.Path, folder: bool) -> None:
     agent = SRPO(**{**SMALL, "normalize_obs": True}).learn(DATA)
-    path = (
-        agent.save_pretrained(tmp_path / "agent", include_trainer_state=True)
-        if folder
-        else agent.save(tmp_path / "agent")
-    )
+    path = agent.save_pretrained(tmp_path / "agent", include_trainer_state=True) if folder else agent.save(tmp_path / "agent")
     loaded = diffagents.load(path, verbose=0)
     obs = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
     assert type(loaded) is SRPO and np.array_equal(loaded.predict(obs)[0], agent.predict(obs)[0])

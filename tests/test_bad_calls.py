@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "policy": (lambda a, f: SRPO("CnnPolicy"), ValueError, r"policy='CnnPolicy'.*MlpPolicy"),
     "env as policy": (lambda a, f: SRPO(gymnasium.make("Pendulum-v1")), ValueError, r"pass an environment as env="),
     "device": (lambda a, f: SRPO(device="gpu"), ValueError, r'device=\'gpu\' is not usable here.*device="auto"'),
-    "seed": (lambda a, f: SRPO(seed=-1), ValueError, r"seed=-1 must be a whole number from 0"),
+    "seed": (lambda a, f: SRPO(seed=-1), ValueError, r"seed=-1 must be zero or a positive whole number"),
     "policy_kwargs": (lambda a, f: SRPO(env="Pendulum-v1", policy_kwargs={"width": 3}), TypeError, r"no 'width'; valid: net_arch"),
     "net_arch part": (lambda a, f: SRPO(env="Pendulum-v1", policy_kwargs={"net_arch": {"actor": [3]}}), TypeError, r"'actor'.*pi, qf"),
     "net_arch size": (lambda a, f: SRPO(env="Pendulum-v1", policy_kwargs={"net_arch": [-3]}), ValueError, r"positive whole numbers"),

@@ -16,8 +16,8 @@ GROUPS = [
     {"types"},
     {"values", "diffusion", "networks", "normalize", "engine", "artifact", "knobs", "environments", "rollouts"},
     {"transitions", "iql_critic", "evaluation", "presets", "hub", "dataset_checks", "checkpoint"},
-    {"arrays"},
-    {"datasets", "sb3", "training"},
+    {"arrays", "sb3"},
+    {"datasets", "training"},
     {"agent"},
     {"agents", "agents.*"},  # one paper, one file
     {"official"},

@@ -44,7 +44,7 @@ Q_GRAD_NORMS = (None, "l2", "rms")
 
 @dataclass(frozen=True)
 class SRPOConfig:
-    """Knobs of SRPO. The defaults are the paper's for locomotion; per-task values are rows of zoo/srpo.yml."""
+    """Knobs of SRPO. The defaults are the paper's for locomotion but for [D9]; per-task values are rows of zoo/srpo.yml."""
 
     beta: float = 0.05  # > 0; large = greedy, small = close to the data. THE knob; sweep .01 .02 .05 .1 .2 .5
     expectile: float = 0.7  # in (0, 1); 0.9 on AntMaze
@@ -64,12 +64,8 @@ class SRPOConfig:
     policy_steps: int | None = None  # paper 1.0M
 
     def __post_init__(self) -> None:
-        check_number(
-            "beta", self.beta, "must be positive: large follows Q, small stays close to the data", lambda x: x > 0
-        )
-        check_number(
-            "expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1
-        )
+        check_number("beta", self.beta, "must be positive: large follows Q, small stays close to the data", lambda x: x > 0)
+        check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
         check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
         check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
         check_choice("weight", self.weight, WEIGHTS)
@@ -224,6 +220,10 @@ class BehaviorPolicy:
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
         """As `Agent.predict`; the noise of a random sample comes from the agent's generator for predictions."""
+        if not self._agent.has_learner:
+            raise RuntimeError(
+                "this SRPO was loaded without learner.safetensors, where the behaviour model is: load the whole artifact"
+            )
         agent, fixed = self._agent, self._agent.behavior.noise
 
         def act(obs: Tensor) -> Tensor:
