@@ -1,0 +1,69 @@
+"""An artifact whose JSON somebody garbled is refused with one line, and takes no memory for what it claims."""
+
+import json
+import pathlib
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from toy import line_data
+
+from diffagents import SRPO, ArtifactError
+
+DATA = line_data(60)
+KNOBS: dict[str, Any] = {
+    "seed": 0,
+    "verbose": 0,
+    "critic_steps": 2,
+    "behavior_steps": 2,
+    "policy_steps": 2,
+    "behavior_batch_size": 8,
+    "policy_kwargs": {"net_arch": [24], "behavior_width": 20, "behavior_blocks": 1},
+}
+
+GARBLED: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
+    "counters null": lambda c, t: c.update(counters=None),
+    "counter text": lambda c, t: c["counters"].update(num_timesteps="many"),
+    "counter negative": lambda c, t: c["counters"].update(n_updates=-1),
+    "stage missing": lambda c, t: c["counters"].update(stage_steps={}),
+    "knobs a list": lambda c, t: c.update(knobs=[]),
+    "knob of another version": lambda c, t: c["knobs"].update(warp=9),
+    "knob out of range": lambda c, t: c["knobs"].update(beta=-1),
+    "dataset text": lambda c, t: c.update(dataset="x"),
+    "seed text": lambda c, t: c.update(seed="x"),
+    "no spec": lambda c, t: c.pop("spec"),
+    "spec of another task": lambda c, t: c["spec"]["observation_space"].update(shape=[99], low="-inf", high="inf"),
+    "transform garbled": lambda c, t: c.update(reward_transform={"name": "x"}),
+    "network too wide": lambda c, t: c["policy_kwargs"].update(behavior_width=60_000),
+    "too many layers": lambda c, t: c["policy_kwargs"].update(behavior_blocks=100_000),
+    "plan a number": lambda c, t: t["plan"].update(lengths=5),
+    "plan of another algorithm": lambda c, t: t["plan"].update(lengths={"actor": 5}, done={}),
+    "plan overdone": lambda c, t: t["plan"]["done"].update(critic=99),
+    "history a number": lambda c, t: t.update(history=5),
+}
+
+
+@pytest.fixture(scope="module")
+def agent() -> SRPO:
+    return SRPO(**KNOBS).learn(DATA)
+
+
+@pytest.mark.parametrize("name", GARBLED)
+def test_garbled_json_is_refused(name: str, agent: SRPO, tmp_path: pathlib.Path) -> None:
+    folder = agent.save_pretrained(tmp_path / "agent", include_trainer_state=True)
+    files = folder / "config.json", folder / "trainer_state.json"
+    config, state = (json.loads(file.read_text()) for file in files)
+    GARBLED[name](config, state)
+    for file, data in zip(files, (config, state), strict=True):
+        file.write_text(json.dumps(data))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ArtifactError) as caught:
+        SRPO.load(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def test_the_ungarbled_one_loads(agent: SRPO, tmp_path: pathlib.Path) -> None:
+    loaded = SRPO.load(agent.save_pretrained(tmp_path / "agent", include_trainer_state=True), verbose=0)
+    assert loaded.plan == agent.plan and loaded.history == agent.history and loaded.config == agent.config
