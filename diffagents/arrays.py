@@ -113,8 +113,8 @@ def from_episodes(
         n = check.equal_lengths(lengths, f"the arrays of episode {i}")
         if "next_observations" in named:
             raise ValueError(
-                f"episode {i} has next_observations, which an episode says by its {n + 1} observations: append the last of "
-                "them to observations and leave the rest out, or pass flat arrays"
+                f"episode {i} has next_observations, which belong to flat arrays: an episode of {n} actions has {n + 1} "
+                "observations instead; leave them out, or pass flat arrays"
             )
         early = np.flatnonzero((over | truncated)[:-1])
         if early.size:

@@ -189,6 +189,19 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
                           r"episode_ends must rise to the number of steps, 20; give one past"),
     "episode without actions": (lambda t: [good_episode(), {"observations": np.zeros((2, 3))}], {}, ValueError,
                                 r"episode 1 lacks actions, rewards, terminations; it has observations"),
+    "terminations beside other terminals": (lambda t: but(terminals=np.zeros(N)), {}, ValueError,
+                                            r"'terminals' beside 'terminations', .* and they differ; leave one out"),
+    "truncations beside other timeouts": (lambda t: [good_episode() | {"timeouts": np.eye(10)[9]}], {}, ValueError,
+                                          r"episode 0 has 'timeouts' beside 'truncations', .* differ; leave one out"),
+    "an episode that goes on after a termination": (
+        lambda t: [good_episode(), good_episode() | {"terminations": np.eye(10)[3]}], {}, ValueError,
+        r"episode 1 goes on after step 3 of 10, where terminations is true.*; cut it after that step, or pass flat arrays"),
+    "an episode that goes on after a truncation": (
+        lambda t: [good_episode() | {"truncations": np.eye(10)[0]}], {}, ValueError,
+        r"episode 0 goes on after step 0 of 10, where truncations is true.*; cut it"),
+    "an episode with next observations": (
+        lambda t: [good_episode() | {"next_observations": np.ones((10, 3))}], {}, ValueError,
+        r"episode 0 has next_observations, which belong to flat arrays.* has 11 observations instead; leave them out"),
     # empty
     "no steps": (lambda t: {key: value[:0] for key, value in good().items()}, {}, ValueError, r"are empty \(0 steps\).*; check"),
     "no episodes": (lambda t: [], {}, ValueError, r"arrays is empty \(no episode\): .*; check"),
@@ -213,10 +226,22 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
     "obs_keys for an array": (lambda t: good(), {"obs_keys": ["observation"]}, ValueError,
                               r"obs_keys=\('observation',\) need a Dict"),
     "obs_keys a string": (lambda t: dict_obs(), {"obs_keys": "observation"}, TypeError,
-                          r"obs_keys='observation' is a string; pass a list"),
+                          r"obs_keys='observation' is a string, .*; pass obs_keys=\('observation',\)$"),
     "a key is missing in a later episode": (
         lambda t: [good_episode() | {"observations": obs} for obs in ({"a": np.ones((11, 1))}, {"b": np.ones((11, 1))})], {},
         ValueError, r"episode 1 observations lacks the keys \['a'\], it has \['b'\]; choose"),
+    # Transitions
+    "other obs_keys for Transitions": (
+        lambda t: load_dataset(dict_obs()), {"obs_keys": ["desired_goal"]}, ValueError,
+        r"read with obs_keys=\('observation', 'desired_goal'\), which obs_keys=\('desired_goal',\) cannot .*; read the source again"),
+    "obs_keys for Transitions of an array": (lambda t: load_dataset(good()), {"obs_keys": ["a"]}, ValueError,
+                                             r"read with obs_keys=None, which .*; read the source again"),
+    "Transitions and env of another task": (
+        lambda t: load_dataset(good()), {"env": "MountainCarContinuous-v0"}, ValueError,
+        r"observations are \(3,\) in the data, but \(2,\) in env; pass the environment"),
+    "Transitions outside the bounds of env": (
+        lambda t: load_dataset(put("actions", (13, 0), -2.6)), {"env": "Pendulum-v1"}, ValueError,
+        r"row 13 \(episode 1, step 3\): dimension 0 is -2.6, outside \[-2, 2\]; pass clip_actions"),
     # files and ids
     "missing file": (lambda t: t / "none.npz", {}, FileNotFoundError, r"none.npz does not exist; give the path"),
     "a folder": (lambda t: t, {}, FileNotFoundError, r"is a folder; give the path of an .npz or .hdf5 file, or a Minari id"),

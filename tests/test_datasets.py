@@ -250,6 +250,55 @@ def test_transitions_come_back_as_they_are() -> None:
     assert load_dataset(data) is data
 
 
+def test_transitions_take_the_spaces_of_env_and_may_be_clipped_in_a_copy() -> None:
+    episodes = pendulum_episodes()
+    episodes[1]["actions"][3, 0] = 2.5
+    data = load_dataset(episodes)
+    before = data.action.clone(), data.spec, dict(data.info)
+    read = load_dataset(data, env="Pendulum-v1", clip_actions=True)
+    assert read.action.max() == 2
+    assert read.spec.action_space == spaces.Box(-2, 2, (1,))
+    assert json.loads(read.info["env_spec"])["id"] == "Pendulum-v1"
+    assert read.obs is data.obs  # no second copy of the data
+    assert torch.equal(data.action, before[0])  # and the caller's are as they were
+    assert (data.spec, data.info) == before[1:]
+    assert load_dataset(read, clip_actions=True) is read
+
+
+def test_transitions_of_other_units_may_be_clipped() -> None:
+    data = load_dataset(pendulum_episodes(), env="Pendulum-v1")
+    data.action = data.action * 1.5
+    with pytest.raises(ValueError, match="pass clip_actions=True"):
+        load_dataset(data)
+    assert load_dataset(data, clip_actions=True).action.max() == 2
+
+
+def test_the_keys_of_transitions_are_looked_for_in_env() -> None:
+    flat = flatten(make_episodes(dict_obs=True))
+    flat["actions"] = flat["actions"][:, :1]
+    data = load_dataset(flat, obs_keys=["achieved_goal", "observation"])
+    assert load_dataset(data, obs_keys=["achieved_goal", "observation"]) is data
+    parts = (("observation", 3), ("achieved_goal", 2), ("desired_goal", 2))
+    env = gymnasium.make("Pendulum-v1")
+    env.observation_space = spaces.Dict({key: spaces.Box(-9, 9, (n,)) for key, n in parts})
+    assert load_dataset(data, env=env).spec.obs_keys == ("achieved_goal", "observation")
+
+
+def test_the_order_of_the_given_keys_is_kept() -> None:
+    flat = flatten(make_episodes(dict_obs=True))
+    for name in ("observations", "next_observations"):
+        flat[name] = {"z": flat[name]["achieved_goal"], "b": flat[name]["observation"]}
+    data = load_dataset(flat)
+    assert data.spec.obs_keys == ("z", "b")
+    np.testing.assert_array_equal(data.obs[:, :2], flat["observations"]["z"].astype(np.float32))
+
+
+def test_one_array_under_both_names_is_fine_where_they_agree() -> None:
+    flat = flatten(make_episodes())
+    both = flat | {"terminals": flat["terminations"].astype(float), "timeouts": None}  # None: not given
+    assert_same(load_dataset(both), load_dataset(flat))
+
+
 def test_obs_keys_choose_and_order() -> None:
     episodes = make_episodes(dict_obs=True)
     data = load_dataset(episodes, obs_keys=["desired_goal", "achieved_goal"])
@@ -311,6 +360,49 @@ def test_env_gives_spaces_and_spec(kind: str) -> None:
     assert json.loads(data.info["env_spec"])["id"] == "Pendulum-v1"
     assert not data.info["bounds_from_data"]
     assert not data.done.any()  # every episode ran into the time limit
+
+
+@pytest.mark.parametrize("kind", ["id", "vec env"])
+def test_a_stored_environment_is_kept_and_another_one_is_named(kind: str) -> None:
+    from stable_baselines3.common.env_util import make_vec_env
+
+    make_minari(
+        pendulum_episodes(), "test/pendulum-v0", env=gymnasium.make("Pendulum-v1", g=5.0, max_episode_steps=30),
+        observation_space=None, action_space=None,
+    )  # fmt: skip
+    env = "Pendulum-v1" if kind == "id" else make_vec_env("Pendulum-v1", 1)
+    for source in ("test/pendulum-v0", load_dataset("test/pendulum-v0")):
+        with pytest.warns(UserWarning, match=r"test/pendulum-v0: env= is not .*; the stored one is kept") as caught:
+            data = load_dataset(source, env=env)
+        (line,) = [str(warning.message) for warning in caught]
+        assert "(max_episode_steps=200 instead of 30, g=default instead of 5.0)" in line
+        stored = json.loads(data.info["env_spec"])
+        assert (stored["kwargs"], stored["max_episode_steps"]) == ({"g": 5.0}, 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the same, though with a window; and one that says nothing of itself
+        same = gymnasium.make("Pendulum-v1", g=5.0, max_episode_steps=30, render_mode="rgb_array")
+        assert load_dataset("test/pendulum-v0", env=same).info["env_spec"] == data.info["env_spec"]
+        nameless = gymnasium.make("Pendulum-v1").unwrapped
+        nameless.spec = None
+        assert load_dataset("test/pendulum-v0", env=nameless).info["env_spec"] == data.info["env_spec"]
+
+
+def test_an_env_without_a_spec_gives_none() -> None:
+    env = gymnasium.make("Pendulum-v1").unwrapped
+    env.spec = None
+    assert load_dataset(pendulum_episodes(), env=env).info["env_spec"] is None
+
+
+def test_the_monitor_of_sb3_is_not_stored_but_other_wrappers_are() -> None:
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.monitor import Monitor
+
+    data = load_dataset(pendulum_episodes(), env=make_vec_env("Pendulum-v1", 1))
+    assert json.loads(data.info["env_spec"])["additional_wrappers"] == []
+    wrapped = Monitor(gymnasium.wrappers.ClipAction(gymnasium.make("Pendulum-v1")))
+    wrapped.action_space = wrapped.unwrapped.action_space  # ClipAction's own has no bounds
+    stored = json.loads(load_dataset(pendulum_episodes(), env=wrapped).info["env_spec"])
+    assert [wrapper["name"] for wrapper in stored["additional_wrappers"]] == ["ClipAction"]
 
 
 def test_a_tiny_overshoot_is_clipped_silently_a_large_one_only_when_asked() -> None:

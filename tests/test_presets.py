@@ -43,10 +43,11 @@ ANTMAZE = {
 STEPS = ("critic_steps", "behavior_steps", "policy_steps")
 DEFAULT = {key: value for key, value in load_presets("srpo")["default"].items() if key != "source"}
 PAPER = {**dict(zip(STEPS, (1_500_000, 2_000_000, 1_000_000), strict=True)), "behavior_batch_size": 2048}
+OFFICIAL = {**PAPER, "subtract_noise": False}
 
 
 def test_the_rows_are_those_of_table_2() -> None:
-    assert set(load_presets("srpo")) - {"default", "paper"} == set(TABLE_2)
+    assert set(load_presets("srpo")) - {"default", "paper", "official_code"} == set(TABLE_2)
 
 
 @pytest.mark.parametrize("row", TABLE_2)
@@ -88,11 +89,17 @@ def test_the_file_holds_no_row_twice() -> None:
         ("D4RL/antmaze/umaze-v2", "antmaze-umaze"),
         ("D4RL/antmaze/large-diverse-v1", "antmaze-large-diverse"),
         ("diffagents/antmaze/umaze-v0", "antmaze-umaze"),
+        ("hopper_medium-v2.hdf5", "hopper-medium"),  # the names of D4RL's files
+        ("hopper_medium_replay-v2.hdf5", "hopper-medium-replay"),
+        ("halfcheetah_medium_expert-v0.H5", "halfcheetah-medium-expert"),
+        ("walker2d-medium.npz", "walker2d-medium"),
+        ("hopper_expert-v2.hdf5", None),
         ("mujoco/hopper/expert-v0", None),  # levels the paper did not train on
         ("mujoco/hopper/simple-v0", None),
         ("hopper", None),
         ("default", None),
         ("paper", None),
+        ("official_code", None),
         ("", None),
     ],
 )
@@ -112,6 +119,13 @@ def test_find_by_name_alias_and_other_version(name: str, row: str | None) -> Non
         ("paper", None, ["paper"], PAPER),
         ("paper", "me/unheard-of-v0", ["paper"], PAPER),
         ("paper", "D4RL/antmaze/umaze-v1", ["paper", "antmaze-umaze"], {**PAPER, "beta": 0.02, **ANTMAZE}),
+        ("official_code", None, ["paper", "official_code"], OFFICIAL),
+        (
+            "official_code",
+            "hopper_medium-v2.hdf5",
+            ["paper", "official_code", "hopper-medium"],
+            {**OFFICIAL, "beta": 0.05, **LOCOMOTION},
+        ),
         ("walker2d-medium-replay", None, ["walker2d-medium-replay"], {**DEFAULT, "beta": 0.5, **LOCOMOTION}),
         ("hopper-medium-v2", "antmaze-umaze-v2", ["hopper-medium"], {**DEFAULT, "beta": 0.05, **LOCOMOTION}),
     ],
@@ -128,7 +142,7 @@ def test_values_are_the_callers_own() -> None:
 def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"'hoper-medium' is unknown; did you mean 'hopper-medium'\?.*antmaze-umaze"):
         resolve_preset("srpo", "hoper-medium", None)
-    with pytest.raises(ValueError, match=r"preset=7 is unknown; there are 'auto', 'paper' and halfcheetah"):
+    with pytest.raises(ValueError, match=r"preset=7 is unknown; there are 'auto', 'paper', 'official_code' and halfcheetah"):
         resolve_preset("srpo", 7, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no presets for 'nosuch', only for .*srpo"):
         load_presets("nosuch")
@@ -168,6 +182,14 @@ def test_a_malformed_file_is_refused(text: str, message: str, tmp_path: Path, mo
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load_presets("srpo")
     assert "\n" not in str(caught.value)
+
+
+def test_the_block_of_the_official_code_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "_FOLDERS", (tmp_path,))
+    (tmp_path / "srpo.yml").write_text(GOOD + "row: {beta: 1, source: x}")
+    assert resolve_preset("srpo", "paper", None) == (["paper"], {"critic_steps": 2})
+    with pytest.raises(ValueError, match="'official_code' is unknown; there are 'auto', 'paper' and row"):
+        resolve_preset("srpo", "official_code", None)
 
 
 def test_the_installed_presets_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

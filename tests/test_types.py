@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from diffagents.types import Spec, space_from_json, space_to_json
@@ -142,3 +143,37 @@ def test_dict_observations_are_concatenated_in_order() -> None:
     assert Spec.from_spaces(observation, BOXES[2], ("desired_goal", "observation")).flatten_obs(obs)[0].tolist() == [
         [3.0, 1.0, 2.0]
     ]
+
+
+@pytest.mark.parametrize(
+    ("obs", "message"),
+    [
+        (torch.zeros(6, requires_grad=True), r"observation is a tensor that requires grad; pass it with \.detach\(\)"),
+        (torch.zeros(6, device="meta"), r"observation is a tensor on meta; pass it with \.cpu\(\)"),
+        ([torch.zeros((), requires_grad=True)] * 6, r"observation cannot be read as float32 numbers: .*requires grad"),
+    ],
+    ids=["requires grad", "not on the CPU", "list"],
+)
+def test_tensors_that_numpy_cannot_read_are_refused_in_one_line(obs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Spec(BOXES[2], BOXES[2]).flatten_obs(obs)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_batches_keep_their_width() -> None:
+    action_space = spaces.Box(-2.0, 2.0, (2, 3), np.float32)
+    obs, batched = Spec(BOXES[2], action_space).flatten_obs(np.zeros((0, 6)))
+    assert obs.shape == (0, 6) and batched
+    goals = spaces.Dict({"goal": BOXES[2], "observation": BOXES[1]})
+    spec = Spec.from_spaces(goals, action_space)
+    obs, batched = spec.flatten_obs({"goal": np.zeros((0, 6)), "observation": np.zeros((0, 3, 2))})
+    assert obs.shape == (0, 12) and batched
+    assert spec.scale_action(np.zeros((0, 2, 3))).shape == (0, 6)
+    assert spec.unscale_action(np.zeros((0, 6))).shape == (0, 2, 3)
+
+
+def test_keys_that_are_one_string_are_refused() -> None:
+    space = spaces.Dict({key: BOXES[2] for key in ("observation", "o")})
+    for make in (Spec, Spec.from_spaces):
+        with pytest.raises(TypeError, match=r"^obs_keys='o' is a string, .*; pass obs_keys=\('o',\)$"):
+            make(space, BOXES[2], "o")  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 Order      behavior and critic (IQL) are trained alone and frozen; then the policy is extracted from the two.
 Objective  max_pi  E_s[ Q(s, pi(s)) ] - 1/beta KL(pi || mu), with the KL averaged over diffusion times
-Gradient   E[ ( dQ/da - w(t)/beta (eps_mu(a_t | s, t) - eps) ) dpi/dtheta ],   a_t = alpha_t pi(s) + sigma_t eps
+Gradient   E[ ( dQ/da - w(t)/beta (eps_mu(a_t | s, t) - eps) ) dpi/dtheta ],   a_t = alpha_t pi(s) + sigma_t eps      Eq. (10)
 Symbols    mu -> behavior, Q -> critic (mean of the lagged twins), pi -> policy (deterministic)
 Details
   [D1] Everything is multiplied by beta, as in the official code: the loss is w (eps_mu - eps) . a - beta dQ/da . a.
@@ -146,7 +146,7 @@ class SRPO(Agent):
         return {"behavior_loss": loss.detach()}
 
     def behavior_loss(self, batch: Batch, draws: Draws) -> Tensor:
-        """E || eps_mu(a_t | s, t) - eps ||^2, t ~ U(0.001, 1) [D5]: the noise-matching loss of the paper's Section 2."""
+        """E || eps_mu(a_t | s, t) - eps ||^2, t ~ U(0.001, 1) [D5]: noise matching, whose minimiser gives the score."""
         t = 1e-3 + (1.0 - 1e-3) * draws["u"]  # (B,)
         alpha, sigma = vp_alpha_sigma(t)
         a_t = perturb(batch.act, draws["eps"], alpha, sigma)
@@ -163,7 +163,7 @@ class SRPO(Agent):
         return metrics
 
     def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
-        """A surrogate whose gradient is minus beta times the paper's (module docstring, Gradient) [D1]."""
+        """A surrogate whose gradient is minus beta times Eq. (10) [D1]."""
         c, obs, eps = self.config, batch.obs, draws["eps"]
         a = self.policy(obs)  # (B, A)
         with torch.no_grad():
