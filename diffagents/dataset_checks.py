@@ -1,6 +1,5 @@
 """What a dataset must satisfy. Every refusal is one line that names the place and the cure."""
 
-import json
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec, registry
+from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
+from diffagents.environments import difference_of_specs, one_line
 from diffagents.types import Spec
 
 ACTION_TOLERANCE = 1e-4
@@ -18,7 +18,6 @@ ACTION_TOLERANCE = 1e-4
 
 Shapes = dict[str | None, tuple[int, ...]]
 """Observation key -> shape of one observation; the key None stands for an observation that is no dict."""
-_NOT_THE_TASK = {"render_mode", "num_envs", "vectorization_mode"}  # keyword arguments of a window and of make_vec
 
 
 def obs_shapes(spec: Spec) -> Shapes:
@@ -47,22 +46,11 @@ def fits(data: Spec, env: Spec, bounds_from_data: bool) -> None:
 
 def another_env(name: str, stored: str, given: EnvSpec) -> str | None:
     """A line about where the environment `given` is another than the one in the JSON `stored`; None where it is not."""
-    old, new = _identity(json.loads(stored)), _identity(vars(given))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if not keys:
+    difference = difference_of_specs(stored, vars(given))
+    if difference is None:
         return None
-    listed = ", ".join(f"{key}={new.get(key, 'default')} instead of {old.get(key, 'default')}" for key in keys)
     cure = "the stored one is kept for evaluation; pass env= there for another"
-    return f"{name}: env= is not the environment stored with the dataset ({listed}); {cure}"
-
-
-def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes two environments different: id, time limit and keyword arguments, as JSON would hold them."""
-    kwargs = json.loads(json.dumps(spec.get("kwargs") or {}, default=str, skipkeys=True))
-    registered = registry.get(str(spec.get("id")))
-    limit = spec.get("max_episode_steps") or (registered.max_episode_steps if registered is not None else None)
-    facts = {"id": spec.get("id"), "max_episode_steps": limit}
-    return facts | {key: value for key, value in kwargs.items() if key not in _NOT_THE_TASK}
+    return f"{name}: env= is not the environment stored with the dataset ({difference}); {cure}"
 
 
 def _show(shapes: Shapes) -> str:
@@ -76,7 +64,7 @@ def numeric(name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"{name} is no array ({first_line(error)}); give every row the same shape") from None
+        raise ValueError(f"{name} is no array ({one_line(error)}); give every row the same shape") from None
     if array.dtype.kind not in "biuf":
         cure = "take the real part" if array.dtype.kind == "c" else "convert it to float32 numbers"
         raise TypeError(f"{name} has dtype {array.dtype}, which is not a real number; {cure}")
@@ -204,9 +192,3 @@ def advise(obs: Tensor, rew: Tensor, done: Tensor, n_episodes: int) -> list[str]
 def warn(message: str) -> None:
     """One line to the user, as a UserWarning."""
     warnings.warn(message, UserWarning, stacklevel=3)
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of another library says, as one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 
 from diffagents import dataset_checks as check
 from diffagents.arrays import D4RL_NAMES, Keys, from_arrays, from_episodes, from_replay_buffer
-from diffagents.dataset_checks import first_line, warn
-from diffagents.environments import make_env
+from diffagents.dataset_checks import warn
+from diffagents.environments import make_env, one_line
 from diffagents.transitions import Transitions
 from diffagents.types import Spec
 
@@ -214,7 +214,7 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
                     arrays[head] = file[name]
     except Exception as error:  # numpy and zipfile raise many kinds on foreign files
         cure = "write it with numpy.savez, from plain arrays only"
-        raise ValueError(f"{path} cannot be read as .npz ({first_line(error)}); {cure}") from None
+        raise ValueError(f"{path} cannot be read as .npz ({one_line(error)}); {cure}") from None
     return arrays
 
 
@@ -232,7 +232,7 @@ def _hdf5_arrays(path: Path) -> dict[str, Any]:
                     arrays[name] = node[()] if parts is None else parts
             return arrays
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a D4RL-style HDF5 file: {first_line(error)}") from None
+        raise ValueError(f"{path} cannot be read as a D4RL-style HDF5 file: {one_line(error)}") from None
 
 
 # ---- Minari ----------------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
         root: BaseException = error  # wrapped once or more; the innermost says what really happened
         while (inner := root.__cause__ or root.__context__) is not None:
             root = inner
-        cause = f"{type(root).__name__}: {first_line(root)}"
+        cause = f"{type(root).__name__}: {one_line(root)}"
         raise ConnectionError(
             f"cannot download {identity!r} from {place} ({cause}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {instead}"
         ) from None
@@ -300,7 +300,7 @@ def _read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Tr
         }
         n_episodes = metadata["total_episodes"]
     except (ValueError, KeyError) as error:
-        cause = f"{type(error).__name__}: {first_line(error)}"
+        cause = f"{type(error).__name__}: {one_line(error)}"
         raise OSError(f"{path / 'metadata.json'} is damaged ({cause}); delete the folder and load the set again") from None
     chosen = None
     if dataset is not None and not np.array_equal(dataset.episode_indices, np.arange(n_episodes)):
@@ -322,7 +322,7 @@ def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset
     try:
         dataset = dataset if dataset is not None else minari.MinariDataset(path)
     except ValueError as error:
-        raise ValueError(f"Minari set {name!r} cannot be opened: {first_line(error)}") from None
+        raise ValueError(f"Minari set {name!r} cannot be opened: {one_line(error)}") from None
     spec = Spec.from_spaces(dataset.observation_space, dataset.action_space, keys)
     raw = metadata.get("eval_env_spec") or metadata.get("env_spec")
     info = {
@@ -345,7 +345,7 @@ def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset
     try:
         return from_episodes(episodes, dataset.total_steps, keys, spec, info)
     except (OSError, KeyError) as error:
-        cause = first_line(error)
+        cause = one_line(error)
         raise OSError(f"Minari set {name!r} in {path} is damaged ({cause}); delete the folder and load it again") from None
 
 
@@ -390,5 +390,5 @@ def _cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: C
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         cure = "set DIFFAGENTS_CACHE to a folder that can be written, or pass cache=False"
-        warn(f"{name} is not cached ({first_line(error)}); {cure}")
+        warn(f"{name} is not cached ({one_line(error)}); {cure}")
     return data

@@ -11,6 +11,9 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
+_NOT_THE_TASK = {"render_mode", "num_envs", "vectorization_mode"}  # keyword arguments of a window and of make_vec
+
+
 _ROBOTICS = ("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen", "Fetch", "HandReach", "HandManipulate")
 
 
@@ -64,10 +67,10 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> Any:
         elif unregistered:
             raise ImportError(f'{env_id} needs Gymnasium-Robotics: pip install "diffagents[robotics]"') from None
         elif importlib.util.find_spec("mujoco") is None:
-            raise ImportError(f'{env_id} needs MuJoCo: pip install "diffagents[mujoco]" ({_one_line(error)})') from None
+            raise ImportError(f'{env_id} needs MuJoCo: pip install "diffagents[mujoco]" ({one_line(error)})') from None
         else:
             raise
-    raise ValueError(f"unknown environment {env_id!r} ({_one_line(cause)}): {cure}") from None
+    raise ValueError(f"unknown environment {env_id!r} ({one_line(cause)}): {cure}") from None
 
 
 def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:
@@ -80,7 +83,7 @@ def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:
             fields = json.loads(spec)
             wrappers = [str(wrapper["name"]) for wrapper in fields.get("additional_wrappers") or ()]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"the stored environment spec cannot be read ({_one_line(error)}); pass an id") from None
+            raise ValueError(f"the stored environment spec cannot be read ({one_line(error)}); pass an id") from None
     env_id, kwargs, limit = fields.get("id"), fields.get("kwargs") or {}, fields.get("max_episode_steps")
     if not isinstance(env_id, str) or not isinstance(kwargs, Mapping):
         raise ValueError(f"the stored environment spec has no usable id and kwargs (id {env_id!r}); pass an id")
@@ -119,34 +122,49 @@ def env_id_of(env: Any) -> str | None:
         return env.id
     if isinstance(env, str):
         return _read_spec(env)[0] if env.lstrip().startswith("{") else env
+    spec = _spec_of(env)
+    return None if spec is None else str(spec.id)
+
+
+def _spec_of(env: Any) -> Any:
+    """The EnvSpec of a live environment or vector of them, or None."""
     try:
         spec = env.get_attr("spec")[0] if is_sb3(env) else env.spec
         if spec is None and isinstance(env, gym.vector.VectorEnv):
             spec = env.unwrapped.envs[0].spec  # type: ignore[attr-defined]
     except Exception:  # a VecEnv without environments behind it, or workers that cannot send their spec
         return None
-    return None if spec is None else str(spec.id)
+    return spec
+
+
+def difference_of_specs(stored: str, given: Mapping[str, Any]) -> str | None:
+    """In words, where the spec `given` is of another environment than the JSON `stored`: id, time limit, kwargs; None: not."""
+    old, new = _identity(json.loads(stored)), _identity(given)
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}={new.get(key, 'default')} instead of {old.get(key, 'default')}" for key in keys) or None
+
+
+def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two environments different: id, time limit and keyword arguments, as JSON would hold them."""
+    kwargs = json.loads(json.dumps(spec.get("kwargs") or {}, default=str, skipkeys=True))
+    registered = gym.registry.get(str(spec.get("id")))
+    limit = spec.get("max_episode_steps") or (registered.max_episode_steps if registered is not None else None)
+    facts = {"id": spec.get("id"), "max_episode_steps": limit}
+    return facts | {key: value for key, value in kwargs.items() if key not in _NOT_THE_TASK}
 
 
 def warn_of_another_env(env: Any, stored: str, env_kwargs: Mapping[str, Any] | None = None) -> None:
-    """One warning where `env` is not the environment that a dataset's spec describes: another id, or other kwargs."""
-    theirs, their_kwargs = _read_spec(stored)
-    ours = env_id_of(env)
-    if ours is None:
-        return
-    if ours != theirs:
-        warnings.warn(f"evaluating in {ours}, the dataset is from {theirs}", stacklevel=3)
+    """One warning where `env` is not the environment that a dataset's spec describes."""
+    if env_id_of(env) is None:
         return
     if isinstance(env, str):
-        kwargs = _read_spec(env)[1] if env.lstrip().startswith("{") else dict(env_kwargs or {})
+        given = json.loads(env) if env.lstrip().startswith("{") else {"id": env, "kwargs": dict(env_kwargs or {})}
     else:
-        spec = env if isinstance(env, EnvSpec) else (env.get_attr("spec")[0] if is_sb3(env) else env.spec)
-        kwargs = dict(getattr(spec, "kwargs", None) or {})
-    aside = ("render_mode", "max_episode_steps")
-    plain = [{k: v for k, v in some.items() if k not in aside} for some in (kwargs, their_kwargs)]
-    if plain[0] != plain[1]:
-        cure = "leave env out to evaluate in the dataset's"
-        warnings.warn(f"evaluating in {ours} with {plain[0]}, the dataset's was made with {plain[1]}: {cure}", stacklevel=3)
+        given = vars(env if isinstance(env, EnvSpec) else _spec_of(env))
+    if difference := difference_of_specs(stored, given):
+        warnings.warn(
+            f"evaluating in another environment than the dataset's ({difference}): leave env out for that", stacklevel=3
+        )
 
 
 def prefer_egl() -> bool:
@@ -175,5 +193,6 @@ def is_sb3(env: Any) -> bool:
     return module is not None and isinstance(env, module.VecEnv)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an exception of another library says, as one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from diffagents.environments import env_id_of, is_sb3, make_env
+from diffagents.environments import env_id_of, is_sb3, make_env, one_line
 from diffagents.rollouts import SB3, Policy, Single, Vector, check_actions, check_spaces, play, stack
 
 D4RL_REFERENCE: dict[str, tuple[float, float]] = {
@@ -257,7 +257,7 @@ def record_video(
             _write_mp4(part, _frames(policy, world, seed, max_steps, deterministic, every), rate / every)
             os.replace(part, path)
     except Exception as error:
-        warnings.warn(f"no video at {path}: {_one_line(error)} -- {_video_cure(error)}", stacklevel=2)
+        warnings.warn(f"no video at {path}: {one_line(error)} -- {_video_cure(error)}", stacklevel=2)
         return None
     return path
 
@@ -309,7 +309,3 @@ def _video_cure(error: Exception) -> str:
     if "opengl" in text or "egl" in text or "glfw" in text or "mujoco" in text:
         return "MuJoCo needs a renderer: on Linux without a screen install libegl1 and PyOpenGL, then set MUJOCO_GL=egl"
     return "the evaluation itself is not touched"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

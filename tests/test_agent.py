@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
@@ -285,7 +286,21 @@ def test_stopped_run_finished_in_a_new_process_is_the_uninterrupted_run(tmp_path
     assert [row["num_timesteps"] for row in whole.history][-1] == finished.history[-1]["num_timesteps"] == 30
 
 
-def test_ctrl_c_stops_between_updates_and_the_run_can_be_finished() -> None:
+@pytest.fixture
+def python_sigint() -> Iterator[None]:
+    """A shell that starts something in the background lets it ignore Ctrl-C; here Python's own handler is wanted."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_ctrl_c_stays_ignored(python_sigint: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    agent = SRPO(**SMALL).learn(DATA, callback=lambda local, _: signal.raise_signal(signal.SIGINT) is None)
+    assert agent.num_timesteps == 30 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_ctrl_c_stops_between_updates_and_the_run_can_be_finished(python_sigint: None) -> None:
     whole = SRPO(**SMALL).learn(DATA)
     agent = SRPO(**SMALL)
 
@@ -461,7 +476,7 @@ def test_evaluate_warns_of_another_environment() -> None:
         warnings.simplefilter("error")
         agent.evaluate(n_episodes=1)
         agent.evaluate("Pendulum-v1", 1)
-    with pytest.warns(UserWarning, match=r"with {'g': 1.0}, the dataset's was made with {}"):
+    with pytest.warns(UserWarning, match=r"g=1\.0 instead of default"):
         agent.evaluate(gymnasium.make("Pendulum-v1", g=1.0), 1)
 
 
