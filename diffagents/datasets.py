@@ -20,6 +20,7 @@ from diffagents import dataset_checks as check
 from diffagents.arrays import D4RL_NAMES, Keys, from_arrays, from_episodes, from_replay_buffer
 from diffagents.dataset_checks import warn
 from diffagents.environments import make_env, one_line
+from diffagents.minari_hdf5 import read_episodes
 from diffagents.transitions import Transitions
 from diffagents.types import Spec
 
@@ -332,16 +333,11 @@ def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset
         "ref_min_score": metadata.get("ref_min_score"),
         "ref_max_score": metadata.get("ref_max_score"),
     }
-    episodes = (
-        {
-            "observations": episode.observations,
-            "actions": episode.actions,
-            "rewards": episode.rewards,
-            "terminations": episode.terminations,
-            "truncations": episode.truncations,
-        }
-        for episode in dataset.iterate_episodes()
-    )
+    if metadata.get("data_format", "hdf5") == "hdf5":
+        episodes = read_episodes(path, dataset.episode_indices)
+    else:
+        columns = ("observations", "actions", "rewards", "terminations", "truncations")
+        episodes = ({name: getattr(episode, name) for name in columns} for episode in dataset.iterate_episodes())
     try:
         return from_episodes(episodes, dataset.total_steps, keys, spec, info)
     except (OSError, KeyError) as error:

@@ -674,3 +674,46 @@ def test_warnings_are_repeated_on_a_hit(tmp_path: Path) -> None:
 def test_verbose_says_how_much_was_read(capsys: pytest.CaptureFixture[str]) -> None:
     load_dataset(make_episodes(), verbose=1)
     assert "arrays: 22 transitions, 4 episodes, read in" in capsys.readouterr().out
+
+
+def test_the_quick_reader_gives_what_minaris_iterator_gives() -> None:
+    """All columns to the bit, in the set's dtypes, for Box and Dict observations and for a filtered part of a set."""
+    import minari
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+
+    from diffagents.minari_hdf5 import read_episodes
+
+    env = gymnasium.make("Pendulum-v1")
+    rng = np.random.default_rng(3)
+    for kind in ("box", "dict"):
+        buffers = []
+        for i, length in enumerate((3, 5, 2)):
+            plain = rng.normal(size=(length + 1, 3))
+            observations = plain if kind == "box" else {"z": plain.astype(np.float32), "a": rng.normal(size=(length + 1, 2))}
+            ends = np.arange(length) == length - 1
+            buffers.append(
+                EpisodeBuffer(
+                    id=i,
+                    observations=observations,
+                    actions=rng.uniform(-2, 2, (length, 1)).astype(np.float32),
+                    rewards=rng.normal(size=length),
+                    terminations=ends & (i == 1),
+                    truncations=ends & (i != 1),
+                    infos={"x": rng.normal(size=length + 1)},
+                )
+            )
+        box = spaces.Box(-np.inf, np.inf, (3,))
+        space = box if kind == "box" else spaces.Dict({"z": box, "a": spaces.Box(-np.inf, np.inf, (2,))})
+        whole = minari.create_dataset_from_buffers(
+            f"test/quick-{kind}-v0", buffers, env=env, observation_space=space, action_space=env.action_space
+        )
+        for dataset in (whole, whole.filter_episodes(lambda episode: len(episode.rewards) != 3)):
+            ours = list(read_episodes(dataset.storage.data_path, dataset.episode_indices))
+            theirs = list(dataset.iterate_episodes())
+            assert len(ours) == len(theirs) > 0
+            for one, other in zip(ours, theirs, strict=True):
+                for name, column in one.items():
+                    expected = getattr(other, name)
+                    keys = list(expected) if isinstance(expected, dict) else []
+                    for a, b in [(column[key], expected[key]) for key in keys] or [(column, expected)]:
+                        assert a.dtype == b.dtype and np.array_equal(a, b), (kind, name)

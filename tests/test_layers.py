@@ -16,7 +16,7 @@ GROUPS = [
     {"types"},
     {"values", "diffusion", "networks", "normalize", "engine", "artifact", "knobs", "environments", "rollouts"},
     {"transitions", "iql_critic", "evaluation", "presets", "hub", "dataset_checks", "checkpoint"},
-    {"arrays", "sb3"},
+    {"arrays", "sb3", "minari_hdf5"},
     {"datasets", "training"},
     {"agent"},
     {"agents", "agents.*"},  # one paper, one file
