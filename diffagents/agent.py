@@ -138,8 +138,8 @@ class Agent(ABC):
         """Train on a dataset (anything `load_dataset` reads) and return self.
 
         total_timesteps: gradient steps in all, split over the stages in the paper's proportion; None takes each stage's own
-        `*_steps` knob, else the preset. log_interval: gradient steps between looks (None: a
-        twentieth of the stage, at most 1000).
+        `*_steps` knob, else the preset. log_interval: gradient steps between looks (None: a twentieth of the stage, at most
+        1000).
         reset_num_timesteps=False: finish an interrupted plan exactly as it would have gone; with total_timesteps or stages on a
         finished one, a new plan that counts on.
         stages: run only these, on the others' results, e.g. ("policy",).
@@ -152,7 +152,8 @@ class Agent(ABC):
             data = training.adopt(self, data)
             plan = training.make_plan(self, total_timesteps, reset_num_timesteps, stages)
             if plan is None:
-                print(f"nothing to do: the plan of {self.plan.total:,} steps is finished")  # type: ignore[union-attr]
+                if self.verbose:
+                    print("nothing to do: the plan is finished; give total_timesteps or stages for a new one")
                 return self
             training.check_rewards(plan, data)
             tick = make_callback(self, callback, progress_bar)
