@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffagents.artifact import AGAIN, Artifact, ArtifactError, bare, short
 from diffagents.engine import Plan
-from diffagents.knobs import make_config, whole_number
+from diffagents.knobs import whole_number
 from diffagents.normalize import RewardTransform
 from diffagents.types import Spec
 
@@ -89,7 +89,7 @@ def restore(
     for name in overrides:
         if name in ("policy_kwargs", "preset", "obs_keys", "device", "env"):
             raise TypeError(f"{name} belongs to the saved networks and cannot be changed here: make a new {cls.__name__}(...)")
-    make_config(cls.Config, cls.__name__, {k: v for k, v in overrides.items() if k not in AGENT_OVERRIDES})
+    cls(device=device, **overrides)  # what the caller asks for is the caller's error, not the artifact's
     try:
         agent = _build(cls, config, tensors, device, overrides)
         plan = Plan.from_json(state["plan"], cls.STAGE_SHARES) if state and state.get("plan") else None
@@ -115,9 +115,8 @@ def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], 
     sizes = {n for some in tensors.values() for tensor in some.values() for n in tensor.shape}
     if "learner" not in tensors:  # the sizes of what is not there cannot be compared
         sizes |= set(range(4097))
-    if len(tensors["model"]["obs_normalizer.mean"]) != spec.obs_dim or not _numbers(config["policy_kwargs"]) <= sizes | set(
-        range(17)
-    ):
+    named = _numbers(config["policy_kwargs"]) - set(range(17))  # numbers of blocks are no tensor's size
+    if len(tensors["model"]["obs_normalizer.mean"]) != spec.obs_dim or not named <= sizes:
         raise ValueError("spec or policy_kwargs name sizes that no tensor has")  # before any memory is taken for them
     settings = {"seed": config["seed"], **{k: v for k, v in overrides.items() if k in AGENT_OVERRIDES}}
     knobs = {**config["knobs"], **{k: v for k, v in overrides.items() if k not in AGENT_OVERRIDES}}
@@ -128,7 +127,9 @@ def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], 
     if transform is not None:
         for name in ("reward_transform", "normalize_obs"):
             if name in overrides and overrides[name] != config["knobs"].get(name):
-                raise _Fixed(f"{name} was fitted when the agent first learned: make a new {cls.__name__}({name}=...) instead")
+                raise ArtifactError(
+                    f"{name} was fitted when the agent first learned: make a new {cls.__name__}({name}=...) instead"
+                )
     agent.dataset_info = dict(config["dataset"]) if config["dataset"] is not None else None
     agent.num_timesteps, agent.n_env_steps, agent.n_updates = (
         whole_number(name, counters[name], 0) for name in ("num_timesteps", "n_env_steps", "n_updates")
@@ -137,10 +138,6 @@ def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], 
     agent._set_up(spec)
     agent._policy_missing, agent._pristine = bool(counters["policy_missing"]), bool(counters["pristine"])
     return agent
-
-
-class _Fixed(ArtifactError):
-    """What cannot be changed on loading."""
 
 
 def _numbers(value: Any) -> set[int]:

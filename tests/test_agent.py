@@ -141,15 +141,16 @@ def test_threshold_stops_and_run_can_be_finished() -> None:
 
 
 def test_no_improvement_stops() -> None:
+    """The policy does not change before its own stage, so evaluations from seeded starts stop improving before step 20."""
     stop = EvalCallback(
-        gymnasium.make("Pendulum-v1"),
+        make_vec_env("Pendulum-v1", seed=0),
         callback_after_eval=StopTrainingOnNoModelImprovement(1, verbose=0),
         n_eval_episodes=1,
         eval_freq=2,
         verbose=0,
     )
     agent = SRPO("MlpPolicy", "Pendulum-v1", **SMALL).learn(PENDULUM, callback=stop)
-    assert agent.num_timesteps < 20  # the policy does not change before its own stage
+    assert agent.num_timesteps < 20
 
 
 def test_logger_outputs(tmp_path: pathlib.Path) -> None:

@@ -136,6 +136,8 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "no episodes": (lambda a, f: diffagents.evaluate(a, "Pendulum-v1", 0), ValueError, r"n_episodes"),
     "obs_keys of a box": (lambda a, f: SRPO(env="Pendulum-v1", obs_keys=("observation",)), ValueError, r"need a Dict observation"),
     # files
+    "load on no device": (lambda a, f: SRPO.load(f / "good.zip", device="gpu"), ValueError, r"^device='gpu' is not usable here"),
+    "load with a bad seed": (lambda a, f: SRPO.load(f / "good.zip", seed=-1), ValueError, r"^seed=-1 must be"),
     "no file": (lambda a, f: diffagents.load(f / "nothing"), FileNotFoundError, r"nothing"),
     "cut zip": (lambda a, f: diffagents.load(f / "cut.zip"), ValueError, r"cut\.zip"),
     "SB3 zip": (lambda a, f: SRPO.load(f / "sb3.zip"), ValueError, r"Stable-Baselines3"),
