@@ -163,7 +163,9 @@ def _run_stage(
 ) -> bool:
     """Bring one stage to its planned length. False when a callback or Ctrl-C stopped it."""
     length, done = plan.lengths[stage.name], plan.done.get(stage.name, 0)
-    if done < length and stage.name == agent.POLICY_STAGE:
+    if done == length:  # a resumed plan: nothing to run, so no state to copy either
+        return True
+    if stage.name == agent.POLICY_STAGE:
         agent._policy_missing = False
     for optimizer in stage.optimizers:
         optimizer.start_schedule(length, done)
