@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-AGENTS = {"SRPO": "diffagents.agents.srpo"}
+AGENTS = {
+    "SRPO": "diffagents.agents.srpo",
+    "DiffusionQL": "diffagents.agents.diffusion_ql",
+    "DiffCPS": "diffagents.agents.diffcps",
+}
 """Algorithm name -> the module that holds the class of that name; imported when first asked for."""
 
 _LAZY = {
@@ -23,6 +27,8 @@ __all__ = [
     "AGENTS",
     "SRPO",
     "ArtifactError",
+    "DiffCPS",
+    "DiffusionQL",
     "Evaluation",
     "TrainingDiverged",
     "evaluate",
@@ -33,6 +39,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from diffagents.agent import Agent
+    from diffagents.agents.diffcps import DiffCPS
+    from diffagents.agents.diffusion_ql import DiffusionQL
     from diffagents.agents.srpo import SRPO
     from diffagents.artifact import ArtifactError
     from diffagents.datasets import load_dataset

@@ -47,6 +47,7 @@ class Agent(ABC):
     POLICY_STAGE: ClassVar[str]  # the stage without which `predict` is meaningless
     MODEL: ClassVar[tuple[str, ...]]  # attributes that `predict` needs: model.safetensors
     LEARNER: ClassVar[tuple[str, ...]]  # every other network: learner.safetensors
+    CHOICE: ClassVar[tuple[str, ...]] = ()  # knobs that a call of `predict` may set for itself
 
     config: Any
     obs_dim: int
@@ -82,7 +83,7 @@ class Agent(ABC):
         self.config = make_config(self.Config, type(self).__name__, knobs)
         self._explicit = dict(knobs)  # what the user asked for wins over any preset
         if preset is not None:
-            presets.resolve_preset(type(self).__name__, preset, None)  # a misspelt name is told at once
+            presets.resolve_preset(self.presets_name(), preset, None)  # a misspelt name is told at once
         if policy_kwargs is not None and not isinstance(policy_kwargs, dict):
             raise TypeError(f"policy_kwargs must be a dict, not {type(policy_kwargs).__name__}")
         if isinstance(obs_keys, str):
@@ -119,8 +120,8 @@ class Agent(ABC):
         """The stages in the order in which they run, named as in STAGE_SHARES."""
 
     @abstractmethod
-    def act(self, obs: Tensor, deterministic: bool) -> Tensor:
-        """Normalised observations (B, S) -> actions (B, A) in [-1, 1]."""
+    def act(self, obs: Tensor, deterministic: bool, config: Any) -> Tensor:
+        """Normalised observations (B, S) -> actions (B, A) in [-1, 1]; `config` is the agent's, but for CHOICE."""
 
     # ---- learning --------------------------------------------------------------------------------------------------
     def learn(
@@ -175,17 +176,19 @@ class Agent(ABC):
 
     # ---- acting ----------------------------------------------------------------------------------------------------
     def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False, **choice: Any
     ) -> tuple[np.ndarray, Any]:
         """One observation or a batch -> (action in the environment's units and dtype, `state` unchanged).
 
+        choice: values of the knobs in CHOICE (how many candidates, how one is selected, ...) for this call only.
         Raises ValueError for a wrong shape or NaN, TypeError for an `(obs, info)` tuple, RuntimeError where there is no policy
         at all. As in SB3, an agent that knows its spaces acts before it is trained: at random.
         """
         if self.spec is None or self._policy_missing:
             stages = f', stages=("{self.POLICY_STAGE}",)' if self._policy_missing else ""
             raise RuntimeError(f"this {type(self).__name__} has no policy yet: train it with learn(data{stages})")
-        return self.predict_with(lambda obs: self.act(obs, deterministic), observation), state
+        config = self.config if not choice else self._choose(choice)
+        return self.predict_with(lambda obs: self.act(obs, deterministic, config), observation), state
 
     def predict_with(self, act: Callable[[Tensor], Tensor], observation: Any) -> np.ndarray:
         """Run `act`, normalised observations (B, S) -> actions (B, A) in [-1, 1], on what an environment gave."""
@@ -332,7 +335,20 @@ class Agent(ABC):
     def n_envs(self) -> int:
         return 1 if self._env is None else self._env.num_envs
 
+    @classmethod
+    def presets_name(cls) -> str:
+        """The file of `zoo/` with this algorithm's presets is named like the algorithm's module."""
+        return cls.__module__.rpartition(".")[2]
+
     # ---- inside ----------------------------------------------------------------------------------------------------
+    def _choose(self, choice: dict[str, Any]) -> Any:
+        name = type(self).__name__
+        for key in choice:
+            if key not in self.CHOICE:
+                valid = f"; valid: {', '.join(self.CHOICE)}" if self.CHOICE else ": its policy leaves nothing to choose"
+                raise TypeError(f"{name}.predict has no choice {key!r}{valid}")
+        return make_config(self.Config, name, {**dataclasses.asdict(self.config), **choice})
+
     def _need_networks(self) -> None:
         if self.spec is None:
             raise RuntimeError(f"this {type(self).__name__} knows no spaces yet: give it env=, or learn(data) first")
@@ -350,7 +366,7 @@ class Agent(ABC):
         """Put the preset's values under the explicit knobs; done again on data whose id may name a row."""
         if self.preset is None:
             return
-        applied, values = presets.resolve_preset(type(self).__name__, self.preset, dataset_id)
+        applied, values = presets.resolve_preset(self.presets_name(), self.preset, dataset_id)
         kwargs = values.pop("policy_kwargs", {})
         values = {name: value for name, value in values.items() if name not in self._explicit}
         self.config = make_config(self.Config, type(self).__name__, {**values, **self._explicit})

@@ -1,13 +1,15 @@
-"""Diffusion maths as plain functions: the continuous VP-SDE, its noise-prediction loss and its ODE sampler.
+"""Diffusion maths as plain functions: the continuous VP-SDE, the discrete VP chain, losses, the chain's sampler.
 
-Notation of Song et al. 2021 (arXiv:2011.13456) and Lu et al. 2022 (arXiv:2206.00927):
-    a_t = alpha_t a + sigma_t eps,   alpha_t^2 + sigma_t^2 = 1,   lambda_t = log(alpha_t / sigma_t)
-A noise predictor eps_psi(a_t, s, t) gives the score  grad log mu_t(a_t | s) = -eps_psi / sigma_t.
-Shapes: B batch, A action dimension; t is (B,) in (0, 1]. The schedule is always computed in float32 or better: sigma_t
-loses its digits in half precision below t = 0.01.
+Both perturb an action by  a_t = alpha_t a + sigma_t eps,  alpha_t^2 + sigma_t^2 = 1, and a noise predictor eps(a_t, s, t)
+gives the score  grad log mu_t(a_t | s) = -eps / sigma_t.  They are two families, not two resolutions of one: rates and
+origins of time differ, and so networks of one do not fit the other.
+    VP-SDE (Song et al. 2021, arXiv:2011.13456), t in (0, 1]: SRPO, QGPO, SfBC. Its solvers: solvers.py
+    chain (Ho et al. 2020, arXiv:2006.11239, with the VP rates of Xiao et al. 2022), i = 0..T-1: Diffusion-QL, DiffCPS,
+    IDQL, BDPO. Step i here is n = i + 1 in BDPO's papers and code.
+Shapes: B batch, A action dimension, T steps. The schedules are always computed in float32 or better: sigma_t loses its
+digits in half precision below t = 0.01.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,72 +32,88 @@ def perturb(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def eps_loss(predicted: Tensor, eps: Tensor) -> Tensor:
-    """Batch mean of the squared error SUMMED over the A dimensions, (B, A) both (SRPO official `loss_fn`)."""
+    """Batch mean of the squared error SUMMED over the A dimensions, (B, A) both (SRPO official `loss_fn`).
+
+    Diffusion-QL, DiffCPS and BDPO take the mean over the dimensions too: `torch.nn.functional.mse_loss`.
+    """
     return (predicted - eps).square().sum(-1).mean()
 
 
-class SolverStep(NamedTuple):
-    """Constants of one DPM-Solver step from t to the next time: x <- ratio x - noise eps(t) - slope (eps(mid) - eps(t))."""
+class Chain(NamedTuple):
+    """The constants of a discrete VP chain, each (T,) float32; entry i belongs to the step between x_i+1 and x_i."""
 
-    t: float
-    ratio: float
-    noise: float
-    mid: "tuple[float, float, float] | None"  # (t_mid, ratio, noise) of the inner half step; None in a first-order step
-    slope: float
+    alpha: Tensor  # 1 - beta
+    beta: Tensor
+    alpha_bar: Tensor  # product of alpha up to here
+    signal: Tensor  # sqrt(alpha_bar): share of the action in x
+    noise: Tensor  # sqrt(1 - alpha_bar): share of the noise in x
+    from_x0: Tensor  # the posterior's mean is from_x0 * x0 + from_x * x
+    from_x: Tensor
+    posterior_std: Tensor  # the true posterior's; 0 at the last step, i = 0
+    beta_std: Tensor  # sqrt(beta): IDQL's and BDPO's standard deviation
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.beta)
+
+    def to(self, device: torch.device | str) -> "Chain":
+        return Chain(*(tensor.to(device) for tensor in self))
 
 
-def dpm_solver_steps(n_evals: int = 15, t_end: float = 1e-3) -> list[SolverStep]:
-    """The constants of a singlestep DPM-Solver of order 2 with `n_evals` network calls, times uniform from 1 to `t_end`.
+def vp_chain(n_steps: int, beta_min: float = 0.1, beta_max: float = 10.0) -> Chain:
+    """The VP rates on `n_steps` steps: alpha_i = exp(-b_min / T - (b_max - b_min) (2 n - 1) / (2 T^2)), n = i + 1.
 
-    Lu et al. 2022: a second-order step is Algorithm 1 with r_1 = 1/2 (two calls), a first-order step is Eq. (3.7) (one
-    call); an odd budget ends with one first-order step. Computed once, in double precision.
+    alpha_bar ends at exp(-b_min - (b_max - b_min) / 2) = 0.00641 for every T: five steps are enough to reach noise.
+    Source: `vp_beta_schedule` in the official code of Diffusion-QL.
     """
-    orders = [2] * (n_evals // 2) + [1] * (n_evals % 2)
-    grid = [1.0 + (t_end - 1.0) * i / n_evals for i in range(n_evals + 1)]
-    steps, position = [], 0
-    for order in orders:
-        t, t_next = grid[position], grid[position + order]
-        position += order
-        h = _log_snr(t_next) - _log_snr(t)
-        alpha, _ = _alpha_sigma(t)
-        alpha_next, sigma_next = _alpha_sigma(t_next)
-        noise, mid, slope = sigma_next * math.expm1(h), None, 0.0
-        if order == 2:
-            t_mid = _time_of_log_snr(_log_snr(t) + 0.5 * h)
-            alpha_mid, sigma_mid = _alpha_sigma(t_mid)
-            mid = (t_mid, alpha_mid / alpha, sigma_mid * math.expm1(0.5 * h))
-            slope = noise  # 1 / (2 r_1) = 1
-        steps.append(SolverStep(t, alpha_next / alpha, noise, mid, slope))
-    return steps
+    n = torch.arange(1, n_steps + 1, dtype=torch.float64)
+    alpha = torch.exp(-beta_min / n_steps - 0.5 * (beta_max - beta_min) * (2 * n - 1) / n_steps**2)
+    beta, alpha_bar = 1.0 - alpha, alpha.cumprod(0)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    entries = (
+        alpha,
+        beta,
+        alpha_bar,
+        alpha_bar.sqrt(),
+        (1.0 - alpha_bar).sqrt(),
+        beta * before.sqrt() / (1.0 - alpha_bar),
+        (1.0 - before) * alpha.sqrt() / (1.0 - alpha_bar),
+        (beta * (1.0 - before) / (1.0 - alpha_bar)).sqrt(),
+        beta.sqrt(),
+    )
+    return Chain(*(entry.float() for entry in entries))
 
 
-def dpm_solve(eps_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: list[SolverStep]) -> Tensor:
-    """Follow the probability-flow ODE from x ~ N(0, I) at t = 1, (B, A), to the end of `steps`.
+def reverse_mean(chain: Chain, i: int | Tensor, x: Tensor, eps: Tensor, clip_x0: bool) -> Tensor:
+    """Mean of p(x_i | x_i+1 = x) given the predicted noise; x, eps (..., A), i an int or (..., 1) int64.
 
-    `eps_fn(x_t, t)` predicts the noise for x_t (B, A) and t (B,). Nothing is clipped: the caller knows the bounds.
+    clip_x0: the action that the noise implies is clamped to [-1, 1] first (a saturated one then passes no gradient).
     """
-    for step in steps:
-        eps = eps_fn(x, x.new_full((len(x),), step.t))
-        x_next = step.ratio * x - step.noise * eps
-        if step.mid is not None:
-            t_mid, ratio, noise = step.mid
-            eps_mid = eps_fn(ratio * x - noise * eps, x.new_full((len(x),), t_mid))
-            x_next = x_next - step.slope * (eps_mid - eps)
-        x = x_next
+    x0 = (x - chain.noise[i] * eps) / chain.signal[i]
+    if clip_x0:
+        x0 = x0.clamp(-1.0, 1.0)
+    return chain.from_x0[i] * x0 + chain.from_x[i] * x
+
+
+def sample_chain(
+    eps_fn: Callable[[Tensor, int], Tensor],
+    chain: Chain,
+    noises: Tensor,
+    std: Tensor,
+    *,
+    clip_x0: bool = True,
+    clip_x: bool = False,
+) -> Tensor:
+    """Ancestral sampling: x_T = noises[0], then x_i = mean + std_i z, and no noise at the last step. Differentiable.
+
+    eps_fn(x, i): predicted noise at step i. noises: (T + 1, ..., A), the last of them unused (official code draws it).
+    std: (T,), `chain.posterior_std` (Diffusion-QL, DiffCPS) or `chain.beta_std` (IDQL, BDPO). clip_x: clamp every x (IDQL).
+    """
+    x = noises[0]
+    for i, z in zip(reversed(range(chain.n_steps)), noises[1:], strict=True):
+        x = reverse_mean(chain, i, x, eps_fn(x, i), clip_x0)
+        if i > 0:
+            x = x + std[i] * z
+        if clip_x:
+            x = x.clamp(-1.0, 1.0)
     return x
-
-
-def _alpha_sigma(t: float) -> tuple[float, float]:
-    log_alpha = -0.25 * (BETA_MAX - BETA_MIN) * t * t - 0.5 * BETA_MIN * t
-    return math.exp(log_alpha), math.sqrt(-math.expm1(2.0 * log_alpha))
-
-
-def _log_snr(t: float) -> float:
-    alpha, sigma = _alpha_sigma(t)
-    return math.log(alpha / sigma)
-
-
-def _time_of_log_snr(log_snr: float) -> float:
-    minus_log_alpha = 0.5 * math.log1p(math.exp(-2.0 * log_snr))
-    slope = BETA_MAX - BETA_MIN
-    return (-BETA_MIN + math.sqrt(BETA_MIN**2 + 4.0 * slope * minus_log_alpha)) / slope

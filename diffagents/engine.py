@@ -1,8 +1,9 @@
 """Running updates: an optimiser step with its schedule, and the stages of a plan. Nothing about any algorithm.
 
-An update has two parts. `draw(n, generator)` makes every random number of the update as tensors; `update(batch, draws)`
+An update is two functions. `draw(n, generator)` makes every random number of the update as tensors; `update(batch, draws)`
 is a fixed sequence of tensor operations that never asks the device for a value. The same update can therefore run
-eagerly, compiled, or be replayed by a test with recorded draws.
+eagerly, compiled, or be replayed by a test with recorded draws. What happens every d-th step only is a Part with a period,
+never an `if` on the step inside an update.
 """
 
 import math
@@ -18,33 +19,70 @@ from diffagents.types import Batch, Metrics
 Draws = dict[str, Tensor]
 
 
+def no_draws(n: int, generator: torch.Generator) -> Draws:
+    """For an update without randomness."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """An update and when it is due: at steps `start`, `start` + `every`, ... of its stage, counted from 0."""
+
+    update: Callable[[Batch, Draws], Metrics]
+    draw: Callable[[int, torch.Generator], Draws] = no_draws
+    optimizers: tuple["Optimizer", ...] = ()  # whose schedules run over the part's stage
+    every: int = 1
+    start: int = 0
+
+    def due(self, step: int) -> bool:
+        return step >= self.start and (step - self.start) % self.every == 0
+
+    def times(self, first: int, last: int) -> int:
+        """How often it is due at the steps first, ..., last - 1."""
+        return sum(sign * max(0, -(-(step - self.start) // self.every)) for sign, step in ((1, last), (-1, first)))
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One part of an algorithm with a length of its own, e.g. SRPO's critic."""
+    """A stretch of training with a length of its own, e.g. SRPO's critic.
+
+    Each step draws one batch, on which the parts that are due run in order. `prepare` is called when the stage begins or
+    goes on, with the data and a generator that is the same every time; what it returns is sampled from.
+    """
 
     name: str
     batch_size: int
-    draw: Callable[[int, torch.Generator], Draws]
-    update: Callable[[Batch, Draws], Metrics]
-    optimizers: tuple["Optimizer", ...]  # whose schedules belong to this stage
+    parts: tuple[Part, ...]
+    prepare: Callable[[Any, torch.Generator], Any] | None = None
 
 
 class Optimizer:
     """Adam or AdamW over named parameters, with a constant or cosine learning rate counted in its own steps.
 
+    weight_decay: None is Adam, a number AdamW. max_grad_norm: clip the norm of all gradients together.
     The learning rate is a tensor on the device, so that changing it never rebuilds a captured step; `capturable` only on
     CUDA (it asserts on CPU), fused everywhere.
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], learning_rate: float, *, adamw: bool = False, cosine: bool = False
+        self,
+        parameters: Iterable[Tensor],
+        learning_rate: float,
+        *,
+        weight_decay: float | None = None,
+        cosine: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         self.parameters = list(parameters)
-        self.learning_rate, self.cosine = learning_rate, cosine
+        self.learning_rate, self.cosine, self.max_grad_norm = learning_rate, cosine, max_grad_norm
         device = self.parameters[0].device
         self.lr = torch.tensor(learning_rate, dtype=torch.float32, device=device)
-        kind = torch.optim.AdamW if adamw else torch.optim.Adam  # AdamW: torch's default weight decay 0.01
-        self.inner = kind(self.parameters, lr=self.lr, fused=True, capturable=device.type == "cuda")
+        settings: dict[str, Any] = {"lr": self.lr, "fused": True, "capturable": device.type == "cuda"}
+        self.inner: torch.optim.Optimizer
+        if weight_decay is None:
+            self.inner = torch.optim.Adam(self.parameters, **settings)
+        else:
+            self.inner = torch.optim.AdamW(self.parameters, weight_decay=weight_decay, **settings)
         self.start_schedule(0)
 
     def start_schedule(self, horizon: int, step: int = 0) -> None:
@@ -58,6 +96,8 @@ class Optimizer:
             self.lr.fill_(self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share)))
         self.inner.zero_grad(set_to_none=True)
         loss.backward(inputs=self.parameters)  # type: ignore[no-untyped-call]
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.inner.step()
         self.step += 1
 

@@ -269,9 +269,7 @@ def _frames(
     obs, state, first = env.reset(seed=seed)[0], None, True
     yield env.render()
     for t in range(1, max_steps + 1):
-        actions, state = policy.predict(
-            stack([obs]), state=state, episode_start=np.array([first]), deterministic=deterministic
-        )
+        actions, state = policy.predict(stack([obs]), state=state, episode_start=np.array([first]), deterministic=deterministic)
         obs, _, terminated, truncated, _ = env.step(check_actions(actions, 1, env.action_space)[0])
         first, over = False, terminated or truncated or t == max_steps
         if over or t % every == 0:

@@ -56,18 +56,20 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def net_arch(
-    policy_kwargs: dict[str, Any], parts: Sequence[str], default: Sequence[int], extra: dict[str, int]
+    policy_kwargs: dict[str, Any], default: dict[str, Sequence[int]], extra: dict[str, int] | None = None
 ) -> dict[str, Any]:
-    """`policy_kwargs` -> hidden sizes for each of `parts` and the integers of `extra`, checked.
+    """`policy_kwargs` -> hidden sizes for each part of `default` and the integers of `extra`, checked.
 
-    `net_arch` may be a list (for all parts) or a dict by part, as in SB3. Raises TypeError for an unknown key.
+    `net_arch` may be a list (for all parts) or a dict by part, as in SB3; "vf" follows "qf" where only that is given.
+    Raises TypeError for an unknown key.
     """
+    parts, extra = list(default), extra or {}
     if not isinstance(policy_kwargs, dict):
         raise TypeError(f"policy_kwargs must be a dict, not {type(policy_kwargs).__name__}")
     unknown = set(policy_kwargs) - {"net_arch", *extra}
     if unknown:
-        raise TypeError(f"policy_kwargs has no {sorted(unknown)[0]!r}; valid: net_arch, {', '.join(extra)}")
-    arch = policy_kwargs.get("net_arch", list(default))
+        raise TypeError(f"policy_kwargs has no {sorted(unknown)[0]!r}; valid: {', '.join(['net_arch', *extra])}")
+    arch = policy_kwargs.get("net_arch", dict(default))
     sizes_of = arch.values() if isinstance(arch, dict) else [arch]
     if not all(isinstance(sizes, (list, tuple)) for sizes in sizes_of):
         raise ValueError(f"net_arch={arch!r} must be a list of layer sizes, or a dict of such lists by part")
@@ -76,7 +78,7 @@ def net_arch(
         raise TypeError(f"net_arch names {sorted(set(by_part) - set(parts))[0]!r}; its parts are {', '.join(parts)}")
     if "vf" in parts and "qf" in by_part:
         by_part.setdefault("vf", by_part["qf"])
-    sizes: dict[str, Any] = {part: tuple(by_part.get(part, default)) for part in parts}
+    sizes: dict[str, Any] = {part: tuple(by_part.get(part, default[part])) for part in parts}
     sizes |= {name: policy_kwargs.get(name, value) for name, value in extra.items()}
     flat = [n for size in sizes.values() for n in (size if isinstance(size, tuple) else (size,))]
     if not all(isinstance(n, int) and n > 0 for n in flat):

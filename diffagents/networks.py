@@ -1,11 +1,11 @@
-"""Networks as small modules: MLP, batched ensembles of MLPs, tanh policy, residual score network.
+"""Networks as small modules: MLP, batched ensembles of MLPs, policies, noise predictors.
 
 Shapes: B batch, S observation, A action, E ensemble members. Every layer starts as PyTorch starts a Linear
-(uniform in +-1/sqrt(fan_in)), which is what the official code of SRPO uses.
+(uniform in +-1/sqrt(fan_in)), which is what the official PyTorch codes use; `orthogonal_` is for the others.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 
 class MLP(nn.Sequential):
-    """Linear layers with ReLU between them: (..., in) -> (..., out)."""
+    """Linear layers with an activation between them: (..., in) -> (..., out)."""
 
-    def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int) -> None:
+    def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
         sizes = [in_dim, *hidden]
         layers: list[nn.Module] = []
         for n_in, n_out in pairwise(sizes):
-            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+            layers += [nn.Linear(n_in, n_out), activation()]
         super().__init__(*layers, nn.Linear(sizes[-1], out_dim))
 
 
@@ -36,15 +36,25 @@ class TanhPolicy(nn.Module):
 
 
 class EnsembleMLP(nn.Module):
-    """E independent MLPs with ReLU as batched matrix products: (B, in) -> (E, B) for scalar outputs.
+    """E independent MLPs as batched matrix products: (B, in) -> (E, B) for scalar outputs; (E, B, in) gives each its own.
 
     One product per layer instead of E: twin critics cost little more than one.
+    layer_norm: normalise each hidden layer before its activation (eps 1e-6, flax's).
     """
 
-    def __init__(self, n_members: int, in_dim: int, hidden: Sequence[int]) -> None:
+    def __init__(
+        self,
+        n_members: int,
+        in_dim: int,
+        hidden: Sequence[int],
+        activation: Callable[[Tensor], Tensor] = F.relu,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__()
-        self.n_members = n_members
+        self.n_members, self.activation, self.layer_norm = n_members, activation, layer_norm
         sizes = [in_dim, *hidden, 1]
+        self.norm_scales = nn.ParameterList(nn.Parameter(torch.ones(n_members, 1, n)) for n in hidden if layer_norm)
+        self.norm_biases = nn.ParameterList(nn.Parameter(torch.zeros(n_members, 1, n)) for n in hidden if layer_norm)
         self.weights = nn.ParameterList()  # each (E, in, out)
         self.biases = nn.ParameterList()  # each (E, 1, out)
         for n_in, n_out in pairwise(sizes):
@@ -53,13 +63,58 @@ class EnsembleMLP(nn.Module):
             self.biases.append(nn.Parameter(torch.empty(n_members, 1, n_out).uniform_(-bound, bound)))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.expand(self.n_members, *x.shape)
+        h = x.expand(self.n_members, *x.shape[-2:])
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = torch.baddbmm(bias, h, weight)
             if i < last:
-                h = F.relu(h)
+                if self.layer_norm:
+                    h = F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.norm_scales[i] + self.norm_biases[i]
+                h = self.activation(h)
         return h.squeeze(-1)
+
+
+def orthogonal_(module: nn.Module, gain: float = math.sqrt(2.0)) -> None:
+    """Start every weight matrix in `module` orthogonal and every bias at zero, the output layer's too (BDPO's code)."""
+    for name, parameter in module.named_parameters():
+        if "norm" in name:
+            continue
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 3:  # (E, in, out)
+            for member in parameter:
+                nn.init.orthogonal_(member, gain)
+        elif parameter.dim() == 2:
+            nn.init.orthogonal_(parameter, gain)
+
+
+def sinusoids(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(sin, cos) of t times dim / 2 frequencies 10000^(-k / (dim / 2 - 1)); t (...,) counts steps -> (..., dim / 2) each."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000.0) / (half - 1)))
+    phase = t[..., None] * frequencies
+    return torch.sin(phase), torch.cos(phase)
+
+
+class MLPDenoiser(nn.Module):
+    """Noise predictor eps(a_t, s, i) of Diffusion-QL, DiffCPS and diffusion BC: `MLP` in their official code.
+
+    Time: 16 sinusoids [sin, cos], Linear 16-32, Mish, Linear 32-16. Input [a_t, time, s]; layers with Mish; Linear to A.
+    """
+
+    TIME_DIM = 16
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int] = (256, 256, 256)) -> None:
+        super().__init__()
+        self.time_mlp = MLP(self.TIME_DIM, (2 * self.TIME_DIM,), self.TIME_DIM, nn.Mish)
+        self.trunk = MLP(act_dim + self.TIME_DIM + obs_dim, hidden, act_dim, nn.Mish)
+
+    def forward(self, a_t: Tensor, obs: Tensor, t: Tensor) -> Tensor:
+        """`a_t` (..., A); `obs` (..., S) and the step `t` (...,), counted from 0, may have sizes of 1 to expand."""
+        time = self.time_mlp(torch.cat(sinusoids(t, self.TIME_DIM), -1))
+        lead = a_t.shape[:-1]
+        out: Tensor = self.trunk(torch.cat([a_t, time.expand(*lead, -1), obs.expand(*lead, -1)], -1))
+        return out
 
 
 class ResidualBlock(nn.Module):

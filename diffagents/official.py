@@ -2,23 +2,30 @@
 
 SRPO (thu-ml/SRPO) saves the behaviour as `diffusion_behavior.*`, the critic as `q0.*`, `q0_target.*`, `vf.v.*`, and never
 the extracted policy. Layers appear by their place in an `nn.Sequential`, twins as `q1`, `q2`.
+Diffusion-QL and DiffCPS, a fork of it, save the actor as `model.{time_mlp,mid_layer,final_layer}.*` beside the buffers of
+its schedule, the critic as `q1_model.*`, `q2_model.*`; no lagged copy of either.
 """
 
 import pathlib
 import re
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from diffagents.agents.diffcps import DiffCPS
+from diffagents.agents.diffusion_ql import DiffusionQL
 from diffagents.agents.srpo import SRPO
 from diffagents.checkpoint import load_state
+from diffagents.diffusion import vp_chain
 from diffagents.types import Spec
 
 State = Mapping[str, Tensor]
+ChainAgent = TypeVar("ChainAgent", DiffusionQL, DiffCPS)
 
 
 def srpo_from_official(behavior: Any, critic: Any, policy: Any = None, *, env: Any = None, **kwargs: Any) -> SRPO:
@@ -44,10 +51,7 @@ def srpo_from_official(behavior: Any, critic: Any, policy: Any = None, *, env: A
         "behavior_blocks": n_blocks,
     }
     agent = SRPO(env=env, policy_kwargs=policy_kwargs, **kwargs)
-    if agent.spec is None:  # the official tasks have unbounded observations and actions in [-1, 1]
-        box = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
-        agent._set_up(Spec(box, spaces.Box(-1.0, 1.0, (act_dim,), np.float32)))
-    agent._pristine = False
+    _set_up(agent, obs_dim, act_dim)
     noise = agent.behavior.noise  # ours: the official file has no such tensor
     load_state(agent.behavior, {**behavior_state, "noise": noise})
     load_state(agent.critic, critic_state)
@@ -56,6 +60,38 @@ def srpo_from_official(behavior: Any, critic: Any, policy: Any = None, *, env: A
     else:
         load_state(agent.policy, policy_state)
     return agent
+
+
+def chain_from_official(cls: type[ChainAgent], actor: Any, critic: Any, *, env: Any = None, **kwargs: Any) -> ChainAgent:
+    """A Diffusion-QL or DiffCPS agent from official files; see `DiffusionQL.from_official`."""
+    actor_file, critic_state = read_checkpoint(actor, "actor"), chain_critic_state(read_checkpoint(critic, "critic"))
+    actor_state = chain_actor_state(actor_file)
+    trunk = _linear_sizes(actor_state, "trunk")
+    act_dim, obs_dim = trunk[-1], critic_state["weights.0"].shape[1] - trunk[-1]
+    q_hidden = [critic_state[f"weights.{i}"].shape[2] for i in range(len(critic_state) // 2 - 1)]
+    if "betas" in actor_file:
+        betas = actor_file["betas"].float()
+        kwargs.setdefault("n_diffusion_steps", len(betas))
+        if kwargs["n_diffusion_steps"] != len(betas) or not torch.allclose(betas, vp_chain(len(betas)).beta, atol=1e-6):
+            raise ValueError(
+                f"the official actor was trained on {len(betas)} steps of rates {betas[0]:.4f} to {betas[-1]:.4f}; only the "
+                f"VP schedule on that many steps can be loaded (n_diffusion_steps={kwargs['n_diffusion_steps']})"
+            )
+    agent = cls(env=env, policy_kwargs={"net_arch": {"pi": trunk[1:-1], "qf": q_hidden}}, **kwargs)
+    _set_up(agent, obs_dim, act_dim)
+    load_state(agent.policy.net, actor_state)
+    load_state(agent.critic, critic_state)
+    agent.policy_ema.load_state_dict(agent.policy.state_dict())
+    agent.critic_target.load_state_dict(agent.critic.state_dict())
+    warnings.warn("official files hold no lagged policy and no lagged critic: both start as copies", stacklevel=3)
+    return agent
+
+
+def _set_up(agent: Any, obs_dim: int, act_dim: int) -> None:
+    if agent.spec is None:  # the official tasks have unbounded observations and actions in [-1, 1]
+        box = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        agent._set_up(Spec(box, spaces.Box(-1.0, 1.0, (act_dim,), np.float32)))
+    agent._pristine = False
 
 
 def read_checkpoint(source: Any, what: str) -> dict[str, Tensor]:
@@ -134,6 +170,44 @@ def srpo_policy_state(official: State) -> dict[str, Tensor]:
             state[f"net.{match[1]}.{match[2]}"] = value.float()
     if not state:
         raise ValueError(f"no SRPO policy among the tensors {list(official)[:3]}...: expected net.0.weight, ...")
+    return state
+
+
+def chain_actor_state(official: State) -> dict[str, Tensor]:
+    """Official `MLP` (`time_mlp.1`, `mid_layer.0`, ..., `final_layer`, any prefix) -> names of `MLPDenoiser`."""
+    state: dict[str, Tensor] = {}
+    last = 0
+    for name, value in official.items():
+        if match := re.fullmatch(r"(?:.*\.)?time_mlp\.([13])\.(weight|bias)", name):
+            state[f"time_mlp.{int(match[1]) - 1}.{match[2]}"] = value.float()
+        elif match := re.fullmatch(r"(?:.*\.)?mid_layer\.(\d+)\.(weight|bias)", name):
+            state[f"trunk.{match[1]}.{match[2]}"] = value.float()
+            last = max(last, int(match[1]) + 2)
+    for name, value in official.items():
+        if match := re.fullmatch(r"(?:.*\.)?final_layer\.(weight|bias)", name):
+            state[f"trunk.{last}.{match[1]}"] = value.float()
+    if not {"time_mlp.0.bias", "trunk.0.bias", f"trunk.{last}.bias"} <= set(state) or last == 0:
+        raise ValueError(
+            f"no Diffusion-QL actor among the tensors {list(official)[:3]}...: expected time_mlp.*, mid_layer.*, final_layer.*"
+        )
+    return state
+
+
+def chain_critic_state(official: State) -> dict[str, Tensor]:
+    """Official twins `q1_model.<i>`, `q2_model.<i>` (any prefix) -> names of `EnsembleMLP`, weights transposed."""
+    state: dict[str, Tensor] = {}
+    for kind, place in (("weight", "weights"), ("bias", "biases")):
+        twins: dict[int, dict[int, Tensor]] = {}
+        for name, value in official.items():
+            if match := re.fullmatch(rf"(?:.*\.)?q([12])_model\.(\d+)\.{kind}", name):
+                twins.setdefault(int(match[2]), {})[int(match[1])] = value.float()
+        for i, (_, pair) in enumerate(sorted(twins.items())):
+            if set(pair) != {1, 2}:
+                raise ValueError(f"the official critic has only one of the twins, layer {i}")
+            stacked = [pair[j].T if kind == "weight" else pair[j][None] for j in (1, 2)]
+            state[f"{place}.{i}"] = torch.stack(stacked).contiguous()
+    if not {"weights.0", "biases.0"} <= set(state):
+        raise ValueError(f"no Diffusion-QL critic among the tensors {list(official)[:3]}...: expected q1_model.*, q2_model.*")
     return state
 
 

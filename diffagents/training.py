@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import types
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -109,7 +110,7 @@ def make_plan(agent: Any, total: int | None, reset: bool, stages: Sequence[str] 
         return Plan(Plan.split(int(total), shares))
     lengths = {name: getattr(agent.config, f"{name}_steps") for name in shares}
     if None in lengths.values():
-        default = resolve_preset(type(agent).__name__, None, None)[1]
+        default = resolve_preset(agent.presets_name(), None, None)[1]
         lengths = {name: default[f"{name}_steps"] if steps is None else steps for name, steps in lengths.items()}
     if sum(lengths.values()) < 1:
         raise ValueError(f"the stage lengths {lengths} are all zero: give one of them steps")
@@ -117,11 +118,11 @@ def make_plan(agent: Any, total: int | None, reset: bool, stages: Sequence[str] 
 
 
 def check_rewards(plan: Plan, data: Transitions) -> None:
-    """Raises ValueError where a critic is to be trained on rewards that prefer nothing."""
-    if "critic" in plan.lengths and not data.done.any() and bool((data.rew == data.rew[0]).all()):
+    """Raises ValueError where something is to be learnt from rewards that prefer nothing."""
+    if {"critic", "train"} & set(plan.lengths) and not data.done.any() and bool((data.rew == data.rew[0]).all()):
         raise ValueError(
             f"every reward is {float(data.rew[0]):g} and no episode terminates: there is nothing to prefer; add rewards, "
-            'or imitate only, with learn(data, stages=("behavior",))'
+            'or imitate only, with DiffusionBC, or with stages=("behavior",) where there is that stage'
         )
 
 
@@ -167,18 +168,23 @@ def _run_stage(
         return True
     if stage.name == agent.POLICY_STAGE:
         agent._policy_missing = False
-    for optimizer in stage.optimizers:
-        optimizer.start_schedule(length, done)
+    before = agent.stage_steps[stage.name] - done  # steps of earlier plans: what starts late, starts once
+    for part in stage.parts:
+        for optimizer in part.optimizers:
+            optimizer.start_schedule(length, part.times(before, before + done))
+    if stage.prepare is not None:
+        sampler = stage.prepare(sampler, stage_generator(agent, stage))
     interval = log_interval or max(1, min(1000, length // 20))
     # No policy earns more than max|r| / (1 - gamma): a mean Q a hundred times beyond has run away.
     q_limit = 100.0 * sampler.max_abs_reward / (1.0 - getattr(agent.config, "gamma", 0.0)) + 1.0
     agent._pristine = False
-    sums, good, good_at, started = MetricSums(), _snapshot(agent), done, (time.perf_counter(), done)
+    sums = [MetricSums() for _ in stage.parts]
+    good, good_at, started = _snapshot(agent), done, (time.perf_counter(), done)
 
     def look() -> None:
         """Wait for the device, see whether all is well, report, and keep the state to fall back to."""
         nonlocal good, good_at
-        means = sums.take()
+        means = {name: value for some in sums for name, value in some.take().items()}
         tensors = checkpoint.training_tensors(agent).values()
         finite = bool(torch.stack([t.sum() for t in tensors if t.is_floating_point()]).isfinite().all())
         if not finite or not all(map(math.isfinite, means.values())) or abs(means.get("q", 0.0)) > q_limit:
@@ -194,7 +200,9 @@ def _run_stage(
 
     while done < length:
         batch = sampler.sample(stage.batch_size, agent.generator)
-        sums.add(stage.update(batch, stage.draw(stage.batch_size, agent.generator)))
+        for part, some in zip(stage.parts, sums, strict=True):
+            if part.due(before + done):
+                some.add(part.update(batch, part.draw(stage.batch_size, agent.generator)))
         done += 1
         plan.done[stage.name] = done
         agent.stage_steps[stage.name] += 1
@@ -216,6 +224,11 @@ def _run_stage(
     return True
 
 
+def stage_generator(agent: Any, stage: Stage) -> torch.Generator:
+    """The same random numbers every time the stage begins or goes on: what it prepares need not be kept in files."""
+    return torch.Generator(agent.device).manual_seed(agent.seed + zlib.crc32(stage.name.encode()))
+
+
 def announce(agent: Any, plan: Plan, sampler: Sampler) -> None:
     """Say what will be done and how long it will take, from a few real updates that are then undone."""
     data, rewards = agent.dataset_info, agent.reward_transform
@@ -229,14 +242,21 @@ def announce(agent: Any, plan: Plan, sampler: Sampler) -> None:
         left = plan.lengths.get(stage.name, 0) - plan.done.get(stage.name, 0)
         if left < 100:
             continue
-        for n in (1, 3):  # the first only warms up
-            start = time.perf_counter()
-            for _ in range(n):
-                batch = sampler.sample(stage.batch_size, agent.generator)
-                stage.update(batch, stage.draw(stage.batch_size, agent.generator))
-            if agent.device.type == "cuda":
-                torch.cuda.synchronize(agent.device)
-        seconds += left * (time.perf_counter() - start) / 3
+        some = sampler
+        if stage.prepare is not None:  # on a few rows
+            start, few = time.perf_counter(), sampler.head(256)
+            some = stage.prepare(few, stage_generator(agent, stage))
+            seconds += (time.perf_counter() - start) * len(sampler) / len(few)
+        for part in stage.parts:
+            for n in (1, 3):  # the first only warms up
+                start = time.perf_counter()
+                for _ in range(n):
+                    batch = some.sample(stage.batch_size, agent.generator)
+                    part.update(batch, part.draw(stage.batch_size, agent.generator))
+                if agent.device.type == "cuda":
+                    torch.cuda.synchronize(agent.device)
+            first = agent.stage_steps[stage.name]
+            seconds += part.times(first, first + left) * (time.perf_counter() - start) / 3
     _restore(agent, before)
     lengths = ", ".join(f"{name} {plan.done.get(name, 0):,}/{steps:,}" for name, steps in plan.lengths.items())
     print(f"plan: {lengths} gradient steps; about {_clock(seconds)}", flush=True)

@@ -18,7 +18,15 @@ from diffagents.types import Batch, Spec, space_from_json, space_to_json
 FILE_FORMAT = 1
 """Number of the file layout of `Transitions.save`; a file of another number is refused."""
 _COLUMNS = (
-    "obs", "action", "rew", "next_obs", "done", "episode_ends", "episode_returns", "episode_lengths", "episode_whole",
+    "obs",
+    "action",
+    "rew",
+    "next_obs",
+    "done",
+    "episode_ends",
+    "episode_returns",
+    "episode_lengths",
+    "episode_whole",
 )
 _ROWS_AT_ONCE = 65_536  # small enough that temporaries do not matter beside the matrix, large enough to be quick
 
@@ -77,7 +85,7 @@ class Transitions:
                 normalizer(self.next_obs[part]),
             )
             matrix[part] = torch.cat(columns, dim=1).to(device)
-        return Sampler(matrix, self.spec.obs_dim, self.spec.act_dim)
+        return Sampler(matrix, self.spec.obs_dim, self.spec.act_dim, self.episode_ends)
 
     def save(self, path: str | PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
         """Write one safetensors file; `extra` (JSON values) is kept beside the data. Not atomic."""
@@ -122,12 +130,14 @@ class Sampler:
     """Transitions in the learner's units as one float32 matrix (N, 2S + A + 2) on one device.
 
     Columns: obs (S) | act in [-1, 1] (A) | rew | done | next_obs (S). One matrix makes a batch one gather.
+    `episode_ends` (E,) int64, on the CPU: one past the last row of each episode.
     """
 
-    def __init__(self, matrix: Tensor, obs_dim: int, act_dim: int) -> None:
+    def __init__(self, matrix: Tensor, obs_dim: int, act_dim: int, episode_ends: Tensor | None = None) -> None:
         self.matrix = matrix
         self.obs_dim = obs_dim
         self.act_dim = act_dim
+        self.episode_ends = torch.tensor([len(matrix)]) if episode_ends is None else episode_ends.cpu()
         self.max_abs_reward = float(matrix[:, obs_dim + act_dim].abs().max())  # asked once, before training
 
     def __len__(self) -> int:
@@ -143,6 +153,20 @@ class Sampler:
         """All normalised observations, a view (N, S)."""
         return self.matrix[:, : self.obs_dim]
 
+    @property
+    def next_obs(self) -> Tensor:
+        """All normalised next observations, a view (N, S)."""
+        return self.matrix[:, self.obs_dim + self.act_dim + 2 :]
+
+    def all(self) -> Batch:
+        """Every transition in order, views."""
+        return self._batch(self.matrix, torch.arange(len(self), device=self.device))
+
+    def head(self, n: int) -> "Sampler":
+        """The first n transitions; an episode that goes on is cut there."""
+        ends = torch.unique(self.episode_ends.clamp(max=n))
+        return Sampler(self.matrix[:n], self.obs_dim, self.act_dim, ends)
+
     def sample(self, n: int, generator: torch.Generator) -> Batch:
         """n transitions drawn uniformly with replacement; the fields are views of one fresh (n, 2S + A + 2) tensor."""
         index = torch.randint(len(self), (n,), generator=generator, device=self.device)
@@ -150,12 +174,15 @@ class Sampler:
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions at `index` (n,) int64, on the sampler's device."""
-        rows = self.matrix.index_select(0, index)
+        return self._batch(self.matrix.index_select(0, index), index)
+
+    def _batch(self, matrix: Tensor, rows: Tensor) -> Batch:
         rew = self.obs_dim + self.act_dim
         return Batch(
-            obs=rows[:, : self.obs_dim],
-            act=rows[:, self.obs_dim : rew],
-            rew=rows[:, rew],
-            done=rows[:, rew + 1],
-            next_obs=rows[:, rew + 2 :],
+            obs=matrix[:, : self.obs_dim],
+            act=matrix[:, self.obs_dim : rew],
+            rew=matrix[:, rew],
+            done=matrix[:, rew + 1],
+            next_obs=matrix[:, rew + 2 :],
+            rows=rows,
         )

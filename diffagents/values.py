@@ -1,4 +1,4 @@
-"""Value maths as plain functions: TD target, expectile loss, Polyak update, action gradient.
+"""Value maths as plain functions: TD target, expectile loss, returns, Polyak update, choice among candidates.
 
 Shapes: B batch, A action dimension, E ensemble members. All functions are pure unless their name ends in `_`.
 """
@@ -36,3 +36,33 @@ def action_gradient(value: Callable[[Tensor], Tensor], act: Tensor) -> Tensor:
 def polyak_update_(target: Iterable[Tensor], online: Iterable[Tensor], tau: float) -> None:
     """target <- (1 - tau) target + tau online, in place; tau is the share of the ONLINE network (0.005, not 0.995)."""
     torch._foreach_lerp_(list(target), list(online), tau)
+
+
+def normalized_q_loss(q1: Tensor, q2: Tensor, coin: Tensor) -> Tensor:
+    """Minus the mean of one critic in units of the other's mean size: which is which, a coin in [0, 1) decides.
+
+    q1, q2 (B,) at the policy's own actions; the divisor is detached. Source: Diffusion-QL's and DiffCPS's official code.
+    """
+    first = -q1.mean() / q2.abs().mean().detach()
+    second = -q2.mean() / q1.abs().mean().detach()
+    return torch.where(coin > 0.5, first, second)
+
+
+SELECT = ("softmax", "argmax", "first")
+"""Ways of `select_action`."""
+
+
+def select_action(actions: Tensor, q: Tensor, select: str, temperature: float, generator: torch.Generator) -> Tensor:
+    """One of K candidates for each observation; actions (B, K, A), q (B, K) -> (B, A).
+
+    "softmax": drawn with probabilities softmax(q / temperature), q as it is (Diffusion-QL, DiffCPS at temperature 1);
+    "argmax": the highest q, the limit of temperature 0 (IDQL, BDPO); "first": q is not asked.
+    """
+    if select == "first":
+        return actions[:, 0]
+    if select == "softmax":
+        weights = torch.softmax((q - q.amax(-1, keepdim=True)) / temperature, -1)
+        best = torch.multinomial(weights, 1, generator=generator)
+    else:
+        best = q.argmax(-1, keepdim=True)
+    return actions.gather(1, best[..., None].expand(-1, 1, actions.shape[-1])).squeeze(1)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "diffagents"
 GROUPS = [
     {"types"},
     {"values", "diffusion", "networks", "normalize", "engine", "artifact", "knobs", "environments", "rollouts"},
-    {"transitions", "iql_critic", "evaluation", "presets", "hub", "dataset_checks", "checkpoint"},
+    {"transitions", "iql_critic", "solvers", "chain_policy", "evaluation", "presets", "hub", "dataset_checks", "checkpoint"},
     {"arrays", "sb3", "minari_hdf5"},
     {"datasets", "training"},
     {"agent"},

@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from diffagents.agent import Agent
-from diffagents.diffusion import dpm_solve, dpm_solver_steps, eps_loss, perturb, vp_alpha_sigma
-from diffagents.engine import Draws, Optimizer, Stage
+from diffagents.diffusion import eps_loss, perturb, vp_alpha_sigma
+from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.iql_critic import IQLCritic
 from diffagents.knobs import check_choice, check_number, net_arch
 from diffagents.networks import ResidualScoreNet, TanhPolicy, dropout_masks
 from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.solvers import dpm_solve, dpm_solver_steps
 from diffagents.types import Batch, Metrics
 from diffagents.values import action_gradient
 
@@ -101,8 +102,7 @@ class SRPO(Agent):
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
         arch = net_arch(
             self.policy_kwargs,
-            ("pi", "qf", "vf"),
-            default=(256, 256),
+            {"pi": (256, 256), "qf": (256, 256), "vf": (256, 256)},
             extra={"behavior_width": 256, "behavior_blocks": 3},
         )
         self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"]).to(self.device)
@@ -110,22 +110,19 @@ class SRPO(Agent):
         self.policy = TanhPolicy(obs_dim, act_dim, arch["pi"]).to(self.device)
         self.optimizers = {
             "critic": Optimizer(self.critic.trained_parameters(), c.learning_rate),
-            "behavior": Optimizer(self.behavior.net.parameters(), c.learning_rate, adamw=True),
+            "behavior": Optimizer(self.behavior.net.parameters(), c.learning_rate, weight_decay=0.01),
             "policy": Optimizer(self.policy.parameters(), c.learning_rate, cosine=True),  # [D6]
         }
 
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
         return [
-            Stage("critic", c.batch_size, self.draw_nothing, self.update_critic, (opt["critic"],)),
-            Stage("behavior", c.behavior_batch_size, self.draw_behavior, self.update_behavior, (opt["behavior"],)),
-            Stage("policy", c.batch_size, self.draw_policy, self.update_policy, (opt["policy"],)),
+            Stage("critic", c.batch_size, (Part(self.update_critic, optimizers=(opt["critic"],)),)),
+            Stage("behavior", c.behavior_batch_size, (Part(self.update_behavior, self.draw_behavior, (opt["behavior"],)),)),
+            Stage("policy", c.batch_size, (Part(self.update_policy, self.draw_policy, (opt["policy"],)),)),
         ]
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
-    def draw_nothing(self, n: int, generator: torch.Generator) -> Draws:
-        return {}
-
     def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
         loss, metrics = self.critic.loss(batch, self.config.expectile, self.config.gamma)
         self.optimizers["critic"].minimize(loss)
@@ -188,7 +185,7 @@ class SRPO(Agent):
         return loss, metrics
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def act(self, obs: Tensor, deterministic: bool) -> Tensor:
+    def act(self, obs: Tensor, deterministic: bool, config: SRPOConfig) -> Tensor:
         """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
         action: Tensor = self.policy(obs)
         return action
