@@ -10,6 +10,7 @@ AGENTS = {
     "SRPO": "diffagents.agents.srpo",
     "DiffusionQL": "diffagents.agents.diffusion_ql",
     "DiffCPS": "diffagents.agents.diffcps",
+    "BDPO": "diffagents.agents.bdpo",
 }
 """Algorithm name -> the module that holds the class of that name; imported when first asked for."""
 
@@ -25,6 +26,7 @@ _LAZY = {
 
 __all__ = [
     "AGENTS",
+    "BDPO",
     "SRPO",
     "ArtifactError",
     "DiffCPS",
@@ -39,6 +41,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from diffagents.agent import Agent
+    from diffagents.agents.bdpo import BDPO
     from diffagents.agents.diffcps import DiffCPS
     from diffagents.agents.diffusion_ql import DiffusionQL
     from diffagents.agents.srpo import SRPO

@@ -20,7 +20,7 @@ def read_reference(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def make_weights(info: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-    """Every weight whose name starts with `prefix`, that prefix removed. Matrices are [out, in]."""
+    """Every weight whose name starts with `prefix`, that prefix removed. Torch matrices are [out, in], flax's [in, out]."""
     return {
         name.removeprefix(prefix): make_weight(name, tuple(shape), info["seed"])
         for name, shape in info["weights"].items()
@@ -32,8 +32,12 @@ def make_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     w = np.random.RandomState(zlib.crc32(name.encode()) ^ seed).randn(*shape)
     if name.endswith("embed.0.W"):
         w = 30.0 * w
-    elif "layer_norm.weight" in name:
+    elif "layer_norm.weight" in name or name.endswith(".scale"):
         w = 1.0 + 0.1 * w
+    elif name.endswith(".kernel"):
+        w = w / np.sqrt(shape[-2])
+    elif name.endswith(".bias"):
+        w = 0.1 * w
     elif len(shape) > 1:
         w = w / np.sqrt(shape[1])
     else:

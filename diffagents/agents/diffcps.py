@@ -35,7 +35,7 @@ from diffagents.agent import Agent
 from diffagents.chain_policy import ChainPolicy
 from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, check_number, net_arch, whole_number
-from diffagents.networks import EnsembleMLP, MLPDenoiser
+from diffagents.networks import EnsembleMLP, MLPDenoiser, mish
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
 from diffagents.values import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
@@ -116,7 +116,7 @@ class DiffCPS(Agent):
         net = MLPDenoiser(obs_dim, act_dim, arch["pi"])
         self.policy = ChainPolicy(net, act_dim, c.n_diffusion_steps).to(self.device)
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
-        self.critic = EnsembleMLP(2, obs_dim + act_dim, arch["qf"], F.mish).to(self.device)
+        self.critic = EnsembleMLP(2, obs_dim + act_dim, arch["qf"], mish).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.multiplier = Multiplier(c.lambda_init).to(self.device)
         clip = c.max_grad_norm

@@ -1,0 +1,278 @@
+"""BDPO: Behavior-Regularized Diffusion Policy Optimization.   Gao et al., ICML 2025, arXiv:2502.04778.
+
+Order      `behavior`: a diffusion model nu of the data; `train`: the policy pi starts as nu and is improved, step by step
+Objective  max_pi E[ sum gamma^t (r - eta KL_path(pi || nu)) ],  KL_path = E_pi[ l_T + ... + l_1 ]: the KL of the two chains
+Penalty    l_n = || mu_pi - mu_nu ||^2 / (2 beta_n) = w_n || eps_pi - eps_nu ||^2,   w_n = beta_n / (2 alpha_n (1 - abar_n))
+Q          y = r + gamma (1 - d) ( agg_e mean_k Qbar_e(s', a_k) - eta mean_k sum_n l_n ),   a_1..a_K ~ pi_ema(s')
+V_n        z = agg_e mean_k Vbar_n-1,e(s, a^n-1_k) - eta l_n,  V_0 = Q,  n uniform, a^n: the data's action with noise,
+           a^n-1_k ~ pi_ema( . | a^n, s): K draws around one predicted mean
+Policy     max agg_e mean_k Vbar_n-1,e(s, a^n-1_k) - eta l_n,  a^n-1_k ~ pi: the gradient passes ONE denoising step
+Symbols    pi -> policy (targets and acting: policy_ema), nu -> behavior (reference: behavior_ema), Q -> critic, V -> value
+Every step of `train`: critic and value; every `policy_freq`-th after the warm-up: policy, and the behaviour is fitted further.
+The paper's text was not at hand: what follows is its author's code (flow-rl), and the equations carry no numbers.
+Details
+  [D1] sigma_n^2 is beta_n, in the penalty and in the sampler; the true posterior's is 0 at n = 1, where l_1 would be infinite.
+  [D2] The penalty compares predicted noises, while the sampler clips the action they imply; and l_1 is charged though the last
+       step adds no noise.
+  [D3] `aggregation` over the ensemble: "lcb" mean - rho std (population), "min", "mean", "convex" rho min + (1 - rho) max,
+       "random_convex" a weighting drawn anew for each update (uniform numbers, normalised; how the code draws it is unknown).
+  [D4] `max_q_backup` (AntMaze): the maximum over k instead of the mean, in the target of Q only; the penalty stays a mean.
+  [D5] The cosine of the policy's learning rate counts policy steps against the length of the stage, as optax does: with
+       policy_freq 5 it ends at 0.905 of its start. Those of critic and value end at 0.
+  [D6] `warmup_steps`: the paper's 50k of 2M; None is the same share, 2.5 %, of the stage at hand.
+  [D7] The policy's learning rate is 30 times smaller than the critics': it only refines the behaviour.
+  [D8] Acting: 10 candidates of policy_ema, argmax of the ensemble's MEAN target Q, not of the bound.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffagents.agent import Agent
+from diffagents.chain_policy import ChainPolicy
+from diffagents.diffusion import reverse_mean
+from diffagents.engine import Draws, Optimizer, Part, Stage
+from diffagents.knobs import check_choice, check_number, net_arch, whole_number
+from diffagents.networks import EnsembleMLP, PositionalDenoiser, StepValue, mish, orthogonal_
+from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.types import Batch, Metrics
+from diffagents.values import SELECT, polyak_update_, select_action, td_target
+
+AGGREGATIONS = ("lcb", "min", "mean", "convex", "random_convex")
+
+
+@dataclass(frozen=True)
+class BDPOConfig:
+    """Knobs of BDPO. Defaults are the official code's for halfcheetah; per-task values are rows of zoo/bdpo.yml."""
+
+    eta: float = 0.05  # > 0, in units of reward; THE knob: large stays with the data, small is greedy. hopper .2, walker2d .15
+    rho: float = 0.5  # of "lcb" (standard deviations below the mean) or "convex" (share of the minimum) [D3]
+    aggregation: str = "lcb"
+    n_critics: int = 10  # members of Q's and of V's ensemble; two are enough for a CPU
+    n_samples: int = 10  # K
+    n_diffusion_steps: int = 5  # T
+    clip_x0: bool = True  # the sampler clamps the implied action to [-1, 1]; off in the 2-D toys
+    gamma: float = 0.99  # discount; .995 on AntMaze
+    tau: float = 0.005  # share of the online critic and value in their lagged copies, every step
+    ema_tau: float = 0.005  # the same for policy and behaviour, at each of their steps
+    policy_freq: int = 5  # critic steps per policy step
+    warmup_steps: int | None = None  # critic steps before the first policy step [D6]
+    learning_rate: float = 1e-5  # policy [D7]
+    critic_learning_rate: float = 3e-4  # critic and value
+    behavior_learning_rate: float = 3e-4  # 1e-4 on AntMaze
+    max_grad_norm: float | None = 1.0  # each network for itself
+    batch_size: int = 256
+    max_q_backup: bool = False  # [D4]
+    q_layer_norm: bool = False  # in Q; V always has it
+    n_candidates: int = 10  # acting [D8]
+    select: str = "argmax"  # "argmax", "softmax" or "first"
+    temperature: float = 1.0  # of the softmax, in units of Q
+    reward_transform: str = "auto"  # locomotion "iql_locomotion", AntMaze "antmaze100"; eta belongs to its scale
+    normalize_obs: bool = False
+    behavior_steps: int | None = None  # None: the `default:` block of zoo/bdpo.yml; paper 2M
+    train_steps: int | None = None  # paper 2M
+
+    def __post_init__(self) -> None:
+        check_number("eta", self.eta, "must be positive: large stays close to the data", lambda x: x > 0)
+        check_number("rho", self.rho, "must not be negative", lambda x: x >= 0)
+        check_number("ema_tau", self.ema_tau, "must lie in (0, 1]", lambda x: 0 < x <= 1)
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("select", self.select, SELECT)
+        check_number("temperature", self.temperature, 'must be positive; for the best use select="argmax"', lambda x: x > 0)
+        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+        for name in ("n_critics", "n_samples", "n_diffusion_steps", "policy_freq", "n_candidates"):
+            whole_number(name, getattr(self, name), 1)
+
+
+class BDPO(Agent):
+    """A diffusion policy regularised towards a diffusion model of the data along the whole denoising path."""
+
+    Config = BDPOConfig
+    config: BDPOConfig
+    policy: ChainPolicy
+    STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 2_000_000, "train": 2_000_000}
+    POLICY_STAGE = "train"
+    MODEL = ("policy_ema", "critic_target")
+    LEARNER = ("policy", "behavior", "behavior_ema", "critic", "value", "value_target")
+    CHOICE = ("n_candidates", "select", "temperature")
+
+    def build(self) -> None:
+        c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
+        arch = net_arch(self.policy_kwargs, {"pi": (256,) * 4, "qf": (256,) * 3, "vf": (256,) * 3})
+        net = PositionalDenoiser(obs_dim, act_dim, arch["pi"])
+        behavior = ChainPolicy(net, act_dim, c.n_diffusion_steps, std="beta", clip_x0=c.clip_x0)  # [D1]
+        self.behavior = behavior.to(self.device)
+        self.behavior_ema = copy.deepcopy(self.behavior).requires_grad_(False)
+        self.policy = copy.deepcopy(self.behavior)
+        self.policy_ema = copy.deepcopy(self.behavior).requires_grad_(False)
+        self.critic = EnsembleMLP(c.n_critics, obs_dim + act_dim, arch["qf"], mish, c.q_layer_norm).to(self.device)
+        orthogonal_(self.critic)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.value = StepValue(c.n_critics, obs_dim, act_dim, c.n_diffusion_steps, arch["vf"]).to(self.device)
+        self.value_target = copy.deepcopy(self.value).requires_grad_(False)
+        chain = self.policy.chain
+        self.step_weights = chain.beta / (2.0 * chain.alpha * (1.0 - chain.alpha_bar))  # w_n, (T,)
+        clip, rates = c.max_grad_norm, (c.learning_rate, c.critic_learning_rate, c.behavior_learning_rate)
+        self.optimizers = {
+            "policy": Optimizer(self.policy.parameters(), rates[0], cosine=True, max_grad_norm=clip),  # [D5] [D7]
+            "critic": Optimizer(self.critic.parameters(), rates[1], cosine=True, max_grad_norm=clip),
+            "value": Optimizer(self.value.parameters(), rates[1], cosine=True, max_grad_norm=clip),
+            "behavior": Optimizer(self.behavior.parameters(), rates[2], max_grad_norm=clip),
+        }
+
+    def stages(self) -> list[Stage]:
+        c, opt = self.config, self.optimizers
+        planned = self.plan.lengths.get("train", 0) if self.plan is not None else 0
+        warmup = c.warmup_steps if c.warmup_steps is not None else round(0.025 * planned)  # [D6]
+        critics = Part(self.update_critics, self.draw_critics, (opt["critic"], opt["value"]))
+        policy = Part(self.update_policy, self.draw_policy, (opt["policy"],), every=c.policy_freq, start=warmup)
+        behavior = Part(self.update_behavior, self.draw_behavior, (opt["behavior"],))
+        again = Part(self.update_behavior, self.draw_behavior, (opt["behavior"],), every=c.policy_freq, start=warmup)
+        return [
+            Stage("behavior", c.batch_size, (behavior,)),
+            Stage("train", c.batch_size, (critics, policy, again), self.start_from_behavior),
+        ]
+
+    # ---- behaviour: alone, and then beside the policy ----------------------------------------------------------------
+    def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
+        kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
+        return {
+            "i": torch.randint(self.config.n_diffusion_steps, (n,), **kwargs),  # n - 1
+            "eps": torch.randn(n, self.act_dim, **kwargs),
+        }
+
+    def update_behavior(self, batch: Batch, draws: Draws) -> Metrics:
+        loss = self.behavior_loss(batch, draws)
+        self.optimizers["behavior"].minimize(loss)
+        polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
+        return {"behavior_loss": loss.detach()}
+
+    def behavior_loss(self, batch: Batch, draws: Draws) -> Tensor:
+        """E || eps_nu(a^n, s, n) - eps ||^2, mean over batch and dimensions."""
+        a_n = self.behavior.perturbed(batch.act, draws["eps"], draws["i"])
+        return F.mse_loss(self.behavior.net(a_n, batch.obs, draws["i"]), draws["eps"])
+
+    def start_from_behavior(self, sampler: Any, generator: torch.Generator) -> Any:
+        """Before the first policy step ever, the policy is the behaviour."""
+        if self.stage_steps["train"] == 0:
+            for policy in (self.policy, self.policy_ema):
+                policy.load_state_dict(self.behavior_ema.state_dict())
+        return sampler
+
+    # ---- critic and value --------------------------------------------------------------------------------------------
+    def draw_critics(self, n: int, generator: torch.Generator) -> Draws:
+        return {"path": self.policy.noises((n, self.config.n_samples), generator), **self.draw_policy(n, generator)}
+
+    def update_critics(self, batch: Batch, draws: Draws) -> Metrics:
+        with torch.no_grad():  # both targets, before either network moves
+            q_goal, q_penalty = self.q_target(batch, draws)
+            v_goal, penalty = self.step_objective(batch, draws, self.policy_ema)
+        a_n = self.policy.perturbed(batch.act, draws["eps"], draws["i"])
+        q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (E, B)
+        v = self.value(batch.obs, a_n, draws["i"])  # (E, B)
+        q_loss, v_loss = (q - q_goal).square().mean(), (v - v_goal).square().mean()
+        self.optimizers["critic"].minimize(q_loss)
+        self.optimizers["value"].minimize(v_loss)
+        polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
+        polyak_update_(self.value_target.parameters(), self.value.parameters(), self.config.tau)
+        return {
+            "q_loss": q_loss.detach(),
+            "v_loss": v_loss.detach(),
+            "q": q.detach().mean(),
+            "v": v.detach().mean(),
+            "path_kl": q_penalty.mean(),  # sum over the steps and dimensions
+            "step_kl": penalty.mean(),
+        }
+
+    def q_target(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """y (B,), and the path's penalty (B, K): K whole paths of the lagged policy from each s'."""
+        c, chain, n = self.config, self.policy.chain, len(batch.rew)
+        obs, path = batch.next_obs[:, None], draws["path"]  # (B, 1, S), (T + 1, B, K, A)
+        x, penalty = path[0], torch.zeros(path.shape[1:3], device=path.device)
+        for i, z in zip(reversed(range(chain.n_steps)), path[1:], strict=True):
+            eps = self.policy_ema.predict_eps(x, obs, i)
+            penalty = penalty + self.penalty(eps, self.behavior_ema.predict_eps(x, obs, i), i)  # [D2]
+            x = reverse_mean(chain, i, x, eps, c.clip_x0)
+            if i > 0:
+                x = x + chain.beta_std[i] * z
+        q = self.critic_target(self.pairs(obs, x)).view(-1, n, c.n_samples)  # (E, B, K)
+        q = q.amax(-1) if c.max_q_backup else q.mean(-1)  # [D4]
+        next_v = self.aggregate(q, draws) - c.eta * penalty.mean(-1)
+        return td_target(batch.rew, batch.done, next_v, c.gamma), penalty
+
+    def step_objective(self, batch: Batch, draws: Draws, policy: ChainPolicy) -> tuple[Tensor, Tensor]:
+        """agg_e mean_k Vbar_n-1,e(s, a^n-1_k) - eta l_n (B,), one step of `policy` from noised data; and l_n (B,).
+
+        What the value is fitted to with the lagged policy, and what the policy climbs with itself.
+        """
+        c, chain, i, n = self.config, self.policy.chain, draws["i"], len(batch.rew)
+        a_n = self.policy.perturbed(batch.act, draws["eps"], i)
+        eps = policy.net(a_n, batch.obs, i)
+        with torch.no_grad():
+            eps_nu = self.behavior_ema.net(a_n, batch.obs, i)
+        penalty = self.penalty(eps, eps_nu, i)
+        mean = reverse_mean(chain, i[:, None], a_n, eps, c.clip_x0)
+        std = torch.where(i > 0, chain.beta_std[i], 0.0)
+        before = mean[:, None] + std[:, None, None] * draws["z"]  # (B, K, A), a^n-1
+        obs, flat = batch.obs[:, None].expand(-1, c.n_samples, -1).flatten(0, 1), before.flatten(0, 1)
+        step = (i - 1).clamp(min=0).repeat_interleave(c.n_samples)  # where n = 1, V is not asked
+        v = self.value_target(obs, flat, step).view(-1, n, c.n_samples)
+        q = self.critic_target(torch.cat([obs, flat], -1)).view(-1, n, c.n_samples)
+        next_v = torch.where(i[:, None] > 0, v, q).mean(-1)  # (E, B); V_0 = Q
+        return self.aggregate(next_v, draws) - c.eta * penalty, penalty
+
+    def penalty(self, eps: Tensor, eps_nu: Tensor, i: int | Tensor) -> Tensor:
+        """l_n = w_n || eps_pi - eps_nu ||^2, (..., A) -> (...)."""
+        return self.step_weights[i] * (eps - eps_nu).square().sum(-1)
+
+    def aggregate(self, q: Tensor, draws: Draws) -> Tensor:
+        """(E, B) -> (B,) [D3]."""
+        kind, rho = self.config.aggregation, self.config.rho
+        if kind == "lcb":
+            return q.mean(0) - rho * q.std(0, correction=0)
+        if kind == "convex":
+            return rho * q.amin(0) + (1.0 - rho) * q.amax(0)
+        if kind == "random_convex":
+            return (draws["mix"] / draws["mix"].sum()) @ q
+        return q.amin(0) if kind == "min" else q.mean(0)
+
+    def pairs(self, obs: Tensor, act: Tensor) -> Tensor:
+        """(B, 1, S) and (B, K, A) -> (B K, S + A), the critic's input."""
+        return torch.cat([obs.expand(*act.shape[:-1], -1), act], -1).flatten(0, 1)
+
+    # ---- policy ------------------------------------------------------------------------------------------------------
+    def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
+        shape = (n, self.config.n_samples, self.act_dim)
+        draws = self.draw_behavior(n, generator)
+        draws["z"] = torch.randn(shape, generator=generator, device=self.device)
+        if self.config.aggregation == "random_convex":
+            draws["mix"] = torch.rand(self.config.n_critics, generator=generator, device=self.device)
+        return draws
+
+    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
+        loss = self.policy_loss(batch, draws)
+        self.optimizers["policy"].minimize(loss)
+        polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
+        return {"policy_loss": loss.detach()}
+
+    def policy_loss(self, batch: Batch, draws: Draws) -> Tensor:
+        """Minus the objective of one denoising step."""
+        return -self.step_objective(batch, draws, self.policy)[0].mean()
+
+    # ---- acting ------------------------------------------------------------------------------------------------------
+    def act(self, obs: Tensor, deterministic: bool, config: BDPOConfig) -> Tensor:
+        """(B, S) -> (B, A): candidates of the lagged policy, one chosen by the ensemble's mean target Q [D8].
+
+        deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
+        """
+        c, generator = config, self.predict_generator
+        n = 1 if c.select == "first" else c.n_candidates
+        actions = self.policy_ema.candidates(obs, n, deterministic, generator)  # (B, n, A)
+        if n == 1:
+            return actions[:, 0]
+        q = self.critic_target(self.pairs(obs[:, None], actions)).mean(0).view(len(obs), n)
+        return select_action(actions, q, "argmax" if deterministic else c.select, c.temperature, generator)
