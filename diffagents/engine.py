@@ -160,6 +160,8 @@ class MetricSums:
 
     def add(self, metrics: Metrics) -> None:
         values = list(metrics.values())
+        if not values:
+            return
         if self.count == 0:
             self._names, self._sums = list(metrics), [value.clone() for value in values]
         else:
