@@ -9,26 +9,35 @@ import numpy as np
 
 
 def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
-    """`kind(**knobs)` after the checks that all algorithms share. Raises TypeError (unknown knob) or ValueError."""
+    """`kind(**knobs)` after the checks that follow from a knob's name and type. Raises TypeError (unknown knob) or ValueError.
+
+    None is accepted where it is the default. Whole numbers come back as int.
+    """
     types = {f.name: f.type for f in dataclasses.fields(kind)}
+    optional = {f.name for f in dataclasses.fields(kind) if "None" in str(f.type)}
     knobs = dict(knobs)
     for name, value in knobs.items():
         if name not in types:
             near = difflib.get_close_matches(name, types, 1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise TypeError(f"{algorithm} has no knob {name!r}{hint} Valid: {', '.join(types)}")
+        kinds = str(types[name])
+        if value is None and name in optional:
+            continue
         if types[name] is bool and not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be True or False")
         if name == "gamma":
             check_number(name, value, "must lie in [0, 1)", lambda x: 0 <= x < 1)
-        elif name == "tau":
+        elif name in ("tau", "ema_tau"):
             check_number(name, value, "must lie in (0, 1]", lambda x: 0 < x <= 1)
-        elif name.endswith("learning_rate"):
+        elif name.endswith(("learning_rate", "max_grad_norm", "temperature")):
             check_number(name, value, "must be positive", lambda x: x > 0)
-        elif name.endswith("batch_size"):
+        elif name.startswith("n_") or name.endswith(("batch_size", "_freq", "_every")):
             knobs[name] = whole_number(name, value, 1)
-        elif name.endswith("_steps") and value is not None:
+        elif "int" in kinds:
             knobs[name] = whole_number(name, value, 0)
+        elif "float" in kinds:
+            check_number(name, value, "", lambda x: True)
     return kind(**knobs)
 
 
@@ -45,12 +54,15 @@ def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool
     """Raises ValueError, naming the knob and the rule, unless `value` is a finite number for which `holds` is true."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ValueError(f"{name}={value!r} must be a number")
-    if not (np.isfinite(value) and holds(float(value))):
+    if not np.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be finite")
+    if not holds(float(value)):
         raise ValueError(f"{name}={value!r} {rule}")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises ValueError, listing the choices, unless `value` is one of them."""
+    choices = list(choices)  # a list compares where a dict would hash
     if value not in choices:
         raise ValueError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")
 

@@ -250,6 +250,81 @@ class ResidualScoreNet(nn.Module):
         return out
 
 
+class FourierTime(nn.Module):
+    """Time features of QGPO and SfBC: 16 fixed frequencies W ~ N(0, 30^2), [sin, cos](2 pi W t), Linear 32-32."""
+
+    frequencies: Tensor
+    DIM, FREQUENCY_SCALE = 32, 30.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(self.DIM // 2) * self.FREQUENCY_SCALE)
+        self.project = nn.Linear(self.DIM, self.DIM)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (...,) in (0, 1] -> (..., 32)."""
+        phase = t[..., None] * self.frequencies * 2.0 * math.pi
+        out: Tensor = self.project(torch.cat([torch.sin(phase), torch.cos(phase)], -1))
+        return out
+
+
+class ConditionedBlock(nn.Module):
+    """silu(W2 (silu(W1 x) + V silu(e))) + skip x; the skip is a Linear where the sizes differ. `Residual_Block` in SfBC's code."""
+
+    EMBED_DIM = 128
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(in_dim, out_dim), nn.Linear(out_dim, out_dim)
+        self.condition = nn.Linear(self.EMBED_DIM, out_dim)
+        self.skip = nn.Linear(in_dim, out_dim) if in_dim != out_dim else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = F.silu(self.inner(x)) + self.condition(F.silu(embedding))
+        out: Tensor = F.silu(self.outer(h)) + self.skip(x)
+        return out
+
+
+class UNetDenoiser(nn.Module):
+    """Noise predictor eps(a_t, s, t) of QGPO's and SfBC's behaviour model: `ScoreNet` in their official code.
+
+    Time and state (Linear S-32, SiLU) are embedded together, 64-128-128, and enter every block. Blocks A - w - w/2 - w/4,
+    one in the middle, and up again beside what came down; Linear 2w - A. `width` w is 512 in the official code.
+    The official net is written as a score h / sigma_t with h trained to -eps; this one gives eps = -h, which is the same net
+    with the other sign on its last layer.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int = 512) -> None:
+        super().__init__()
+        embed, half, quarter = ConditionedBlock.EMBED_DIM, width // 2, width // 4
+        if quarter < 1:
+            raise ValueError(f"behavior_width={width} must be at least 4: the narrowest layers have a quarter of it")
+        self.time = FourierTime()
+        self.state = nn.Linear(obs_dim, FourierTime.DIM)
+        self.embed = nn.Sequential(nn.Linear(2 * FourierTime.DIM, embed), nn.SiLU(), nn.Linear(embed, embed))
+        self.down = nn.ModuleList(
+            ConditionedBlock(n_in, n_out) for n_in, n_out in ((act_dim, width), (width, half), (half, quarter))
+        )
+        self.middle = ConditionedBlock(quarter, quarter)
+        self.up = nn.ModuleList((ConditionedBlock(2 * quarter, half), ConditionedBlock(2 * half, width)))
+        self.output = nn.Linear(2 * width, act_dim)
+
+    def forward(self, a_t: Tensor, obs: Tensor, t: Tensor) -> Tensor:
+        """`a_t` (..., A); `obs` (..., S) and `t` (...,) in (0, 1] may have sizes of 1 to expand, and are embedded once."""
+        time, state = self.time(t), F.silu(self.state(obs))
+        lead = torch.broadcast_shapes(time.shape[:-1], state.shape[:-1])
+        embedding = self.embed(torch.cat([state.expand(*lead, -1), time.expand(*lead, -1)], -1))
+        kept, h = [], a_t
+        for block in self.down:
+            h = block(h, embedding)
+            kept.append(h)
+        h = self.middle(h, embedding)
+        for block in self.up:
+            h = block(torch.cat([kept.pop(), h], -1), embedding)
+        out: Tensor = self.output(torch.cat([kept.pop(), h], -1))
+        return out
+
+
 def dropout_masks(shape: tuple[int, ...], p: float, generator: torch.Generator) -> Tensor:
     """Random factors 0 (with probability p) or 1 / (1 - p): dropout whose randomness the caller owns."""
     keep = torch.rand(shape, generator=generator, device=generator.device) >= p

@@ -36,7 +36,7 @@ from diffagents.agent import Agent
 from diffagents.chain_policy import ChainPolicy
 from diffagents.diffusion import reverse_mean
 from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, net_arch, whole_number
+from diffagents.knobs import check_choice, check_number, net_arch
 from diffagents.networks import EnsembleMLP, PositionalDenoiser, StepValue, mish, orthogonal_
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
@@ -79,13 +79,9 @@ class BDPOConfig:
     def __post_init__(self) -> None:
         check_number("eta", self.eta, "must be positive: large stays close to the data", lambda x: x > 0)
         check_number("rho", self.rho, "must not be negative", lambda x: x >= 0)
-        check_number("ema_tau", self.ema_tau, "must lie in (0, 1]", lambda x: 0 < x <= 1)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("select", self.select, SELECT)
-        check_number("temperature", self.temperature, 'must be positive; for the best use select="argmax"', lambda x: x > 0)
         check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
-        for name in ("n_critics", "n_samples", "n_diffusion_steps", "policy_freq", "n_candidates"):
-            whole_number(name, getattr(self, name), 1)
 
 
 class BDPO(Agent):

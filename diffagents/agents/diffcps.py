@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.chain_policy import ChainPolicy
 from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, net_arch, whole_number
+from diffagents.knobs import check_choice, check_number, net_arch
 from diffagents.networks import EnsembleMLP, MLPDenoiser, mish
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
@@ -80,14 +80,8 @@ class DiffCPSConfig:
             "must lie in [lambda_min, lambda_max]",
             lambda x: self.lambda_min <= x <= self.lambda_max,
         )
-        check_number(
-            "temperature", self.temperature, 'must be positive; for the best candidate use select="argmax"', lambda x: x > 0
-        )
         check_choice("select", self.select, SELECT)
         check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
-        for name in ("policy_freq", "n_diffusion_steps", "n_candidates", "n_backup_samples", "ema_every"):
-            whole_number(name, getattr(self, name), 1)
-        whole_number("ema_start", self.ema_start, 0)
 
 
 class Multiplier(nn.Module):

@@ -1,0 +1,41 @@
+"""Every registered algorithm at a size that trains in a second: what the tests that hold for all of them start from."""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import diffagents
+from diffagents.agent import Agent
+
+NAMES = list(diffagents.AGENTS)
+STEPS = 12  # of each stage
+# Periods short enough to come round, and sizes small enough not to be waited for.
+_SMALL: dict[str, Any] = {
+    "ema_start": 3,
+    "ema_every": 2,
+    "warmup_steps": 3,
+    "policy_freq": 2,
+    "n_candidates": 4,
+    "n_samples": 2,
+    "n_critics": 3,
+    "n_support": 3,
+    "solver_steps": 6,
+}
+
+
+def agent_class(name: str) -> type[Agent]:
+    return getattr(importlib.import_module(diffagents.AGENTS[name]), name)  # type: ignore[no-any-return]
+
+
+def fields(name: str) -> dict[str, Any]:
+    """Knob -> default."""
+    return {field.name: field.default for field in dataclasses.fields(agent_class(name).Config)}
+
+
+def small(name: str, **knobs: Any) -> Agent:
+    cls, known = agent_class(name), fields(name)
+    settings: dict[str, Any] = {knob: value for knob, value in _SMALL.items() if knob in known}
+    settings |= {knob: 16 for knob in known if knob.endswith("batch_size")}
+    settings |= {f"{stage}_steps": STEPS for stage in cls.STAGE_SHARES}
+    arguments: dict[str, Any] = {"seed": 0, "verbose": 0, "device": "cpu", "policy_kwargs": {"net_arch": [16, 16]}}
+    return cls(**{**arguments, **settings, **knobs})

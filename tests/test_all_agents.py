@@ -1,0 +1,243 @@
+"""What must hold for every algorithm: files, resuming, acting, choices, bad knobs, the reading budget."""
+
+import dataclasses
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_agents import NAMES, STEPS, agent_class, fields, small
+from toy import line_data
+
+import diffagents
+from diffagents.agent import Agent
+from diffagents.presets import load_presets
+
+DATA = line_data()
+OBS = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
+pytestmark = pytest.mark.filterwarnings("ignore:action bounds")
+
+
+def same_networks(a: Agent, b: Agent) -> None:
+    for name, state in a.get_parameters().items():
+        for key, value in b.get_parameters()[name].items():
+            assert torch.equal(state[key], value), f"{name}.{key}"
+
+
+def same_optimizers(a: Agent, b: Agent) -> None:
+    for name, optimizer in a.optimizers.items():
+        ours, theirs = optimizer.inner.state_dict()["state"], b.optimizers[name].inner.state_dict()["state"]
+        assert ours.keys() == theirs.keys() and len(ours) > 0, name
+        for i, state in ours.items():
+            for key, value in state.items():
+                assert torch.equal(value, theirs[i][key]), (name, i, key)
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Agent]:
+    return {}
+
+
+@pytest.fixture
+def agent(request: pytest.FixtureRequest, trained: dict[str, Agent]) -> Agent:
+    """The named algorithm, trained once for all tests of this file (they only read it)."""
+    name = request.param
+    if name not in trained:
+        trained[name] = small(name).learn(DATA)
+    return trained[name]
+
+
+every = pytest.mark.parametrize("agent", NAMES, indirect=True)
+
+
+@every
+def test_every_network_is_saved_and_every_optimizer_has_one(agent: Agent) -> None:
+    """No network is forgotten: all modules of the agent are in MODEL or LEARNER, and learning moves all that has an optimizer."""
+    modules = {name for name, value in vars(agent).items() if isinstance(value, torch.nn.Module)} - {"obs_normalizer"}
+    assert modules == {*agent.MODEL, *agent.LEARNER}
+    assert set(agent.optimizers) <= modules
+    fresh = small(type(agent).__name__, env=None)
+    fresh._set_up(agent.spec)  # type: ignore[arg-type]
+    for name in modules:
+        pairs = zip(getattr(agent, name).parameters(), getattr(fresh, name).parameters(), strict=True)
+        assert any(not torch.equal(a, b) for a, b in pairs), f"{name} never moved"
+    assert agent.num_timesteps == STEPS * len(agent.STAGE_SHARES)
+
+
+@every
+@pytest.mark.parametrize("folder", [False, True], ids=["zip", "folder"])
+def test_save_load_acts_and_updates_the_same(agent: Agent, folder: bool, tmp_path: pathlib.Path) -> None:
+    path = agent.save_pretrained(tmp_path / "a", include_trainer_state=True) if folder else agent.save(tmp_path / "a")
+    one, two = diffagents.load(path, verbose=0), diffagents.load(path, verbose=0)
+    assert type(one) is type(agent)
+    same_networks(agent, one)
+    same_optimizers(agent, one)
+    assert np.array_equal(agent.predict(OBS, deterministic=True)[0], one.predict(OBS, deterministic=True)[0])
+    assert np.array_equal(two.predict(OBS)[0], one.predict(OBS)[0])
+    total = 2 * len(agent.STAGE_SHARES)
+    other = agent.clone().learn(DATA, total_timesteps=total)
+    one.learn(DATA, total_timesteps=total)
+    same_networks(other, one)
+    same_optimizers(other, one)
+
+
+@every
+def test_model_file_is_all_that_acting_needs(agent: Agent, tmp_path: pathlib.Path) -> None:
+    folder = agent.save_pretrained(tmp_path / "a")
+    (folder / "learner.safetensors").unlink()
+    actor = diffagents.load(folder, verbose=0)
+    assert np.array_equal(agent.predict(OBS, deterministic=True)[0], actor.predict(OBS, deterministic=True)[0])
+    actor.predict(OBS)
+    with pytest.raises(RuntimeError, match=r"without learner\.safetensors"):
+        actor.learn(DATA)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_stopped_anywhere_and_loaded_ends_as_the_uninterrupted_one(name: str, tmp_path: pathlib.Path) -> None:
+    """Stopped in the middle and at the end of each stage; weights, lagged copies and moments are equal to the bit."""
+    whole = small(name).learn(DATA)
+    run, stops = small(name), [k * STEPS + part for k in range(len(whole.STAGE_SHARES)) for part in (5, STEPS)]
+    for i, stop in enumerate(stops[:-1]):
+        run.learn(DATA, reset_num_timesteps=i == 0, callback=lambda local, _: local["self"].num_timesteps < stop)  # noqa: B023
+        assert run.num_timesteps == stop
+        run = diffagents.load(run.save(tmp_path / f"{i}.zip"), verbose=0)
+    run.learn(DATA, reset_num_timesteps=False)
+    same_networks(whole, run)
+    same_optimizers(whole, run)
+    assert np.array_equal(whole.predict(OBS)[0], run.predict(OBS)[0])
+
+
+@every
+def test_actions(agent: Agent) -> None:
+    """In the space and its dtype; deterministic ones depend on the observation only; acting never touches training."""
+    before = agent.generator.get_state().clone()
+    assert agent.spec is not None
+    for deterministic in (True, False):
+        action, _ = agent.predict(OBS, deterministic=deterministic)
+        assert action.shape == (6, 2) and action.dtype == np.float32
+        assert all(agent.action_space.contains(a) for a in action)
+        assert agent.predict(OBS[0], deterministic=deterministic)[0].shape == (2,)
+    one, two = agent.predict(OBS, deterministic=True)[0], agent.predict(OBS[::-1].copy(), deterministic=True)[0][::-1]
+    np.testing.assert_allclose(one, two, atol=2e-6)
+    np.testing.assert_allclose(one[2], agent.predict(OBS[2], deterministic=True)[0], atol=2e-6)
+    assert torch.equal(before, agent.generator.get_state())
+
+
+@every
+def test_choices_at_predict_time(agent: Agent) -> None:
+    """What CHOICE names is accepted, checked, and forgotten after the call; anything else is refused by name."""
+    name, known = type(agent).__name__, fields(type(agent).__name__)
+    assert set(agent.CHOICE) <= set(known)
+    config = agent.config
+    for choice in agent.CHOICE:
+        agent.predict(OBS, **{choice: getattr(config, choice)})
+        with pytest.raises(ValueError, match=rf"{choice}=.*must|{choice}=.*choose"):
+            agent.predict(OBS, **{choice: "nonsense"})
+    assert agent.config is config
+    with pytest.raises(TypeError, match=rf"{name}\.predict has no choice 'stochastic'"):
+        agent.predict(OBS, stochastic=True)
+
+
+CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (name, {"select": "first"}, {"select": "argmax"})
+    for name in NAMES
+    if {"select", "n_candidates"} <= set(agent_class(name).CHOICE)
+]
+
+
+@pytest.mark.parametrize(("name", "one", "two"), CHANGES)
+def test_the_choice_counts(name: str, one: dict[str, Any], two: dict[str, Any], trained: dict[str, Agent]) -> None:
+    """ "first" is one plain sample; "argmax" the best of the candidates by the critic: another action, no worse by Q."""
+    agent = trained.setdefault(name, small(name).learn(DATA))
+    obs = np.random.default_rng(2).normal(size=(64, 3)).astype(np.float32)
+    n = {"n_candidates": 32}
+    first = agent.predict(obs, deterministic=True, **n, **one)[0]
+    best = agent.predict(obs, deterministic=True, **n, **two)[0]
+    assert not np.array_equal(first, best)
+    more = agent.predict(obs, deterministic=True, n_candidates=2, **two)[0]
+    assert not np.array_equal(more, best)
+    with pytest.raises(ValueError, match="n_candidates=100000"):
+        agent.predict(obs, deterministic=True, n_candidates=100_000, **two)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_knobs(name: str) -> None:
+    """Every knob refuses nonsense by its own name, in one line, before anything is built."""
+    cls = agent_class(name)
+    with pytest.raises(TypeError, match=rf"{name} has no knob 'nonsense'.*Valid: "):
+        cls(nonsense=1)
+    for field in dataclasses.fields(cls.Config):
+        for value in ("nonsense", float("nan"), -1.5, [1]):
+            with pytest.raises((ValueError, TypeError), match=field.name) as caught:
+                cls(**{field.name: value})
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    with pytest.raises(TypeError, match="policy_kwargs has no 'width'"):
+        small(name, policy_kwargs={"width": 3})._set_up(small_spec())
+    with pytest.raises(ValueError, match="positive whole numbers"):
+        small(name, policy_kwargs={"net_arch": [-3]})._set_up(small_spec())
+
+
+def small_spec() -> Any:
+    return small("SRPO", env="Pendulum-v1").spec
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_calls(name: str, trained: dict[str, Agent]) -> None:
+    agent = trained.setdefault(name, small(name).learn(DATA))
+    with pytest.raises(RuntimeError, match="no policy yet"):
+        small(name).predict(OBS)
+    with pytest.raises(ValueError, match="4"):
+        agent.predict(np.zeros(4, np.float32))
+    with pytest.raises(ValueError, match="NaN"):
+        agent.predict(np.full(3, np.nan, np.float32))
+    with pytest.raises(ValueError, match=r"stages=\('nothing',\); give a tuple of some of"):
+        agent.learn(DATA, stages=("nothing",))
+    with pytest.raises(ValueError, match=r"fresh=\('nothing',\) .*the networks are"):
+        agent.clone(fresh=("nothing",))
+    short = {key: value[:, :1] if key == "actions" else value for key, value in DATA.items()}
+    with pytest.raises(ValueError, match="1 dimension"):
+        agent.learn(short)
+    with pytest.raises(ValueError, match=r"preset='no-such'.*unknown"):
+        small(name, preset="no-such")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_stops_with_the_last_good_state(name: str) -> None:
+    """A network that turns NaN in mid-run: the error names the stage, and what is left acts and is finite."""
+    agent = small(name)
+
+    def poison(local: dict[str, Any], _: Any) -> bool:
+        run = local["self"]
+        if run.num_timesteps == STEPS - 1:
+            optimizer = next(iter(run.stages()[0].parts[0].optimizers))
+            with torch.no_grad():
+                optimizer.parameters[0].fill_(float("nan"))
+        return True
+
+    with pytest.raises(diffagents.TrainingDiverged, match="diverged between its steps"):
+        agent.learn(DATA, callback=poison, log_interval=3)
+    assert all(bool(v.isfinite().all()) for state in agent.get_parameters().values() for v in state.values())
+    assert np.isfinite(agent.predict(OBS)[0]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_presets_are_complete(name: str) -> None:
+    """The file is named like the module; its default block sizes every stage, and no key is anything but a knob."""
+    cls = agent_class(name)
+    table, known = load_presets(cls.presets_name()), {*fields(name), "aliases", "source", "policy_kwargs"}
+    assert {f"{stage}_steps" for stage in cls.STAGE_SHARES} <= set(table["default"])
+    assert all(set(row) <= known for row in table.values())
+    for row in table:
+        if row not in ("default", "paper", "official_code"):
+            small(name, preset=row)._set_up(small_spec())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_agent(name: str) -> None:
+    """Two runs agree to the bit, another seed does not; announcing (verbose=1) changes nothing."""
+    one, two, other = small(name).learn(DATA), small(name, verbose=1).learn(DATA), small(name, seed=1).learn(DATA)
+    same_networks(one, two)
+    with pytest.raises(AssertionError):
+        same_networks(one, other)
