@@ -11,6 +11,11 @@ AGENTS = {
     "DiffusionQL": "diffagents.agents.diffusion_ql",
     "DiffCPS": "diffagents.agents.diffcps",
     "BDPO": "diffagents.agents.bdpo",
+    "QGPO": "diffagents.agents.qgpo",
+    "SfBC": "diffagents.agents.sfbc",
+    "IQL": "diffagents.agents.iql",
+    "TD3BC": "diffagents.agents.td3_bc",
+    "AWR": "diffagents.agents.awr",
 }
 """Algorithm name -> the module that holds the class of that name; imported when first asked for."""
 
@@ -26,12 +31,17 @@ _LAZY = {
 
 __all__ = [
     "AGENTS",
+    "AWR",
     "BDPO",
+    "IQL",
+    "QGPO",
     "SRPO",
+    "TD3BC",
     "ArtifactError",
     "DiffCPS",
     "DiffusionQL",
     "Evaluation",
+    "SfBC",
     "TrainingDiverged",
     "evaluate",
     "load",
@@ -41,10 +51,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from diffagents.agent import Agent
+    from diffagents.agents.awr import AWR
     from diffagents.agents.bdpo import BDPO
     from diffagents.agents.diffcps import DiffCPS
     from diffagents.agents.diffusion_ql import DiffusionQL
+    from diffagents.agents.iql import IQL
+    from diffagents.agents.qgpo import QGPO
+    from diffagents.agents.sfbc import SfBC
     from diffagents.agents.srpo import SRPO
+    from diffagents.agents.td3_bc import TD3BC
     from diffagents.artifact import ArtifactError
     from diffagents.datasets import load_dataset
     from diffagents.evaluation import Evaluation, evaluate, record_video

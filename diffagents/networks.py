@@ -62,10 +62,40 @@ class TanhPolicy(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
         super().__init__()
+        self.hidden = list(hidden)
         self.net = MLP(obs_dim, hidden, act_dim)
 
-    def forward(self, obs: Tensor) -> Tensor:
-        return torch.tanh(self.net(obs))
+    def forward(self, obs: Tensor, masks: Tensor | None = None) -> Tensor:
+        """`masks` (B, sum of hidden sizes) are dropout masks, layer beside layer, None in use."""
+        if masks is None:
+            return torch.tanh(self.net(obs))
+        *body, last = self.net
+        h = obs
+        for linear, activation, mask in zip(body[::2], body[1::2], torch.split(masks, self.hidden, -1), strict=True):
+            h = activation(linear(h)) * mask
+        return torch.tanh(last(h))
+
+
+class GaussianPolicy(TanhPolicy):
+    """N(tanh(MLP(s)), diag sigma^2): the actor of IQL and AWR; calling it gives the mean, (B, S) -> (B, A).
+
+    sigma is one number per action dimension, the same for every s; log sigma starts at 0 and counts within [-5, 2].
+    Only the mean is squashed: the density is the plain Gaussian's, whose samples may leave [-1, 1].
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
+        super().__init__(obs_dim, act_dim, hidden)
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+
+    def log_prob(self, obs: Tensor, act: Tensor, masks: Tensor | None = None) -> Tensor:
+        """log pi(a|s) summed over dimensions: (B, S), (B, A) -> (B,)."""
+        log_std = self.log_std.clamp(-5.0, 2.0)
+        z = (act - self(obs, masks)) * torch.exp(-log_std)
+        return -(0.5 * z.square() + log_std + 0.5 * math.log(2.0 * math.pi)).sum(-1)
+
+    def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """a ~ pi(.|s) from standard normal `noise` (B, A), clamped to [-1, 1]."""
+        return (self(obs) + self.log_std.clamp(-5.0, 2.0).exp() * noise).clamp(-1.0, 1.0)
 
 
 class EnsembleMLP(nn.Module):
@@ -269,7 +299,7 @@ class FourierTime(nn.Module):
 
 
 class ConditionedBlock(nn.Module):
-    """silu(W2 (silu(W1 x) + V silu(e))) + skip x; the skip is a Linear where the sizes differ. `Residual_Block` in SfBC's code."""
+    """silu(W2 (silu(W1 x) + V silu(e))) + skip x, the skip a Linear where sizes differ. `Residual_Block` in SfBC's code."""
 
     EMBED_DIM = 128
 
@@ -311,9 +341,8 @@ class UNetDenoiser(nn.Module):
 
     def forward(self, a_t: Tensor, obs: Tensor, t: Tensor) -> Tensor:
         """`a_t` (..., A); `obs` (..., S) and `t` (...,) in (0, 1] may have sizes of 1 to expand, and are embedded once."""
-        time, state = self.time(t), F.silu(self.state(obs))
-        lead = torch.broadcast_shapes(time.shape[:-1], state.shape[:-1])
-        embedding = self.embed(torch.cat([state.expand(*lead, -1), time.expand(*lead, -1)], -1))
+        both = torch.broadcast_tensors(F.silu(self.state(obs)), self.time(t))  # type: ignore[no-untyped-call]
+        embedding = self.embed(torch.cat(both, -1))
         kept, h = [], a_t
         for block in self.down:
             h = block(h, embedding)

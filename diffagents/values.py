@@ -24,6 +24,28 @@ def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
     return (weight * diff.square()).mean()
 
 
+@torch.no_grad()
+def lambda_returns(rew: Tensor, done: Tensor, next_value: Tensor, episode_ends: Tensor, gamma: float, lam: float) -> Tensor:
+    """TD(lambda) returns of the N rows of whole data, episode after episode, (N,) float32 on `rew`'s device.
+
+        G_t = r_t + gamma (1 - d_t) [ (1 - lam) V(s'_t) + lam G_{t+1} ],    in an episode's last row  V(s'_t) alone
+
+    so a termination ends the sum, while a time-out or a cut goes on with V(s'). rew, done, next_value (N,);
+    episode_ends (E,) one past each episode's last row. lam = 1 with a next_value of zero: Monte-Carlo returns.
+    """
+    r, d, v = (tensor.cpu().double() for tensor in (rew, done, next_value))
+    ends = episode_ends.cpu()
+    share = torch.full_like(r, lam)
+    share[ends[ends > 0] - 1] = 0.0  # an end at 0 closes an episode of which no row is left
+    discount = gamma * (1.0 - d)
+    here, carry = (r + discount * (1.0 - share) * v).tolist(), (discount * share).tolist()
+    value, returns = 0.0, [0.0] * len(here)
+    for i in range(len(here) - 1, -1, -1):
+        value = here[i] + carry[i] * value
+        returns[i] = value
+    return torch.tensor(returns, dtype=torch.float32, device=rew.device)
+
+
 def action_gradient(value: Callable[[Tensor], Tensor], act: Tensor) -> Tensor:
     """grad_a value(a) at `act` (B, A), detached; `value` maps (B, A) to (B,), row by row."""
     leaf = act.detach().requires_grad_(True)

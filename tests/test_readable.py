@@ -7,16 +7,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import pytest
+from small_agents import NAMES, STEPS, small
 from stable_baselines3.common.callbacks import BaseCallback
+from toy import line_data
 
 import diffagents
-from diffagents import SRPO
 
 PACKAGE = Path(diffagents.__file__).parent
 MAX_FILES = 7
-STEPS = 4  # per stage; the third is looked at: the first may set things up, the last reports
 
 
 class Recorder(BaseCallback):
@@ -47,31 +46,17 @@ class Recorder(BaseCallback):
             sys.setprofile(before)
 
 
-@pytest.fixture(scope="module")
-def updates() -> list[set[tuple[str, str]]]:
-    """The functions of ours, as (file, name), that ran between one call of the callback and the next."""
-    random = np.random.default_rng(0)
-    n = 60
-    data = {
-        "observations": random.normal(size=(n, 3)).astype(np.float32),
-        "actions": random.uniform(-1, 1, (n, 2)).astype(np.float32),
-        "rewards": random.normal(size=n).astype(np.float32),
-        "terminations": np.arange(n) % 20 == 19,
-        "truncations": np.zeros(n, bool),
-    }
-    lengths: dict[str, Any] = {"critic_steps": STEPS, "behavior_steps": STEPS, "policy_steps": STEPS}
-    agent = SRPO(seed=0, verbose=0, behavior_batch_size=8, batch_size=8, **lengths)
-    recorder = Recorder()
+@pytest.mark.parametrize("name", NAMES)
+def test_one_update_fits_in_the_head(name: str) -> None:
+    """In each stage: the functions of ours, as (file, name), that run between one call of the callback and the next."""
+    agent, recorder = small(name), Recorder()
     with recorder.watching():
-        agent.learn(data, callback=recorder, log_interval=STEPS)
-    return recorder.updates
-
-
-@pytest.mark.parametrize("stage", range(3), ids=["critic", "behavior", "policy"])
-def test_one_update_fits_in_the_head(updates: list[set[tuple[str, str]]], stage: int) -> None:
-    assert len(updates) == 3 * STEPS
-    functions = updates[stage * STEPS + 2]
-    files = sorted({file for file, _ in functions})
-    assert str(Path("agents", "srpo.py")) in files
-    assert "transitions.py" in files  # drawing the batch belongs to it
-    assert len(files) <= MAX_FILES, "\n".join(f"{file}: {name}" for file, name in sorted(functions))
+        agent.learn(line_data(), callback=recorder, log_interval=STEPS)
+    assert len(recorder.updates) == len(agent.STAGE_SHARES) * STEPS
+    for stage in range(len(agent.STAGE_SHARES)):
+        middle = recorder.updates[stage * STEPS + 2 : (stage + 1) * STEPS - 1]
+        functions = set().union(*middle)  # with what is due only now and then
+        files = sorted({file for file, _ in functions})
+        assert str(Path("agents", agent.presets_name() + ".py")) in files
+        assert "transitions.py" in files  # drawing the batch belongs to it
+        assert len(files) <= MAX_FILES, "\n".join(f"{file}: {name}" for file, name in sorted(functions))

@@ -161,7 +161,10 @@ class BDPO(Agent):
 
     # ---- critic and value --------------------------------------------------------------------------------------------
     def draw_critics(self, n: int, generator: torch.Generator) -> Draws:
-        return {"path": self.policy.noises((n, self.config.n_samples), generator), **self.draw_policy(n, generator)}
+        draws = self.draw_policy(n, generator)
+        if self.config.gamma > 0:
+            draws["path"] = self.policy.noises((n, self.config.n_samples), generator)
+        return draws
 
     def update_critics(self, batch: Batch, draws: Draws) -> Metrics:
         with torch.no_grad():  # both targets, before either network moves
@@ -187,6 +190,8 @@ class BDPO(Agent):
     def q_target(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """y (B,), and the path's penalty (B, K): K whole paths of the lagged policy from each s'."""
         c, chain, n = self.config, self.policy.chain, len(batch.rew)
+        if c.gamma == 0:  # a bandit has no next state to walk to
+            return batch.rew, torch.zeros(n, c.n_samples, device=batch.rew.device)
         obs, path = batch.next_obs[:, None], draws["path"]  # (B, 1, S), (T + 1, B, K, A)
         x, penalty = path[0], torch.zeros(path.shape[1:3], device=path.device)
         for i, z in zip(reversed(range(chain.n_steps)), path[1:], strict=True):

@@ -1,0 +1,134 @@
+"""AWR: Advantage-Weighted Regression.   Peng, Kumar, Zhang, Levine 2019, arXiv:1910.00177.  Read offline: one round on data.
+
+Order      V is fitted to the data's returns and frozen; then the policy is cloned from the data by weight.
+Critic     V <- argmin E[ (R - V(s))^2 ],   R the discounted return from s
+Policy     max_pi E[ w log pi(a|s) ],   w = min(exp(A / T), weight_clip),   A = R^lambda - V(s), standardised
+           pi(.|s) = N(tanh(MLP(s)), diag sigma^2), one learnt sigma for all s
+Symbols    V -> critic, T -> temperature, R^lambda: `values.lambda_returns`
+Details
+  [D1] The official algorithm learns online: each of its rounds collects data, fits V to TD(lambda) returns of the last V, then
+       the policy. On fixed data there is one round and no last V, so V is fitted to Monte-Carlo returns, once. A time-out or
+       a cut ENDS their sum: near one, V is low by what would have followed.
+  [D2] The policy's R^lambda goes on with V(s') after a time-out or a cut, and ends at a termination only.
+  [D3] A is standardised over ALL data, (A - mean) / (std + 1e-5) (official code). Otherwise the weights degenerate: the scale
+       of rewards would set the temperature.
+  [D4] The official code has a fixed sigma (0.2 or 0.4), SGD, layers of [128, 64], Xavier starts, a penalty on means out of
+       bounds, and running normalisers of observations, actions and values. Ours: IQL's Gaussian policy, Adam, [256, 256],
+       PyTorch's starts; `normalize_obs` is the observations' part.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffagents.agent import Agent
+from diffagents.engine import Draws, Optimizer, Part, Stage
+from diffagents.knobs import check_choice, check_number, net_arch
+from diffagents.networks import MLP, GaussianPolicy
+from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.transitions import Sampler
+from diffagents.types import Batch, Metrics
+from diffagents.values import lambda_returns
+
+ROWS_AT_ONCE = 65_536
+"""Of the whole data through V: bounds the memory of hidden layers."""
+
+
+@dataclass(frozen=True)
+class AWRConfig:
+    """Knobs of AWR. temperature, weight_clip, td_lambda and gamma are the official code's; no values per task are published."""
+
+    temperature: float = 1.0  # T > 0, of standardised advantages; small = greedy, large = cloning
+    weight_clip: float = 20.0  # largest weight
+    td_lambda: float = 0.95  # in [0, 1]: 1 trusts the data's returns, 0 the critic
+    gamma: float = 0.99  # discount
+    learning_rate: float = 3e-4  # critic and policy
+    batch_size: int = 256
+    reward_transform: str = "none"  # the policy's weights do not depend on the scale of rewards
+    normalize_obs: bool = True  # [D4]
+    critic_steps: int | None = None  # None: the `default:` block of zoo/awr.yml
+    policy_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("weight_clip", self.weight_clip, "must be positive", lambda x: x > 0)
+        check_number("td_lambda", self.td_lambda, "must lie in [0, 1]", lambda x: 0 <= x <= 1)
+        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+
+
+class AWR(Agent):
+    """Advantage-weighted regression: a Gaussian policy, cloned from the data by the weight of its returns."""
+
+    Config = AWRConfig
+    config: AWRConfig
+    policy: GaussianPolicy
+    STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 200_000, "policy": 1_000_000}  # official code: 200 to 1000
+    POLICY_STAGE = "policy"
+    MODEL = ("policy",)
+    LEARNER = ("critic",)
+
+    returns: Tensor  # (N,) by row of the data, while the critic is trained
+    weights: Tensor  # (N,) by row of the data, while the policy is trained
+
+    def build(self) -> None:
+        c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
+        arch = net_arch(self.policy_kwargs, {"pi": (256, 256), "vf": (256, 256)})
+        self.critic = MLP(obs_dim, arch["vf"], 1).to(self.device)
+        self.policy = GaussianPolicy(obs_dim, act_dim, arch["pi"]).to(self.device)
+        self.optimizers = {
+            "critic": Optimizer(self.critic.parameters(), c.learning_rate),
+            "policy": Optimizer(self.policy.parameters(), c.learning_rate),
+        }
+
+    def stages(self) -> list[Stage]:
+        size, opt = self.config.batch_size, self.optimizers
+        return [
+            Stage("critic", size, (Part(self.update_critic, optimizers=(opt["critic"],)),), self.prepare_critic),
+            Stage("policy", size, (Part(self.update_policy, optimizers=(opt["policy"],)),), self.prepare_policy),
+        ]
+
+    # ---- stage 1: critic -------------------------------------------------------------------------------------------
+    def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
+        """Monte-Carlo returns of every row [D1]."""
+        data = sampler.all()
+        nothing = torch.zeros_like(data.rew)
+        self.returns = lambda_returns(data.rew, data.done, nothing, sampler.episode_ends, self.config.gamma, 1.0)
+        return sampler
+
+    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
+        value = self.critic(batch.obs).squeeze(-1)
+        loss = (self.returns[batch.rows] - value).square().mean()
+        self.optimizers["critic"].minimize(loss)
+        return {"critic_loss": loss.detach(), "v": value.detach().mean()}
+
+    # ---- stage 2: policy -------------------------------------------------------------------------------------------
+    def prepare_policy(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
+        """The weight w of every row [D2] [D3]."""
+        c, data = self.config, sampler.all()
+        value, next_value = self.values(sampler.obs), self.values(sampler.next_obs)
+        goal = lambda_returns(data.rew, data.done, next_value, sampler.episode_ends, c.gamma, c.td_lambda)
+        advantage = goal - value
+        std, mean = torch.std_mean(advantage, correction=0)
+        self.weights = torch.exp((advantage - mean) / (std + 1e-5) / c.temperature).clamp(max=c.weight_clip)
+        return sampler
+
+    @torch.no_grad()
+    def values(self, obs: Tensor) -> Tensor:
+        """V at normalised observations (N, S) -> (N,), a part at a time."""
+        return torch.cat([self.critic(part).squeeze(-1) for part in torch.split(obs, ROWS_AT_ONCE)])
+
+    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
+        weight = self.weights[batch.rows]
+        loss = -(weight * self.policy.log_prob(batch.obs, batch.act)).mean()
+        self.optimizers["policy"].minimize(loss)
+        return {"policy_loss": loss.detach(), "weight": weight.mean()}
+
+    # ---- acting ----------------------------------------------------------------------------------------------------
+    def act(self, obs: Tensor, deterministic: bool, config: AWRConfig) -> Tensor:
+        """(B, S) -> (B, A): a sample of the Gaussian, clamped to [-1, 1]; deterministic: its mean."""
+        if deterministic:
+            mean: Tensor = self.policy(obs)
+            return mean
+        kwargs: dict[str, Any] = {"generator": self.predict_generator, "device": self.device}
+        return self.policy.sample(obs, torch.randn(len(obs), self.act_dim, **kwargs))

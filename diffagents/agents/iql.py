@@ -1,0 +1,133 @@
+"""IQL: Offline Reinforcement Learning with Implicit Q-Learning.   Kostrikov, Nair, Levine, ICLR 2022, arXiv:2110.06169.
+
+Every step  critic (V by expectile regression, twin Q, lagged twins), then policy, on one batch
+Critic      Eqs. (5) and (6): iql_critic.py. No action outside the data is ever valued.
+Policy      L = - E[ min(exp(beta A), 100) log pi(a|s) ],   A = min_j Qbar_j(s, a) - V(s)                             Eq. (7)
+            pi(.|s) = N(tanh(MLP(s)), diag sigma^2): the squashing is of the mean only, sigma does not depend on s
+Details
+  [D1] Order: V(s') is taken before the V step, then V and Q step together, the lagged twins follow, and the policy weighs
+       with the new V and twins. The official code steps V, policy, Q (towards the new V), twins; a well-known port (CORL)
+       has our order but weighs with V and twins from before the step. The difference is of one step of 0.005.
+  [D2] `deterministic_policy`: the squared error takes the place of -log pi; a port's (CORL's) option for hopper-medium.
+  [D3] `dropout` is in the policy's hidden layers while it is trained (official code: 0.1 on adroit and kitchen). The offline
+       part of that port accepts it and never uses it.
+  [D4] The policy's learning rate falls to 0 on a cosine over the stage.
+  [D5] Layers start as PyTorch's do; the official code starts them orthogonal.
+  [D6] log sigma counts within [-5, 2] (official code; the port [-20, 2]).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffagents.agent import Agent
+from diffagents.engine import Draws, Optimizer, Part, Stage
+from diffagents.iql_critic import IQLCritic
+from diffagents.knobs import check_choice, check_number, net_arch
+from diffagents.networks import GaussianPolicy, TanhPolicy, dropout_masks
+from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.types import Batch, Metrics
+
+MAX_WEIGHT = 100.0
+"""The cap of Eq. (7)'s weights (official code)."""
+
+
+@dataclass(frozen=True)
+class IQLConfig:
+    """Knobs of IQL. Defaults: the paper's for locomotion; per-task values are rows of zoo/iql.yml."""
+
+    expectile: float = 0.7  # in (0, 1); 0.9 on AntMaze
+    beta: float = 3.0  # >= 0; 0 clones the data, large = greedy (the official code's `temperature`); AntMaze 10, adroit 0.5
+    dropout: float = 0.0  # [D3]
+    deterministic_policy: bool = False  # [D2]
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # share of the online critic in its lagged copy, every step
+    learning_rate: float = 3e-4  # critic, and policy at first [D4]
+    batch_size: int = 256
+    reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
+    normalize_obs: bool = False
+    train_steps: int | None = None  # None: the `default:` block of zoo/iql.yml; paper 1M
+
+    def __post_init__(self) -> None:
+        check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
+        check_number("beta", self.beta, "must not be negative: 0 clones the data, 3 is usual", lambda x: x >= 0)
+        check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
+        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+
+
+class IQL(Agent):
+    """Implicit Q-learning: a critic that never leaves the data, and a Gaussian policy cloned from it by weight."""
+
+    Config = IQLConfig
+    config: IQLConfig
+    policy: TanhPolicy
+    STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 1_000_000}
+    POLICY_STAGE = "train"
+    MODEL = ("policy",)
+    LEARNER = ("critic",)
+
+    def build(self) -> None:
+        c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
+        arch = net_arch(self.policy_kwargs, {"pi": (256, 256), "qf": (256, 256), "vf": (256, 256)})
+        self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"]).to(self.device)
+        kind = TanhPolicy if c.deterministic_policy else GaussianPolicy
+        self.policy = kind(obs_dim, act_dim, arch["pi"]).to(self.device)
+        self.optimizers = {
+            "critic": Optimizer(self.critic.trained_parameters(), c.learning_rate),
+            "policy": Optimizer(self.policy.parameters(), c.learning_rate, cosine=True),  # [D4]
+        }
+
+    def stages(self) -> list[Stage]:
+        opt = self.optimizers
+        parts = (
+            Part(self.update_critic, optimizers=(opt["critic"],)),
+            Part(self.update_policy, self.draw_policy, (opt["policy"],)),
+        )
+        return [Stage("train", self.config.batch_size, parts)]
+
+    # ---- critic ----------------------------------------------------------------------------------------------------
+    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
+        loss, metrics = self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D1]
+        self.optimizers["critic"].minimize(loss)
+        self.critic.update_target(self.config.tau)
+        return metrics
+
+    # ---- policy ----------------------------------------------------------------------------------------------------
+    def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
+        if self.config.dropout == 0:
+            return {}
+        return {"masks": dropout_masks((n, sum(self.policy.hidden)), self.config.dropout, generator)}  # [D3]
+
+    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
+        loss, metrics = self.policy_loss(batch, draws)
+        self.optimizers["policy"].minimize(loss)
+        return metrics
+
+    def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        """Eq. (7): cloning, each action by the weight of its advantage."""
+        with torch.no_grad():
+            q = self.critic.q_target(torch.cat([batch.act, batch.obs], -1)).amin(0)  # (B,)
+            advantage = q - self.critic.v(batch.obs).squeeze(-1)
+            weight = torch.exp(self.config.beta * advantage).clamp(max=MAX_WEIGHT)
+        masks = draws.get("masks")
+        if isinstance(self.policy, GaussianPolicy):
+            misfit = -self.policy.log_prob(batch.obs, batch.act, masks)
+        else:
+            misfit = (self.policy(batch.obs, masks) - batch.act).square().sum(-1)  # [D2]
+        loss = (weight * misfit).mean()
+        return loss, {"policy_loss": loss.detach(), "advantage": advantage.mean(), "weight": weight.mean()}
+
+    # ---- acting ----------------------------------------------------------------------------------------------------
+    def act(self, obs: Tensor, deterministic: bool, config: IQLConfig) -> Tensor:
+        """(B, S) -> (B, A): the mean (the paper's evaluation), or a sample of the Gaussian, clamped to [-1, 1].
+
+        deterministic: the mean. With `deterministic_policy` both are.
+        """
+        mean: Tensor
+        if deterministic or not isinstance(self.policy, GaussianPolicy):
+            mean = self.policy(obs)
+            return mean
+        kwargs: dict[str, Any] = {"generator": self.predict_generator, "device": self.device}
+        return self.policy.sample(obs, torch.randn(len(obs), self.act_dim, **kwargs))

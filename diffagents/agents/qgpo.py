@@ -1,0 +1,264 @@
+"""QGPO: Contrastive Energy Prediction for Exact Energy-Guided Diffusion Sampling.   Lu et al., ICML 2023, arXiv:2304.12824.
+
+Order      behavior; critic on it; energy on both. Nothing else is learnt: the policy is guided sampling.
+Target     pi(a|s) ~ mu(a|s) exp(beta Q(s, a))
+Score      grad log pi_t(a_t|s) = grad log mu_t(a_t|s) + s_g grad_a f(a_t, s, t); exact for s_g = 1 and
+           f = log E_mu[ exp(beta Q(s, a)) | a_t ] + any function of s and t
+Support    a_1 .. a_M ~ mu(.|s), M actions for every state of the data, made once
+Critic     y = r + gamma (1 - d) sum_i softmax_i(beta_q Qbar(s', a'_i)) Qbar(s', a'_i);   loss = (MSE_1 + MSE_2) / 2
+Energy     L = - E[ sum_i softmax_i(beta Qbar(s, a_i)) log softmax_i f(a_i,t, s, t) ],   a_i,t = alpha_t a_i + sigma_t eps_i
+Symbols    mu -> behavior, Q -> critic, Qbar -> minimum of the lagged twins (critic_target), f -> energy, s_g -> guidance_scale
+The paper's text was not at hand: what follows is its official code (thu-ml/CEP-energy-guided-diffusion), and the equations
+carry no numbers.
+Details
+  [D1] Stages in turn. The official code trains the energy beside the critic from the first step on and stops the critic at
+       half of the way; ours meets the finished critic only.
+  [D2] Making the support costs M x `solver_steps` network calls a state, at s' for the critic and at s for the energy, and
+       holds M x A floats a state in memory: with the paper's sizes some 20 ms a state on one CPU core, hours for a million.
+       `n_support_states` draws that many transitions once and trains on them alone; None takes all, as the paper.
+       The table is made anew when a stage begins or is resumed (the same numbers each time); no file holds it.
+  [D3] t ~ U(0.001, 1) everywhere; the M actions of a state share one.
+  [D4] `energy_loss`, the paper's comparisons: "mse" regresses beta Qbar at the data's actions, "emse" its exponential,
+       relative to the best of the support and with the exponent clipped to [-100, 4.5]. Only "cep" is exact.
+  [D5] beta and beta_q are in units of Q, and so belong to the reward transform. None: beta_q = beta.
+  [D6] guidance_scale is swept at evaluation in the official code (locomotion 0 to 10, AntMaze 1 to 4); which one a task took is
+       not published. `predict(obs, guidance_scale=...)` does the same.
+  [D7] DPM-Solver++, order 2. Support actions are not clipped, the chosen action at the very end (the official code leaves it
+       to the environment).
+  [D8] The behaviour stage's batch is 4096 in the official code, and in `preset="paper"`. Ours is 256, for CPUs.
+  [D9] The official loader shuffles epochs; we draw uniformly with replacement, as everywhere in this library.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffagents.agent import Agent
+from diffagents.diffusion import perturb, vp_alpha_sigma
+from diffagents.engine import Draws, Optimizer, Part, Stage
+from diffagents.knobs import check_choice, check_number, net_arch, whole_number
+from diffagents.networks import MLP, EnsembleMLP, FourierTime, UNetDenoiser
+from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.solvers import SolverStep, VPBehavior, dpm_solve, dpm_solver_steps
+from diffagents.transitions import Sampler
+from diffagents.types import Batch, Metrics
+from diffagents.values import action_gradient, polyak_update_, td_target
+
+ENERGY_LOSSES = ("cep", "mse", "emse")
+
+
+@dataclass(frozen=True)
+class QGPOConfig:
+    """Knobs of QGPO. The defaults are the official code's for locomotion but for [D8]; per task: zoo/qgpo.yml."""
+
+    beta: float = 3.0  # > 0, in units of 1 / Q: large follows Q, small stays close to the data
+    beta_q: float | None = None  # >= 0, the same inside the critic's target [D5]
+    n_support: int = 16  # M; 32 on AntMaze
+    n_support_states: int | None = None  # how many transitions get a support, None: all [D2]
+    energy_loss: str = "cep"  # "cep", "mse" or "emse" [D4]
+    guidance_scale: float = 1.0  # >= 0; 0 is the behaviour model [D6]
+    solver_steps: int = 15  # network calls a sample
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # share of the online critic in its lagged copy, every critic step
+    learning_rate: float = 3e-4  # critic and energy
+    behavior_learning_rate: float = 1e-4
+    batch_size: int = 256  # critic and energy stage
+    behavior_batch_size: int = 256  # behaviour stage [D8]
+    reward_transform: str = "auto"  # locomotion "iql_locomotion", AntMaze "iql_antmaze"
+    normalize_obs: bool = False
+    behavior_steps: int | None = None  # None: the `default:` block of zoo/qgpo.yml; paper 600k
+    critic_steps: int | None = None  # paper 500k
+    energy_steps: int | None = None  # paper 1M
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, "must be positive: large follows Q, small stays close to the data", lambda x: x > 0)
+        if self.beta_q is not None:
+            check_number("beta_q", self.beta_q, "must not be negative: 0 averages over the support", lambda x: x >= 0)
+        check_number(
+            "guidance_scale", self.guidance_scale, "must not be negative: 0 acts as the behaviour model", lambda x: x >= 0
+        )
+        check_choice("energy_loss", self.energy_loss, ENERGY_LOSSES)
+        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+        for name in ("n_support", "solver_steps"):
+            whole_number(name, getattr(self, name), 1)
+        if self.n_support_states is not None:
+            whole_number("n_support_states", self.n_support_states, 1, " of transitions, or None for all")
+
+
+class Energy(nn.Module):
+    """f(a_t, s, t): MLP with SiLU on [a_t, time, s]. `GuidanceQt` in the official code."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        self.time = FourierTime()
+        self.net = MLP(act_dim + FourierTime.DIM + obs_dim, hidden, 1, nn.SiLU)
+
+    def forward(self, a_t: Tensor, obs: Tensor, t: Tensor) -> Tensor:
+        """`a_t` (..., A) -> (...,); `obs` (..., S) and `t` (...,) may have sizes of 1 to expand."""
+        lead = a_t.shape[:-1]
+        out: Tensor = self.net(torch.cat([a_t, self.time(t).expand(*lead, -1), obs.expand(*lead, -1)], -1))
+        return out.squeeze(-1)
+
+
+class QGPO(Agent):
+    """A diffusion model of the data, guided while it samples by a learned energy: the policy mu exp(beta Q)."""
+
+    Config = QGPOConfig
+    config: QGPOConfig
+    STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 600_000, "critic": 500_000, "energy": 1_000_000}
+    POLICY_STAGE = "energy"
+    MODEL = ("behavior", "energy")
+    LEARNER = ("critic", "critic_target")
+    CHOICE = ("guidance_scale", "solver_steps")
+
+    actions: Tensor  # (N, M, A): the support at s' in the critic stage, at s in the energy stage [D2]
+
+    def build(self) -> None:
+        c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
+        arch = net_arch(self.policy_kwargs, {"qf": (256,) * 3, "energy": (256,) * 4}, extra={"behavior_width": 512})
+        net = UNetDenoiser(obs_dim, act_dim, arch["behavior_width"])
+        self.behavior = VPBehavior(net, act_dim).to(self.device)
+        self.critic = EnsembleMLP(2, obs_dim + act_dim, arch["qf"]).to(self.device)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.energy = Energy(obs_dim, act_dim, arch["energy"]).to(self.device)
+        self.optimizers = {
+            "behavior": Optimizer(self.behavior.parameters(), c.behavior_learning_rate),
+            "critic": Optimizer(self.critic.parameters(), c.learning_rate),
+            "energy": Optimizer(self.energy.parameters(), c.learning_rate),
+        }
+
+    def stages(self) -> list[Stage]:
+        c, opt = self.config, self.optimizers
+        behavior = Part(self.update_behavior, self.draw_behavior, (opt["behavior"],))
+        critic = Part(self.update_critic, optimizers=(opt["critic"],))
+        energy = Part(self.update_energy, self.draw_energy, (opt["energy"],))
+        return [
+            Stage("behavior", c.behavior_batch_size, (behavior,)),
+            Stage("critic", c.batch_size, (critic,), self.prepare_critic),
+            Stage("energy", c.batch_size, (energy,), self.prepare_energy),
+        ]
+
+    # ---- stage 1: behaviour ----------------------------------------------------------------------------------------
+    def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
+        kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
+        return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.act_dim, **kwargs)}
+
+    def update_behavior(self, batch: Batch, draws: Draws) -> Metrics:
+        loss = self.behavior.loss(batch.act, batch.obs, 1e-3 + (1.0 - 1e-3) * draws["u"], draws["eps"])  # [D3]
+        self.optimizers["behavior"].minimize(loss)
+        return {"behavior_loss": loss.detach()}
+
+    # ---- stage 2: critic -------------------------------------------------------------------------------------------
+    def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
+        sampler = self._with_support(sampler, generator)
+        self.actions = self._support("critic", sampler.next_obs, generator)
+        return sampler
+
+    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
+        loss, metrics = self.critic_loss(batch)
+        self.optimizers["critic"].minimize(loss)
+        polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
+        return metrics
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The mean of the two squared errors against a backup that stays within the support of the data."""
+        c = self.config
+        with torch.no_grad():
+            q = self.lower_q(batch.next_obs[:, None], self.actions[batch.rows])  # (B, M)
+            beta = c.beta if c.beta_q is None else c.beta_q  # [D5]
+            goal = td_target(batch.rew, batch.done, (torch.softmax(beta * q, -1) * q).sum(-1), c.gamma)
+        q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (2, B)
+        loss = (q - goal).square().mean()
+        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
+
+    def lower_q(self, obs: Tensor, act: Tensor) -> Tensor:
+        """Qbar, the minimum of the lagged twins: act (..., A), obs (..., S) with sizes of 1 to expand -> (...,)."""
+        lead = act.shape[:-1]
+        pairs = torch.cat([obs.expand(*lead, -1), act], -1)
+        return self.critic_target(pairs.view(-1, pairs.shape[-1])).amin(0).view(lead)
+
+    # ---- stage 3: energy -------------------------------------------------------------------------------------------
+    def prepare_energy(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
+        sampler = self._with_support(sampler, generator)
+        if self.config.energy_loss == "mse":  # needs the data's actions only
+            return sampler
+        self.actions = self._support("energy", sampler.obs, generator)
+        return sampler
+
+    def draw_energy(self, n: int, generator: torch.Generator) -> Draws:
+        kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
+        size = (n, self.config.n_support, self.act_dim) if self.config.energy_loss == "cep" else (n, self.act_dim)
+        return {"u": torch.rand(n, **kwargs), "eps": torch.randn(size, **kwargs)}
+
+    def update_energy(self, batch: Batch, draws: Draws) -> Metrics:
+        loss = self.energy_loss(batch, draws)
+        self.optimizers["energy"].minimize(loss)
+        return {"energy_loss": loss.detach()}
+
+    def energy_loss(self, batch: Batch, draws: Draws) -> Tensor:
+        """Contrastive energy prediction: which of a state's M noisy actions was how good; or a regression [D4]."""
+        c = self.config
+        t = 1e-3 + (1.0 - 1e-3) * draws["u"]  # (B,) [D3]
+        alpha, sigma = vp_alpha_sigma(t)
+        if c.energy_loss == "cep":
+            a, obs = self.actions[batch.rows], batch.obs[:, None]  # (B, M, A), (B, 1, S)
+            with torch.no_grad():
+                weights = torch.softmax(c.beta * self.lower_q(obs, a), -1)  # (B, M)
+            f = self.energy(perturb(a, draws["eps"], alpha[:, None], sigma[:, None]), obs, t[:, None])  # (B, M)
+            return F.cross_entropy(f, weights)
+        f = self.energy(perturb(batch.act, draws["eps"], alpha, sigma), batch.obs, t)  # (B,)
+        with torch.no_grad():
+            goal = self.lower_q(batch.obs, batch.act)
+            if c.energy_loss == "emse":
+                goal = goal - self.lower_q(batch.obs[:, None], self.actions[batch.rows]).amax(-1)
+        if c.energy_loss == "mse":
+            return F.mse_loss(f, c.beta * goal)
+        return F.mse_loss(f.clamp(-100.0, 4.5).exp(), (c.beta * goal).clamp(-100.0, 4.5).exp())
+
+    # ---- acting, and the support -----------------------------------------------------------------------------------
+    def act(self, obs: Tensor, deterministic: bool, config: QGPOConfig) -> Tensor:
+        """(B, S) -> (B, A): one guided sample [D7]. deterministic: it starts from the stored noise."""
+        noise = self.behavior.noise(len(obs), 1, deterministic, self.predict_generator)
+        with torch.inference_mode(False), torch.no_grad():  # `predict` is in inference mode, where nothing has a gradient
+            sample = self.guided_sample(obs.clone(), noise.clone(), config.guidance_scale, self._solver(config.solver_steps))
+        return sample[:, 0].clamp(-1.0, 1.0)
+
+    def guided_sample(self, obs: Tensor, noise: Tensor, scale: float, steps: tuple[SolverStep, ...]) -> Tensor:
+        """a ~ mu(.|s) exp(f) from x_1 = `noise` (B, M, A) for obs (B, S): (B, M, A), not clipped.
+
+        The noise that belongs to the guided score is eps - sigma_t s_g grad_a f.
+        """
+        obs = obs[:, None]
+
+        def guided_eps(a: Tensor, t: Tensor) -> Tensor:
+            _, sigma = vp_alpha_sigma(t)
+            gradient = action_gradient(lambda x: self.energy(x, obs, t), a)
+            out: Tensor = self.behavior.net(a, obs, t) - scale * sigma[..., None] * gradient
+            return out
+
+        return dpm_solve(guided_eps, noise, steps)
+
+    @staticmethod
+    def _solver(n_evals: int) -> tuple[SolverStep, ...]:
+        return dpm_solver_steps(n_evals, order=2, data_prediction=True)
+
+    def _with_support(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
+        """The transitions that a stage is trained on: all, or some drawn once."""
+        n = self.config.n_support_states
+        if n is None or n >= len(sampler):
+            return sampler
+        rows = torch.randperm(len(sampler), generator=generator, device=self.device)[:n]
+        return Sampler(sampler.matrix[rows], sampler.obs_dim, sampler.act_dim)
+
+    def _support(self, stage: str, obs: Tensor, generator: torch.Generator) -> Tensor:
+        """M actions of the behaviour model for each of obs (N, S): (N, M, A)."""
+        c = self.config
+        actions = torch.empty(len(obs), c.n_support, self.act_dim, device=self.device)
+        name = stage if self.verbose else None
+        for rows, some in self.behavior.support(obs, c.n_support, self._solver(c.solver_steps), generator, name):
+            actions[rows] = some
+        return actions

@@ -1,0 +1,229 @@
+"""SfBC: Offline RL via High-Fidelity Generative Behavior Modeling ("selecting from behavior candidates").
+
+Chen et al., ICLR 2023, arXiv:2209.14548.
+
+Order      behavior; critic on the data's returns; planning: the critic again, on returns that the first critic improves
+Policy     pi(a|s) ~ mu(a|s) exp(alpha Q(s, a)), by resampling candidates of mu: no network is trained for it
+Critic     Q(s_n, a_n) -> R_n, regression.   Round 0: R_n = r_n + gamma R_n+1, the Monte-Carlo return
+Planning   round k: R_n = max( r_n + gamma R_n+1, V(s_n) ), backwards through each trajectory, R = 0 after its end;
+           V(s) = sum_i softmax_i(alpha Q(s, a_i)) Q(s, a_i),   a_1 .. a_M ~ mu(.|s),   Q of the round before
+Symbols    mu -> behavior, Q -> critic, Q of the round before -> critic_before
+The paper's text was not at hand: what follows is its official code (ChenDRAG/SfBC), and the equations carry no numbers.
+Details
+  [D1] Q is of standardised returns, (R - mean) / max(std, 0.1), and alpha and temperature act on those; mean and std are taken
+       anew in each round.
+  [D2] A time-out ends a trajectory like a terminal: nothing is added for what would have followed.
+  [D3] Each planning round begins with the critic's initial weights and a new optimiser. Two rounds in all (K = 2) are the
+       stages `critic` and `planning`; `learn(data, stages=("planning",), reset_num_timesteps=False)` is one more.
+  [D4] V costs M x `solver_steps` network calls a state: with the paper's sizes some 10 ms on one CPU core, hours for a million
+       states. `n_support_states` takes V at that many random states only, and R passes the others by; None takes all, as
+       the paper. V is computed anew when a resumed stage goes on (the same numbers each time); no file holds it.
+  [D5] t ~ U(0.00001, 1). DPM-Solver, order 3. Candidates are not clipped, the chosen action at the very end (the official code
+       leaves it to the environment).
+  [D6] Acting: 32 candidates, `average_top` of them drawn without replacement by softmax(Q / 0.01), and averaged: 4 on
+       locomotion, elsewhere 1. The official code caps Q at 40 temperatures above the 4th best before it draws, which is for
+       its arithmetic only: the same ones are drawn but for one time in e^40.
+  [D7] Batches are 4096 in the official code, and in `preset="paper"`. Ours are 256, for CPUs.
+  [D8] The official loader shuffles epochs; we draw uniformly with replacement, as everywhere in this library. It also drops
+       AntMaze trajectories of less than 5 steps.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffagents.agent import Agent
+from diffagents.engine import Draws, Optimizer, Part, Stage
+from diffagents.knobs import check_choice, check_number, net_arch, whole_number
+from diffagents.networks import MLP, UNetDenoiser
+from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.solvers import SolverStep, VPBehavior, dpm_solver_steps
+from diffagents.transitions import Sampler
+from diffagents.types import Batch, Metrics
+
+
+@dataclass(frozen=True)
+class SfBCConfig:
+    """Knobs of SfBC. The defaults are the official code's but for [D7]; per task: zoo/sfbc.yml."""
+
+    alpha: float = 20.0  # >= 0, of V in planning, in standard deviations of the return; 0: the mean over the support
+    n_support: int = 16  # M
+    n_support_states: int | None = None  # how many states V is taken at, None: all [D4]
+    n_candidates: int = 32  # acting [D6]
+    temperature: float = 0.01  # > 0, of the choice among them, in standard deviations of the return
+    average_top: int = 1  # how many are averaged, 4 on locomotion; all candidates where they are fewer
+    solver_steps: int = 15  # network calls a sample
+    gamma: float = 0.99  # discount
+    learning_rate: float = 1e-4  # behaviour
+    critic_learning_rate: float = 1e-3
+    batch_size: int = 256  # critic and planning stage [D7]
+    behavior_batch_size: int = 256  # behaviour stage [D7]
+    reward_transform: str = "none"  # on every task: returns are standardised [D1]
+    normalize_obs: bool = False
+    behavior_steps: int | None = None  # None: the `default:` block of zoo/sfbc.yml; paper 586k
+    critic_steps: int | None = None  # paper 24.5k
+    planning_steps: int | None = None  # paper 24.5k
+
+    def __post_init__(self) -> None:
+        check_number("alpha", self.alpha, "must not be negative: 20 is usual", lambda x: x >= 0)
+        check_number("temperature", self.temperature, "must be positive: 0.01 is all but the best", lambda x: x > 0)
+        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+        for name in ("n_support", "n_candidates", "average_top", "solver_steps"):
+            whole_number(name, getattr(self, name), 1)
+        if self.n_support_states is not None:
+            whole_number("n_support_states", self.n_support_states, 1, " of states, or None for all")
+
+
+class ReturnCritic(nn.Module):
+    """Q(s, a) in standard deviations from the mean return, and the two numbers that this means [D1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = MLP(obs_dim + act_dim, hidden, 1, nn.SiLU)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.ones(()))
+
+    def forward(self, obs: Tensor, act: Tensor) -> Tensor:
+        """act (..., A), obs (..., S) with sizes of 1 to expand -> (...,)."""
+        pairs = torch.cat([obs.expand(*act.shape[:-1], -1), act], -1)
+        q: Tensor = self.net(pairs)
+        return q.squeeze(-1)
+
+
+class SfBC(Agent):
+    """Candidates of a diffusion model of the data, chosen by a critic of planned returns."""
+
+    Config = SfBCConfig
+    config: SfBCConfig
+    STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 586_200, "critic": 24_500, "planning": 24_500}
+    POLICY_STAGE = "critic"
+    MODEL = ("behavior", "critic")
+    LEARNER = ("critic_before",)
+    CHOICE = ("n_candidates", "temperature", "average_top", "solver_steps")
+
+    goals: Tensor  # (N,), the standardised returns of the present round
+
+    def build(self) -> None:
+        c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
+        arch = net_arch(self.policy_kwargs, {"qf": (256, 256)}, extra={"behavior_width": 512})
+        net = UNetDenoiser(obs_dim, act_dim, arch["behavior_width"])
+        self.behavior = VPBehavior(net, act_dim).to(self.device)
+        self.critic = ReturnCritic(obs_dim, act_dim, arch["qf"]).to(self.device)
+        self.critic_before = ReturnCritic(obs_dim, act_dim, arch["qf"]).to(self.device).requires_grad_(False)
+        self.initial_weights = {name: value.clone() for name, value in self.critic.net.state_dict().items()}  # [D3]
+        self.optimizers = {
+            "behavior": Optimizer(self.behavior.parameters(), c.learning_rate),
+            "critic": Optimizer(self.critic.parameters(), c.critic_learning_rate),
+        }
+
+    def stages(self) -> list[Stage]:
+        c, opt = self.config, self.optimizers
+        behavior = Part(self.update_behavior, self.draw_behavior, (opt["behavior"],))
+        critic = Part(self.update_critic, optimizers=(opt["critic"],))
+        return [
+            Stage("behavior", c.behavior_batch_size, (behavior,)),
+            Stage("critic", c.batch_size, (critic,), self.prepare_critic),
+            Stage("planning", c.batch_size, (critic,), self.prepare_planning),
+        ]
+
+    # ---- stage 1: behaviour ----------------------------------------------------------------------------------------
+    def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
+        kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
+        return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.act_dim, **kwargs)}
+
+    def update_behavior(self, batch: Batch, draws: Draws) -> Metrics:
+        loss = self.behavior.loss(batch.act, batch.obs, 1e-5 + (1.0 - 1e-5) * draws["u"], draws["eps"])  # [D5]
+        self.optimizers["behavior"].minimize(loss)
+        return {"behavior_loss": loss.detach()}
+
+    # ---- stages 2 and 3: critic, planning --------------------------------------------------------------------------
+    def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
+        self._aim_at(planned_returns(sampler, self.config.gamma))
+        return sampler
+
+    def prepare_planning(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
+        """A round that begins makes the critic of the last one `critic_before`, and starts anew; one that goes on has both."""
+        begins = self.plan is None or self.plan.done.get("planning", 0) == 0
+        if begins:
+            self.critic_before.load_state_dict(self.critic.state_dict())
+        self._aim_at(planned_returns(sampler, self.config.gamma, self.state_values(sampler, generator)))
+        if begins:  # [D3], last: whoever breaks in before has lost nothing
+            self.critic.net.load_state_dict(self.initial_weights)
+            self.optimizers["critic"].inner.state.clear()
+        return sampler
+
+    @torch.no_grad()
+    def state_values(self, sampler: Sampler, generator: torch.Generator) -> Tensor:
+        """V(s_n) of `critic_before` in units of reward, (N,); minus infinity where it is not taken [D4]."""
+        c, critic, n = self.config, self.critic_before, self.config.n_support_states
+        values = torch.full((len(sampler),), -torch.inf, device=self.device)
+        rows, obs = torch.arange(len(sampler), device=self.device), sampler.obs
+        if n is not None and n < len(sampler):
+            rows = torch.randperm(len(sampler), generator=generator, device=self.device)[:n]
+            obs = obs[rows]
+        name = "planning" if self.verbose else None
+        for some, actions in self.behavior.support(obs, c.n_support, self._solver(c.solver_steps), generator, name):
+            q = critic(obs[some, None], actions)  # (rows, M)
+            values[rows[some]] = critic.mean + critic.std * (torch.softmax(c.alpha * q, -1) * q).sum(-1)
+        return values
+
+    def _aim_at(self, returns: Tensor) -> None:
+        """Make `returns` (N,) the critic's goals, standardised [D1]."""
+        std, mean = torch.std_mean(returns, correction=0)
+        self.critic.mean.copy_(mean)
+        self.critic.std.copy_(std.clamp(min=0.1))
+        self.goals = ((returns - mean) / std.clamp(min=0.1)).float().to(self.device)
+
+    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
+        loss, metrics = self.critic_loss(batch)
+        self.optimizers["critic"].minimize(loss)
+        return metrics
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Squared error against the standardised returns; the metric q is in units of reward."""
+        q = self.critic(batch.obs, batch.act)  # (B,)
+        loss = F.mse_loss(q, self.goals[batch.rows])
+        return loss, {"critic_loss": loss.detach(), "q": self.critic.mean + self.critic.std * q.detach().mean()}
+
+    # ---- acting ----------------------------------------------------------------------------------------------------
+    def act(self, obs: Tensor, deterministic: bool, config: SfBCConfig) -> Tensor:
+        """(B, S) -> (B, A): the mean of some candidates, drawn by their Q [D6].
+
+        deterministic: candidates of the stored noise, and the best of them.
+        """
+        c, generator = config, self.predict_generator
+        noise = self.behavior.noise(len(obs), c.n_candidates, deterministic, generator)
+        candidates = self.behavior.sample(obs, noise, self._solver(c.solver_steps))  # (B, n, A)
+        scores = self.critic(obs[:, None], candidates) / c.temperature  # (B, n)
+        if not deterministic:  # the largest of log weight + Gumbel noise are draws without replacement
+            scores = scores - torch.empty_like(scores).exponential_(generator=generator).log()
+        best = scores.topk(min(c.average_top, c.n_candidates), -1).indices  # (B, k)
+        chosen = candidates.gather(1, best[..., None].expand(-1, -1, self.act_dim))
+        return chosen.mean(1).clamp(-1.0, 1.0)
+
+    @staticmethod
+    def _solver(n_evals: int) -> tuple[SolverStep, ...]:
+        return dpm_solver_steps(n_evals, order=3)
+
+
+def planned_returns(sampler: Sampler, gamma: float, values: Tensor | None = None) -> Tensor:
+    """R_n = max(r_n + gamma R_n+1, V(s_n)) backwards through every trajectory, R = 0 after its end [D2]: (N,) float64, CPU.
+
+    values: V (N,); None leaves the Monte-Carlo return.
+    """
+    batch = sampler.all()
+    last = batch.done.cpu() > 0
+    last[sampler.episode_ends[sampler.episode_ends > 0] - 1] = True
+    floor = torch.full((len(sampler),), -torch.inf) if values is None else values
+    rewards, ends, floors = batch.rew.tolist(), last.tolist(), floor.tolist()
+    returns, follows = [0.0] * len(sampler), 0.0
+    for n in reversed(range(len(sampler))):
+        follows = max(rewards[n] + gamma * (0.0 if ends[n] else follows), floors[n])
+        returns[n] = follows
+    return torch.tensor(returns, dtype=torch.float64)

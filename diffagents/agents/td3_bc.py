@@ -1,0 +1,129 @@
+"""TD3+BC: A Minimalist Approach to Offline Reinforcement Learning.   Fujimoto, Gu, NeurIPS 2021, arXiv:2106.06860.
+
+Every step  critic; every `policy_freq`-th: policy, then both lagged copies, on the same batch
+Critic      y = r + gamma (1 - d) min_j Qbar_j(s', a'),  a' = clip(pibar(s') + clip(N(0, policy_noise), +-noise_clip), +-1)
+            loss = MSE_1 + MSE_2
+Policy      L = - lambda Q_1(s, pi(s)) + (pi(s) - a)^2,   lambda = alpha / E|Q_1(s, pi(s))|                       Eqs. (3), (5)
+Symbols     pibar -> policy_target, Qbar -> critic_target
+Details
+  [D1] lambda is measured on the policy's own actions in the batch, and detached (official code; the paper's Eq. (5) has the
+       data's actions).
+  [D2] The squared error is a mean over dimensions too (official code): with more of them, each is held less.
+  [D3] The lagged copies follow on policy steps only, and these are the 2nd, 4th, ... step (official code).
+  [D4] `normalize_obs`: (s - mean) / (std + 1e-3) over the data, the same numbers when acting. On AntMaze the author advises
+       against it, and a larger alpha.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffagents.agent import Agent
+from diffagents.engine import Draws, Optimizer, Part, Stage
+from diffagents.knobs import check_choice, check_number, net_arch
+from diffagents.networks import EnsembleMLP, TanhPolicy
+from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.types import Batch, Metrics
+from diffagents.values import polyak_update_, td_target
+
+
+@dataclass(frozen=True)
+class TD3BCConfig:
+    """Knobs of TD3+BC. Defaults: the paper's, the same for all of its tasks."""
+
+    alpha: float = 2.5  # >= 0; weight of Q against cloning. THE knob; 0 clones the data
+    policy_noise: float = 0.2  # std of the noise on the lagged policy's actions, which are in [-1, 1]
+    noise_clip: float = 0.5  # its bound
+    policy_freq: int = 2  # critic steps per policy step
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # share of the online networks in their lagged copies, on policy steps [D3]
+    learning_rate: float = 3e-4  # policy and critic
+    batch_size: int = 256
+    reward_transform: str = "none"  # normalize.REWARD_TRANSFORMS; a port (CORL) takes "iql_antmaze" on AntMaze
+    normalize_obs: bool = True  # [D4]
+    train_steps: int | None = None  # None: the `default:` block of zoo/td3_bc.yml; paper 1M
+
+    def __post_init__(self) -> None:
+        check_number("alpha", self.alpha, "must not be negative: 0 clones the data, 2.5 is usual", lambda x: x >= 0)
+        check_number("policy_noise", self.policy_noise, "must not be negative", lambda x: x >= 0)
+        check_number("noise_clip", self.noise_clip, "must not be negative", lambda x: x >= 0)
+        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+
+
+class TD3BC(Agent):
+    """TD3 with a cloning term: a deterministic policy that climbs Q near the data."""
+
+    Config = TD3BCConfig
+    config: TD3BCConfig
+    STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 1_000_000}
+    POLICY_STAGE = "train"
+    MODEL = ("policy",)
+    LEARNER = ("policy_target", "critic", "critic_target")
+
+    def build(self) -> None:
+        c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
+        arch = net_arch(self.policy_kwargs, {"pi": (256, 256), "qf": (256, 256)})
+        self.policy = TanhPolicy(obs_dim, act_dim, arch["pi"]).to(self.device)
+        self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)
+        self.critic = EnsembleMLP(2, obs_dim + act_dim, arch["qf"]).to(self.device)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.optimizers = {
+            "policy": Optimizer(self.policy.parameters(), c.learning_rate),
+            "critic": Optimizer(self.critic.parameters(), c.learning_rate),
+        }
+
+    def stages(self) -> list[Stage]:
+        c, opt = self.config, self.optimizers
+        parts = (
+            Part(self.update_critic, self.draw_critic, (opt["critic"],)),
+            Part(self.update_policy, optimizers=(opt["policy"],), every=c.policy_freq, start=c.policy_freq - 1),  # [D3]
+        )
+        return [Stage("train", c.batch_size, parts)]
+
+    # ---- critic ----------------------------------------------------------------------------------------------------
+    def draw_critic(self, n: int, generator: torch.Generator) -> Draws:
+        return {"noise": torch.randn(n, self.act_dim, generator=generator, device=self.device)}
+
+    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
+        loss, metrics = self.critic_loss(batch, draws)
+        self.optimizers["critic"].minimize(loss)
+        return metrics
+
+    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        """MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's smoothed action."""
+        c = self.config
+        with torch.no_grad():
+            noise = (c.policy_noise * draws["noise"]).clamp(-c.noise_clip, c.noise_clip)
+            next_act = (self.policy_target(batch.next_obs) + noise).clamp(-1.0, 1.0)
+            next_q = self.critic_target(torch.cat([batch.next_obs, next_act], -1)).amin(0)  # (B,)
+            goal = td_target(batch.rew, batch.done, next_q, c.gamma)
+        q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (2, B)
+        loss = (q - goal).square().mean(-1).sum()
+        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
+
+    # ---- policy and lagged copies ----------------------------------------------------------------------------------
+    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
+        loss, metrics = self.policy_loss(batch)
+        self.optimizers["policy"].minimize(loss)
+        for target, online in ((self.critic_target, self.critic), (self.policy_target, self.policy)):
+            polyak_update_(target.parameters(), online.parameters(), self.config.tau)
+        return metrics
+
+    def policy_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Eq. (3) with the weight of Eq. (5)."""
+        act = self.policy(batch.obs)
+        q = self.critic(torch.cat([batch.obs, act], -1))[0]  # (B,), the first of the twins; online, already updated
+        weight = self.config.alpha / q.abs().mean().detach()  # lambda [D1]
+        bc_loss = F.mse_loss(act, batch.act)  # [D2]
+        loss = bc_loss - weight * q.mean()
+        return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "lambda": weight}
+
+    # ---- acting ----------------------------------------------------------------------------------------------------
+    def act(self, obs: Tensor, deterministic: bool, config: TD3BCConfig) -> Tensor:
+        """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
+        action: Tensor = self.policy(obs)
+        return action
