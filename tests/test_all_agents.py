@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import shutil
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ every = pytest.mark.parametrize("agent", NAMES, indirect=True)
 
 @every
 def test_every_network_is_saved_and_every_optimizer_has_one(agent: Agent) -> None:
-    """No network is forgotten: all modules of the agent are in MODEL or LEARNER, and learning moves all that has an optimizer."""
+    """No network is forgotten: every module of the agent is in MODEL or LEARNER, and learning moves each of them."""
     modules = {name for name, value in vars(agent).items() if isinstance(value, torch.nn.Module)} - {"obs_normalizer"}
     assert modules == {*agent.MODEL, *agent.LEARNER}
     assert set(agent.optimizers) <= modules

@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from toy import line_data
 
 from diffagents import IQL
-from diffagents.networks import GaussianPolicy, dropout_masks
+from diffagents.networks import GaussianPolicy
 from diffagents.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:action bounds")
@@ -108,7 +108,6 @@ def test_dropout_is_in_every_hidden_layer_and_only_in_training() -> None:
         blocked[:, layer] = 0.0
         assert len(policy(batch.obs, blocked).unique(dim=0)) == 1
     assert an_agent().draw_policy(32, torch.Generator()) == {}
-    assert dropout_masks((100_000,), 0.25, torch.Generator().manual_seed(0)).mean().item() == pytest.approx(1.0, abs=0.01)
 
 
 def test_the_policy_step_leaves_the_critic_alone() -> None:
@@ -146,6 +145,7 @@ def test_value_of_a_bandit(expectile: float, value: float) -> None:
         learning_rate=3e-3,
         reward_transform="none",
         train_steps=500,
+        batch_size=64,
         policy_kwargs={"net_arch": [32, 32]},
     ).learn(data)
     assert agent.critic.v(torch.zeros(1, 1)).item() == pytest.approx(value, abs=0.03)
@@ -171,14 +171,17 @@ def test_learns_the_best_action_of_the_data(deterministic_policy: bool) -> None:
             tau=0.05,
             learning_rate=3e-3,
             reward_transform="none",
-            train_steps=600,
+            train_steps=300,
+            batch_size=128,
             policy_kwargs={"net_arch": [64, 64]},
         ).learn(data)
         errors.append(float(np.abs(agent.predict(obs, deterministic=True)[0] - 0.5).mean()))
     assert errors[1] < 0.12 and errors[0] > 0.4, errors
-    if not deterministic_policy:  # the weighted data are narrower than the data, and so are the samples
-        spread = np.abs(agent.predict(np.repeat(obs[:1], 500, 0))[0] - agent.predict(obs[:1], deterministic=True)[0]).mean()
-        assert 0.1 < spread < 0.35, spread
+    if isinstance(agent.policy, GaussianPolicy):  # samples are N(mean, sigma), whose middle the clamping leaves alone
+        samples, mean = agent.predict(np.repeat(obs[:1], 5000, 0))[0], agent.predict(obs[:1], deterministic=True)[0]
+        np.testing.assert_allclose(np.median(samples, 0), mean[0], atol=0.05)
+        below = (samples < mean) & (samples > mean - agent.policy.log_std.detach().exp().numpy())
+        np.testing.assert_allclose(below.mean(0), 0.341, atol=0.03)
 
 
 def test_every_option_changes_the_result() -> None:

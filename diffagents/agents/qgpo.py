@@ -14,7 +14,7 @@ Details
   [D1] Stages in turn. The official code trains the energy beside the critic from the first step on and stops the critic at
        half of the way; ours meets the finished critic only.
   [D2] Making the support costs M x `solver_steps` network calls a state, at s' for the critic and at s for the energy, and
-       holds M x A floats a state in memory: with the paper's sizes some 20 ms a state on one CPU core, hours for a million.
+       holds M x A floats a state in memory: with the paper's sizes 20 ms each a state on one CPU core, hours for a million.
        `n_support_states` draws that many transitions once and trains on them alone; None takes all, as the paper.
        The table is made anew when a stage begins or is resumed (the same numbers each time); no file holds it.
   [D3] t ~ U(0.001, 1) everywhere; the M actions of a state share one.
@@ -83,10 +83,7 @@ class QGPOConfig:
         )
         check_choice("energy_loss", self.energy_loss, ENERGY_LOSSES)
         check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
-        for name in ("n_support", "solver_steps"):
-            whole_number(name, getattr(self, name), 1)
-        if self.n_support_states is not None:
-            whole_number("n_support_states", self.n_support_states, 1, " of transitions, or None for all")
+        whole_number("solver_steps", self.solver_steps, 1)
 
 
 class Energy(nn.Module):

@@ -15,7 +15,7 @@ Details
   [D2] A time-out ends a trajectory like a terminal: nothing is added for what would have followed.
   [D3] Each planning round begins with the critic's initial weights and a new optimiser. Two rounds in all (K = 2) are the
        stages `critic` and `planning`; `learn(data, stages=("planning",), reset_num_timesteps=False)` is one more.
-  [D4] V costs M x `solver_steps` network calls a state: with the paper's sizes some 10 ms on one CPU core, hours for a million
+  [D4] V costs M x `solver_steps` network calls a state: with the paper's sizes 20 ms on one CPU core, hours for a million
        states. `n_support_states` takes V at that many random states only, and R passes the others by; None takes all, as
        the paper. V is computed anew when a resumed stage goes on (the same numbers each time); no file holds it.
   [D5] t ~ U(0.00001, 1). DPM-Solver, order 3. Candidates are not clipped, the chosen action at the very end (the official code
@@ -69,12 +69,9 @@ class SfBCConfig:
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, "must not be negative: 20 is usual", lambda x: x >= 0)
-        check_number("temperature", self.temperature, "must be positive: 0.01 is all but the best", lambda x: x > 0)
         check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
-        for name in ("n_support", "n_candidates", "average_top", "solver_steps"):
+        for name in ("average_top", "solver_steps"):
             whole_number(name, getattr(self, name), 1)
-        if self.n_support_states is not None:
-            whole_number("n_support_states", self.n_support_states, 1, " of states, or None for all")
 
 
 class ReturnCritic(nn.Module):

@@ -3,8 +3,8 @@
   python zoo/benchmarks/bdpo_toy.py --task 8gaussians --seeds 0 1
 
 By theory V_T(a_T) = eta log E_nu[ exp(Q / eta) ] for every a_T once the policy is optimal: the free energy that regularisation
-by the behaviour nu leaves. Printed: the mean of V_T over a_T ~ N(0, I) (the aggregate that the targets use), that free energy from the
-data's rewards and from the learned Q on samples of the learned behaviour, and the relative errors.
+by the behaviour nu leaves. Printed: the mean of V_T over a_T ~ N(0, I), aggregated as the targets are, that free energy
+from the data's rewards and from the learned Q on samples of the learned behaviour, and the relative errors.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def main() -> None:
         def look(local: dict[str, Any], _: Any) -> bool:
             done = local["self"].plan.done.get("train", 0)
             if done and done % 1000 == 0:
-                print({name: round(value, 4) for name, value in check(local["self"], rewards).items()}, flush=True)  # noqa: B023
+                print({name: round(value, 4) for name, value in check(local["self"], rewards).items()}, flush=True)
             return True
 
         agent = BDPO("MlpPolicy", bandits.Bandit(args.task), seed=seed, **knobs).learn(data, callback=look)

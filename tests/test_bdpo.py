@@ -1,0 +1,242 @@
+"""BDPO against closed forms: step weights, penalty, aggregation, the soft optimum on a bandit; its schedule and options."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy import line_data
+
+from diffagents import BDPO
+from diffagents.types import Batch
+
+SMALL: dict[str, Any] = {
+    "seed": 0,
+    "verbose": 0,
+    "device": "cpu",
+    "batch_size": 16,
+    "n_critics": 3,
+    "n_samples": 2,
+    "behavior_steps": 6,
+    "train_steps": 6,
+    "policy_kwargs": {"net_arch": [16, 16]},
+}
+DATA = line_data()
+pytestmark = pytest.mark.filterwarnings("ignore:action bounds")
+
+
+def small(**knobs: Any) -> BDPO:
+    return BDPO(**{**SMALL, **knobs})
+
+
+def batch_of(n: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    obs = torch.randn(n, 3, generator=generator)
+    return Batch(obs, torch.rand(n, 2, generator=generator) * 2 - 1, torch.zeros(n), obs, torch.zeros(n))
+
+
+def test_step_weights() -> None:
+    """w_n for five steps, as the KL of the chains' Gaussian kernels gives them."""
+    agent = small().learn(DATA, total_timesteps=2)
+    expected = torch.tensor([0.62179, 0.75051, 1.03720, 1.60204, 2.54721])
+    torch.testing.assert_close(agent.step_weights, expected, rtol=0, atol=1e-5)
+
+
+def test_penalty_is_the_kl_of_the_two_kernels() -> None:
+    """|| mu_pi - mu_nu ||^2 / (2 beta_n), with the means of the unclipped sampler."""
+    agent = small(clip_x0=False).learn(DATA, total_timesteps=2)
+    from diffagents.diffusion import reverse_mean
+
+    chain, generator = agent.policy.chain, torch.Generator().manual_seed(0)
+    x, eps, eps_nu = (torch.randn(7, 2, generator=generator) for _ in range(3))
+    for i in range(5):
+        mu, mu_nu = (reverse_mean(chain, i, x, e, clip_x0=False) for e in (eps, eps_nu))
+        kl = (mu - mu_nu).square().sum(-1) / (2 * chain.beta[i])
+        torch.testing.assert_close(agent.penalty(eps, eps_nu, i), kl, rtol=1e-4, atol=1e-5)
+
+
+def test_no_penalty_and_no_pull_where_the_policy_is_the_behaviour() -> None:
+    agent = small().learn(DATA)
+    agent.policy.load_state_dict(agent.behavior_ema.state_dict())
+    agent.policy_ema.load_state_dict(agent.behavior_ema.state_dict())
+    batch = batch_of(16)
+    _, path = agent.q_target(batch, agent.draw_critics(16, agent.generator))
+    objective, step = agent.step_objective(batch, agent.draw_policy(16, agent.generator), agent.policy)
+    assert path.abs().max() == 0 and step.abs().max() == 0 and objective.abs().max() > 0
+    gradients = torch.autograd.grad(step.sum(), list(agent.policy.parameters()), retain_graph=True)
+    assert all(g.abs().max() == 0 for g in gradients)
+    assert any(g.abs().max() > 0 for g in torch.autograd.grad(objective.sum(), list(agent.policy.parameters())))
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("lcb", [2.0 - 0.5 * (2 / 3) ** 0.5, 5.0]),  # population deviation of 1, 2, 3
+        ("min", [1.0, 5.0]),
+        ("mean", [2.0, 5.0]),
+        ("convex", [0.5 * 1.0 + 0.5 * 3.0, 5.0]),
+        ("random_convex", [(0.2 * 1 + 0.1 * 2 + 0.1 * 3) / 0.4, 5.0]),
+    ],
+)
+def test_aggregation(aggregation: str, expected: list[float]) -> None:
+    agent = small(aggregation=aggregation, rho=0.5)
+    q = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
+    torch.testing.assert_close(agent.aggregate(q, {"mix": torch.tensor([0.2, 0.1, 0.1])}), torch.tensor(expected))
+
+
+def test_first_step_of_the_chain_is_valued_by_q_the_others_by_v_of_the_step_below() -> None:
+    agent = small(eta=1.0, aggregation="mean").learn(DATA)
+    agent.policy.load_state_dict(agent.behavior_ema.state_dict())  # no penalty
+    asked: list[torch.Tensor] = []
+
+    def value(obs: torch.Tensor, act: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        asked.append(i)
+        return (10.0 + i).expand(3, -1)
+
+    agent.value_target.forward = value  # type: ignore[method-assign]
+    agent.critic_target.forward = lambda pairs: torch.full((3, len(pairs)), -1.0)  # type: ignore[method-assign]
+    batch = batch_of(5)
+    draws = {"i": torch.arange(5), "eps": torch.randn(5, 2), "z": torch.randn(5, 2, 2)}
+    objective, _ = agent.step_objective(batch, draws, agent.policy)
+    torch.testing.assert_close(objective.detach(), torch.tensor([-1.0, 10.0, 11.0, 12.0, 13.0]))
+
+
+def test_order_of_a_run() -> None:
+    """The policy starts as the lagged behaviour, waits for the warm-up, and moves every policy_freq-th step after it."""
+    agent = small(behavior_steps=5, train_steps=9, warmup_steps=4, policy_freq=3)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def watch(local: dict[str, Any], _: Any) -> bool:
+        run = local["self"]
+        names = ("policy", "policy_ema", "behavior", "behavior_ema", "critic", "value")
+        seen.append({n: torch.cat([p.detach().flatten() for p in getattr(run, n).parameters()]) for n in names})
+        return True
+
+    agent.learn(DATA, callback=watch)
+
+    def moved(name: str) -> list[int]:
+        return [i - 5 for i in range(5, 14) if not torch.equal(seen[i][name], seen[i - 1][name])]
+
+    assert torch.equal(seen[5]["policy"], seen[4]["behavior_ema"]) and torch.equal(seen[5]["policy_ema"], seen[4]["behavior_ema"])
+    assert not torch.equal(seen[4]["behavior"], seen[4]["behavior_ema"])
+    assert moved("critic") == moved("value") == list(range(9))
+    for name in ("policy", "policy_ema"):
+        assert [i for i in moved(name) if i > 0] == [4, 7]  # step 0 is the start from the behaviour
+    assert moved("behavior") == moved("behavior_ema") == [4, 7]
+    assert small(train_steps=4000).learn(DATA, total_timesteps=400).stages()[1].parts[1].start == round(0.025 * 200)
+
+
+def test_policy_of_a_second_run_goes_on() -> None:
+    agent = small().learn(DATA)
+    before = next(agent.policy.parameters()).detach().clone()
+    agent.learn(DATA, stages=("train",), total_timesteps=1)
+    assert not torch.equal(before, next(agent.behavior_ema.parameters()))
+    torch.testing.assert_close(before, next(agent.policy.parameters()).detach(), rtol=0, atol=1e-4)
+
+
+def test_gamma_zero_equals_terminal_data() -> None:
+    """Without a future no path is walked at the next state; the targets are those of data that all terminate."""
+    agent = small().learn(DATA)
+    batch = batch_of(8)
+    ended = batch._replace(done=torch.ones(8), rew=torch.arange(8.0))
+    draws = agent.draw_critics(8, agent.generator)
+    y, _ = agent.q_target(ended, draws)
+    bandit = agent.clone(gamma=0.0)
+    assert "path" not in bandit.draw_critics(8, bandit.generator)
+    y_bandit, _ = bandit.q_target(ended, draws)
+    torch.testing.assert_close(y, y_bandit)
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_value_of_noise_is_the_soft_optimum_on_a_bandit(seed: int) -> None:
+    """One dimension, actions N(0, .4) cut to [-1, 1], reward 1 - (a - .5)^2: V_T(noise) = eta log E_nu exp(e / eta) within 10 %
+    of what there is to gain over the behaviour, and the policy's rewards move up.
+    """
+    eta, n = 0.1, 4000
+    act = np.clip(np.random.default_rng(0).normal(0.0, 0.4, (n, 1)), -1, 1).astype(np.float32)
+    reward = 1.0 - (act[:, 0] - 0.5) ** 2
+    data = {
+        "observations": np.zeros((n, 1), np.float32),
+        "actions": act,
+        "rewards": reward,
+        "next_observations": np.zeros((n, 1), np.float32),
+        "terminations": np.ones(n, bool),
+        "truncations": np.zeros(n, bool),
+    }
+    agent = BDPO(
+        seed=seed,
+        verbose=0,
+        eta=eta,
+        gamma=0.0,
+        aggregation="mean",
+        n_critics=2,
+        n_samples=4,
+        tau=0.05,
+        ema_tau=0.02,
+        policy_freq=2,
+        batch_size=128,
+        learning_rate=1e-3,
+        critic_learning_rate=1e-3,
+        behavior_learning_rate=1e-3,
+        reward_transform="none",
+        behavior_steps=800,
+        train_steps=1200,
+        policy_kwargs={"net_arch": [32, 32]},
+    ).learn(data)
+    with torch.no_grad():
+        obs, noise = torch.zeros(2000, 1), torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
+        value = agent.value_target(obs, noise, torch.full((2000,), 4)).mean().item()
+    optimum = eta * np.log(np.mean(np.exp(reward.astype(np.float64) / eta)))
+    mean = float(reward.mean())
+    assert abs(value - optimum) < 0.1 * abs(optimum), (value, optimum, mean)
+    assert value - mean > 0.5 * (optimum - mean), (value, optimum, mean)  # not merely the behaviour's mean reward
+    sampled = agent.predict(np.zeros((1000, 1), np.float32), select="first")[0]
+    assert (1.0 - (sampled[:, 0] - 0.5) ** 2).mean() > mean + 0.5 * (optimum - mean)
+
+
+def test_every_option_changes_the_result() -> None:
+    base: dict[str, Any] = {**SMALL, "tau": 0.1, "warmup_steps": 0, "policy_freq": 1, "learning_rate": 1e-3, "max_grad_norm": 0.1}
+    base["policy_kwargs"] = {"net_arch": [16, 16]}
+    other: dict[str, Any] = {
+        "eta": 0.5,
+        "rho": 0.1,
+        "aggregation": "min",
+        "n_critics": 4,
+        "n_samples": 3,
+        "n_diffusion_steps": 4,
+        "clip_x0": False,
+        "gamma": 0.5,
+        "tau": 0.5,
+        "ema_tau": 0.9,
+        "policy_freq": 2,
+        "warmup_steps": 1,
+        "learning_rate": 1e-4,
+        "critic_learning_rate": 1e-3,
+        "behavior_learning_rate": 1e-3,
+        "max_grad_norm": None,
+        "batch_size": 17,
+        "max_q_backup": True,
+        "q_layer_norm": True,
+        "n_candidates": 3,
+        "select": "first",
+        "reward_transform": "normalize",
+        "normalize_obs": True,
+        "behavior_steps": 7,
+        "train_steps": 7,
+    }
+    results = {name: run({**base, name: value}) for name, value in other.items()}
+    results["temperature"] = run({**base, "select": "softmax", "temperature": 0.05})
+    results["softmax"] = run({**base, "select": "softmax"})
+    for kind in ("mean", "convex", "random_convex"):
+        results[kind] = run({**base, "aggregation": kind})
+    results["default"] = run(base)
+    for (a, x), (b, y) in itertools.combinations(results.items(), 2):
+        assert not np.array_equal(x, y), f"{a} and {b} give the same"
+    assert {*other, "temperature"} == set(BDPO.Config.__dataclass_fields__)
+
+
+def run(knobs: dict[str, Any]) -> np.ndarray:
+    agent = BDPO(**knobs).learn(DATA)
+    actions = agent.predict(np.ones((20, 3), np.float32))[0].ravel()
+    return np.concatenate([actions, agent.critic_target.weights[0].detach().flatten().numpy()])
