@@ -13,6 +13,8 @@ AGENTS = {
     "BDPO": "diffagents.agents.bdpo",
     "QGPO": "diffagents.agents.qgpo",
     "SfBC": "diffagents.agents.sfbc",
+    "DiffusionBC": "diffagents.agents.diffusion_bc",
+    "IDQL": "diffagents.agents.idql",
     "IQL": "diffagents.agents.iql",
     "TD3BC": "diffagents.agents.td3_bc",
     "AWR": "diffagents.agents.awr",
@@ -33,12 +35,14 @@ __all__ = [
     "AGENTS",
     "AWR",
     "BDPO",
+    "IDQL",
     "IQL",
     "QGPO",
     "SRPO",
     "TD3BC",
     "ArtifactError",
     "DiffCPS",
+    "DiffusionBC",
     "DiffusionQL",
     "Evaluation",
     "SfBC",
@@ -54,7 +58,9 @@ if TYPE_CHECKING:
     from diffagents.agents.awr import AWR
     from diffagents.agents.bdpo import BDPO
     from diffagents.agents.diffcps import DiffCPS
+    from diffagents.agents.diffusion_bc import DiffusionBC
     from diffagents.agents.diffusion_ql import DiffusionQL
+    from diffagents.agents.idql import IDQL
     from diffagents.agents.iql import IQL
     from diffagents.agents.qgpo import QGPO
     from diffagents.agents.sfbc import SfBC

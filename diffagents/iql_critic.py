@@ -21,12 +21,15 @@ from diffagents.values import expectile_loss, polyak_update_, td_target
 
 
 class IQLCritic(nn.Module):
-    """Networks and losses; who steps when is the agent's business."""
+    """Networks and losses; who steps when is the agent's business. v_layer_norm: V normalises its input (IDQL)."""
 
-    def __init__(self, obs_dim: int, act_dim: int, q_hidden: Sequence[int], v_hidden: Sequence[int]) -> None:
+    def __init__(
+        self, obs_dim: int, act_dim: int, q_hidden: Sequence[int], v_hidden: Sequence[int], v_layer_norm: bool = False
+    ) -> None:
         super().__init__()
         self.q = EnsembleMLP(2, act_dim + obs_dim, q_hidden)
-        self.v = MLP(obs_dim, v_hidden, 1)
+        v = MLP(obs_dim, v_hidden, 1)
+        self.v = nn.Sequential(nn.LayerNorm(obs_dim, eps=1e-6), *v) if v_layer_norm else v
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
 
     def trained_parameters(self) -> list[nn.Parameter]:

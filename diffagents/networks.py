@@ -140,18 +140,24 @@ class EnsembleMLP(nn.Module):
         return h.squeeze(-1) if self.out_dim is None else h
 
 
-def orthogonal_(module: nn.Module, gain: float = math.sqrt(2.0)) -> None:
-    """Start every weight matrix in `module` orthogonal and every bias at zero, the output layer's too (BDPO's code)."""
+def start_(module: nn.Module, fill: Callable[[Tensor], Any]) -> None:
+    """Start every weight matrix in `module` by `fill`, in place, and every bias at zero, the output layer's too."""
     for name, parameter in module.named_parameters():
-        if "norm" in name:
-            continue
         if "bias" in name:
             nn.init.zeros_(parameter)
-        elif parameter.dim() == 3:  # (E, in, out)
-            for member in parameter:
-                nn.init.orthogonal_(member, gain)
-        elif parameter.dim() == 2:
-            nn.init.orthogonal_(parameter, gain)
+        elif "norm" not in name and parameter.dim() > 1:
+            for matrix in parameter.detach().view(-1, *parameter.shape[-2:]):  # of an ensemble, each member's
+                fill(matrix)
+
+
+def orthogonal_(module: nn.Module, gain: float = math.sqrt(2.0)) -> None:
+    """`start_` with orthogonal matrices (BDPO's code)."""
+    start_(module, lambda weight: nn.init.orthogonal_(weight, gain))
+
+
+def xavier_(module: nn.Module) -> None:
+    """`start_` with Xavier's uniform matrices (IDQL's code)."""
+    start_(module, nn.init.xavier_uniform_)
 
 
 def sinusoids(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -232,17 +238,18 @@ class StepValue(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + W2 mish(W1 LayerNorm(dropout(x))), width d -> 4d -> d; the skip carries the un-normalised input."""
+    """x + W2 f(W1 LayerNorm(dropout(x))), width d -> 4d -> d, f Mish; the skip carries the un-normalised input."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
         super().__init__()
+        self.activation = activation
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 4 * width)
         self.project = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         h = x if mask is None else x * mask
-        out: Tensor = x + self.project(mish(self.expand(self.norm(h))))
+        out: Tensor = x + self.project(self.activation(self.expand(self.norm(h))))
         return out
 
 
@@ -277,6 +284,38 @@ class ResidualScoreNet(nn.Module):
         for i, block in enumerate(self.blocks):
             h = block(h, None if masks is None else masks[i])
         out: Tensor = self.output(mish(h))
+        return out
+
+
+class ResidualDenoiser(nn.Module):
+    """Noise predictor eps(a_t, s, i) of IDQL: `DDPM` around `MLPResNet` in its official code.
+
+    Time: 64 learnt frequencies W, first N(0, 0.2^2), features [cos, sin](2 pi W i), Linear 128-256, SiLU, Linear 256-256.
+    Input [a_t, s, time]; Linear to `width`; residual blocks with SiLU; SiLU; Linear to A. All but the blocks: `xavier_`.
+    """
+
+    N_FREQUENCIES, TIME_DIM = 64, 256
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
+        super().__init__()
+        self.width, self.n_blocks = width, n_blocks
+        self.frequencies = nn.Parameter(0.2 * torch.randn(self.N_FREQUENCIES))
+        self.time_mlp = MLP(2 * self.N_FREQUENCIES, (self.TIME_DIM,), self.TIME_DIM, nn.SiLU)
+        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width, F.silu) for _ in range(n_blocks))
+        self.output = nn.Linear(width, act_dim)
+        for layers in (self.time_mlp, self.input, self.output):
+            xavier_(layers)
+
+    def forward(self, a_t: Tensor, obs: Tensor, i: Tensor, masks: Tensor | None = None) -> Tensor:
+        """As `MLPDenoiser`; `masks` (n_blocks, ..., width) are dropout masks, None in use."""
+        phase = 2.0 * math.pi * i[..., None] * self.frequencies
+        time = self.time_mlp(torch.cat([torch.cos(phase), torch.sin(phase)], -1))
+        lead = a_t.shape[:-1]
+        h = self.input(torch.cat([a_t, obs.expand(*lead, -1), time.expand(*lead, -1)], -1))
+        for k, block in enumerate(self.blocks):
+            h = block(h, None if masks is None else masks[k])
+        out: Tensor = self.output(F.silu(h))
         return out
 
 

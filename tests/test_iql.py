@@ -69,8 +69,9 @@ def test_sigma_counts_within_its_bounds() -> None:
     policy, zero = GaussianPolicy(3, 2, (8,)), torch.zeros(1, 3)
     with torch.no_grad():
         policy.log_std.copy_(torch.tensor([-9.0, 3.0]))
-        expected = Normal(policy(zero), torch.tensor([-5.0, 2.0]).exp()).log_prob(policy(zero)).sum(-1)
-        torch.testing.assert_close(policy.log_prob(zero, policy(zero)), expected)
+        act = policy(zero) + torch.tensor([[0.01, 5.0]])
+        expected = Normal(policy(zero), torch.tensor([-5.0, 2.0]).exp()).log_prob(act).sum(-1)
+        torch.testing.assert_close(policy.log_prob(zero, act), expected)
         moved = policy.sample(zero, torch.tensor([[1.0, 0.01]])) - policy(zero)
     torch.testing.assert_close(moved, torch.tensor([[np.exp(-5.0), 0.01 * np.exp(2.0)]], dtype=torch.float32))
 

@@ -12,6 +12,8 @@ Details
   [D3] The lagged copies follow on policy steps only, and these are the 2nd, 4th, ... step (official code).
   [D4] `normalize_obs`: (s - mean) / (std + 1e-3) over the data, the same numbers when acting. On AntMaze the author advises
        against it, and a larger alpha.
+  [D5] Q starts near 0, so lambda starts large; a policy that it drives into tanh's flat ends stays there for long. On small
+       problems a learning rate above the paper's invites that.
 """
 
 import copy

@@ -1,0 +1,91 @@
+"""DiffusionBC: behaviour cloning with a diffusion model.   The baseline of Wang, Hunt, Zhou, ICLR 2023, arXiv:2208.06193.
+
+Every step   L_d = E || eps - eps_theta(sqrt(abar_i) a + sqrt(1 - abar_i) eps, s, i) ||^2,  i uniform: Diffusion-QL's Eq. (2)
+Acting       one sample of the chain of T steps. No critic, and rewards are never read.
+Source       `--algo bc` of Diffusion-QL's official code
+Details
+  [D1] L_d is the mean over batch and dimensions (official code; IDQL's and SRPO's behaviour models sum over dimensions).
+  [D2] `ema_tau`: the official code acts with the trained network ("None"). With a number (0.005, 0.001) the lagged copy acts,
+       which is smoother. Without, the copy is kept equal, so that an averaged run can go on from a plain one.
+  [D3] Adam at 3e-4, constant and without clipping: what the official runner passes. Its class alone has 2e-4.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffagents.agent import Agent
+from diffagents.chain_policy import ChainPolicy
+from diffagents.engine import Draws, Optimizer, Part, Stage
+from diffagents.knobs import check_choice, net_arch
+from diffagents.networks import MLPDenoiser
+from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.types import Batch, Metrics
+from diffagents.values import polyak_update_
+
+
+@dataclass(frozen=True)
+class DiffusionBCConfig:
+    """Knobs of DiffusionBC. Defaults: the official code's; per-task values are rows of zoo/diffusion_bc.yml."""
+
+    n_diffusion_steps: int = 5  # T
+    ema_tau: float | None = None  # share of the network in its lagged copy, every step; None: the network itself acts [D2]
+    learning_rate: float = 3e-4  # [D3]; 1e-3 on one AntMaze task, 3e-5 on adroit
+    batch_size: int = 256
+    reward_transform: str = "none"  # changes nothing here: cloning reads no rewards
+    normalize_obs: bool = False
+    behavior_steps: int | None = None  # None: the `default:` block of zoo/diffusion_bc.yml; paper 2M (AntMaze, adroit 1M)
+
+    def __post_init__(self) -> None:
+        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+
+
+class DiffusionBC(Agent):
+    """A diffusion model of the data's actions, sampled once for each observation."""
+
+    Config = DiffusionBCConfig
+    config: DiffusionBCConfig
+    policy: ChainPolicy
+    STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 2_000_000}
+    POLICY_STAGE = "behavior"
+    MODEL = ("policy", "policy_ema")  # which of them acts is a knob that `load` may change
+    LEARNER = ()
+
+    def build(self) -> None:
+        arch = net_arch(self.policy_kwargs, {"pi": (256, 256, 256)})
+        net = MLPDenoiser(self.obs_dim, self.act_dim, arch["pi"])
+        self.policy = ChainPolicy(net, self.act_dim, self.config.n_diffusion_steps).to(self.device)
+        self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
+        self.optimizers = {"policy": Optimizer(self.policy.parameters(), self.config.learning_rate)}  # [D3]
+
+    def stages(self) -> list[Stage]:
+        part = Part(self.update_policy, self.draw_policy, (self.optimizers["policy"],))
+        return [Stage("behavior", self.config.batch_size, (part,))]
+
+    def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
+        kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
+        return {
+            "i": torch.randint(self.config.n_diffusion_steps, (n,), **kwargs),
+            "eps": torch.randn(n, self.act_dim, **kwargs),
+        }
+
+    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
+        loss = self.bc_loss(batch, draws)
+        self.optimizers["policy"].minimize(loss)
+        tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # 1 copies [D2]
+        polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), tau)
+        return {"bc_loss": loss.detach()}
+
+    def bc_loss(self, batch: Batch, draws: Draws) -> Tensor:
+        """L_d: the noise in the data's actions, predicted [D1]."""
+        a_i = self.policy.perturbed(batch.act, draws["eps"], draws["i"])
+        return F.mse_loss(self.policy.net(a_i, batch.obs, draws["i"]), draws["eps"])
+
+    def act(self, obs: Tensor, deterministic: bool, config: DiffusionBCConfig) -> Tensor:
+        """(B, S) -> (B, A): one sample; deterministic: from the stored noise, the same for every observation."""
+        policy = self.policy if config.ema_tau is None else self.policy_ema  # [D2]
+        return policy.candidates(obs, 1, deterministic, self.predict_generator)[:, 0]

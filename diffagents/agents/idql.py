@@ -1,0 +1,168 @@
+"""IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion Policies.   Hansen-Estruch et al. 2023, arXiv:2304.10573.
+
+Order        critic and behaviour model are trained alone: neither asks the other.
+Critic       IQL's, by expectile regression: iql_critic.py
+Behaviour    L = E || eps - eps_mu(sqrt(abar_i) a + sqrt(1 - abar_i) eps, s, i) ||^2, i uniform, summed over dimensions
+Acting       N samples of mu(.|s), of which the best by min_j Qbar_j; or, as the paper's implicit actor, one drawn with weights
+             |tau - 1(A < 0)|,   A = min_j Qbar_j(s, a) - V(s)
+Symbols      mu -> behavior (behavior_ema acts), Q, Qbar and V -> critic
+Source       philippe-eecs/IDQL, its current learner `ddpm_iql_simple`; the older `ddpm_iql` has the implicit actor
+Details
+  [D1] The released loop updates both parts at every step, on one batch; comments in it speak of two behaviour updates for each
+       of the critic. Apart, as here, it comes to the same with lengths to choose: `preset="official_code"` and "paper".
+  [D2] V(s') is taken before V's step (iql_critic.py); the official code steps V first, and Q towards the new V.
+  [D3] `v_layer_norm` (current code; the older learner without): V sees its observation normalised over its own dimensions.
+       Of one or two dimensions this would leave nothing or a sign: there it is left out. The author says that the current
+       code, with this and a smaller batch, is a few points below the paper's.
+  [D4] The sampler uses the noise estimate as it is (no clipping of the action that it implies), clips every x to [-1, 1], and
+       has standard deviation sqrt(beta_i) `sampling_temperature`.
+  [D5] The critic's layers start Xavier-uniform. In the behaviour's blocks the official layers start as LeCun's normal with
+       zero biases; ours as PyTorch's.
+  [D6] The official code learns from 95 % of the data and holds the rest out for a loss that it prints; ours from all.
+  [D7] It clips actions to +-(1 - 1e-5), for the squashed Gaussians of its other algorithms; nothing here needs that.
+  [D8] `select="softmax"` over Q / temperature is a port's (CleanDiffuser's) rule, whose weights of the advantage are 1 /
+       temperature: 5 to 400 on locomotion, with a sampling_temperature of 0.5.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffagents.agent import Agent
+from diffagents.chain_policy import ChainPolicy
+from diffagents.diffusion import eps_loss
+from diffagents.engine import Draws, Optimizer, Part, Stage
+from diffagents.iql_critic import IQLCritic
+from diffagents.knobs import check_choice, check_number, net_arch
+from diffagents.networks import ResidualDenoiser, dropout_masks, xavier_
+from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.types import Batch, Metrics
+from diffagents.values import SELECT, polyak_update_, select_action
+
+
+@dataclass(frozen=True)
+class IDQLConfig:
+    """Knobs of IDQL. Defaults: the official code's for locomotion; per-task values are rows of zoo/idql.yml."""
+
+    expectile: float = 0.7  # in (0, 1); 0.9 on AntMaze
+    n_candidates: int = 64  # acting. THE knob: large follows Q, 1 clones; the paper sweeps 16, 64, 256
+    select: str = "argmax"  # "argmax", "expectile", "softmax" or "first", which is the behaviour itself
+    temperature: float = 1.0  # of the softmax, in units of Q [D8]
+    sampling_temperature: float = 1.0  # share of the sampler's noise; below 1 keeps to the likelier actions [D4]
+    n_diffusion_steps: int = 5  # T
+    ema_tau: float = 0.001  # share of the behaviour in its lagged copy, every step
+    weight_decay: float = 1e-4  # of the behaviour
+    dropout: float = 0.1  # in the behaviour's residual blocks, while it is trained
+    v_layer_norm: bool = True  # [D3]
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # share of the online critic in its lagged copy, every step
+    learning_rate: float = 3e-4  # critic, and behaviour at first: its own falls to 0 on a cosine over the stage
+    batch_size: int = 512  # both stages
+    reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
+    normalize_obs: bool = False
+    critic_steps: int | None = None  # None: the `default:` block of zoo/idql.yml; paper 1.5M [D1]
+    behavior_steps: int | None = None  # paper 3M
+
+    def __post_init__(self) -> None:
+        check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
+        check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
+        check_number("weight_decay", self.weight_decay, "must not be negative", lambda x: x >= 0)
+        check_choice("select", self.select, (*SELECT, "expectile"))
+        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+
+
+class IDQL(Agent):
+    """Implicit diffusion Q-learning: samples of the behaviour, chosen by a critic that never leaves the data."""
+
+    Config = IDQLConfig
+    config: IDQLConfig
+    STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 1_500_000, "behavior": 3_000_000}
+    POLICY_STAGE = "behavior"
+    MODEL = ("behavior_ema", "critic")
+    LEARNER = ("behavior",)
+    CHOICE = ("n_candidates", "select", "temperature", "sampling_temperature")
+
+    def build(self) -> None:
+        c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
+        arch = net_arch(
+            self.policy_kwargs, {"qf": (256, 256), "vf": (256, 256)}, extra={"behavior_width": 256, "behavior_blocks": 3}
+        )
+        norm = c.v_layer_norm and obs_dim > 2  # [D3]
+        self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"], norm).to(self.device)
+        xavier_(self.critic)  # [D5]
+        self.critic.update_target(1.0)
+        net = ResidualDenoiser(obs_dim, act_dim, arch["behavior_width"], arch["behavior_blocks"])
+        chain = ChainPolicy(net, act_dim, c.n_diffusion_steps, std="beta", clip_x0=False, clip_x=True)  # [D4]
+        self.behavior = chain.to(self.device)
+        self.behavior_ema = copy.deepcopy(self.behavior).requires_grad_(False)
+        self.optimizers = {
+            "critic": Optimizer(self.critic.trained_parameters(), c.learning_rate),
+            "behavior": Optimizer(self.behavior.parameters(), c.learning_rate, weight_decay=c.weight_decay, cosine=True),
+        }
+
+    def stages(self) -> list[Stage]:
+        n, opt = self.config.batch_size, self.optimizers
+        return [  # [D1]
+            Stage("critic", n, (Part(self.update_critic, optimizers=(opt["critic"],)),)),
+            Stage("behavior", n, (Part(self.update_behavior, self.draw_behavior, (opt["behavior"],)),)),
+        ]
+
+    # ---- stage 1: critic -------------------------------------------------------------------------------------------
+    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
+        loss, metrics = self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D2]
+        self.optimizers["critic"].minimize(loss)
+        self.critic.update_target(self.config.tau)
+        return metrics
+
+    # ---- stage 2: behaviour ----------------------------------------------------------------------------------------
+    def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
+        c, net = self.config, self.behavior.net
+        kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
+        draws = {
+            "i": torch.randint(c.n_diffusion_steps, (n,), **kwargs),
+            "eps": torch.randn(n, self.act_dim, **kwargs),
+        }
+        if c.dropout > 0:
+            draws["masks"] = dropout_masks((net.n_blocks, n, net.width), c.dropout, generator)
+        return draws
+
+    def update_behavior(self, batch: Batch, draws: Draws) -> Metrics:
+        loss = self.behavior_loss(batch, draws)
+        self.optimizers["behavior"].minimize(loss)
+        polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
+        return {"behavior_loss": loss.detach()}
+
+    def behavior_loss(self, batch: Batch, draws: Draws) -> Tensor:
+        """L: the noise in the data's actions, predicted."""
+        a_i = self.behavior.perturbed(batch.act, draws["eps"], draws["i"])
+        return eps_loss(self.behavior.net(a_i, batch.obs, draws["i"], draws.get("masks")), draws["eps"])
+
+    # ---- acting ----------------------------------------------------------------------------------------------------
+    def act(self, obs: Tensor, deterministic: bool, config: IDQLConfig) -> Tensor:
+        """(B, S) -> (B, A): samples of the lagged behaviour, one chosen by min Qbar.
+
+        deterministic: the samples of the stored noise, then argmax ("first" stays the first).
+        """
+        c, generator = config, self.predict_generator
+        n = 1 if c.select == "first" else c.n_candidates
+        actions = self.behavior_ema.candidates(obs, n, deterministic, generator, c.sampling_temperature)  # (B, n, A)
+        if n == 1:
+            return actions[:, 0]
+        pairs = torch.cat([actions, obs[:, None].expand(-1, n, -1)], -1)
+        q = self.critic.q_target(pairs.flatten(0, 1)).amin(0).view(len(obs), n)
+        if c.select == "expectile" and not deterministic:
+            return implicit_choice(actions, q - self.critic.v(obs), c.expectile, generator)
+        return select_action(actions, q, "argmax" if deterministic else c.select, c.temperature, generator)
+
+
+def implicit_choice(actions: Tensor, advantage: Tensor, expectile: float, generator: torch.Generator) -> Tensor:
+    """The paper's implicit actor: one of K samples, weighing `expectile` above V and 1 - `expectile` below.
+
+    actions (B, K, A), advantage (B, K) = Q - V -> (B, A). Source: official `sample_implicit_policy`.
+    """
+    weights = torch.where(advantage > 0, expectile, 1.0 - expectile)
+    drawn = torch.multinomial(weights, 1, generator=generator)
+    return actions.gather(1, drawn[..., None].expand(-1, 1, actions.shape[-1])).squeeze(1)
