@@ -85,21 +85,21 @@ def agent_with(**knobs: Any) -> QGPO:
 def batch_of(n: int, rew: float = 1.0, done: float = 0.0) -> Batch:
     generator = torch.Generator().manual_seed(5)
     obs, act = torch.randn(n, 3, generator=generator), torch.rand(n, 2, generator=generator) * 2 - 1
-    return Batch(obs, act, torch.full((n,), rew), obs.flip(0), torch.full((n,), done), torch.arange(n))
+    return Batch(obs, act, torch.full((n,), rew), obs.flip(0), torch.full((n,), done), torch.arange(n).flip(0))
 
 
 # ---- the guided sampler ----------------------------------------------------------------------------------------------
 def test_guidance_tilts_a_gaussian_as_it_should() -> None:
     """exp(k . a) moves N(m, v) to N(m + k v, v), and guidance_scale s_g to m + s_g k v: sign and size of the guidance."""
-    agent, k = QGPO(**{**SMALL, "solver_steps": 60}).learn(line_data()), 4.0
+    agent, k = QGPO(**{**SMALL, "solver_steps": 40}).learn(line_data()), 4.0
     agent.behavior.net, agent.energy = GaussianNoise(), LinearEnergy(k)  # type: ignore[assignment]
-    obs = np.zeros((4000, 3), np.float32)
+    obs = np.zeros((2000, 3), np.float32)
     for scale in (0.0, 1.0, 2.0):
         action, _ = agent.predict(obs, guidance_scale=scale)
         low, high = agent.action_space.low, agent.action_space.high
         unclipped = (action > low) & (action < high)
         assert unclipped.mean() > 0.95, "too much is clipped to be judged"
-        assert np.median(action) == pytest.approx(MEAN + scale * k * VAR, abs=0.015), scale
+        assert np.median(action) == pytest.approx(MEAN + scale * k * VAR, abs=0.02), scale
         assert action.std() == pytest.approx(math.sqrt(VAR), rel=0.1)
 
 
@@ -168,14 +168,15 @@ def test_the_actions_of_a_state_share_one_time_and_have_their_own_noise() -> Non
     (a_t, t), alpha_sigma = seen[0], vp_alpha_sigma(1e-3 + 0.999 * draws["u"])
     assert t.shape == (8, 1)
     alpha, sigma = (x[:, None, None] for x in alpha_sigma)
-    torch.testing.assert_close(a_t, alpha * agent.actions[:8] + sigma * draws["eps"])
+    torch.testing.assert_close(a_t, alpha * agent.actions[:8].flip(0) + sigma * draws["eps"])
 
 
 @pytest.mark.parametrize("loss", ["mse", "emse"])
 def test_regressions_are_least_at_their_own_targets(loss: str) -> None:
     """ "mse": f = beta Qbar(s, a) of the data's actions; "emse": exp of beta (Qbar - its maximum over the support), clipped."""
     agent, batch = agent_with(beta=2.0, energy_loss=loss), batch_of(10)
-    agent.critic_target, agent.actions = SquareQ(), torch.full((10, 3, 2), 0.5)  # type: ignore[assignment]
+    support = torch.tensor([[0.9, 0.0], [0.5, 0.5], [-1.0, 0.0]])
+    agent.critic_target, agent.actions = SquareQ(), support.expand(10, 3, 2)  # type: ignore[assignment]
     best = 0.0 if loss == "mse" else -0.5
     exact = 2.0 * (-batch.act.square().sum(-1) - best)
     for shift in (0.0, 1.0):
@@ -194,11 +195,11 @@ def test_regressions_are_least_at_their_own_targets(loss: str) -> None:
 def test_the_backup_is_a_softmax_over_the_support(beta_q: float | None, done: float) -> None:
     """Qbar = 0 and -2 at the two actions of s'; the lower twin counts; beta_q None is beta = 3; loss is the mean of both."""
     agent = agent_with(beta_q=beta_q, gamma=0.5, n_support=2)
-    agent.actions = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
+    agent.actions = torch.tensor([[[5.0, 5.0], [5.0, 5.0]], [[0.0, 0.0], [1.0, 1.0]]])
     agent.critic_target = SquareQ()  # type: ignore[assignment]
     online = torch.tensor([[0.25], [1.5]], requires_grad=True)
     agent.critic.forward = lambda x: online  # type: ignore[method-assign]
-    loss, metrics = agent.critic_loss(batch_of(1, rew=1.0, done=done))
+    loss, metrics = agent.critic_loss(batch_of(1, rew=1.0, done=done)._replace(rows=torch.tensor([1])))
     beta = 3.0 if beta_q is None else beta_q
     value = -2.0 * math.exp(-2.0 * beta) / (1.0 + math.exp(-2.0 * beta))
     goal = 1.0 + 0.5 * (1.0 - done) * value
@@ -233,6 +234,7 @@ def test_support_of_a_row_is_of_its_own_state(some: int | None) -> None:
         assert error.abs().max() < 0.06
         rows = {tuple(row) for row in sampler.matrix.tolist()}
         assert {tuple(row) for row in chosen.matrix.tolist()} <= rows
+        assert len(chosen) == 600 or not torch.equal(chosen.matrix, sampler.matrix[:100])
         again = prepare(sampler, torch.Generator().manual_seed(1))
         assert torch.equal(first, agent.actions) and torch.equal(again.matrix, chosen.matrix)
 
@@ -252,10 +254,10 @@ def test_learns_the_best_action_of_the_data() -> None:
         seed=0,
         verbose=0,
         beta=10.0,
-        behavior_steps=400,
+        behavior_steps=300,
         critic_steps=300,
         energy_steps=500,
-        batch_size=128,
+        batch_size=64,
         behavior_batch_size=128,
         n_support_states=500,
         n_support=16,
@@ -267,7 +269,7 @@ def test_learns_the_best_action_of_the_data() -> None:
     ).learn(data)
     obs = np.random.default_rng(1).normal(size=(300, 3)).astype(np.float32)
     errors = [np.abs(agent.predict(obs, guidance_scale=scale)[0] - 0.5).mean() for scale in (0.0, 1.0)]
-    assert errors[1] < 0.3 < 0.5 < errors[0], errors  # of the exact ones: 0.18 of exp(-10 |a - 0.5|^2), 0.625 of the data
+    assert errors[1] < 0.3 < 0.42 < errors[0], errors  # of the exact ones: 0.18 of exp(-10 |a - 0.5|^2), 0.625 of the data
 
 
 def test_the_energy_is_learnt_anew_on_the_same_critic_and_behaviour() -> None:

@@ -19,7 +19,7 @@ Details
   [D5] The critic's layers start Xavier-uniform. In the behaviour's blocks the official layers start as LeCun's normal with
        zero biases; ours as PyTorch's.
   [D6] The official code learns from 95 % of the data and holds the rest out for a loss that it prints; ours from all.
-  [D7] It clips actions to +-(1 - 1e-5), for the squashed Gaussians of its other algorithms; nothing here needs that.
+  [D7] It clips actions to +-(1 - 1e-5), which matters to the densities of squashed actions; nothing here has one.
   [D8] `select="softmax"` over Q / temperature is a port's (CleanDiffuser's) rule, whose weights of the advantage are 1 /
        temperature: 5 to 400 on locomotion, with a sampling_temperature of 0.5.
 """
@@ -120,6 +120,7 @@ class IDQL(Agent):
     # ---- stage 2: behaviour ----------------------------------------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
         c, net = self.config, self.behavior.net
+        assert isinstance(net, ResidualDenoiser)
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         draws = {
             "i": torch.randint(c.n_diffusion_steps, (n,), **kwargs),

@@ -1,0 +1,79 @@
+"""Six ways to imitate a noisy circle: which policies can be many-valued? (the bandit of the DiffCPS paper, arXiv:2310.05333)
+
+  python examples/05_noisy_circle.py [--steps 6000] [--out out/circle.png]
+
+The data are points of a circle with noise, all of reward 1, so a good policy is anything on the ring. A Gaussian (AWR) puts its
+mass in the middle, a deterministic policy (TD3+BC) on one point, diffusion policies around the ring. Printed and in the titles:
+`on` is the share of actions nearer than 0.05 to a data point, `around` the share of the ring's angles that they reach.
+"""
+
+import argparse
+import pathlib
+import time
+
+import bandits
+import numpy as np
+
+import diffagents
+
+ALGORITHMS = ["AWR", "TD3BC", "DiffusionQL", "SfBC", "DiffusionBC", "DiffCPS"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, choices=ALGORITHMS)
+    parser.add_argument("--steps", type=int, default=6000, help="gradient steps of each algorithm")
+    parser.add_argument("--points", type=int, default=5000)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--diffusion-steps", type=int, default=5, help="T of the discrete chains; SfBC's solver has its own 15")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/circle.png"))
+    args = parser.parse_args()
+
+    data, (xy, _) = bandits.dataset("circle", args.points), bandits.points("circle", args.points)
+    observations = np.zeros((args.samples, 1), np.float32)
+    panels = [("data", xy[: args.samples], "")]
+    for name in args.algorithms:
+        knobs = {"policy_kwargs": {"net_arch": [128, 128]}, "batch_size": 128}
+        if name in ("DiffusionQL", "DiffCPS", "DiffusionBC"):
+            knobs["n_diffusion_steps"] = args.diffusion_steps
+        if name == "SfBC":
+            knobs |= {"policy_kwargs": {"behavior_width": 128}, "n_support_states": 100, "learning_rate": 3e-4}
+        start = time.perf_counter()
+        agent = getattr(diffagents, name)("MlpPolicy", bandits.Bandit("circle"), seed=args.seed, verbose=0, **knobs)
+        agent.learn(data, total_timesteps=args.steps)
+        actions = agent.predict(observations)[0]
+        found = bandits.measure(actions, xy)
+        title = f"on {found['jaccard']:.2f}, around {found['coverage']:.2f}"
+        radius = np.linalg.norm(actions, axis=1)
+        seconds = time.perf_counter() - start
+        print(f"{name:<12} {title}, radius {radius.mean():.3f} ± {radius.std():.3f}, {seconds:.0f} s", flush=True)
+        panels.append((name, actions, title))
+    plot(panels, args.out)
+
+
+def plot(panels: list[tuple[str, np.ndarray, str]], path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(panels) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(10.4, 2.9 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, points, title) in zip(axes.flat, panels, strict=False):
+        if name != "data":
+            axis.scatter(*panels[0][1].T, s=1, c="0.85", linewidths=0)
+        axis.scatter(*points.T, s=3, c="tab:blue", linewidths=0, alpha=0.6)
+        axis.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
+        axis.set_title(f"{name}\n{title}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    print(f"figure: {path}")
+
+
+if __name__ == "__main__":
+    main()
