@@ -47,13 +47,15 @@ class Stage:
     """A stretch of training with a length of its own, e.g. SRPO's critic.
 
     Each step draws one batch, on which the parts that are due run in order. `prepare` is called when the stage begins or
-    goes on, with the data and a generator that is the same every time; what it returns is sampled from.
+    goes on, with the data and a generator that is the same every time; what it returns is sampled from. It works on
+    `n_prepared` rows (None: all), by which its duration is told beforehand.
     """
 
     name: str
     batch_size: int
     parts: tuple[Part, ...]
     prepare: Callable[[Any, torch.Generator], Any] | None = None
+    n_prepared: int | None = None
 
 
 class Optimizer:

@@ -40,7 +40,7 @@ def dpm_solver_steps(
 ) -> tuple[SolverStep, ...]:
     """The constants of a singlestep DPM-Solver with `n_evals` network calls, at times uniform from 1 to `t_end`.
 
-    order: 2 or 3, of all steps but the last: what the budget leaves over is spent on lower ones ("DPM-Solver-fast"; 15 calls
+    order: 2 or 3, of all steps but the last one or two, on which the rest of the budget is spent ("DPM-Solver-fast"; 15 calls
     are 3 3 3 3 2 1, or seven 2 and a 1). The inner times of a step are the grid's too, as in the authors' code; in their paper
     they are uniform in lambda.
     data_prediction: DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095, Algorithm 1), steadier under strong guidance.

@@ -246,7 +246,7 @@ def announce(agent: Any, plan: Plan, sampler: Sampler) -> None:
         if stage.prepare is not None:  # on a few rows
             start, few = time.perf_counter(), sampler.head(256)
             some = stage.prepare(few, stage_generator(agent, stage))
-            seconds += (time.perf_counter() - start) * len(sampler) / len(few)
+            seconds += (time.perf_counter() - start) * min(len(sampler), stage.n_prepared or len(sampler)) / len(few)
         for part in stage.parts:
             for n in (1, 3):  # the first only warms up
                 start = time.perf_counter()

@@ -37,5 +37,8 @@ def small(name: str, **knobs: Any) -> Agent:
     settings: dict[str, Any] = {knob: value for knob, value in _SMALL.items() if knob in known}
     settings |= {knob: 16 for knob in known if knob.endswith("batch_size")}
     settings |= {f"{stage}_steps": STEPS for stage in cls.STAGE_SHARES}
-    arguments: dict[str, Any] = {"seed": 0, "verbose": 0, "device": "cpu", "policy_kwargs": {"net_arch": [16, 16]}}
+    kwargs: dict[str, Any] = {"net_arch": [16, 16]}
+    if name in ("SRPO", "QGPO", "SfBC", "IDQL"):
+        kwargs["behavior_width"] = 16
+    arguments: dict[str, Any] = {"seed": 0, "verbose": 0, "device": "cpu", "policy_kwargs": kwargs}
     return cls(**{**arguments, **settings, **knobs})

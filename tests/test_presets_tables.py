@@ -193,7 +193,10 @@ BUDGETS: dict[str, dict[str, tuple[int, int]]] = {  # (default, paper)
     "qgpo": {"behavior_steps": (30 * K, 600 * K), "critic_steps": (30 * K, 500 * K), "energy_steps": (20 * K, M)},
     "sfbc": {"behavior_steps": (30 * K, 586_200), "critic_steps": (10 * K, 24_500), "planning_steps": (10 * K, 24_500)},
 }
-PAPER_EXTRAS = {"qgpo": {"behavior_batch_size": 4096}, "sfbc": {"behavior_batch_size": 4096, "batch_size": 4096}}
+PAPER_EXTRAS: dict[str, dict[str, int | None]] = {
+    "qgpo": {"behavior_batch_size": 4096, "n_support_states": None},
+    "sfbc": {"behavior_batch_size": 4096, "batch_size": 4096, "n_support_states": None},
+}
 OFFICIAL = {"idql": {"critic_steps": 3 * M}}
 
 

@@ -15,7 +15,8 @@ Details
        half of the way; ours meets the finished critic only.
   [D2] Making the support costs M x `solver_steps` network calls a state, at s' for the critic and at s for the energy, and
        holds M x A floats a state in memory: with the paper's sizes 20 ms each a state on one CPU core, hours for a million.
-       `n_support_states` draws that many transitions once and trains on them alone; None takes all, as the paper.
+       `n_support_states` draws that many transitions once and trains on them alone; None takes all, as the paper
+       and `preset="paper"`.
        The table is made anew when a stage begins or is resumed (the same numbers each time); no file holds it.
   [D3] t ~ U(0.001, 1) everywhere; the M actions of a state share one.
   [D4] `energy_loss`, the paper's comparisons: "mse" regresses beta Qbar at the data's actions, "emse" its exponential,
@@ -58,7 +59,7 @@ class QGPOConfig:
     beta: float = 3.0  # > 0, in units of 1 / Q: large follows Q, small stays close to the data
     beta_q: float | None = None  # >= 0, the same inside the critic's target [D5]
     n_support: int = 16  # M; 32 on AntMaze
-    n_support_states: int | None = None  # how many transitions get a support, None: all [D2]
+    n_support_states: int | None = 20_000  # how many transitions get a support, None: all [D2]
     energy_loss: str = "cep"  # "cep", "mse" or "emse" [D4]
     guidance_scale: float = 1.0  # >= 0; 0 is the behaviour model [D6]
     solver_steps: int = 15  # network calls a sample
@@ -135,8 +136,8 @@ class QGPO(Agent):
         energy = Part(self.update_energy, self.draw_energy, (opt["energy"],))
         return [
             Stage("behavior", c.behavior_batch_size, (behavior,)),
-            Stage("critic", c.batch_size, (critic,), self.prepare_critic),
-            Stage("energy", c.batch_size, (energy,), self.prepare_energy),
+            Stage("critic", c.batch_size, (critic,), self.prepare_critic, c.n_support_states),
+            Stage("energy", c.batch_size, (energy,), self.prepare_energy, c.n_support_states),
         ]
 
     # ---- stage 1: behaviour ----------------------------------------------------------------------------------------

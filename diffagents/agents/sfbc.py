@@ -17,7 +17,7 @@ Details
        stages `critic` and `planning`; `learn(data, stages=("planning",), reset_num_timesteps=False)` is one more.
   [D4] V costs M x `solver_steps` network calls a state: with the paper's sizes 20 ms on one CPU core, hours for a million
        states. `n_support_states` takes V at that many random states only, and R passes the others by; None takes all, as
-       the paper. V is computed anew when a resumed stage goes on (the same numbers each time); no file holds it.
+       the paper and `preset="paper"`. V is computed anew when a resumed stage goes on (the same numbers each time); no file holds it.
   [D5] t ~ U(0.00001, 1). DPM-Solver, order 3. Candidates are not clipped, the chosen action at the very end (the official code
        leaves it to the environment).
   [D6] Acting: 32 candidates, `average_top` of them drawn without replacement by softmax(Q / 0.01), and averaged: 4 on
@@ -51,7 +51,7 @@ class SfBCConfig:
 
     alpha: float = 20.0  # >= 0, of V in planning, in standard deviations of the return; 0: the mean over the support
     n_support: int = 16  # M
-    n_support_states: int | None = None  # how many states V is taken at, None: all [D4]
+    n_support_states: int | None = 20_000  # how many states V is taken at, None: all [D4]
     n_candidates: int = 32  # acting [D6]
     temperature: float = 0.01  # > 0, of the choice among them, in standard deviations of the return
     average_top: int = 1  # how many are averaged, 4 on locomotion; all candidates where they are fewer
@@ -126,7 +126,7 @@ class SfBC(Agent):
         return [
             Stage("behavior", c.behavior_batch_size, (behavior,)),
             Stage("critic", c.batch_size, (critic,), self.prepare_critic),
-            Stage("planning", c.batch_size, (critic,), self.prepare_planning),
+            Stage("planning", c.batch_size, (critic,), self.prepare_planning, c.n_support_states),
         ]
 
     # ---- stage 1: behaviour ----------------------------------------------------------------------------------------

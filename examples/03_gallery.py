@@ -1,0 +1,162 @@
+"""Figures on the 2-D toys of bandits.py, like those of the papers.
+
+  python examples/03_gallery.py --figure srpo                      # half an hour on one core; --tasks moons: five minutes
+  python examples/03_gallery.py --figure all --scale 0.01          # everything, at a hundredth of the training
+
+srpo    For each toy: data, samples of the learned behaviour model, and how SRPO's actions move as 1 / beta goes from 0 to 1.
+        Each action starts at the best point a_tar of a quadratic Q(a) = -|a - a_tar|^2, a_tar on a grid, and climbs
+        Q + (1 / beta) log mu by the behaviour model's score (arXiv:2310.07297, figures 3 and 7).
+circle  The noisy circle of DiffCPS for six algorithms: 05_noisy_circle.py.
+bdpo    BDPO's generation paths over its values: 06_bdpo_paths.py.
+
+The papers train on a GPU for hundreds of thousands of updates. Here the behaviour net is small, and its time features are ten
+times slower than the published ones (T_FEATURES), which a short training needs.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import time
+
+import bandits
+import numpy as np
+import torch
+
+from diffagents import SRPO
+from diffagents.diffusion import vp_alpha_sigma
+
+HERE = pathlib.Path(__file__).resolve().parent
+TASKS = [name for name in bandits.TASKS if name != "circle"]
+LEVELS = np.linspace(0.0, 1.0, 11)  # of 1 / beta
+T_FEATURES = 0.1  # factor on the frequencies of the score network's time features
+T_SCORE = 0.01  # the score is taken near t = 0: the model blurs the data by sigma = .045 of the action range's half
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figure", choices=["srpo", "bdpo", "circle", "all"], default="srpo")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="toys of the srpo figure")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the gradient steps, e.g. 0.01")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def scaled(steps: int) -> int:
+        return max(2, round(steps * args.scale))
+
+    if args.figure in ("srpo", "all"):
+        columns = [srpo_column(name, scaled, args.seed) for name in args.tasks]
+        plot_srpo(columns, args.out / "srpo.png")
+    seed = ["--seed", str(args.seed)]
+    if args.figure in ("circle", "all"):
+        run("05_noisy_circle.py", "--steps", str(max(3, scaled(6000))), "--out", str(args.out / "circle.png"), *seed)
+    if args.figure in ("bdpo", "all"):
+        steps = ["--behavior-steps", str(scaled(6000)), "--train-steps", str(scaled(12_000))]
+        run("06_bdpo_paths.py", *steps, "--out", str(args.out / "bdpo.png"), *seed)
+
+
+def run(script: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
+
+
+# ---- SRPO: from greedy points to the data ------------------------------------------------------------------------------
+
+
+def srpo_column(name: str, scaled, seed: int) -> dict[str, object]:
+    """Train a behaviour model on a toy and shift a grid of greedy actions by its score."""
+    start = time.perf_counter()
+    agent = behavior_model(name, scaled, seed)
+    samples = agent.behavior_policy(100).predict(np.zeros((2000, 1), np.float32))[0]
+    side = np.linspace(-4.0, 4.0, 20, dtype=np.float32)
+    target = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
+    path = shift(agent, target, bandits.bound(name), scaled(100))
+    data = bandits.points(name, 5000, seed=1)[0]
+    print(f"{name}, {time.perf_counter() - start:.0f} s")
+    print(f"  samples of the behaviour model  {text(bandits.measure(samples, data))}")
+    for level, actions in zip(LEVELS, path, strict=True):
+        found = bandits.measure(actions, data)
+        q = -np.square(actions - target).sum(-1).mean()
+        print(f"  1/beta {level:.1f}  distance {found['distance']:.3f}  log_density {found['log_density']:7.2f}  Q {q:6.3f}")
+    sys.stdout.flush()
+    return {"name": name, "data": data[:2000], "samples": samples, "path": path}
+
+
+def behavior_model(name: str, scaled, seed: int) -> SRPO:
+    """SRPO's behaviour stage alone, its learning rate cut to a tenth for the last quarter."""
+    agent = SRPO(
+        "MlpPolicy",
+        bandits.Bandit(name),
+        seed=seed,
+        verbose=0,
+        dropout=0.0,
+        reward_transform="none",
+        learning_rate=2e-3,
+        behavior_batch_size=128,
+        behavior_steps=scaled(36_000),
+        policy_kwargs={"behavior_width": 32, "behavior_blocks": 3},
+    )
+    agent.behavior.net.frequencies.mul_(T_FEATURES)
+    data = bandits.dataset(name, 100_000, seed)
+    agent.learn(data, stages=("behavior",))
+    tail = agent.clone(learning_rate=2e-4, behavior_steps=scaled(12_000))
+    return tail.learn(data, stages=("behavior",))
+
+
+def shift(agent: SRPO, target: np.ndarray, bound: float, steps: int) -> np.ndarray:
+    """(levels, n, 2): where free actions end that climb Q + (1 / beta) log mu, each level starting where the last one ended.
+
+    The gradient is that of SRPO's policy loss with weight alpha / sigma at T_SCORE, in the toy's units.
+    """
+    net, goal = agent.behavior.net, torch.from_numpy(target)
+    generator = torch.Generator().manual_seed(0)
+    t = torch.full((len(goal),), T_SCORE)
+    alpha, sigma = (value[:, None] for value in vp_alpha_sigma(t))
+    actions, path = goal.clone(), [target.copy()]
+    for level in LEVELS[1:]:
+        actions.requires_grad_()
+        optimizer = torch.optim.Adam([actions], lr=0.05)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
+        for _ in range(steps):
+            with torch.no_grad():
+                eps = torch.randn(goal.shape, generator=generator)
+                eps_mu = net(alpha * actions / bound + sigma * eps, torch.zeros(len(goal), 1), t)
+                actions.grad = 2.0 * (actions - goal) + float(level) * alpha / sigma * (eps_mu - eps) / bound
+            optimizer.step()
+            schedule.step()
+        actions = actions.detach()
+        path.append(actions.numpy().copy())
+    return np.stack(path)
+
+
+def text(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+
+
+def plot_srpo(columns: list[dict[str, object]], path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(3, len(columns), figsize=(2.1 * len(columns) + 0.8, 6.4), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set(xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), aspect="equal", xticks=[], yticks=[])
+    for label, axis in zip(("data", "behaviour model", "SRPO"), axes[:, 0], strict=True):
+        axis.set_ylabel(label, fontsize=9)
+    for (top, middle, bottom), column in zip(axes.T, columns, strict=True):
+        top.set_title(column["name"], fontsize=9)
+        top.scatter(*column["data"].T, s=1, c="0.3", linewidths=0)
+        middle.scatter(*column["samples"].T, s=1, c="tab:blue", linewidths=0)
+        for level, actions in zip(LEVELS, column["path"], strict=True):
+            color = np.full(len(actions), level)
+            shown = bottom.scatter(*actions.T, s=2, c=color, cmap="plasma_r", vmin=0, vmax=1, linewidths=0)
+    figure.colorbar(shown, ax=axes[2], label="1 / beta", shrink=0.9)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    print(f"figure: {path}")
+
+
+if __name__ == "__main__":
+    main()
