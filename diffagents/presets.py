@@ -73,7 +73,8 @@ def resolve_preset(algorithm: str, preset: str | None, dataset_id: str | None) -
         aliases = [alias for name in rows for alias in table[name].get("aliases", ())]
         near = difflib.get_close_matches(str(preset), [*general, *rows, *aliases], 1)
         hint = f"did you mean {near[0]!r}? There are" if near else "there are"
-        raise ValueError(f"preset={preset!r} is unknown; {hint} {', '.join(map(repr, general))} and {', '.join(rows) or 'no rows'}")
+        some = ", ".join(rows) or "no rows"
+        raise ValueError(f"preset={preset!r} is unknown; {hint} {', '.join(map(repr, general))} and {some}")
     values = _values(table["default"])
     for block in blocks:
         values |= _values(table[block])

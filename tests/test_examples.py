@@ -40,3 +40,40 @@ def test_main_example_takes_any_file_and_environment(tmp_path: pathlib.Path) -> 
 def test_own_data_example() -> None:
     out = run("examples/02_your_own_data.py", "--episodes", "3", "--total-timesteps", "30")
     assert "SRPO: Pendulum-v1: return" in out
+
+
+def test_comparison_of_all_algorithms(tmp_path: pathlib.Path) -> None:
+    """Every registered algorithm gets its line; asked again, what is there is not done again."""
+    import diffagents
+
+    out_file = tmp_path / "compare.json"
+    small = [f"{name}.n_support_states=50" for name in ("QGPO", "SfBC")]
+    command = ["examples/04_compare.py", "--steps", "12", "--episodes", "1", "--out", str(out_file), "--set", *small]
+    table = run(*command).split("algorithm ")[-1]
+    for name in diffagents.AGENTS:
+        assert re.search(rf"^{name} +-?\d+\.\d\d ± +0\.00 +1 +\w+ \d", table, re.MULTILINE), table
+    before = out_file.read_text()
+    assert run(*command).split("algorithm ")[-1] == table and out_file.read_text() == before
+
+
+def test_noisy_circle(tmp_path: pathlib.Path) -> None:
+    out = run("examples/05_noisy_circle.py", "--steps", "9", "--points", "300", "--samples", "50", "--out", str(tmp_path / "c.png"))
+    for name in ("AWR", "TD3BC", "DiffusionQL", "SfBC", "DiffusionBC", "DiffCPS"):
+        assert re.search(rf"^{name} +on [01]\.\d\d, around [01]\.\d\d, radius", out, re.MULTILINE)
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_paths_of_bdpo(tmp_path: pathlib.Path) -> None:
+    lengths = ["--behavior-steps", "3", "--train-steps", "3", "--diffusion-steps", "6", "--points", "500"]
+    command = ["examples/06_bdpo_paths.py", "--task", "moons", *lengths, "--out", str(tmp_path / "b.png")]
+    out = run(*command)
+    assert re.search(r"^target +mean reward 0\.9\d+$|^target +mean reward 1\.0", out, re.MULTILINE), out
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    assert run(*command).count("gradient steps") == 0  # the kept agent is used again
+
+
+def test_toy_metric_of_bdpo(tmp_path: pathlib.Path) -> None:
+    lengths = ["--behavior-steps", "3", "--train-steps", "3", "--diffusion-steps", "6", "--points", "500"]
+    out = run("zoo/benchmarks/bdpo_toy.py", *lengths, "--out", str(tmp_path / "t.json"))
+    free = float(re.search(r'"free energy of the rewards": ([\d.]+)', out)[1])  # type: ignore[index]
+    assert 0.85 < free < 0.9  # eta log mean exp(k / 7 / eta) over eight equal parts, eta 0.06: 0.8811

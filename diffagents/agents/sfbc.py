@@ -17,7 +17,8 @@ Details
        stages `critic` and `planning`; `learn(data, stages=("planning",), reset_num_timesteps=False)` is one more.
   [D4] V costs M x `solver_steps` network calls a state: with the paper's sizes 20 ms on one CPU core, hours for a million
        states. `n_support_states` takes V at that many random states only, and R passes the others by; None takes all, as
-       the paper and `preset="paper"`. V is computed anew when a resumed stage goes on (the same numbers each time); no file holds it.
+       the paper and `preset="paper"`. V is computed anew when a resumed stage goes on (the same numbers each time); no file
+       holds it.
   [D5] t ~ U(0.00001, 1). DPM-Solver, order 3. Candidates are not clipped, the chosen action at the very end (the official code
        leaves it to the environment).
   [D6] Acting: 32 candidates, `average_top` of them drawn without replacement by softmax(Q / 0.01), and averaged: 4 on
