@@ -57,7 +57,8 @@ def test_comparison_of_all_algorithms(tmp_path: pathlib.Path) -> None:
 
 
 def test_noisy_circle(tmp_path: pathlib.Path) -> None:
-    out = run("examples/05_noisy_circle.py", "--steps", "9", "--points", "300", "--samples", "50", "--out", str(tmp_path / "c.png"))
+    arguments = ["--steps", "9", "--points", "300", "--samples", "50", "--out", str(tmp_path / "c.png")]
+    out = run("examples/05_noisy_circle.py", *arguments)
     for name in ("AWR", "TD3BC", "DiffusionQL", "SfBC", "DiffusionBC", "DiffCPS"):
         assert re.search(rf"^{name} +on [01]\.\d\d, around [01]\.\d\d, radius", out, re.MULTILINE)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
