@@ -4,9 +4,11 @@ An algorithm's file gives `Config`, `build`, `stages` and `act`; everything a us
 """
 
 import dataclasses
+import functools
 import inspect
 import pathlib
 import secrets
+import types
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -48,6 +50,7 @@ class Agent(ABC):
     MODEL: ClassVar[tuple[str, ...]]  # attributes that `predict` needs: model.safetensors
     LEARNER: ClassVar[tuple[str, ...]]  # every other network: learner.safetensors
     CHOICE: ClassVar[tuple[str, ...]] = ()  # knobs that a call of `predict` may set for itself
+    SIZES: ClassVar[tuple[str, ...]] = ()  # knobs that are sizes of tensors: a file's must agree with its tensors
 
     config: Any
     obs_dim: int
@@ -157,6 +160,9 @@ class Agent(ABC):
                     print("nothing to do: the plan is finished; give total_timesteps or stages for a new one")
                 return self
             training.check_rewards(plan, data)
+            before, self.plan = self.plan, plan
+            self.stages()  # an algorithm may refuse its part of the plan
+            self.plan = before
             tick = make_callback(self, callback, progress_bar)
         assert self.dataset_info is not None and self.reward_transform is not None
         if data.info["sha256"] != self.dataset_info["sha256"]:
@@ -200,17 +206,20 @@ class Agent(ABC):
         action = self.spec.unscale_action(flat)
         return action if batched else action[0]
 
-    def evaluate(self, env: Any = None, n_episodes: int = 10, **kwargs: Any) -> Evaluation:
+    def evaluate(self, env: Any = None, n_episodes: int = 10, *, choice: Any = None, **kwargs: Any) -> Evaluation:
         """`diffagents.evaluate(self, ...)`; without `env`, in the environment stored with the dataset, kwargs included.
 
-        Warns when `env` is another environment than that.
+        choice: given to `predict` at every step, e.g. {"n_candidates": 10}. Warns when `env` is not the stored environment.
         """
+        policy: Any = self
+        if choice:
+            policy = types.SimpleNamespace(predict=functools.partial(self.predict, **choice))
         stored = (self.dataset_info or {}).get("env_spec")
         if env is not None and stored is not None:
             warn_of_another_env(env, stored, kwargs.get("env_kwargs"))
         if env is None and stored is None and self._env is None:
             raise ValueError("no environment is stored with this agent's dataset: pass env=, an id or an environment")
-        return evaluate(self, env if env is not None else (stored or self._env), n_episodes, **kwargs)
+        return evaluate(policy, env if env is not None else (stored or self._env), n_episodes, **kwargs)
 
     # ---- files -----------------------------------------------------------------------------------------------------
     def save(self, path: str | pathlib.Path, include_trainer_state: bool = True) -> pathlib.Path:
@@ -357,7 +366,7 @@ class Agent(ABC):
         """Build the networks from the seed, leaving the global generator alone."""
         self.spec, self.obs_keys = spec, spec.obs_keys
         self.obs_dim, self.act_dim = spec.obs_dim, spec.act_dim
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
             torch.manual_seed(self.seed)
             self.obs_normalizer = ObsNormalizer(self.obs_dim).to(self.device)
             self.build()

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffagents.diffusion import Chain, perturb, sample_chain, vp_chain
-
-N_FIXED = 256
-"""How many fixed noises an artifact holds: the most candidates that a deterministic choice can have."""
+from diffagents.knobs import N_FIXED
 
 
 class ChainPolicy(nn.Module):
@@ -66,11 +64,9 @@ class ChainPolicy(nn.Module):
     ) -> Tensor:
         """n samples for each observation, (B, S) -> (B, n, A), clamped to [-1, 1].
 
-        deterministic: from the fixed noises, the same for every observation. Raises ValueError where n is more than there are.
+        deterministic: from the fixed noises, the same for every observation; n is at most N_FIXED.
         """
         if deterministic:
-            if n > len(self.fixed_noise):
-                raise ValueError(f"n_candidates={n}: a deterministic choice is among {len(self.fixed_noise)} at most")
             fixed = self.fixed_noise[:n].transpose(0, 1)[:, None]  # (T + 1, 1, n, A)
             noises = fixed.expand(-1, len(obs), -1, -1)
         else:

@@ -89,7 +89,7 @@ def restore(
     for name in overrides:
         if name in ("policy_kwargs", "preset", "obs_keys", "device", "env"):
             raise TypeError(f"{name} belongs to the saved networks and cannot be changed here: make a new {cls.__name__}(...)")
-    cls(device=device, **overrides)  # what the caller asks for is the caller's error, not the artifact's
+    _check_overrides(cls, config, device, overrides)
     try:
         agent = _build(cls, config, tensors, device, overrides)
         plan = Plan.from_json(state["plan"], cls.STAGE_SHARES) if state and state.get("plan") else None
@@ -106,7 +106,27 @@ def restore(
     if state is not None and "optimizer" in tensors:
         _load_optimizer_side(agent, tensors["optimizer"], fresh, generators="seed" not in overrides)
         agent.plan, agent.history = plan, history
+    if fresh:  # what trains a new network begins anew, and is no longer the run that the plan describes
+        agent.plan = None
+        new = [agent.optimizers[name] for name in fresh if name in agent.optimizers]
+        for stage in agent.stages():
+            if any(optimizer in part.optimizers for part in stage.parts for optimizer in new):
+                agent.stage_steps[stage.name] = 0
     return agent
+
+
+def _check_overrides(cls: type[Any], config: dict[str, Any], device: Any, overrides: dict[str, Any]) -> None:
+    """What the caller asks for is the caller's error, not the artifact's; a knob may be right only beside the saved ones."""
+    try:
+        cls(device=device, **overrides)
+    except ValueError:
+        try:
+            cls(device=device, **{**config["knobs"], **overrides})
+        except Exception:
+            pass
+        else:
+            return
+        raise
 
 
 def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], device: Any, overrides: dict[str, Any]) -> Any:
@@ -116,6 +136,9 @@ def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], 
     if "learner" not in tensors:  # the sizes of what is not there cannot be compared
         sizes |= set(range(4097))
     named = _numbers(config["policy_kwargs"]) - set(range(17))  # numbers of blocks are no tensor's size
+    for name in cls.SIZES:
+        if not {config["knobs"][name], config["knobs"][name] + 1} & sizes:
+            raise ValueError(f"{name}={config['knobs'][name]!r} is a size that no tensor has")
     if len(tensors["model"]["obs_normalizer.mean"]) != spec.obs_dim or not named <= sizes:
         raise ValueError("spec or policy_kwargs name sizes that no tensor has")  # before any memory is taken for them
     settings = {"seed": config["seed"], **{k: v for k, v in overrides.items() if k in AGENT_OVERRIDES}}

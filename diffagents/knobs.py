@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+N_FIXED = 256
+"""How many fixed noises an artifact holds for deterministic actions: the most candidates there can be."""
+
 
 def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
     """`kind(**knobs)` after the checks that follow from a knob's name and type. Raises TypeError (unknown knob) or ValueError.
@@ -34,6 +37,8 @@ def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
             check_number(name, value, "must be positive", lambda x: x > 0)
         elif name.startswith("n_") or name.endswith(("batch_size", "_freq", "_every")):
             knobs[name] = whole_number(name, value, 1)
+            if name == "n_candidates" and value > N_FIXED:
+                raise ValueError(f"{name}={value!r} must be at most {N_FIXED}, the fixed noises of a deterministic choice")
         elif "int" in kinds:
             knobs[name] = whole_number(name, value, 0)
         elif "float" in kinds:

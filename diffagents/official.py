@@ -22,6 +22,7 @@ from diffagents.agents.diffusion_ql import DiffusionQL
 from diffagents.agents.srpo import SRPO
 from diffagents.checkpoint import load_state
 from diffagents.diffusion import vp_chain
+from diffagents.presets import resolve_preset
 from diffagents.types import Spec
 
 State = Mapping[str, Tensor]
@@ -30,6 +31,7 @@ ChainAgent = TypeVar("ChainAgent", DiffusionQL, DiffCPS)
 
 def srpo_from_official(behavior: Any, critic: Any, policy: Any = None, *, env: Any = None, **kwargs: Any) -> SRPO:
     """An SRPO agent from official files (paths, or state dicts already read); see `SRPO.from_official`."""
+    kwargs = _with_preset(SRPO, kwargs)
     behavior_state = srpo_behavior_state(read_checkpoint(behavior, "behavior"))
     critic_state = srpo_critic_state(read_checkpoint(critic, "critic"))
     act_dim = len(behavior_state["net.output.bias"])
@@ -64,6 +66,7 @@ def srpo_from_official(behavior: Any, critic: Any, policy: Any = None, *, env: A
 
 def chain_from_official(cls: type[ChainAgent], actor: Any, critic: Any, *, env: Any = None, **kwargs: Any) -> ChainAgent:
     """A Diffusion-QL or DiffCPS agent from official files; see `DiffusionQL.from_official`."""
+    kwargs = _with_preset(cls, kwargs)
     actor_file, critic_state = read_checkpoint(actor, "actor"), chain_critic_state(read_checkpoint(critic, "critic"))
     actor_state = chain_actor_state(actor_file)
     trunk = _linear_sizes(actor_state, "trunk")
@@ -92,6 +95,20 @@ def _set_up(agent: Any, obs_dim: int, act_dim: int) -> None:
         box = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
         agent._set_up(Spec(box, spaces.Box(-1.0, 1.0, (act_dim,), np.float32)))
     agent._pristine = False
+
+
+def _with_preset(cls: type[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """kwargs with the knobs of a named preset under them, so that networks and optimizers are built with these.
+
+    Raises ValueError for "auto": a checkpoint file names no dataset.
+    """
+    preset = kwargs.pop("preset", None)
+    if preset is None:
+        return kwargs
+    if preset == "auto":
+        raise ValueError('preset="auto" needs a dataset id, which official files do not have: name the row')
+    values = resolve_preset(cls.presets_name(), preset, None)[1]
+    return {**{name: value for name, value in values.items() if name != "policy_kwargs"}, **kwargs}
 
 
 def read_checkpoint(source: Any, what: str) -> dict[str, Tensor]:

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffagents.diffusion import BETA_MAX, BETA_MIN, eps_loss, perturb, vp_alpha_sigma
-
-N_FIXED = 256
-"""How many fixed noises an artifact holds: the most candidates that a deterministic choice can have."""
+from diffagents.knobs import N_FIXED
 
 
 class SolverCall(NamedTuple):
@@ -144,15 +142,10 @@ class VPBehavior(nn.Module):
         return eps_loss(self.net(perturb(act, eps, *vp_alpha_sigma(t)), obs, t), eps)
 
     def noise(self, n_obs: int, n: int, deterministic: bool, generator: torch.Generator) -> Tensor:
-        """x_1 for n samples of each observation, (n_obs, n, A). deterministic: the fixed ones, the same for every observation.
-
-        Raises ValueError where n is more than there are fixed.
-        """
+        """x_1 for n <= N_FIXED samples of each observation, (n_obs, n, A). deterministic: the fixed ones, for every one."""
         if not deterministic:
             size = (n_obs, n, self.fixed_noise.shape[1])
             return torch.randn(size, generator=generator, device=self.fixed_noise.device)
-        if n > N_FIXED:
-            raise ValueError(f"n_candidates={n}: a deterministic choice is among {N_FIXED} at most")
         return self.fixed_noise[:n].expand(n_obs, -1, -1)
 
     def sample(self, obs: Tensor, noise: Tensor, steps: tuple[SolverStep, ...]) -> Tensor:

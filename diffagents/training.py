@@ -106,6 +106,15 @@ def make_plan(agent: Any, total: int | None, reset: bool, stages: Sequence[str] 
             )
         return plan
     shares = {name: share for name, share in agent.STAGE_SHARES.items() if stages is None or name in stages}
+    if agent._pristine or any(agent.stage_steps.values()):  # else its networks came from files
+        known = list(agent.STAGE_SHARES)
+        for name in shares:  # `behavior` is fitted to the data alone
+            missing = [e for e in known[: known.index(name)] if e not in shares and agent.stage_steps[e] == 0]
+            if missing and name != "behavior":
+                raise ValueError(
+                    f"stages={tuple(shares)} leaves out {missing[0]!r}, which {name!r} builds on and which was never trained: "
+                    f"add it, or run learn(data, stages=({missing[0]!r},)) first"
+                )
     if total is not None:
         return Plan(Plan.split(int(total), shares))
     lengths = {name: getattr(agent.config, f"{name}_steps") for name in shares}
@@ -122,7 +131,7 @@ def check_rewards(plan: Plan, data: Transitions) -> None:
     if {"critic", "train"} & set(plan.lengths) and not data.done.any() and bool((data.rew == data.rew[0]).all()):
         raise ValueError(
             f"every reward is {float(data.rew[0]):g} and no episode terminates: there is nothing to prefer; add rewards, "
-            'or imitate only, with DiffusionBC, or with stages=("behavior",) where there is that stage'
+            "or imitate only, with DiffusionBC"
         )
 
 
@@ -172,6 +181,7 @@ def _run_stage(
     for part in stage.parts:
         for optimizer in part.optimizers:
             optimizer.start_schedule(length, part.times(before, before + done))
+    good, good_at = _snapshot(agent), done  # before `prepare`, which may start networks anew
     if stage.prepare is not None:
         sampler = stage.prepare(sampler, stage_generator(agent, stage))
     interval = log_interval or max(1, min(1000, length // 20))
@@ -179,7 +189,7 @@ def _run_stage(
     q_limit = 100.0 * sampler.max_abs_reward / (1.0 - getattr(agent.config, "gamma", 0.0)) + 1.0
     agent._pristine = False
     sums = [MetricSums() for _ in stage.parts]
-    good, good_at, started = _snapshot(agent), done, (time.perf_counter(), done)
+    started = (time.perf_counter(), done)
 
     def look() -> None:
         """Wait for the device, see whether all is well, report, and keep the state to fall back to."""

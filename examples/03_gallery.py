@@ -10,7 +10,7 @@ circle  The noisy circle of DiffCPS for six algorithms: 05_noisy_circle.py.
 bdpo    BDPO's generation paths over its values: 06_bdpo_paths.py.
 
 The papers train on a GPU for hundreds of thousands of updates. Here the behaviour net is small, and its time features are ten
-times slower than the published ones (T_FEATURES), which a short training needs.
+times slower than the published ones (T_FEATURES), which a short training needs. Trained models are kept in --out and used again.
 """
 
 import argparse
@@ -47,7 +47,10 @@ def main() -> None:
         return max(2, round(steps * args.scale))
 
     if args.figure in ("srpo", "all"):
-        columns = [srpo_column(name, scaled, args.seed) for name in args.tasks]
+        columns = []
+        for name in args.tasks:
+            kept = args.out / f"srpo-{name}-scale{args.scale:g}-seed{args.seed}.zip"
+            columns.append(srpo_column(name, scaled, args.seed, kept))
         plot_srpo(columns, args.out / "srpo.png")
     seed = ["--seed", str(args.seed)]
     if args.figure in ("circle", "all"):
@@ -64,10 +67,14 @@ def run(script: str, *arguments: str) -> None:
 # ---- SRPO: from greedy points to the data ------------------------------------------------------------------------------
 
 
-def srpo_column(name: str, scaled, seed: int) -> dict[str, object]:
-    """Train a behaviour model on a toy and shift a grid of greedy actions by its score."""
+def srpo_column(name: str, scaled, seed: int, kept: pathlib.Path) -> dict[str, object]:
+    """Train a behaviour model on a toy, or take the one in `kept`, and shift a grid of greedy actions by its score."""
     start = time.perf_counter()
-    agent = behavior_model(name, scaled, seed)
+    if kept.exists():
+        agent = SRPO.load(kept, verbose=0)
+    else:
+        agent = behavior_model(name, scaled, seed)
+        agent.save(kept, include_trainer_state=False)
     samples = agent.behavior_policy(100).predict(np.zeros((2000, 1), np.float32))[0]
     side = np.linspace(-4.0, 4.0, 20, dtype=np.float32)
     target = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
@@ -140,7 +147,7 @@ def plot_srpo(columns: list[dict[str, object]], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(3, len(columns), figsize=(2.1 * len(columns) + 0.8, 6.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(3, len(columns), figsize=(2.1 * len(columns) + 1.0, 6.6), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set(xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), aspect="equal", xticks=[], yticks=[])
     for label, axis in zip(("data", "behaviour model", "SRPO"), axes[:, 0], strict=True):

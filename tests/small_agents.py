@@ -19,6 +19,7 @@ _SMALL: dict[str, Any] = {
     "n_samples": 2,
     "n_critics": 3,
     "n_support": 3,
+    "n_support_states": 50,
     "solver_steps": 6,
 }
 

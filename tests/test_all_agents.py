@@ -1,7 +1,9 @@
 """What must hold for every algorithm: files, resuming, acting, choices, bad knobs, the reading budget."""
 
 import dataclasses
+import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,12 @@ from small_agents import NAMES, STEPS, agent_class, fields, small
 from toy import line_data
 
 import diffagents
+from diffagents import load_dataset
 from diffagents.agent import Agent
+from diffagents.checkpoint import training_tensors
+from diffagents.engine import Plan
 from diffagents.presets import load_presets
+from diffagents.training import announce
 
 DATA = line_data()
 OBS = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
@@ -148,7 +154,7 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "one", "two"), CHANGES)
 def test_the_choice_counts(name: str, one: dict[str, Any], two: dict[str, Any], trained: dict[str, Agent]) -> None:
-    """ "first" is one plain sample; "argmax" the best of the candidates by the critic: another action, no worse by Q."""
+    """ "first" is one plain sample; "argmax" another, and another again where the candidates are fewer."""
     agent = trained.setdefault(name, small(name).learn(DATA))
     obs = np.random.default_rng(2).normal(size=(64, 3)).astype(np.float32)
     n = {"n_candidates": 32}
@@ -157,8 +163,31 @@ def test_the_choice_counts(name: str, one: dict[str, Any], two: dict[str, Any], 
     assert not np.array_equal(first, best)
     more = agent.predict(obs, deterministic=True, n_candidates=2, **two)[0]
     assert not np.array_equal(more, best)
-    with pytest.raises(ValueError, match="n_candidates=100000"):
-        agent.predict(obs, deterministic=True, n_candidates=100_000, **two)
+    with pytest.raises(ValueError, match="n_candidates=257 must be at most 256"):
+        agent.predict(obs, n_candidates=257, **two)
+
+
+SCORES = {"DiffusionQL": lambda q: q.amin(0), "DiffCPS": lambda q: q.amin(0), "BDPO": lambda q: q.mean(0)}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_candidates_are_scored_by_the_lagged_critics(name: str, trained: dict[str, Agent]) -> None:
+    """argmax takes the candidate whose score is highest: the lower of the lagged twins, or the mean of BDPO's ensemble."""
+    agent: Any = trained.setdefault(name, small(name).learn(DATA)).clone()
+    offered: list[torch.Tensor] = []
+    scores: list[torch.Tensor] = []
+
+    def critic(pairs: torch.Tensor) -> torch.Tensor:
+        offered.append(pairs[:, 3:])
+        members = 3 if name == "BDPO" else 2
+        scores.append(torch.randn(members, len(pairs), generator=torch.Generator().manual_seed(0)))
+        return scores[-1]
+
+    agent.critic_target.forward = critic
+    action = agent.predict(OBS, deterministic=True, n_candidates=5, select="argmax")[0]
+    candidates, score = offered[0].view(6, 5, 2), SCORES[name](scores[0]).view(6, 5)
+    best = candidates[torch.arange(6), score.argmax(1)]
+    np.testing.assert_allclose(agent.spec.scale_action(action), best.numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -221,6 +250,70 @@ def test_nan_stops_with_the_last_good_state(name: str) -> None:
     assert np.isfinite(agent.predict(OBS)[0]).all()
 
 
+STAGED = [name for name in NAMES if len(agent_class(name).STAGE_SHARES) > 1]
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_stage_on_untrained_ones_is_refused(name: str) -> None:
+    cls = agent_class(name)
+    last = list(cls.STAGE_SHARES)[-1]
+    if last == "behavior":  # fitted to the data alone
+        assert small(name).learn(DATA, stages=("behavior",)).num_timesteps == STEPS
+        return
+    with pytest.raises(ValueError, match=rf"leaves out .* which '{last}' builds on and which was never trained"):
+        small(name).learn(DATA, stages=(last,))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clone_with_fresh_networks_begins_their_stage_anew(name: str, trained: dict[str, Agent]) -> None:
+    agent = trained.setdefault(name, small(name).learn(DATA))
+    fresh = next(iter(agent.stages()[-1].parts[0].optimizers))
+    network = next(key for key, optimizer in agent.optimizers.items() if optimizer is fresh)
+    other = agent.clone(fresh=(network,))
+    assert other.stage_steps[agent.stages()[-1].name] == 0 and other.plan is None
+    assert not other.optimizers[network].inner.state and other.num_timesteps == agent.num_timesteps
+    other.learn(DATA, stages=(agent.stages()[-1].name,))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_divergence_at_the_start_of_a_stage_leaves_what_was_there_before_it(name: str) -> None:
+    """Also where the stage prepares networks: nothing is lost to a stage that fails in its first steps."""
+    agent, last = small(name), list(agent_class(name).STAGE_SHARES)[-1]
+    begin = STEPS * (len(agent.STAGE_SHARES) - 1)
+    if begin:
+        agent.learn(DATA, callback=lambda local, _: local["self"].num_timesteps < begin)
+    else:
+        agent._set_up(load_dataset(DATA).spec)
+    before = {key: value.clone() for key, value in named_networks(agent).items()}
+
+    def poison(local: dict[str, Any], _: Any) -> bool:
+        optimizer = local["self"].stages()[-1].parts[0].optimizers[0]
+        with torch.no_grad():
+            optimizer.parameters[0].fill_(float("nan"))
+        return True
+
+    with pytest.raises(diffagents.TrainingDiverged):
+        agent.learn(DATA, callback=poison, log_interval=2, reset_num_timesteps=not begin)
+    assert agent.plan is not None and agent.plan.done.get(last, 0) == 0
+    for key, value in named_networks(agent).items():
+        assert torch.equal(before[key], value), key
+
+
+def named_networks(agent: Agent) -> dict[str, torch.Tensor]:
+    return {f"{n}.{key}": value for n, state in agent.get_parameters().items() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if agent_class(name).SIZES])
+def test_a_file_cannot_claim_sizes_that_its_tensors_do_not_have(name: str, tmp_path: pathlib.Path) -> None:
+    folder = small(name).learn(DATA).save_pretrained(tmp_path / "a")
+    config = json.loads((folder / "config.json").read_text())
+    for knob in agent_class(name).SIZES:
+        changed = {**config, "knobs": {**config["knobs"], knob: 10**12}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(diffagents.ArtifactError, match="size that no tensor has"):
+            diffagents.load(folder)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_presets_are_complete(name: str) -> None:
     """The file is named like the module; its default block sizes every stage, and no key is anything but a knob."""
@@ -235,8 +328,27 @@ def test_presets_are_complete(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_agent(name: str) -> None:
-    """Two runs agree to the bit, another seed does not; announcing (verbose=1) changes nothing."""
-    one, two, other = small(name).learn(DATA), small(name, verbose=1).learn(DATA), small(name, seed=1).learn(DATA)
+    """Two runs agree to the bit, another seed does not."""
+    one, two, other = small(name).learn(DATA), small(name).learn(DATA), small(name, seed=1).learn(DATA)
     same_networks(one, two)
     with pytest.raises(AssertionError):
         same_networks(one, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_announcing_changes_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The updates that time a long plan, and what they prepare, are undone: every tensor of training is as before."""
+    agent = small(name)
+    agent.learn(DATA, callback=lambda local, _: False)  # one step: moments exist
+    plan = Plan(dict.fromkeys(agent.STAGE_SHARES, 1000))
+    agent.plan = plan
+    assert agent.reward_transform is not None
+    sampler = load_dataset(DATA).sampler("cpu", agent.reward_transform, agent.obs_normalizer)
+    before = {key: value.clone() for key, value in training_tensors(agent).items()}
+    counts = (agent.num_timesteps, agent.n_updates, dict(agent.stage_steps), dict(plan.done))
+    announce(agent, plan, sampler)
+    assert re.search(r"about \d+:\d\d", capsys.readouterr().out)
+    after = training_tensors(agent)
+    for key, value in before.items():
+        assert torch.equal(value, after[key]), key
+    assert counts == (agent.num_timesteps, agent.n_updates, dict(agent.stage_steps), dict(plan.done))

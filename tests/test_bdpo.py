@@ -123,7 +123,7 @@ def test_order_of_a_run() -> None:
     assert not torch.equal(seen[4]["behavior"], seen[4]["behavior_ema"])
     assert moved("critic") == moved("value") == list(range(9))
     for name in ("policy", "policy_ema"):
-        assert [i for i in moved(name) if i > 0] == [4, 7]  # step 0 is the start from the behaviour
+        assert moved(name) == [4, 7]
     assert moved("behavior") == moved("behavior_ema") == [4, 7]
     assert small(train_steps=4000).learn(DATA, total_timesteps=400).stages()[1].parts[1].start == round(0.025 * 200)
 
@@ -134,6 +134,34 @@ def test_policy_of_a_second_run_goes_on() -> None:
     agent.learn(DATA, stages=("train",), total_timesteps=1)
     assert not torch.equal(before, next(agent.behavior_ema.parameters()))
     torch.testing.assert_close(before, next(agent.policy.parameters()).detach(), rtol=0, atol=1e-4)
+
+
+def test_behaviour_stage_alone_leaves_a_policy_that_acts_as_the_behaviour() -> None:
+    agent = small().learn(DATA, stages=("behavior",))
+    ours, theirs = agent.policy_ema.net.state_dict(), agent.behavior_ema.net.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    policy = agent.learn(DATA, stages=("train",)).policy.net.state_dict()
+    policy = {key: value.clone() for key, value in policy.items()}
+    agent.learn(DATA, stages=("behavior",))  # a trained policy is left alone
+    assert all(torch.equal(policy[key], value) for key, value in agent.policy.net.state_dict().items())
+
+
+def test_a_fresh_policy_starts_from_the_behaviour_again() -> None:
+    agent = small(warmup_steps=2).learn(DATA).clone(eta=0.2, fresh=("policy", "policy_ema", "critic", "critic_target"))
+    agent.learn(DATA, stages=("train",), callback=lambda local, _: False)  # one step, of the warm-up
+    for name in ("policy", "policy_ema"):
+        ours = getattr(agent, name).net.state_dict()
+        assert all(torch.equal(ours[key], value) for key, value in agent.behavior_ema.net.state_dict().items())
+
+
+def test_warmup_is_once_and_shorter_than_the_stage() -> None:
+    with pytest.raises(ValueError, match="warmup_steps=6 leaves none of the 6 train steps to the policy"):
+        small(warmup_steps=6).learn(DATA)
+    agent = small(train_steps=400).learn(DATA)
+    assert agent.stages()[1].parts[1].start == 10
+    agent.learn(DATA, stages=("train",), total_timesteps=1)
+    agent.plan = type(agent.plan)({"train": 1000})  # type: ignore[misc]
+    assert agent.stages()[1].parts[1].start == 0
 
 
 def test_gamma_zero_equals_terminal_data() -> None:
@@ -151,8 +179,8 @@ def test_gamma_zero_equals_terminal_data() -> None:
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_value_of_noise_is_the_soft_optimum_on_a_bandit(seed: int) -> None:
-    """One dimension, actions N(0, .4) cut to [-1, 1], reward 1 - (a - .5)^2: V_T(noise) = eta log E_nu exp(e / eta) within 10 %
-    of what there is to gain over the behaviour, and the policy's rewards move up.
+    """One dimension, actions N(0, .4) cut to [-1, 1], reward 1 - (a - .5)^2: V_T(noise) is eta log E_nu exp(e / eta) within
+    10 %, more than half of the way up from the behaviour's mean reward, and so are the policy's rewards.
     """
     eta, n = 0.1, 4000
     act = np.clip(np.random.default_rng(0).normal(0.0, 0.4, (n, 1)), -1, 1).astype(np.float32)

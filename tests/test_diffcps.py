@@ -69,7 +69,7 @@ def test_lambda_weighs_the_denoising_loss() -> None:
     assert row["policy_loss"] == pytest.approx(2.5 * row["bc_loss"] + row["q_loss"], rel=1e-5)
 
 
-def test_policy_and_multiplier_move_every_second_step_only() -> None:
+def test_policy_and_multiplier_move_every_third_step_only() -> None:
     agent = DiffCPS(**{**SMALL, "train_steps": 7}, policy_freq=3)
     seen: list[tuple[Any, Any, Any]] = []
 
@@ -105,12 +105,22 @@ def test_a_tight_bound_clones_and_a_loose_one_follows_q() -> None:
     assert errors[1] < 0.6 * errors[0], errors
 
 
+def test_a_clone_may_have_bounds_that_fit_the_saved_knobs_only() -> None:
+    agent = DiffCPS(lambda_init=3.0, lambda_min=0.3, **SMALL).learn(DATA)
+    assert agent.clone(lambda_min=2.0).config.lambda_min == 2.0
+    with pytest.raises(ValueError, match=r"lambda_init=3\.0 must lie in"):
+        agent.clone(lambda_min=5.0).learn(DATA)
+
+
 def test_official_checkpoint(tmp_path: pathlib.Path) -> None:
     source = DiffusionQL(**SMALL).learn(DATA)
     files = official_files(tmp_path, source, vp_chain(5).beta)
     with pytest.warns(UserWarning, match="start as copies"):
-        agent = DiffCPS.from_official(*files, verbose=0, device="cpu", lambda_init=2.0)
+        agent = DiffCPS.from_official(*files, verbose=0, device="cpu", preset="antmaze-medium-play", lambda_init=2.0)
     assert agent.multiplier.value.item() == 2.0
+    assert agent.optimizers["policy"].learning_rate == 1e-3 and agent.optimizers["policy"].max_grad_norm == 2.0
+    with pytest.raises(ValueError, match="name the row"):
+        DiffCPS.from_official(*files, preset="auto")
     for key, value in source.policy.net.state_dict().items():
         assert torch.equal(agent.policy.net.state_dict()[key], value)
         assert torch.equal(agent.policy_ema.net.state_dict()[key], value)

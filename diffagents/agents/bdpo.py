@@ -80,6 +80,10 @@ class BDPOConfig:
         check_number("eta", self.eta, "must be positive: large stays close to the data", lambda x: x > 0)
         check_number("rho", self.rho, "must not be negative", lambda x: x >= 0)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        if self.aggregation == "convex":
+            check_number(
+                "rho", self.rho, 'must be at most 1, the share of the minimum, with aggregation="convex"', lambda x: x <= 1
+            )
         check_choice("select", self.select, SELECT)
         check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
 
@@ -95,6 +99,7 @@ class BDPO(Agent):
     MODEL = ("policy_ema", "critic_target")
     LEARNER = ("policy", "behavior", "behavior_ema", "critic", "value", "value_target")
     CHOICE = ("n_candidates", "select", "temperature")
+    SIZES = ("n_critics", "n_diffusion_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -105,8 +110,9 @@ class BDPO(Agent):
         self.behavior_ema = copy.deepcopy(self.behavior).requires_grad_(False)
         self.policy = copy.deepcopy(self.behavior)
         self.policy_ema = copy.deepcopy(self.behavior).requires_grad_(False)
-        self.critic = EnsembleMLP(c.n_critics, obs_dim + act_dim, arch["qf"], mish, c.q_layer_norm).to(self.device)
+        self.critic = EnsembleMLP(c.n_critics, obs_dim + act_dim, arch["qf"], mish, c.q_layer_norm)
         orthogonal_(self.critic)
+        self.critic.to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.value = StepValue(c.n_critics, obs_dim, act_dim, c.n_diffusion_steps, arch["vf"]).to(self.device)
         self.value_target = copy.deepcopy(self.value).requires_grad_(False)
@@ -122,14 +128,21 @@ class BDPO(Agent):
 
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
-        planned = self.plan.lengths.get("train", 0) if self.plan is not None else 0
-        warmup = c.warmup_steps if c.warmup_steps is not None else round(0.025 * planned)  # [D6]
+        planned, done = (0, 0) if self.plan is None else (d.get("train", 0) for d in (self.plan.lengths, self.plan.done))
+        begun = self.stage_steps["train"] > done  # in an earlier plan, whose warm-up was the only one
+        warmup = 0 if begun else round(0.025 * planned) if c.warmup_steps is None else c.warmup_steps  # [D6]
+        if 0 < planned <= warmup:
+            raise ValueError(
+                f"warmup_steps={warmup} leaves none of the {planned} train steps to the policy: give fewer, or None for 2.5 %"
+            )
         critics = Part(self.update_critics, self.draw_critics, (opt["critic"], opt["value"]))
         policy = Part(self.update_policy, self.draw_policy, (opt["policy"],), every=c.policy_freq, start=warmup)
-        behavior = Part(self.update_behavior, self.draw_behavior, (opt["behavior"],))
+        behavior = [Part(self.update_behavior, self.draw_behavior, (opt["behavior"],))]
+        if self.stage_steps["train"] == 0:
+            behavior.append(Part(self.follow_behavior))
         again = Part(self.update_behavior, self.draw_behavior, (opt["behavior"],), every=c.policy_freq, start=warmup)
         return [
-            Stage("behavior", c.batch_size, (behavior,)),
+            Stage("behavior", c.batch_size, tuple(behavior)),
             Stage("train", c.batch_size, (critics, policy, again), self.start_from_behavior),
         ]
 
@@ -152,8 +165,14 @@ class BDPO(Agent):
         a_n = self.behavior.perturbed(batch.act, draws["eps"], draws["i"])
         return F.mse_loss(self.behavior.net(a_n, batch.obs, draws["i"]), draws["eps"])
 
+    def follow_behavior(self, batch: Batch, draws: Draws) -> Metrics:
+        """Until it is trained, the policy is the (lagged) behaviour: what it starts from, and something to act with."""
+        for policy in (self.policy, self.policy_ema):
+            polyak_update_(policy.parameters(), self.behavior_ema.parameters(), 1.0)
+        return {}
+
     def start_from_behavior(self, sampler: Any, generator: torch.Generator) -> Any:
-        """Before the first policy step ever, the policy is the behaviour."""
+        """The same at the start of `train`, where the policy may be a fresh one."""
         if self.stage_steps["train"] == 0:
             for policy in (self.policy, self.policy_ema):
                 policy.load_state_dict(self.behavior_ema.state_dict())

@@ -102,6 +102,7 @@ class DiffCPS(Agent):
     POLICY_STAGE = "train"
     MODEL = ("policy", "critic_target")
     LEARNER = ("policy_ema", "critic", "multiplier")
+    SIZES = ("n_diffusion_steps",)
     CHOICE = ("n_candidates", "select", "temperature")
 
     def build(self) -> None:
@@ -167,7 +168,8 @@ class DiffCPS(Agent):
     def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
         c = self.config
         bc_loss, q_loss = self.bc_loss(batch, draws), self.q_loss(batch, draws)
-        loss = self.multiplier.value.detach() * bc_loss + q_loss
+        multiplier = self.multiplier.value.detach().clamp(c.lambda_min, c.lambda_max)
+        loss = multiplier * bc_loss + q_loss
         self.optimizers["policy"].minimize(loss)
         self.optimizers["multiplier"].minimize(self.multiplier.value * (c.target_kl - bc_loss.detach()))
         with torch.no_grad():

@@ -54,6 +54,7 @@ class DiffusionBC(Agent):
     POLICY_STAGE = "behavior"
     MODEL = ("policy", "policy_ema")  # which of them acts is a knob that `load` may change
     LEARNER = ()
+    SIZES = ("n_diffusion_steps",)
 
     def build(self) -> None:
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256, 256)})

@@ -77,6 +77,7 @@ class DiffusionQL(Agent):
     POLICY_STAGE = "train"
     MODEL = ("policy", "critic_target")
     LEARNER = ("policy_ema", "critic")
+    SIZES = ("n_diffusion_steps",)
     CHOICE = ("n_candidates", "select", "temperature")
 
     def build(self) -> None:

@@ -4,7 +4,7 @@ Order        critic and behaviour model are trained alone: neither asks the othe
 Critic       IQL's, by expectile regression: iql_critic.py
 Behaviour    L = E || eps - eps_mu(sqrt(abar_i) a + sqrt(1 - abar_i) eps, s, i) ||^2, i uniform, summed over dimensions
 Acting       N samples of mu(.|s), of which the best by min_j Qbar_j; or, as the paper's implicit actor, one drawn with weights
-             |tau - 1(A < 0)|,   A = min_j Qbar_j(s, a) - V(s)
+             |tau - 1(A <= 0)|,   A = min_j Qbar_j(s, a) - V(s)
 Symbols      mu -> behavior (behavior_ema acts), Q, Qbar and V -> critic
 Source       philippe-eecs/IDQL, its current learner `ddpm_iql_simple`; the older `ddpm_iql` has the implicit actor
 Details
@@ -83,6 +83,7 @@ class IDQL(Agent):
     POLICY_STAGE = "behavior"
     MODEL = ("behavior_ema", "critic")
     LEARNER = ("behavior",)
+    SIZES = ("n_diffusion_steps",)
     CHOICE = ("n_candidates", "select", "temperature", "sampling_temperature")
 
     def build(self) -> None:
@@ -91,8 +92,9 @@ class IDQL(Agent):
             self.policy_kwargs, {"qf": (256, 256), "vf": (256, 256)}, extra={"behavior_width": 256, "behavior_blocks": 3}
         )
         norm = c.v_layer_norm and obs_dim > 2  # [D3]
-        self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"], norm).to(self.device)
+        self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"], norm)
         xavier_(self.critic)  # [D5]
+        self.critic.to(self.device)
         self.critic.update_target(1.0)
         net = ResidualDenoiser(obs_dim, act_dim, arch["behavior_width"], arch["behavior_blocks"])
         chain = ChainPolicy(net, act_dim, c.n_diffusion_steps, std="beta", clip_x0=False, clip_x=True)  # [D4]

@@ -14,6 +14,8 @@ Details
   [D4] The policy's learning rate falls to 0 on a cosine over the stage.
   [D5] Layers start as PyTorch's do; the official code starts them orthogonal.
   [D6] log sigma counts within [-5, 2] (official code; the port [-20, 2]).
+  [D7] L_Q is the mean of the twins' squared errors, as in that port; the official code adds them, which under Adam is the same
+       but for its epsilon.
 """
 
 from dataclasses import dataclass

@@ -181,9 +181,9 @@ class QGPO(Agent):
 
     # ---- stage 3: energy -------------------------------------------------------------------------------------------
     def prepare_energy(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
-        sampler = self._with_support(sampler, generator)
         if self.config.energy_loss == "mse":  # needs the data's actions only
             return sampler
+        sampler = self._with_support(sampler, generator)
         self.actions = self._support("energy", sampler.obs, generator)
         return sampler
 
