@@ -4,8 +4,10 @@
     paper:   {<stage>_steps: ..., source: ...}     the paper's schedule
     official_code: {<knob>: ..., source: ...}      optional: where the authors' code as published is not the paper
     <row>:   {<knob>: ..., aliases: [<dataset id>, ...], source: ...}    only what differs from the knobs' defaults
+             paper: {<knob>: ...}              optional: what the task has of its own in the paper's schedule
 
-Applied only when asked for. `aliases` and `source` are for finding and for readers; they never reach an agent.
+Applied only when asked for, a row's `paper` with "paper" and "official_code" only. `aliases` and `source` are for finding and
+for readers; they never reach an agent.
 """
 
 import difflib
@@ -80,11 +82,12 @@ def resolve_preset(algorithm: str, preset: str | None, dataset_id: str | None) -
         values |= _values(table[block])
     if found is not None:
         values |= found[1]
+        values |= table[found[0]].get("paper", {}) if "paper" in blocks else {}
     return blocks + ([found[0]] if found is not None else []), values
 
 
 def _values(entries: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entries.items() if key not in ("aliases", "source")}
+    return {key: value for key, value in entries.items() if key not in ("aliases", "source", "paper")}
 
 
 def _bare(name: str) -> str:
@@ -103,8 +106,10 @@ def _check(table: Any, path: Path) -> None:
         aliases = entries.get("aliases", [])
         if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
             raise ValueError(f"{where}: aliases must be a list of dataset ids, not {aliases!r}")
-        if row in BLOCKS and aliases:
-            raise ValueError(f"{where}: a block has no aliases")
+        if row in BLOCKS and (aliases or "paper" in entries):
+            raise ValueError(f"{where}: a block has no aliases and no paper: of its own")
+        if not isinstance(entries.get("paper", {}), dict):
+            raise ValueError(f"{where}: paper must be a mapping of knobs, not {entries['paper']!r}")
         if not isinstance(entries.get("source"), str):
             raise ValueError(f"{where}: source must say where the values come from")
         for name in {_bare(alias) for alias in (row, *aliases)}:

@@ -10,7 +10,8 @@ circle  The noisy circle of DiffCPS for six algorithms: 05_noisy_circle.py.
 bdpo    BDPO's generation paths over its values: 06_bdpo_paths.py.
 
 The papers train on a GPU for hundreds of thousands of updates. Here the behaviour net is small, and its time features are ten
-times slower than the published ones (T_FEATURES), which a short training needs. Trained models are kept in --out and used again.
+times slower than the published ones (T_FEATURES), which a short training needs. Trained models are kept in --out and used
+again.
 """
 
 import argparse

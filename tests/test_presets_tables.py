@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import diffagents
-from diffagents.presets import BLOCKS, find_preset, load_presets
+from diffagents.presets import BLOCKS, find_preset, load_presets, resolve_preset
 
 ZOO = Path(__file__).parents[1] / "zoo"
-NO_KNOBS = ("aliases", "source")
+NO_KNOBS = ("aliases", "source", "paper")
 WIDE = {  # what a table's last column stands for
     "-": {},
     "bdpo512": {"net_arch": {"pi": [512] * 4, "qf": [256] * 3, "vf": [256] * 3}},
@@ -242,6 +242,32 @@ def test_the_blocks_hold_budgets_and_named_extras_only(module: str) -> None:
     assert knobs_of(table.get("official_code", {})) == OFFICIAL.get(module, {})
 
 
+def own_schedule(module: str, row: str) -> dict[str, Any]:
+    """What a row has of its own in the paper's schedule."""
+    family = row.split("-")[0]
+    if module in ("diffusion_ql", "diffusion_bc") and family in ("antmaze", "pen", "kitchen"):
+        steps = 250 * K if row == "kitchen-complete" else M
+        return {"train_steps" if module == "diffusion_ql" else "behavior_steps": steps}
+    if module == "diffcps" and family == "antmaze":
+        return {"train_steps": M}
+    if module == "sfbc" and family == "antmaze":
+        return {"critic_steps": 49_000, "planning_steps": 49_000}
+    if module == "qgpo" and family != "antmaze":  # the authors' own way, not the port's
+        return {"beta": 3.0, "beta_q": None, "guidance_scale": 1.0}
+    return {}
+
+
+@pytest.mark.parametrize("module", TABLES)
+def test_tasks_with_a_schedule_of_their_own_get_it_with_the_paper_preset_only(module: str) -> None:
+    for row, entries in rows_of(module).items():
+        own = own_schedule(module, row)
+        assert entries.get("paper", {}) == own, row
+        for preset in ("paper", "auto"):
+            values = resolve_preset(module, preset, entries["aliases"][0])[1]
+            for knob, value in own.items():
+                assert (values.get(knob) == value) is (preset == "paper"), (row, preset, knob)
+
+
 @pytest.mark.parametrize("module", TABLES)
 def test_every_entry_names_its_source_and_every_row_its_data(module: str) -> None:
     table = load_presets(module)
@@ -291,6 +317,9 @@ def test_presets_fit_the_knobs_of_the_algorithm(algorithm: str) -> None:
         given = {knob: value for knob, value in knobs_of(entries).items() if knob != "policy_kwargs"}
         assert set(given) <= set(fields), f"{module}, {name}"
         cls.Config(**given)  # every value is within its knob's range
+        own = entries.get("paper", {})
+        assert set(own) <= set(fields)
+        cls.Config(**{**given, **own})
     assert set(knobs_of(table["default"])) == {f"{stage}_steps" for stage in cls.STAGE_SHARES}
     for knob, value in DEFAULTS.get(module, {}).items():
         if knob != "policy_kwargs":
