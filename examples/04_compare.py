@@ -29,7 +29,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "DiffusionQL": {"policy_kwargs": {"net_arch": [128, 128]}},
     "DiffCPS": {"policy_kwargs": {"net_arch": [128, 128]}},
     "BDPO": {"n_critics": 2, "n_samples": 4, "learning_rate": 1e-4, "policy_kwargs": {"net_arch": [128, 128]}},
-    "QGPO": {"n_support_states": 2000, "policy_kwargs": {"behavior_width": 128}},
+    "QGPO": {"n_support_states": 2000, "policy_kwargs": {"behavior_width": 128, "net_arch": [128, 128]}},
     "SfBC": {"n_support_states": 2000, "policy_kwargs": {"behavior_width": 128}},
     "IDQL": {"policy_kwargs": {"behavior_width": 128}, "batch_size": 256},
 }
