@@ -66,7 +66,7 @@ def main() -> None:
     if args.figure in ("circle", "all"):
         run("05_noisy_circle.py", "--steps", str(max(3, scaled(6000))), "--out", str(args.out / "circle.png"), *seed)
     if args.figure in ("bdpo", "all"):
-        steps = ["--behavior-steps", str(scaled(6000)), "--train-steps", str(scaled(12_000))]
+        steps = ["--behavior-steps", str(scaled(8000)), "--train-steps", str(scaled(8000))]
         run("06_bdpo_paths.py", *steps, "--out", str(args.out / "bdpo.png"), *seed)
 
 

@@ -1,6 +1,6 @@
 """How BDPO's policy turns noise into actions: generation paths over its values V_n (the figures of arXiv:2502.04778).
 
-  python examples/06_bdpo_paths.py --task 8gaussians [--behavior-steps 6000 --train-steps 12000] [--out out/bdpo.png]
+  python examples/06_bdpo_paths.py --task 8gaussians [--behavior-steps 8000 --train-steps 8000] [--out out/bdpo.png]
 
 Above: the data, coloured by reward; the target, the data resampled by exp(reward / eta); samples of the learned policy. Below:
 paths of the policy (its denoising ODE, DDIM) in five windows of time, over a heat map of V_n at the window's end: the value of
@@ -24,8 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="8gaussians", choices=list(bandits.TASKS))
     parser.add_argument("--eta", type=float, default=0.06)
-    parser.add_argument("--behavior-steps", type=int, default=6000)
-    parser.add_argument("--train-steps", type=int, default=12_000)
+    parser.add_argument("--behavior-steps", type=int, default=8000)
+    parser.add_argument("--train-steps", type=int, default=8000)
     parser.add_argument("--diffusion-steps", type=int, default=50)
     parser.add_argument("--points", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -50,7 +50,10 @@ def main() -> None:
             clip_x0=False,
             n_diffusion_steps=args.diffusion_steps,
             reward_transform="none",
-            learning_rate=3e-4,
+            policy_freq=2,
+            learning_rate=1e-3,
+            critic_learning_rate=1e-3,
+            behavior_learning_rate=1e-3,
             batch_size=128,
             policy_kwargs={"net_arch": [128, 128, 128]},
             behavior_steps=args.behavior_steps,
