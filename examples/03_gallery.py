@@ -10,8 +10,8 @@ circle  The noisy circle of DiffCPS for six algorithms: 05_noisy_circle.py.
 bdpo    BDPO's generation paths over its values: 06_bdpo_paths.py.
 
 The papers train on a GPU for hundreds of thousands of updates. To resolve thin curves in minutes of a CPU the behaviour model
-here differs in three ways from SRPO's: a small net, slower time features (T_FEATURES), and more training near t = 0 (`ToySRPO`).
-Trained models are kept in --out and used again.
+here differs in three ways from SRPO's: a small net, slower time features (T_FEATURES), and more training near t = 0
+(`ToySRPO`). Trained models are kept in --out and used again.
 """
 
 import argparse

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000, help="gradient steps of each algorithm")
     parser.add_argument("--points", type=int, default=5000)
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--diffusion-steps", type=int, default=20, help="T of the discrete chains; SfBC's solver has its own 15")
+    parser.add_argument("--diffusion-steps", type=int, default=20, help="T of the discrete chains; not of SfBC's solver")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/circle.png"))
     args = parser.parse_args()

@@ -45,8 +45,18 @@ def test_a_batch_holds_rows_of_the_data_in_the_learners_units(data: Transitions)
     back = data.spec.unscale_action(batch.act.numpy())
     np.testing.assert_allclose(back, data.action[rows].numpy(), atol=1e-5)
     assert batch.act.abs().max() <= 1
-    assert [tuple(x.shape) for x in batch] == [(64, S), (64, A), (64,), (64, S), (64,)]
-    assert {x.dtype for x in batch} == {torch.float32}
+    assert [tuple(x.shape) for x in batch] == [(64, S), (64, A), (64,), (64, S), (64,), (64,)]
+    assert torch.equal(batch.rows, rows)
+    assert {x.dtype for x in batch[:5]} == {torch.float32}
+
+
+def test_head_is_the_first_rows_with_their_episodes_cut(data: Transitions) -> None:
+    sampler = data.sampler("cpu")
+    first = int(data.episode_ends[0])
+    few = sampler.head(first + 1)
+    assert len(few) == first + 1 and few.episode_ends.tolist() == [first, first + 1]
+    assert torch.equal(few.all().obs, sampler.all().obs[: first + 1]) and few.all().rows.tolist() == list(range(first + 1))
+    assert sampler.head(10**6).episode_ends.tolist() == torch.unique(data.episode_ends).tolist()
 
 
 def test_without_transforms_nothing_changes_but_the_action_scale(data: Transitions) -> None:
