@@ -39,6 +39,8 @@ def main() -> None:
         knobs = {"policy_kwargs": {"net_arch": [128, 128]}, "batch_size": 128, "learning_rate": 1e-3}
         if name in ("DiffusionQL", "DiffCPS", "DiffusionBC"):
             knobs["n_diffusion_steps"] = args.diffusion_steps
+        if name == "DiffCPS":
+            knobs["policy_freq"] = 1  # as many steps of the policy as the others take
         if name == "SfBC":
             knobs |= {"policy_kwargs": {"behavior_width": 128}, "n_support_states": 100, "learning_rate": 3e-4}
         start = time.perf_counter()
