@@ -318,7 +318,7 @@ def test_a_file_cannot_claim_sizes_that_its_tensors_do_not_have(name: str, tmp_p
 def test_presets_are_complete(name: str) -> None:
     """The file is named like the module; its default block sizes every stage, and no key is anything but a knob."""
     cls = agent_class(name)
-    table, known = load_presets(cls.presets_name()), {*fields(name), "aliases", "source", "policy_kwargs"}
+    table, known = load_presets(cls.presets_name()), {*fields(name), "aliases", "source", "paper", "policy_kwargs"}
     assert {f"{stage}_steps" for stage in cls.STAGE_SHARES} <= set(table["default"])
     assert all(set(row) <= known for row in table.values())
     for row in table:
