@@ -40,6 +40,7 @@ def test_points_have_their_shape_repeat_with_the_seed_and_lie_inside_the_bounds(
     np.testing.assert_array_equal(xy, bandits.points(name, 1001, seed=3)[0])
     assert not np.array_equal(xy, bandits.points(name, 1001, seed=4)[0])
     # in random order: the first half is like the second
+    np.testing.assert_allclose(xy[:500].mean(0), xy[500:].mean(0), atol=0.6)
     assert abs(reward[:500].mean() - reward[500:].mean()) < 0.15
 
 
