@@ -1,17 +1,145 @@
-"""A diffusion chain as a policy: a noise predictor, its sampler, and the fixed noise of its deterministic samples.
+"""A diffusion chain as a policy: noise predictors, their sampler, and the fixed noise of its deterministic samples.
 
-Shared by Diffusion-QL, DiffCPS, IDQL, BDPO and diffusion BC, whose samplers differ in three switches.
+Shared by Diffusion-QL, DiffCPS, IDQL, BDPO and diffusion BC, whose samplers differ in three switches. All noise predictors
+begin with a layer that is linear in [action, time, state]; `on_states` uses it to compute the shares of states and times
+once for all candidates and denoising steps.
 """
+
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffagents.diffusion import Chain, perturb, sample_chain, vp_chain
 from diffagents.knobs import N_FIXED
+from diffagents.networks import MLP, Mish, ResidualBlock, orthogonal_, sinusoids, xavier_
+
+DenoiserOnStates = Callable[[Tensor, int], Tensor]
+"""(a_i (..., A), i) -> noise (..., A), for the states that it was made for."""
+
+
+def _on_states(
+    first: nn.Linear,
+    rest: Callable[[Tensor], Tensor],
+    time_features: Callable[[Tensor], Tensor],
+    obs: Tensor,
+    n_steps: int,
+    state_before_time: bool = False,
+) -> DenoiserOnStates:
+    """A noise predictor for states (..., S) and the steps 0..n_steps - 1, its first layer split into three products."""
+    time = time_features(torch.arange(n_steps, device=obs.device))  # (T, TIME_DIM)
+    shared = (obs.shape[-1], time.shape[-1]) if state_before_time else (time.shape[-1], obs.shape[-1])
+    weights = first.weight.split([first.in_features - sum(shared), *shared], 1)
+    of_act, of_state, of_time = weights if state_before_time else (weights[0], weights[2], weights[1])
+    state, times = F.linear(obs, of_state, first.bias), F.linear(time, of_time)  # (..., H), (T, H)
+    return lambda a, i: rest(F.linear(a, of_act) + (state + times[i]))
+
+
+class MLPDenoiser(nn.Module):
+    """Noise predictor eps(a_t, s, i) of Diffusion-QL, DiffCPS and diffusion BC: `MLP` in their official code.
+
+    Time: 16 sinusoids [sin, cos], Linear 16-32, Mish, Linear 32-16. Input [a_t, time, s]; layers with Mish; Linear to A.
+    """
+
+    TIME_DIM = 16
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int] = (256, 256, 256)) -> None:
+        super().__init__()
+        self.time_mlp = MLP(self.TIME_DIM, (2 * self.TIME_DIM,), self.TIME_DIM, Mish)
+        self.trunk = MLP(act_dim + self.TIME_DIM + obs_dim, hidden, act_dim, Mish)
+
+    def forward(self, a_t: Tensor, obs: Tensor, t: Tensor) -> Tensor:
+        """`a_t` (..., A); `obs` (..., S) and the step `t` (...,), counted from 0, may have sizes of 1 to expand."""
+        lead = a_t.shape[:-1]
+        out: Tensor = self.trunk(torch.cat([a_t, self.time_features(t).expand(*lead, -1), obs.expand(*lead, -1)], -1))
+        return out
+
+    def time_features(self, t: Tensor) -> Tensor:
+        """t (...,) -> (..., TIME_DIM)."""
+        time: Tensor = self.time_mlp(torch.cat(sinusoids(t, self.TIME_DIM), -1))
+        return time
+
+    def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
+        return _on_states(self.trunk[0], self.trunk.rest, self.time_features, obs, n_steps)
+
+
+class PositionalDenoiser(nn.Module):
+    """Noise predictor eps(a_n, s, n) of BDPO: the backbone of its policy and behaviour in the official code.
+
+    Time: 64 sinusoids [cos, sin] of n = i + 1, two Linear 64 with Mish after both. Input [a_n, time, s]; layers with Mish;
+    Linear to A. Orthogonal start.
+    """
+
+    TIME_DIM = 64
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.time_mlp = nn.Sequential(MLP(self.TIME_DIM, (self.TIME_DIM,), self.TIME_DIM, Mish), Mish())
+        self.trunk = MLP(act_dim + self.TIME_DIM + obs_dim, hidden, act_dim, Mish)
+        orthogonal_(self)
+
+    def forward(self, a_n: Tensor, obs: Tensor, i: Tensor) -> Tensor:
+        """`a_n` (..., A); `obs` (..., S) and the step `i` (...,), counted from 0, may have sizes of 1 to expand."""
+        lead = a_n.shape[:-1]
+        out: Tensor = self.trunk(torch.cat([a_n, self.time_features(i).expand(*lead, -1), obs.expand(*lead, -1)], -1))
+        return out
+
+    def time_features(self, i: Tensor) -> Tensor:
+        """i (...,) -> (..., TIME_DIM)."""
+        sin, cos = sinusoids(i + 1, self.TIME_DIM)
+        time: Tensor = self.time_mlp(torch.cat([cos, sin], -1))
+        return time
+
+    def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
+        return _on_states(self.trunk[0], self.trunk.rest, self.time_features, obs, n_steps)
+
+
+class ResidualDenoiser(nn.Module):
+    """Noise predictor eps(a_t, s, i) of IDQL: `DDPM` around `MLPResNet` in its official code.
+
+    Time: 64 learnt frequencies W, first N(0, 0.2^2), features [cos, sin](2 pi W i), Linear 128-256, SiLU, Linear 256-256.
+    Input [a_t, s, time]; Linear to `width`; residual blocks with SiLU; SiLU; Linear to A. All but the blocks: `xavier_`.
+    """
+
+    N_FREQUENCIES, TIME_DIM = 64, 256
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
+        super().__init__()
+        self.width, self.n_blocks = width, n_blocks
+        self.frequencies = nn.Parameter(0.2 * torch.randn(self.N_FREQUENCIES))
+        self.time_mlp = MLP(2 * self.N_FREQUENCIES, (self.TIME_DIM,), self.TIME_DIM, nn.SiLU)
+        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width, F.silu) for _ in range(n_blocks))
+        self.output = nn.Linear(width, act_dim)
+        for layers in (self.time_mlp, self.input, self.output):
+            xavier_(layers)
+
+    def forward(self, a_t: Tensor, obs: Tensor, i: Tensor, masks: Tensor | None = None) -> Tensor:
+        """As `MLPDenoiser`; `masks` (n_blocks, ..., width) are dropout masks, None in use."""
+        lead = a_t.shape[:-1]
+        h = self.input(torch.cat([a_t, obs.expand(*lead, -1), self.time_features(i).expand(*lead, -1)], -1))
+        return self.rest(h, masks)
+
+    def time_features(self, i: Tensor) -> Tensor:
+        """i (...,) -> (..., TIME_DIM)."""
+        phase = 2.0 * math.pi * i[..., None] * self.frequencies
+        time: Tensor = self.time_mlp(torch.cat([torch.cos(phase), torch.sin(phase)], -1))
+        return time
+
+    def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
+        return _on_states(self.input, self.rest, self.time_features, obs, n_steps, state_before_time=True)
+
+    def rest(self, h: Tensor, masks: Tensor | None = None) -> Tensor:
+        for k, block in enumerate(self.blocks):
+            h = block(h, None if masks is None else masks[k])
+        out: Tensor = self.output(F.silu(h))
+        return out
 
 
 class ChainPolicy(nn.Module):
-    """pi(a|s) by T denoising steps of `net(a, obs, i)`.
+    """pi(a|s) by T denoising steps of `net(a, obs, i)`, one of the noise predictors above.
 
     std: "posterior" (Diffusion-QL, DiffCPS) or "beta" (IDQL, BDPO). clip_x0, clip_x: see `diffusion.sample_chain`.
     """
@@ -43,17 +171,15 @@ class ChainPolicy(nn.Module):
         """The random numbers of `sample` for samples of `shape`: (T + 1, *shape, A)."""
         return torch.randn((self.n_steps + 1, *shape, self.act_dim), generator=generator, device=generator.device)
 
-    def predict_eps(self, a: Tensor, obs: Tensor, i: int) -> Tensor:
-        """Noise in `a` (..., A) at step i of 0..T-1; obs (..., S)."""
-        eps: Tensor = self.net(a, obs, torch.full((1,) * (a.dim() - 1), i, device=a.device))
+    def on_states(self, obs: Tensor) -> DenoiserOnStates:
+        """The noise predictor for obs (..., S) alone: a function of (a (..., A), i of 0..T-1)."""
+        eps: DenoiserOnStates = self.net.on_states(obs, self.n_steps)  # type: ignore[operator]
         return eps
 
     def sample(self, obs: Tensor, noises: Tensor, noise_scale: float = 1.0) -> Tensor:
         """a ~ pi(.|s) from `noises` (T + 1, ..., A), for obs (..., S): (..., A). Gradients flow through all T steps."""
         std = (self.chain.posterior_std if self.std == "posterior" else self.chain.beta_std) * noise_scale
-        return sample_chain(
-            lambda a, i: self.predict_eps(a, obs, i), self.chain, noises, std, clip_x0=self.clip_x0, clip_x=self.clip_x
-        )
+        return sample_chain(self.on_states(obs), self.chain, noises, std, clip_x0=self.clip_x0, clip_x=self.clip_x)
 
     def perturbed(self, act: Tensor, eps: Tensor, i: Tensor) -> Tensor:
         """Dataset actions (B, A) with the noise `eps` of steps i (B,)."""

@@ -21,7 +21,7 @@ from diffagents.normalize import RewardTransform
 from diffagents.types import Spec
 
 Tensors = dict[str, Tensor]
-AGENT_OVERRIDES = ("seed", "verbose", "tensorboard_log")
+AGENT_OVERRIDES = ("seed", "verbose", "tensorboard_log", "compile", "tf32")
 GENERATORS = ("generator", "predict_generator")
 
 

@@ -1,13 +1,14 @@
 """Running updates: an optimiser step with its schedule, and the stages of a plan. Nothing about any algorithm.
 
-An update is two functions. `draw(n, generator)` makes every random number of the update as tensors; `update(batch, draws)`
-is a fixed sequence of tensor operations that never asks the device for a value. The same update can therefore run
-eagerly, compiled, or be replayed by a test with recorded draws. What happens every d-th step only is a Part with a period,
-never an `if` on the step inside an update.
+An update is three functions. `draw(n, generator)` makes every random number of the update as tensors; `loss(batch, draws)`
+is a pure, fixed sequence of tensor operations that never asks the device for a value; `after()` moves what follows the
+trained networks. Gradients and optimiser steps between the last two are the engine's. The same update can therefore run
+eagerly, compiled (compiling.py), inside a CUDA graph (cuda_graph.py), for many agents at once (many.py), or be replayed by a
+test with recorded draws. What happens every d-th step only is a Part with a period, never an `if` on the step inside it.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -16,7 +17,12 @@ from torch import Tensor
 
 from diffagents.types import Batch, Metrics
 
+MODES = ("eager", "compiled", "graph")
+"""How a stage's updates run: as they are written, compiled, or compiled and inside a CUDA graph."""
 Draws = dict[str, Tensor]
+Gradients = Sequence[Sequence[Tensor]]
+"""For each optimiser of a part, one tensor for each of its parameters."""
+GradientFunction = Callable[[Batch, Draws], tuple[Gradients, Metrics]]
 
 
 def no_draws(n: int, generator: torch.Generator) -> Draws:
@@ -26,11 +32,16 @@ def no_draws(n: int, generator: torch.Generator) -> Draws:
 
 @dataclass(frozen=True)
 class Part:
-    """An update and when it is due: at steps `start`, `start` + `every`, ... of its stage, counted from 0."""
+    """An update and when it is due: at steps `start`, `start` + `every`, ... of its stage, counted from 0.
 
-    update: Callable[[Batch, Draws], Metrics]
+    loss: (batch, draws) -> (loss, metrics), or as many losses as there are optimisers, each minimised by its own. None
+    where there is nothing to minimise. after: in-place updates of lagged networks and the like, element by element.
+    """
+
+    loss: Callable[[Batch, Draws], tuple[Tensor | tuple[Tensor, ...], Metrics]] | None = None
     draw: Callable[[int, torch.Generator], Draws] = no_draws
-    optimizers: tuple["Optimizer", ...] = ()  # whose schedules run over the part's stage
+    optimizers: tuple["Optimizer", ...] = ()
+    after: Callable[[], None] | None = None
     every: int = 1
     start: int = 0
 
@@ -40,6 +51,31 @@ class Part:
     def times(self, first: int, last: int) -> int:
         """How often it is due at the steps first, ..., last - 1."""
         return sum(sign * max(0, -(-(step - self.start) // self.every)) for sign, step in ((1, last), (-1, first)))
+
+    def gradients(self, batch: Batch, draws: Draws) -> tuple[Gradients, Metrics]:
+        """The gradient of each optimiser's loss in its own parameters; other networks are frozen."""
+        if self.loss is None:
+            return [], {}
+        loss, metrics = self.loss(batch, draws)
+        losses = loss if isinstance(loss, tuple) else (loss,)
+        found = [
+            torch.autograd.grad(one, optimizer.parameters, retain_graph=k < len(losses) - 1)
+            for k, (one, optimizer) in enumerate(zip(losses, self.optimizers, strict=True))
+        ]
+        return found, metrics
+
+    def apply(self, gradients: Gradients) -> None:
+        """The optimisers' steps, and what comes after them."""
+        for optimizer, gradient in zip(self.optimizers, gradients, strict=True):
+            optimizer.step(gradient)
+        if self.after is not None:
+            self.after()
+
+    def update(self, batch: Batch, draws: Draws) -> Metrics:
+        """Both, eagerly."""
+        gradients, metrics = self.gradients(batch, draws)
+        self.apply(gradients)
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -85,23 +121,26 @@ class Optimizer:
             self.inner = torch.optim.Adam(self.parameters, **settings)
         else:
             self.inner = torch.optim.AdamW(self.parameters, weight_decay=weight_decay, **settings)
-        self.start_schedule(0)
+        self.n_steps = torch.zeros((), dtype=torch.float64, device=device)  # of the schedule
+        self.horizon = 0
 
     def start_schedule(self, horizon: int, step: int = 0) -> None:
-        """Begin (or go on with, at `step`) a schedule that ends after `horizon` steps."""
-        self.horizon, self.step = horizon, step
+        """Begin (or go on with, at `step`) a schedule that ends after `horizon` steps; 0 leaves the learning rate as it is."""
+        self.horizon = horizon
+        self.n_steps.fill_(step)
 
-    def minimize(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss`; other optimisers' parameters are left alone."""
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """One step down `gradients`, one for each parameter. The schedule is tensors too, so that a graph can hold it."""
         if self.cosine and self.horizon > 0:  # lr_k = lr_0 (1 + cos(pi k / K)) / 2, as CosineAnnealingLR(T_max=K)
-            share = min(self.step / self.horizon, 1.0)
-            self.lr.fill_(self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share)))
-        self.inner.zero_grad(set_to_none=True)
-        loss.backward(inputs=self.parameters)  # type: ignore[no-untyped-call]
+            share = (self.n_steps / self.horizon).clamp(max=1.0)
+            self.lr.copy_(self.learning_rate * 0.5 * (1.0 + torch.cos(math.pi * share)))
+            self.n_steps.add_(1.0)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.inner.step()
-        self.step += 1
 
 
 @dataclass
@@ -110,6 +149,7 @@ class Plan:
 
     lengths: dict[str, int]
     done: dict[str, int] = field(default_factory=dict)
+    modes: dict[str, str] = field(default_factory=dict)  # of MODES, by stage, once it has begun: a resumed run keeps it
 
     @property
     def total(self) -> int:
@@ -120,19 +160,21 @@ class Plan:
         return self.total - sum(self.done.values())
 
     def to_json(self) -> dict[str, Any]:
-        return {"lengths": dict(self.lengths), "done": dict(self.done)}
+        return {"lengths": dict(self.lengths), "done": dict(self.done), "modes": dict(self.modes)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], stages: Iterable[str]) -> Self:
         """What `to_json` gave. Raises ValueError unless it is a plan over some of `stages`."""
-        plan = cls(dict(data["lengths"]), dict(data["done"]))
+        plan = cls(dict(data["lengths"]), dict(data["done"]), dict(data.get("modes", {})))
         known = set(stages)
         for name, length in plan.lengths.items():
             done = plan.done.get(name, 0)
             if name not in known or not all(type(n) is int for n in (length, done)) or not 0 <= done <= length:
                 raise ValueError(f"the plan's stage {name!r} ({done!r} of {length!r} steps) cannot be")
-        if not set(plan.done) <= set(plan.lengths):
+        if not set(plan.done) | set(plan.modes) <= set(plan.lengths):
             raise ValueError("the plan has done stages that it does not have")
+        if not set(plan.modes.values()) <= set(MODES):
+            raise ValueError(f"the plan's modes {sorted(set(plan.modes.values()))} are not of {MODES}")
         return plan
 
     @staticmethod
@@ -160,14 +202,17 @@ class MetricSums:
         self._names: list[str] = []
         self.count = 0
 
+    @property
+    def has_metrics(self) -> bool:
+        return bool(self._sums)
+
     def add(self, metrics: Metrics) -> None:
         values = list(metrics.values())
         if not values:
             return
-        if self.count == 0:
-            self._names, self._sums = list(metrics), [value.clone() for value in values]
-        else:
-            torch._foreach_add_(self._sums, values)
+        if not self._sums:
+            self._names, self._sums = list(metrics), [torch.zeros_like(value) for value in values]
+        torch._foreach_add_(self._sums, values)
         self.count += 1
 
     def take(self) -> dict[str, float]:
@@ -175,5 +220,45 @@ class MetricSums:
         if self.count == 0:
             return {}
         means = (torch.stack(self._sums) / self.count).tolist()
+        torch._foreach_zero_(self._sums)
         self.count = 0
         return dict(zip(self._names, means, strict=True))
+
+
+class Runner:
+    """The steps of one stage: draw a batch, run the parts that are due, sum their metrics on the device.
+
+    gradients: for each part, what takes the place of `Part.gradients`, e.g. a compiled version of it.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        sampler: Any,
+        generator: torch.Generator,
+        gradients: Sequence[GradientFunction] | None = None,
+    ) -> None:
+        self.parts, self.batch_size, self.sampler, self.generator = stage.parts, stage.batch_size, sampler, generator
+        self.gradients = gradients or [part.gradients for part in stage.parts]
+        self.sums = [MetricSums() for _ in stage.parts]
+
+    def step(self, k: int) -> None:
+        """The stage's step k, counted from 0."""
+        self.run([j for j, part in enumerate(self.parts) if part.due(k)])
+
+    def run(self, due: Sequence[int]) -> None:
+        """One batch for the parts numbered `due`, in order."""
+        batch = self.sampler.sample(self.batch_size, self.generator)
+        for j in due:
+            gradients, metrics = self.gradients[j](batch, self.parts[j].draw(self.batch_size, self.generator))
+            self.parts[j].apply(gradients)
+            self.sums[j].add(metrics)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a part could not be compiled, and so runs eagerly."""
+        return any(getattr(gradients, "failed", False) for gradients in self.gradients)
+
+    def means(self) -> dict[str, float]:
+        """The means of all metrics since the last look; waits for the device."""
+        return {name: value for some in self.sums for name, value in some.take().items()}

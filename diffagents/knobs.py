@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 N_FIXED = 256
 """How many fixed noises an artifact holds for deterministic actions: the most candidates there can be."""
@@ -101,3 +103,25 @@ def net_arch(
     if not all(isinstance(n, int) and n > 0 for n in flat):
         raise ValueError(f"policy_kwargs {policy_kwargs} must hold positive whole numbers")
     return sizes
+
+
+def signature(init: Callable[..., None], config: type[Any]) -> inspect.Signature:
+    """What `init(self, ..., **knobs)` takes, with the knobs of `config` by name: for `help()` and editors."""
+    base = [p for p in inspect.signature(init).parameters.values() if p.name not in ("self", "knobs")]
+    knobs = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in dataclasses.fields(config)
+    ]
+    return inspect.Signature([*base, *knobs])
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises ValueError where the device cannot be used."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'device={device!r} is not usable here: {str(error).splitlines()[0]}; try device="auto"') from None
+    return found

@@ -56,6 +56,12 @@ class MLP(nn.Sequential):
             layers += [nn.Linear(n_in, n_out), activation()]
         super().__init__(*layers, nn.Linear(sizes[-1], out_dim))
 
+    def rest(self, h: Tensor) -> Tensor:
+        """What comes after the first layer."""
+        for layer in list(self)[1:]:
+            h = layer(h)
+        return h
+
 
 class TanhPolicy(nn.Module):
     """Deterministic policy a = tanh(MLP(s)): (B, S) -> (B, A) in (-1, 1)."""
@@ -129,14 +135,27 @@ class EnsembleMLP(nn.Module):
             self.biases.append(nn.Parameter(torch.empty(n_members, 1, n_out).uniform_(-bound, bound)))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.expand(self.n_members, *x.shape[-2:])
-        last = len(self.weights) - 1
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            h = torch.baddbmm(bias, h, weight)
-            if i < last:
-                if self.layer_norm:
-                    h = F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.norm_scales[i] + self.norm_biases[i]
-                h = self.activation(h)
+        return self.rest(torch.baddbmm(self.biases[0], x.expand(self.n_members, *x.shape[-2:]), self.weights[0]))
+
+    def on_parts(self, *parts: Tensor) -> Tensor:
+        """As calling it on the concatenation of `parts` (..., n_j), whose sizes of 1 expand: (E, ...) or (E, ..., out_dim).
+
+        The first layer takes each part once: K actions of a state cost one product with the state, not K.
+        """
+        h: Tensor | float = 0.0
+        for part, weight in zip(parts, self.weights[0].split([part.shape[-1] for part in parts], 1), strict=True):
+            rows = part.reshape(1, -1, part.shape[-1]).expand(self.n_members, -1, -1)
+            h = h + torch.bmm(rows, weight).view(self.n_members, *part.shape[:-1], -1)
+        assert isinstance(h, Tensor)
+        out = self.rest(h.flatten(1, -2) + self.biases[0])
+        return out.view(*h.shape[:-1], *out.shape[2:])
+
+    def rest(self, h: Tensor) -> Tensor:
+        """What comes after the product of the first layer, (E, B, hidden)."""
+        for i in range(1, len(self.weights)):
+            if self.layer_norm:
+                h = F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.norm_scales[i - 1] + self.norm_biases[i - 1]
+            h = torch.baddbmm(self.biases[i], self.activation(h), self.weights[i])
         return h.squeeze(-1) if self.out_dim is None else h
 
 
@@ -168,53 +187,8 @@ def sinusoids(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return torch.sin(phase), torch.cos(phase)
 
 
-class MLPDenoiser(nn.Module):
-    """Noise predictor eps(a_t, s, i) of Diffusion-QL, DiffCPS and diffusion BC: `MLP` in their official code.
-
-    Time: 16 sinusoids [sin, cos], Linear 16-32, Mish, Linear 32-16. Input [a_t, time, s]; layers with Mish; Linear to A.
-    """
-
-    TIME_DIM = 16
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int] = (256, 256, 256)) -> None:
-        super().__init__()
-        self.time_mlp = MLP(self.TIME_DIM, (2 * self.TIME_DIM,), self.TIME_DIM, Mish)
-        self.trunk = MLP(act_dim + self.TIME_DIM + obs_dim, hidden, act_dim, Mish)
-
-    def forward(self, a_t: Tensor, obs: Tensor, t: Tensor) -> Tensor:
-        """`a_t` (..., A); `obs` (..., S) and the step `t` (...,), counted from 0, may have sizes of 1 to expand."""
-        time = self.time_mlp(torch.cat(sinusoids(t, self.TIME_DIM), -1))
-        lead = a_t.shape[:-1]
-        out: Tensor = self.trunk(torch.cat([a_t, time.expand(*lead, -1), obs.expand(*lead, -1)], -1))
-        return out
-
-
-class PositionalDenoiser(nn.Module):
-    """Noise predictor eps(a_n, s, n) of BDPO: the backbone of its policy and behaviour in the official code.
-
-    Time: 64 sinusoids [cos, sin] of n = i + 1, two Linear 64 with Mish after both. Input [a_n, time, s]; layers with Mish;
-    Linear to A. Orthogonal start.
-    """
-
-    TIME_DIM = 64
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.time_mlp = nn.Sequential(MLP(self.TIME_DIM, (self.TIME_DIM,), self.TIME_DIM, Mish), Mish())
-        self.trunk = MLP(act_dim + self.TIME_DIM + obs_dim, hidden, act_dim, Mish)
-        orthogonal_(self)
-
-    def forward(self, a_n: Tensor, obs: Tensor, i: Tensor) -> Tensor:
-        """`a_n` (..., A); `obs` (..., S) and the step `i` (...,), counted from 0, may have sizes of 1 to expand."""
-        sin, cos = sinusoids(i + 1, self.TIME_DIM)
-        time = self.time_mlp(torch.cat([cos, sin], -1))
-        lead = a_n.shape[:-1]
-        out: Tensor = self.trunk(torch.cat([a_n, time.expand(*lead, -1), obs.expand(*lead, -1)], -1))
-        return out
-
-
 class StepValue(nn.Module):
-    """E values V_n(s, a_n) of BDPO for the steps n = 1..T of a chain, with LayerNorm: (B, S), (B, A), (B,) -> (E, B).
+    """E values V_n(s, a_n) of BDPO for the steps n = 1..T of a chain, with LayerNorm: (B, S), (B, ..., A), (B,) -> (E, B, ...).
 
     Time, for each member: 64 sinusoids [cos, sin] of n, Linear 64-128, Mish, Linear 128-64, Mish. Input [s, a_n, time].
     """
@@ -223,18 +197,22 @@ class StepValue(nn.Module):
 
     def __init__(self, n_members: int, obs_dim: int, act_dim: int, n_steps: int, hidden: Sequence[int]) -> None:
         super().__init__()
+        self.sizes = [obs_dim, act_dim, 64]
         sin, cos = sinusoids(torch.arange(1, n_steps + 1), 64)
         self.register_buffer("positions", torch.cat([cos, sin], -1), persistent=False)
         self.time_mlp = EnsembleMLP(n_members, 64, (128,), mish, out_dim=64)
-        self.trunk = EnsembleMLP(n_members, obs_dim + act_dim + 64, hidden, mish, layer_norm=True)
+        self.trunk = EnsembleMLP(n_members, sum(self.sizes), hidden, mish, layer_norm=True)
         orthogonal_(self)
 
     def forward(self, obs: Tensor, a_n: Tensor, i: Tensor) -> Tensor:
-        """`i` = n - 1 counts from 0. Each of the T times is embedded once, whatever the batch."""
-        time = mish(self.time_mlp(self.positions))[:, i]  # (E, B, 64)
-        pairs = torch.cat([obs, a_n], -1)
-        out: Tensor = self.trunk(torch.cat([pairs.expand(len(time), -1, -1), time], -1))
-        return out
+        """`i` = n - 1 counts from 0. The first layer takes each of the T times once, and each state, whatever the rest."""
+        n_members, rows = self.trunk.n_members, a_n.flatten(0, -2)
+        of_state, of_act, of_time = self.trunk.weights[0].split(self.sizes, 1)
+        time = torch.baddbmm(self.trunk.biases[0], mish(self.time_mlp(self.positions)), of_time)  # (E, T, H)
+        shared = torch.bmm(obs.expand(n_members, *obs.shape), of_state) + time[:, i]  # (E, B, H)
+        h = torch.bmm(rows.expand(n_members, *rows.shape), of_act).view(n_members, len(obs), -1, shared.shape[-1])
+        out: Tensor = self.trunk.rest((h + shared[:, :, None]).flatten(1, 2))
+        return out.view(n_members, *a_n.shape[:-1])
 
 
 class ResidualBlock(nn.Module):
@@ -284,38 +262,6 @@ class ResidualScoreNet(nn.Module):
         for i, block in enumerate(self.blocks):
             h = block(h, None if masks is None else masks[i])
         out: Tensor = self.output(mish(h))
-        return out
-
-
-class ResidualDenoiser(nn.Module):
-    """Noise predictor eps(a_t, s, i) of IDQL: `DDPM` around `MLPResNet` in its official code.
-
-    Time: 64 learnt frequencies W, first N(0, 0.2^2), features [cos, sin](2 pi W i), Linear 128-256, SiLU, Linear 256-256.
-    Input [a_t, s, time]; Linear to `width`; residual blocks with SiLU; SiLU; Linear to A. All but the blocks: `xavier_`.
-    """
-
-    N_FREQUENCIES, TIME_DIM = 64, 256
-
-    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
-        super().__init__()
-        self.width, self.n_blocks = width, n_blocks
-        self.frequencies = nn.Parameter(0.2 * torch.randn(self.N_FREQUENCIES))
-        self.time_mlp = MLP(2 * self.N_FREQUENCIES, (self.TIME_DIM,), self.TIME_DIM, nn.SiLU)
-        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width, F.silu) for _ in range(n_blocks))
-        self.output = nn.Linear(width, act_dim)
-        for layers in (self.time_mlp, self.input, self.output):
-            xavier_(layers)
-
-    def forward(self, a_t: Tensor, obs: Tensor, i: Tensor, masks: Tensor | None = None) -> Tensor:
-        """As `MLPDenoiser`; `masks` (n_blocks, ..., width) are dropout masks, None in use."""
-        phase = 2.0 * math.pi * i[..., None] * self.frequencies
-        time = self.time_mlp(torch.cat([torch.cos(phase), torch.sin(phase)], -1))
-        lead = a_t.shape[:-1]
-        h = self.input(torch.cat([a_t, obs.expand(*lead, -1), time.expand(*lead, -1)], -1))
-        for k, block in enumerate(self.blocks):
-            h = block(h, None if masks is None else masks[k])
-        out: Tensor = self.output(F.silu(h))
         return out
 
 

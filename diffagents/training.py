@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import types
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +20,16 @@ import numpy as np
 import torch
 
 from diffagents import checkpoint
-from diffagents.engine import MetricSums, Plan, Stage
+from diffagents.engine import Plan, Runner, Stage
 from diffagents.knobs import whole_number
 from diffagents.normalize import ObsNormalizer
 from diffagents.presets import resolve_preset
 from diffagents.sb3 import check_same_spaces
 from diffagents.transitions import Sampler, Transitions
+
+WORTH_COMPILING, WORTH_A_GRAPH = 180.0, 60.0
+"""Seconds that a stage must take eagerly before compile="auto" compiles it: on a CPU it costs 10 to 40 s, and saves a third
+to a half; on a GPU it costs about the same and saves more, for launching many small kernels is what takes the time there."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -148,7 +153,7 @@ def run(agent: Any, plan: Plan, sampler: Sampler, callback: Any, log_interval: i
     if callback is not None:
         callback.on_training_start(local, globals())
     try:
-        with _interrupt_between_updates() as interrupted:
+        with _interrupt_between_updates() as interrupted, matmul_precision(agent):
             for stage in agent.stages():
                 if stage.name in plan.lengths and not _run_stage(
                     agent, stage, plan, sampler, callback, local, log_interval, interrupted
@@ -184,17 +189,17 @@ def _run_stage(
     good, good_at = _snapshot(agent), done  # before `prepare`, which may start networks anew
     if stage.prepare is not None:
         sampler = stage.prepare(sampler, stage_generator(agent, stage))
+    runner = make_runner(agent, stage, sampler, plan.modes.get(stage.name, "eager"))
     interval = log_interval or max(1, min(1000, length // 20))
     # No policy earns more than max|r| / (1 - gamma): a mean Q a hundred times beyond has run away.
     q_limit = 100.0 * sampler.max_abs_reward / (1.0 - getattr(agent.config, "gamma", 0.0)) + 1.0
     agent._pristine = False
-    sums = [MetricSums() for _ in stage.parts]
     started = (time.perf_counter(), done)
 
     def look() -> None:
         """Wait for the device, see whether all is well, report, and keep the state to fall back to."""
         nonlocal good, good_at
-        means = {name: value for some in sums for name, value in some.take().items()}
+        means = runner.means()
         tensors = checkpoint.training_tensors(agent).values()
         finite = bool(torch.stack([t.sum() for t in tensors if t.is_floating_point()]).isfinite().all())
         if not finite or not all(map(math.isfinite, means.values())) or abs(means.get("q", 0.0)) > q_limit:
@@ -209,10 +214,9 @@ def _run_stage(
             _report(agent, stage.name, done, length, rate, means)
 
     while done < length:
-        batch = sampler.sample(stage.batch_size, agent.generator)
-        for part, some in zip(stage.parts, sums, strict=True):
-            if part.due(before + done):
-                some.add(part.update(batch, part.draw(stage.batch_size, agent.generator)))
+        runner.step(before + done)
+        if runner.failed:
+            plan.modes[stage.name] = "eager"
         done += 1
         plan.done[stage.name] = done
         agent.stage_steps[stage.name] += 1
@@ -234,29 +238,38 @@ def _run_stage(
     return True
 
 
+def make_runner(agent: Any, stage: Stage, sampler: Sampler, mode: str) -> Runner:
+    """What runs the steps of a stage in one of engine.MODES."""
+    if mode == "eager":
+        return Runner(stage, sampler, agent.generator)
+    from diffagents.compiling import gradient_functions
+    from diffagents.cuda_graph import GraphRunner
+
+    kind = GraphRunner if mode == "graph" else Runner
+    return kind(stage, sampler, agent.generator, gradient_functions(stage.parts, agent.networks()))
+
+
 def stage_generator(agent: Any, stage: Stage) -> torch.Generator:
     """The same random numbers every time the stage begins or goes on: what it prepares need not be kept in files."""
     return torch.Generator(agent.device).manual_seed(agent.seed + zlib.crc32(stage.name.encode()))
 
 
-def announce(agent: Any, plan: Plan, sampler: Sampler) -> None:
-    """Say what will be done and how long it will take, from a few real updates that are then undone."""
-    data, rewards = agent.dataset_info, agent.reward_transform
-    print(
-        f"{type(agent).__name__} on {data['id']}: {data['n_steps']:,} steps, {data['n_episodes']:,} episodes, mean return "
-        f"{data['mean_return']:.1f}; rewards {rewards.name} ({rewards.scale:.4g} r {rewards.shift:+.4g}); {agent.device}, "
-        f"seed {agent.seed}"
-    )
-    seconds, before = 0.0, _snapshot(agent)
+def estimate(agent: Any, plan: Plan, sampler: Sampler) -> dict[str, float]:
+    """Seconds that what is left of each stage takes eagerly, from a few real updates that are then undone."""
+    lefts = {name: length - plan.done.get(name, 0) for name, length in plan.lengths.items()}
+    seconds = dict.fromkeys(lefts, 0.0)
+    if max(lefts.values()) < 100:
+        return seconds
+    before = _snapshot(agent)
     for stage in agent.stages():
-        left = plan.lengths.get(stage.name, 0) - plan.done.get(stage.name, 0)
+        left = lefts.get(stage.name, 0)
         if left < 100:
             continue
         some = sampler
         if stage.prepare is not None:  # on a few rows
             start, few = time.perf_counter(), sampler.head(256)
             some = stage.prepare(few, stage_generator(agent, stage))
-            seconds += (time.perf_counter() - start) * min(len(sampler), stage.n_prepared or len(sampler)) / len(few)
+            seconds[stage.name] = (time.perf_counter() - start) * min(len(sampler), stage.n_prepared or len(sampler)) / len(few)
         for part in stage.parts:
             for n in (1, 3):  # the first only warms up
                 start = time.perf_counter()
@@ -266,10 +279,56 @@ def announce(agent: Any, plan: Plan, sampler: Sampler) -> None:
                 if agent.device.type == "cuda":
                     torch.cuda.synchronize(agent.device)
             first = agent.stage_steps[stage.name]
-            seconds += part.times(first, first + left) * (time.perf_counter() - start) / 3
+            seconds[stage.name] += part.times(first, first + left) * (time.perf_counter() - start) / 3
     _restore(agent, before)
+    return seconds
+
+
+def choose_modes(agent: Any, plan: Plan, seconds: dict[str, float]) -> None:
+    """How each stage of the plan that has not begun will run: as `compile` says; "auto" weighs what compiling takes.
+
+    A stage that has begun goes on as it began, so that a resumed run ends where the uninterrupted one would.
+    """
+    cuda = agent.device.type == "cuda"
+    for name in plan.lengths:
+        if name in plan.modes:
+            continue
+        mode = agent.compile
+        if mode == "auto":
+            worth = seconds.get(name, 0.0) > (WORTH_A_GRAPH if cuda else WORTH_COMPILING)
+            mode = ("graph" if cuda else "compiled") if worth else "eager"
+        if mode == "graph" and not cuda:
+            warnings.warn('compile="graph" needs a CUDA device: training runs compiled, without a graph', stacklevel=3)
+            mode = "compiled"
+        plan.modes[name] = mode
+
+
+def announce(agent: Any, plan: Plan, seconds: dict[str, float]) -> None:
+    """Say what will be done, how, and how long it would take eagerly."""
+    data, rewards = agent.dataset_info, agent.reward_transform
+    print(
+        f"{type(agent).__name__} on {data['id']}: {data['n_steps']:,} steps, {data['n_episodes']:,} episodes, mean return "
+        f"{data['mean_return']:.1f}; rewards {rewards.name} ({rewards.scale:.4g} r {rewards.shift:+.4g}); {agent.device}"
+        f"{', TF32' if agent.device.type == 'cuda' and agent.tf32 else ''}, seed {agent.seed}"
+    )
     lengths = ", ".join(f"{name} {plan.done.get(name, 0):,}/{steps:,}" for name, steps in plan.lengths.items())
-    print(f"plan: {lengths} gradient steps; about {_clock(seconds)}", flush=True)
+    faster = [name for name in plan.lengths if plan.modes[name] != "eager"]
+    how = f" if eager; {', '.join(faster)} will be compiled, a minute first, and then run faster" if faster else ""
+    print(f"plan: {lengths} gradient steps; about {_clock(sum(seconds.values()))}{how}", flush=True)
+
+
+@contextmanager
+def matmul_precision(agent: Any) -> Iterator[None]:
+    """Let matrix products on a CUDA device round their factors to TF32 (10 bits of mantissa) while an agent trains there."""
+    if agent.device.type != "cuda" or not agent.tf32:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _report(agent: Any, stage: str, done: int, length: int, rate: float, means: dict[str, float]) -> None:
@@ -293,7 +352,7 @@ def _snapshot(agent: Any) -> dict[str, Any]:
         "tensors": {name: tensor.clone() for name, tensor in checkpoint.training_tensors(agent).items()},
         "counts": (agent.num_timesteps, agent.n_updates, dict(agent.stage_steps)),
         "done": copy.deepcopy(agent.plan.done),
-        "steps": {name: optimizer.step for name, optimizer in agent.optimizers.items()},
+        "steps": {name: optimizer.n_steps.clone() for name, optimizer in agent.optimizers.items()},
     }
 
 
@@ -302,7 +361,7 @@ def _restore(agent: Any, snapshot: dict[str, Any]) -> None:
     agent.num_timesteps, agent.n_updates, agent.stage_steps = snapshot["counts"]
     agent.plan.done = snapshot["done"]
     for name, step in snapshot["steps"].items():
-        agent.optimizers[name].step = step
+        agent.optimizers[name].n_steps.copy_(step)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Transitions: a dataset as it is, on the CPU. Sampler: the same, as the learner sees it, on the training device."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -130,7 +131,8 @@ class Sampler:
     """Transitions in the learner's units as one float32 matrix (N, 2S + A + 2) on one device.
 
     Columns: obs (S) | act in [-1, 1] (A) | rew | done | next_obs (S). One matrix makes a batch one gather.
-    `episode_ends` (E,) int64, on the CPU: one past the last row of each episode.
+    `episode_ends` (E,) int64, on the CPU: one past the last row of each episode. `tables`: tensors (N, ...) whose rows
+    come along with each transition, as `Batch.beside`.
     """
 
     def __init__(self, matrix: Tensor, obs_dim: int, act_dim: int, episode_ends: Tensor | None = None) -> None:
@@ -138,6 +140,7 @@ class Sampler:
         self.obs_dim = obs_dim
         self.act_dim = act_dim
         self.episode_ends = torch.tensor([len(matrix)]) if episode_ends is None else episode_ends.cpu()
+        self.tables: dict[str, Tensor] = {}
         self.max_abs_reward = float(matrix[:, obs_dim + act_dim].abs().max())  # asked once, before training
 
     def __len__(self) -> int:
@@ -160,7 +163,13 @@ class Sampler:
 
     def all(self) -> Batch:
         """Every transition in order, views."""
-        return self._batch(self.matrix, torch.arange(len(self), device=self.device))
+        return self._batch(self.matrix, self.tables)
+
+    def beside(self, **tables: Tensor) -> "Sampler":
+        """The same transitions with a row of each table (N, ...) beside each; the matrix is shared."""
+        other = copy.copy(self)
+        other.tables = {**self.tables, **tables}
+        return other
 
     def head(self, n: int) -> "Sampler":
         """The first n transitions; an episode that goes on is cut there."""
@@ -174,9 +183,10 @@ class Sampler:
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions at `index` (n,) int64, on the sampler's device."""
-        return self._batch(self.matrix.index_select(0, index), index)
+        beside = {name: table.index_select(0, index) for name, table in self.tables.items()}
+        return self._batch(self.matrix.index_select(0, index), beside)
 
-    def _batch(self, matrix: Tensor, rows: Tensor) -> Batch:
+    def _batch(self, matrix: Tensor, beside: dict[str, Tensor]) -> Batch:
         rew = self.obs_dim + self.act_dim
         return Batch(
             obs=matrix[:, : self.obs_dim],
@@ -184,5 +194,5 @@ class Sampler:
             rew=matrix[:, rew],
             done=matrix[:, rew + 1],
             next_obs=matrix[:, rew + 2 :],
-            rows=rows,
+            beside=beside,
         )

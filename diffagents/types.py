@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from gymnasium import spaces
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
 """Named 0-d tensors that stay on the device until a log line looks at them."""
-_NO_ROWS = torch.empty(0, dtype=torch.int64)
 
 
 class Batch(NamedTuple):
@@ -28,7 +26,7 @@ class Batch(NamedTuple):
     rew: Tensor  # (B,), after the reward transform
     next_obs: Tensor  # (B, S)
     done: Tensor  # (B,), 1 at a true termination, 0 otherwise; a time-out is not an end
-    rows: Tensor = _NO_ROWS  # (B,) int64, where in the data each transition lies: the way to tables made beside them
+    beside: dict[str, Tensor] = {}  # noqa: RUF012  (B, ...) each, what a stage's `prepare` put beside each transition
 
 
 @dataclass(frozen=True)

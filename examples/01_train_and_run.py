@@ -28,19 +28,13 @@ SHIPPED_KNOBS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dataset", default=SHIPPED, help="a Minari id, or a .npz or .hdf5 file (default: %(default)s)"
-    )
+    parser.add_argument("--dataset", default=SHIPPED, help="a Minari id, or a .npz or .hdf5 file (default: %(default)s)")
     parser.add_argument("--env", default=None, help="environment id; needed only where the dataset names none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--episodes", type=int, default=10)
-    parser.add_argument(
-        "--total-timesteps", type=int, default=None, help="gradient steps in all, instead of the defaults"
-    )
+    parser.add_argument("--total-timesteps", type=int, default=None, help="gradient steps in all, instead of the defaults")
     parser.add_argument("--preset", default=None, help='"auto", "paper" or a row of zoo/srpo.yml')
-    parser.add_argument(
-        "--beta", type=float, default=None, help="SRPO's one main knob: large = greedy, small = near the data"
-    )
+    parser.add_argument("--beta", type=float, default=None, help="SRPO's one main knob: large = greedy, small = near the data")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     args = parser.parse_args()
     if args.dataset == SHIPPED:
@@ -66,9 +60,7 @@ def main() -> None:
         srpo = evaluate(agent, env, args.episodes, n_envs=args.episodes)
         rows.append((cloned.mean_return, srpo.mean_return))
         print(f"\nseed {seed}, trained in {seconds:.0f} s")
-        print(
-            f"  data                {data.info['mean_return']:10.2f}  mean return of its {data.info['n_episodes']} episodes"
-        )
+        print(f"  data                {data.info['mean_return']:10.2f}  mean return of its {data.info['n_episodes']} episodes")
         print(f"  behaviour cloning   {cloned}")
         print(f"  SRPO                {srpo}", flush=True)
         if seed == args.seeds[0]:

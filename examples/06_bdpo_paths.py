@@ -72,10 +72,10 @@ def main() -> None:
 def ddim_paths(agent: BDPO, n: int) -> torch.Tensor:
     """(T + 1, n, 2): noise, and what is left of it after each step of the deterministic sampler of the same network."""
     chain, obs = agent.policy_ema.chain, torch.zeros(n, 1)
-    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(1))
+    x, eps_fn = torch.randn(n, 2, generator=torch.Generator().manual_seed(1)), agent.policy_ema.on_states(obs)
     path = [x]
     for i in reversed(range(chain.n_steps)):
-        eps = agent.policy_ema.predict_eps(x, obs, i)
+        eps = eps_fn(x, i)
         x0 = (x - chain.noise[i] * eps) / chain.signal[i]
         x = x0 if i == 0 else chain.signal[i - 1] * x0 + chain.noise[i - 1] * eps
         path.append(x)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from reference_rule import make_weights, read_reference
+from small_agents import update
 from torch import Tensor
 
 from diffagents.agents.diffcps import DiffCPS
@@ -61,7 +62,7 @@ def replay_critic(
     agent: DiffusionQL | DiffCPS, batch: Batch, vectors: dict[str, Tensor], variant: str, draws: Iterator[int]
 ) -> Metrics:
     noises = torch.stack(take(vectors, f"{variant}.draw", draws, agent.config.n_diffusion_steps + 1))
-    return agent.update_critic(batch, {"noises": noises})
+    return update(agent.critic_loss, batch, {"noises": noises})
 
 
 def replay_policy(
@@ -69,7 +70,8 @@ def replay_policy(
 ) -> Metrics:
     i, eps = take(vectors, f"{variant}.draw", draws, 2)
     noises = torch.stack(take(vectors, f"{variant}.draw", draws, agent.config.n_diffusion_steps + 1))
-    return agent.update_policy(batch, {"i": i, "eps": eps, "noises": noises, "coin": torch.tensor(coin)})
+    loss = agent.policy_losses if isinstance(agent, DiffCPS) else agent.policy_loss
+    return update(loss, batch, {"i": i, "eps": eps, "noises": noises, "coin": torch.tensor(coin)})
 
 
 def check_networks(agent: DiffusionQL | DiffCPS, batch: Batch, vectors: dict[str, Tensor], variant: str) -> None:

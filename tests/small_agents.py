@@ -6,6 +6,8 @@ from typing import Any
 
 import diffagents
 from diffagents.agent import Agent
+from diffagents.engine import Draws
+from diffagents.types import Batch, Metrics
 
 NAMES = list(diffagents.AGENTS)
 STEPS = 12  # of each stage
@@ -43,3 +45,10 @@ def small(name: str, **knobs: Any) -> Agent:
         kwargs["behavior_width"] = 16
     arguments: dict[str, Any] = {"seed": 0, "verbose": 0, "device": "cpu", "policy_kwargs": kwargs}
     return cls(**{**arguments, **settings, **knobs})
+
+
+def update(loss: Any, batch: Batch, draws: Draws) -> Metrics:
+    """One update, eagerly, of the part whose loss is this method of an agent, e.g. `agent.critic_loss`."""
+    stages = loss.__self__.stages()
+    part = next(part for stage in reversed(stages) for part in stage.parts if part.loss == loss)
+    return part.update(batch, draws)

@@ -18,7 +18,7 @@ from diffagents.agent import Agent
 from diffagents.checkpoint import training_tensors
 from diffagents.engine import Plan
 from diffagents.presets import load_presets
-from diffagents.training import announce
+from diffagents.training import announce, choose_modes, estimate
 
 DATA = line_data()
 OBS = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
@@ -346,7 +346,9 @@ def test_announcing_changes_nothing(name: str, capsys: pytest.CaptureFixture[str
     sampler = load_dataset(DATA).sampler("cpu", agent.reward_transform, agent.obs_normalizer)
     before = {key: value.clone() for key, value in training_tensors(agent).items()}
     counts = (agent.num_timesteps, agent.n_updates, dict(agent.stage_steps), dict(plan.done))
-    announce(agent, plan, sampler)
+    seconds = estimate(agent, plan, sampler)
+    choose_modes(agent, plan, seconds)
+    announce(agent, plan, seconds)
     assert re.search(r"about \d+:\d\d", capsys.readouterr().out)
     after = training_tensors(agent)
     for key, value in before.items():

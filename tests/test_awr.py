@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_agents import update
 from torch import Tensor
 from toy import line_data
 
@@ -71,65 +72,64 @@ def test_critic_is_fitted_to_monte_carlo_returns() -> None:
     """[D1] gamma^k r summed to the end of the episode, whatever the end; rows find their own."""
     agent = an_agent(gamma=0.9)
     data = the_data(agent)
-    agent.prepare_critic(data, NONE)
+    sampler = agent.prepare_critic(data, NONE)
     rew = data.all().rew.view(40, 10)  # episodes of 10, the third of them terminate
     expected = sum(0.9**k * torch.nn.functional.pad(rew[:, k:], (0, k)) for k in range(10))
-    torch.testing.assert_close(agent.returns, torch.as_tensor(expected).reshape(-1))
+    torch.testing.assert_close(sampler.tables["returns"], torch.as_tensor(expected).reshape(-1))
 
     rows = torch.tensor([399, 3, 3, 70])
-    batch = data.gather(rows)
+    batch = sampler.gather(rows)
     value = agent.critic(batch.obs)[:, 0].detach()
-    loss = agent.update_critic(batch, {})["critic_loss"]
-    torch.testing.assert_close(loss, (agent.returns[[399, 3, 3, 70]] - value).square().mean())
+    loss = update(agent.critic_loss, batch, {})["critic_loss"]
+    torch.testing.assert_close(loss, (sampler.tables["returns"][rows] - value).square().mean())
 
 
 def test_weights_of_one_step_advantages() -> None:
     """td_lambda = 0: A = r + gamma (1 - d) V(s') - V(s), through time-outs too; standardised over all data."""
     agent = an_agent(td_lambda=0.0, temperature=0.7, weight_clip=1e9)
     data = the_data(agent)
-    agent.prepare_policy(data, NONE)
+    weights = agent.prepare_policy(data, NONE).tables["weights"]
     b = data.all()
     with torch.no_grad():
         advantage = b.rew + 0.99 * (1.0 - b.done) * agent.critic(b.next_obs)[:, 0] - agent.critic(b.obs)[:, 0]
     expected = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-5) / 0.7
-    torch.testing.assert_close(agent.weights.log(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights.log(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_weights_are_standardised_and_clipped() -> None:
     agent = an_agent(weight_clip=1e9)
-    agent.prepare_policy(the_data(agent), NONE)
-    assert agent.weights.shape == (400,)
-    logs, whole = agent.weights.log(), agent.weights.clone()
+    whole = agent.prepare_policy(the_data(agent), NONE).tables["weights"]
+    assert whole.shape == (400,)
+    logs = whole.log()
     assert logs.mean().item() == pytest.approx(0.0, abs=1e-5) and logs.std(correction=0).item() == pytest.approx(1.0, abs=1e-3)
     agent = agent.clone(weight_clip=1.5)
-    agent.prepare_policy(the_data(agent), NONE)
-    torch.testing.assert_close(agent.weights, whole.clamp(max=1.5))
+    weights = agent.prepare_policy(the_data(agent), NONE).tables["weights"]
+    torch.testing.assert_close(weights, whole.clamp(max=1.5))
     assert 0 < int((whole > 1.5).sum()) < 400
 
 
 def test_policy_loss_looks_weights_up_by_row() -> None:
     agent = an_agent()
     data = the_data(agent)
-    agent.prepare_policy(data, NONE)
+    sampler = agent.prepare_policy(data, NONE)
     rows = torch.tensor([399, 3, 3, 70])
-    batch: Batch = data.gather(rows)
+    batch: Batch = sampler.gather(rows)
     with torch.no_grad():
-        expected = -(agent.weights[[399, 3, 3, 70]] * agent.policy.log_prob(batch.obs, batch.act)).mean()
-    torch.testing.assert_close(agent.update_policy(batch, {})["policy_loss"], expected)
+        expected = -(sampler.tables["weights"][rows] * agent.policy.log_prob(batch.obs, batch.act)).mean()
+    torch.testing.assert_close(update(agent.policy_loss, batch, {})["policy_loss"], expected)
 
 
 def test_the_scale_of_rewards_is_no_temperature() -> None:
     """[D3] Rewards in other units, with a critic in them: the same weights."""
     agent = an_agent()
     data = the_data(agent)
-    agent.prepare_policy(data, NONE)
-    before = agent.weights
+    before = agent.prepare_policy(data, NONE).tables["weights"]
     with torch.no_grad():
         data.matrix[:, 3 + 2] *= 1000.0
         agent.critic[-1].weight *= 1000.0  # type: ignore[operator]
         agent.critic[-1].bias *= 1000.0  # type: ignore[operator]
-    agent.prepare_policy(data, NONE)
-    torch.testing.assert_close(agent.weights, before, rtol=1e-3, atol=1e-4)
+    weights = agent.prepare_policy(data, NONE).tables["weights"]
+    torch.testing.assert_close(weights, before, rtol=1e-3, atol=1e-4)
 
 
 # ---- what it learns --------------------------------------------------------------------------------------------------
@@ -189,10 +189,8 @@ def test_a_trained_critic_serves_other_policies() -> None:
     other = base.clone(temperature=0.3, fresh=("policy",)).learn(line_data(), stages=("policy",))
     assert all(torch.equal(a, b) for a, b in zip(base.critic.parameters(), other.critic.parameters(), strict=True))
     data = the_data(base)
-    base.prepare_policy(data, NONE)
-    torch.testing.assert_close(
-        other.weights, (base.weights.double() ** (1.0 / 0.3)).clamp(max=20.0).float(), rtol=1e-3, atol=1e-4
-    )
+    weights, ours = (agent.prepare_policy(data, NONE).tables["weights"].double() for agent in (other, base))
+    torch.testing.assert_close(weights, (ours ** (1.0 / 0.3)).clamp(max=20.0), rtol=1e-3, atol=1e-4)
 
 
 def test_every_option_changes_the_result() -> None:

@@ -638,9 +638,7 @@ def test_a_damaged_cache_file_is_made_again_without_a_word(
         first = load_dataset("test/set-v0")
     (file,) = cache_files(tmp_path)
     good = file.read_bytes()
-    bad = {"truncated": good[: len(good) // 2], "foreign": b"not ours" * 100, "empty": b"", "older format": good}[
-        damage
-    ]
+    bad = {"truncated": good[: len(good) // 2], "foreign": b"not ours" * 100, "empty": b"", "older format": good}[damage]
     file.write_bytes(bad)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -12,7 +12,6 @@ from toy import line_data
 
 from diffagents import DiffCPS, DiffusionQL
 from diffagents.diffusion import vp_chain
-from diffagents.types import Batch
 
 SMALL: dict[str, Any] = {
     "seed": 0,
@@ -29,17 +28,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:action bounds")
 def lambdas(n_steps: int, **knobs: Any) -> tuple[DiffCPS, list[float], list[float]]:
     """The multiplier and L_c after every policy step of a run."""
     agent = DiffCPS(**{**SMALL, "train_steps": n_steps, "policy_freq": 1, **knobs})
-    values, losses = [], []
-    original = agent.update_policy
+    values: list[float] = []
 
-    def watch(batch: Batch, draws: Any) -> Any:
-        metrics = original(batch, draws)
+    def watch(local: dict[str, Any], _: Any) -> bool:
         values.append(agent.multiplier.value.item())
-        losses.append(metrics["bc_loss"].item())
-        return metrics
+        return True
 
-    agent.update_policy = watch  # type: ignore[method-assign]
-    agent.learn(DATA)
+    agent.learn(DATA, callback=watch, log_interval=1)
+    losses = [row["bc_loss"] for row in agent.history]
     return agent, values, losses
 
 
@@ -59,7 +55,7 @@ def test_lambda_never_leaves_its_bounds_and_comes_back_at_once(target_kl: float,
     assert all(0.3 <= value <= 0.4000001 for value in values)
     assert values[-1] == pytest.approx(stop)
     agent.optimizers["multiplier"].inner.state.clear()  # Adam's momentum would carry it on for a while
-    agent.optimizers["multiplier"].minimize(agent.multiplier.value * (1.0 if target_kl < 1 else -1.0))
+    agent.optimizers["multiplier"].step([torch.tensor(1.0 if target_kl < 1 else -1.0)])
     assert 0.3 < agent.multiplier.value.item() < 0.4
 
 
@@ -82,7 +78,8 @@ def test_policy_and_multiplier_move_every_third_step_only() -> None:
     agent.learn(DATA, callback=watch)
     for part, expected in ((0, [3, 6]), (1, [3, 6]), (2, [1, 2, 3, 4, 5, 6])):
         assert [i for i in range(1, 7) if not torch.equal(seen[i][part], seen[i - 1][part])] == expected
-    assert agent.optimizers["policy"].step == 3 and agent.optimizers["critic"].step == 7
+    steps = {name: next(iter(opt.inner.state.values()))["step"].item() for name, opt in agent.optimizers.items()}
+    assert steps == {"policy": 3, "multiplier": 3, "critic": 7}
 
 
 def test_a_tight_bound_clones_and_a_loose_one_follows_q() -> None:

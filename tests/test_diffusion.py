@@ -49,9 +49,7 @@ def gaussian_eps(mean: float, var: float):  # type: ignore[no-untyped-def]
 
 def test_solver_reproduces_a_gaussian() -> None:
     x = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
-    sample = dpm_solve(
-        gaussian_eps(0.4, 0.09), x, dpm_solver_steps(101)
-    )  # at 15 the last step shrinks the spread by 14 %
+    sample = dpm_solve(gaussian_eps(0.4, 0.09), x, dpm_solver_steps(101))  # at 15 the last step shrinks the spread by 14 %
     assert sample.mean().item() == pytest.approx(0.4, abs=0.02)
     assert sample.std().item() == pytest.approx(0.3, abs=0.02)
 
@@ -74,9 +72,7 @@ def test_solver_is_of_second_order() -> None:
     alpha_1, _ = vp_alpha_sigma(torch.tensor([1.0]).double())
     alpha_end, _ = vp_alpha_sigma(torch.tensor([t_end]).double())
     exact = alpha_end.item() * mean + (x.item() - alpha_1.item() * mean) * std(t_end) / std(1.0)
-    errors = [
-        abs(dpm_solve(gaussian_eps(mean, var), x, dpm_solver_steps(n, t_end)).item() - exact) for n in (32, 64, 128)
-    ]
+    errors = [abs(dpm_solve(gaussian_eps(mean, var), x, dpm_solver_steps(n, t_end)).item() - exact) for n in (32, 64, 128)]
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(1.7 < slope < 2.4 for slope in slopes), (errors, slopes)
 

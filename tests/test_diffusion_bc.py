@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_agents import update
 from torch import Tensor, nn
 from toy import line_data
 
@@ -46,7 +47,7 @@ def test_loss_is_the_mean_over_batch_and_dimensions() -> None:
     draws = agent.draw_policy(64, torch.Generator().manual_seed(0))
     for error, loss in ((0.0, 0.0), (0.4, 0.08)):
         agent.policy.net = Oracle(batch.act, error)
-        assert agent.bc_loss(batch, draws).item() == pytest.approx(loss, abs=1e-6)
+        assert agent.bc_loss(batch, draws)[0].item() == pytest.approx(loss, abs=1e-6)
 
 
 def test_draws_cover_every_step() -> None:
@@ -62,7 +63,7 @@ def test_the_lagged_copy_follows_every_step() -> None:
     for tau in (None, 0.25):
         agent = an_agent(ema_tau=tau)
         before = [p.clone() for p in agent.policy_ema.parameters()]
-        agent.update_policy(batch, agent.draw_policy(64, torch.Generator()))
+        update(agent.bc_loss, batch, agent.draw_policy(64, torch.Generator()))
         for old, new, online in zip(before, agent.policy_ema.parameters(), agent.policy.parameters(), strict=True):
             torch.testing.assert_close(new, online if tau is None else 0.75 * old + 0.25 * online)
             assert not torch.equal(old, new) and torch.equal(new, online) is (tau is None)

@@ -462,9 +462,7 @@ BOX = spaces.Box
         (WithSpaces(spaces.Dict({"a": BOX(-1, 1, (2,))}), BOX(-1, 1, (1,))), TOY, {}, ValueError, "observation space"),
     ],
 )
-def test_bad_calls(
-    policy: Any, env: Any, arguments: Any, error: Any, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_calls(policy: Any, env: Any, arguments: Any, error: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffagents.rollouts.MAX_EPISODE_STEPS", 1000)
     with pytest.raises(error, match=message) as caught:
         evaluate(policy, env, **{"n_episodes": 1, **arguments})
@@ -588,9 +586,7 @@ class Blind(Toy):
         (Constant(np.nan), TOY, "a.mp4", "NaN"),
     ],
 )
-def test_a_failed_video_is_one_warning_and_no_file(
-    policy: Any, env: Any, name: str, message: str, tmp_path: Path
-) -> None:
+def test_a_failed_video_is_one_warning_and_no_file(policy: Any, env: Any, name: str, message: str, tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert record_video(policy, env, tmp_path / name) is None

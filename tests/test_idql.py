@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_agents import update
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy import line_data
 
 from diffagents import IDQL
 from diffagents.agents.idql import implicit_choice
+from diffagents.chain_policy import ResidualDenoiser
 from diffagents.diffusion import sample_chain, vp_chain
-from diffagents.networks import ResidualDenoiser
 from diffagents.types import Batch
 from diffagents.values import select_action
 
@@ -119,15 +120,15 @@ def test_behavior_loss_is_summed_over_dimensions() -> None:
             return eps + torch.tensor([error, 0.0])
 
         agent.behavior.net = Function(oracle)
-        assert agent.behavior_loss(batch, draws).item() == pytest.approx(error**2, abs=1e-6)
+        assert agent.behavior_loss(batch, draws)[0].item() == pytest.approx(error**2, abs=1e-6)
 
 
 def test_dropout_is_in_training_only() -> None:
     agent, batch = an_agent(dropout=0.5), a_batch()
     draws = agent.draw_behavior(64, torch.Generator().manual_seed(0))
     assert draws["masks"].shape == (2, 64, 16) and set(draws["masks"].flatten().tolist()) == {0.0, 2.0}
-    plain = agent.behavior_loss(batch, {key: value for key, value in draws.items() if key != "masks"})
-    assert not torch.equal(agent.behavior_loss(batch, draws), plain)
+    plain = agent.behavior_loss(batch, {key: value for key, value in draws.items() if key != "masks"})[0]
+    assert not torch.equal(agent.behavior_loss(batch, draws)[0], plain)
     assert np.array_equal(agent.predict(OBS, deterministic=True)[0], agent.predict(OBS, deterministic=True)[0])
 
 
@@ -149,7 +150,7 @@ def test_lagged_behavior_and_learning_rates() -> None:
     assert agent.optimizers["critic"].lr.item() == pytest.approx(3e-4)
     before = [p.clone() for p in agent.behavior_ema.parameters()]
     agent.optimizers["behavior"].start_schedule(0)
-    agent.update_behavior(batch, agent.draw_behavior(64, torch.Generator()))
+    update(agent.behavior_loss, batch, agent.draw_behavior(64, torch.Generator()))
     for old, new, online in zip(before, agent.behavior_ema.parameters(), agent.behavior.parameters(), strict=True):
         torch.testing.assert_close(new, 0.75 * old + 0.25 * online)
 

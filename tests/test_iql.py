@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_agents import update
 from torch.distributions import Normal
 from toy import line_data
 
@@ -93,7 +94,7 @@ def test_q_goal_has_the_value_from_before_the_step() -> None:
     with torch.no_grad():
         goal = batch.rew + 0.99 * (1.0 - batch.done) * agent.critic.v(batch.next_obs)[:, 0]
         expected = (agent.critic.q(torch.cat([batch.act, batch.obs], -1)) - goal).square().mean()
-    torch.testing.assert_close(agent.update_critic(batch, {})["q_loss"], expected)
+    torch.testing.assert_close(update(agent.critic_loss, batch, {})["q_loss"], expected)
 
 
 def test_dropout_is_in_every_hidden_layer_and_only_in_training() -> None:
@@ -114,7 +115,7 @@ def test_dropout_is_in_every_hidden_layer_and_only_in_training() -> None:
 def test_the_policy_step_leaves_the_critic_alone() -> None:
     agent, batch = an_agent(), a_batch()
     before = {key: value.clone() for key, value in agent.critic.state_dict().items()}
-    agent.update_policy(batch, {})
+    update(agent.policy_loss, batch, {})
     assert all(torch.equal(value, before[key]) for key, value in agent.critic.state_dict().items())
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from reference_rule import make_weights, read_reference
+from small_agents import update
 from torch import Tensor
 
 from diffagents import BDPO
@@ -129,7 +130,7 @@ def replay(agent: BDPO) -> list[dict[str, float]]:
             "path": torch.stack(list(draws_of(step, 0, tuple(map(str, range(T + 1)))).values())),
             **draws_of(step, T + 1, ("i", "eps", "z")),
         }
-        ours = agent.update_critics(BATCH, draws)
+        ours = update(agent.critic_losses, BATCH, draws)
         row = {
             "loss/q0_loss": ours["q_loss"],
             "loss/vt_loss": ours["v_loss"],
@@ -142,8 +143,8 @@ def replay(agent: BDPO) -> list[dict[str, float]]:
         assert policy.due(step) == behavior.due(step) == ("ddpm_loss" in INFO["metrics"][step])
         if policy.due(step):
             policy_draws = draws_of(step, used, ("i", "eps", "z"))
-            row["loss/actor_loss"] = agent.update_policy(BATCH, policy_draws)["policy_loss"]
-            row["ddpm_loss"] = agent.update_behavior(BATCH, draws_of(step, used + 3, ("i", "eps")))["behavior_loss"]
+            row["loss/actor_loss"] = update(agent.policy_loss, BATCH, policy_draws)["policy_loss"]
+            row["ddpm_loss"] = update(agent.behavior_loss, BATCH, draws_of(step, used + 3, ("i", "eps")))["behavior_loss"]
             used += 5
         assert used == len(INFO["draws"][step])
         results.append({name: value.item() for name, value in row.items()})

@@ -27,7 +27,7 @@ def build(variant: str) -> DiffCPS:
 def test_four_updates(variant: str) -> None:
     agent, expected = build(variant), INFO[f"{variant}.metrics"]
     policy_part = agent.stages()[0].parts[1]
-    assert policy_part.update == agent.update_policy
+    assert policy_part.loss == agent.policy_losses
     draws, coins, done = iter(range(10_000)), iter(INFO["settings"]["coin"]), 0
     for step in range(4):
         critic = replay_critic(agent, BATCH, VECTORS, variant, draws)
@@ -38,7 +38,7 @@ def test_four_updates(variant: str) -> None:
             "critic_loss": critic["critic_loss"],
             "kl_loss": policy["bc_loss"],
             "actor_loss": policy["policy_loss"],
-            "Lambda": policy["lambda"],
+            "Lambda": agent.multiplier.value.detach(),
         }
         for name, value in ours.items():
             torch.testing.assert_close(value.item(), expected[name][done], rtol=1e-5, atol=1e-7, msg=f"{name} {step}")

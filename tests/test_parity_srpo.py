@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from reference_rule import make_weights, read_reference
+from small_agents import update
 from torch import Tensor, nn
 
 from diffagents import SRPO
@@ -85,7 +86,7 @@ def test_behavior() -> None:
     state = srpo_behavior_state(make_weights(INFO, "behavior."))
     agent.behavior.load_state_dict({**state, "noise": agent.behavior.noise})
     for i, expected in enumerate(INFO["behavior.losses"]):
-        metrics = agent.update_behavior(BATCH, draws_of("behavior", i))
+        metrics = update(agent.behavior_loss, BATCH, draws_of("behavior", i))
         torch.testing.assert_close(metrics["behavior_loss"].item(), expected, rtol=1e-5, atol=0)
         if i == 0:
             check_grad_norms(agent.behavior, INFO["behavior.grad_norms_first_step"], srpo_behavior_state)
@@ -98,7 +99,7 @@ def test_critic() -> None:
     agent = make_agent()
     agent.critic.load_state_dict(srpo_critic_state(make_weights(INFO, "critic.")))
     for v_loss, q_loss, _ in INFO["critic.losses_v_q_iqlpolicy"]:
-        metrics = agent.update_critic(BATCH, {})
+        metrics = update(agent.critic_loss, BATCH, {})
         torch.testing.assert_close(metrics["v_loss"].item(), v_loss, rtol=1e-5, atol=0)
         torch.testing.assert_close(metrics["q_loss"].item(), q_loss, rtol=1e-5, atol=0)
     act_obs = torch.cat([BATCH.act, BATCH.obs], -1)
@@ -126,7 +127,7 @@ def test_policy(variant: str) -> None:
     assert critic.keys() == targets.keys()
     agent.critic.load_state_dict(targets)
     for i in range(3):
-        agent.update_policy(BATCH, draws_of(f"policy.{variant}", i))
+        update(agent.policy_loss, BATCH, draws_of(f"policy.{variant}", i))
         if i == 0:
             check_grad_norms(agent.policy, INFO[f"policy.{variant}.grad_norms_first_step"], srpo_policy_state)
     with torch.no_grad():
@@ -145,6 +146,6 @@ def test_variants_differ() -> None:
         )
     )
     for i in range(3):
-        agent.update_policy(BATCH, draws_of("policy.locomotion_noise_baseline", i))
+        update(agent.policy_loss, BATCH, draws_of("policy.locomotion_noise_baseline", i))
     with torch.no_grad():
         assert (agent.policy(BATCH.obs) - VECTORS["policy.locomotion.after3"]).abs().max() > 1e-4

@@ -61,6 +61,9 @@ class SquareQ(nn.Module):
         q = -pairs[..., 3:].square().sum(-1)
         return torch.stack([q + 1.0, q])
 
+    def on_parts(self, obs: Tensor, act: Tensor) -> Tensor:
+        return self(torch.cat([obs.expand(*act.shape[:-1], -1), act], -1))
+
 
 class FreeEnergy(nn.Module):
     """f = beta Q + c(s) + slope a_1: the minimiser where slope is 0."""
@@ -82,10 +85,13 @@ def agent_with(**knobs: Any) -> QGPO:
     return QGPO(**{**SMALL, **knobs}).learn(line_data())
 
 
+SUPPORT = torch.rand(400, 3, 2, generator=torch.Generator().manual_seed(6)) * 2 - 1
+
+
 def batch_of(n: int, rew: float = 1.0, done: float = 0.0) -> Batch:
     generator = torch.Generator().manual_seed(5)
     obs, act = torch.randn(n, 3, generator=generator), torch.rand(n, 2, generator=generator) * 2 - 1
-    return Batch(obs, act, torch.full((n,), rew), obs.flip(0), torch.full((n,), done), torch.arange(n).flip(0))
+    return Batch(obs, act, torch.full((n,), rew), obs.flip(0), torch.full((n,), done), {"actions": SUPPORT[:n]})
 
 
 # ---- the guided sampler ----------------------------------------------------------------------------------------------
@@ -131,26 +137,26 @@ def test_cep_is_least_where_the_energy_is_beta_q_and_any_function_of_the_state()
     agent.critic_target, agent.energy = SquareQ(), FreeEnergy(2.0)  # type: ignore[assignment]
     slope: nn.Parameter = agent.energy.slope  # type: ignore[assignment]
     batch, draws = batch_of(400), at_no_noise(agent, 400)
-    agent.energy_loss(batch, draws).backward()  # type: ignore[no-untyped-call]
+    agent.energy_misfit(batch, draws).backward()  # type: ignore[no-untyped-call]
     assert slope.grad is not None and abs(slope.grad.item()) < 2e-4
     losses = []
     for value in (-0.5, 0.0, 0.5):
         with torch.no_grad():
             slope.fill_(value)
-        losses.append(agent.energy_loss(batch, draws).item())
+        losses.append(agent.energy_misfit(batch, draws).item())
     assert losses[1] < min(losses[0], losses[2])
     slope.grad = None
-    agent.energy_loss(batch, draws).backward()  # type: ignore[no-untyped-call]
+    agent.energy_misfit(batch, draws).backward()  # type: ignore[no-untyped-call]
     assert abs(slope.grad.item()) > 1e-2  # type: ignore[attr-defined]  # at 0.5 it is not least
 
 
 def test_cep_by_hand() -> None:
     """One state, two actions, Q = 0 and -1 (times beta 2), f = 1 and 3: a cross entropy."""
     agent = agent_with(beta=2.0, n_support=2)
-    agent.actions = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
+    batch = batch_of(1)._replace(beside={"actions": torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])})
     agent.critic_target = SquareQ()  # type: ignore[assignment]
     agent.energy = lambda a, obs, t: torch.tensor([[1.0, 3.0]])  # type: ignore[assignment]
-    loss = agent.energy_loss(batch_of(1), {"u": torch.zeros(1), "eps": torch.zeros(1, 2, 2)})
+    loss = agent.energy_misfit(batch, {"u": torch.zeros(1), "eps": torch.zeros(1, 2, 2)})
     p, log_q = 1 / (1 + math.exp(-2.0)), -math.log(1 + math.exp(2.0))
     assert loss.item() == pytest.approx(-(p * log_q + (1 - p) * (log_q + 2.0)), rel=1e-5)
 
@@ -164,11 +170,11 @@ def test_the_actions_of_a_state_share_one_time_and_have_their_own_noise() -> Non
 
     agent.energy = energy  # type: ignore[assignment]
     batch, draws = batch_of(8), agent.draw_energy(8, agent.generator)
-    agent.energy_loss(batch, draws)
+    agent.energy_misfit(batch, draws)
     (a_t, t), alpha_sigma = seen[0], vp_alpha_sigma(1e-3 + 0.999 * draws["u"])
     assert t.shape == (8, 1)
     alpha, sigma = (x[:, None, None] for x in alpha_sigma)
-    torch.testing.assert_close(a_t, alpha * agent.actions[:8].flip(0) + sigma * draws["eps"])
+    torch.testing.assert_close(a_t, alpha * batch.beside["actions"] + sigma * draws["eps"])
 
 
 @pytest.mark.parametrize("loss", ["mse", "emse"])
@@ -176,18 +182,19 @@ def test_regressions_are_least_at_their_own_targets(loss: str) -> None:
     """ "mse": f = beta Qbar(s, a) of the data's actions; "emse": exp of beta (Qbar - its maximum over the support), clipped."""
     agent, batch = agent_with(beta=2.0, energy_loss=loss), batch_of(10)
     support = torch.tensor([[0.9, 0.0], [0.5, 0.5], [-1.0, 0.0]])
-    agent.critic_target, agent.actions = SquareQ(), support.expand(10, 3, 2)  # type: ignore[assignment]
+    batch = batch._replace(beside={"actions": support.expand(10, 3, 2)})
+    agent.critic_target = SquareQ()  # type: ignore[assignment]
     best = 0.0 if loss == "mse" else -0.5
     exact = 2.0 * (-batch.act.square().sum(-1) - best)
     for shift in (0.0, 1.0):
         agent.energy = lambda a, obs, t, shift=shift: exact + shift  # type: ignore[assignment]
-        found = agent.energy_loss(batch, at_no_noise(agent, 10)).item()
+        found = agent.energy_misfit(batch, at_no_noise(agent, 10)).item()
         by_hand = shift**2 if loss == "mse" else ((exact + shift).exp() - exact.exp()).square().mean().item()
         assert found == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
     if loss == "emse":
         agent.energy = lambda a, obs, t: torch.full((10,), 50.0)  # type: ignore[assignment]
         by_hand = (math.exp(4.5) - exact.exp()).square().mean().item()
-        assert agent.energy_loss(batch, at_no_noise(agent, 10)).item() == pytest.approx(by_hand, rel=1e-4)
+        assert agent.energy_misfit(batch, at_no_noise(agent, 10)).item() == pytest.approx(by_hand, rel=1e-4)
 
 
 # ---- the critic ------------------------------------------------------------------------------------------------------
@@ -195,11 +202,11 @@ def test_regressions_are_least_at_their_own_targets(loss: str) -> None:
 def test_the_backup_is_a_softmax_over_the_support(beta_q: float | None, done: float) -> None:
     """Qbar = 0 and -2 at the two actions of s'; the lower twin counts; beta_q None is beta = 3; loss is the mean of both."""
     agent = agent_with(beta_q=beta_q, gamma=0.5, n_support=2)
-    agent.actions = torch.tensor([[[5.0, 5.0], [5.0, 5.0]], [[0.0, 0.0], [1.0, 1.0]]])
+    batch = batch_of(1, rew=1.0, done=done)._replace(beside={"actions": torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])})
     agent.critic_target = SquareQ()  # type: ignore[assignment]
     online = torch.tensor([[0.25], [1.5]], requires_grad=True)
     agent.critic.forward = lambda x: online  # type: ignore[method-assign]
-    loss, metrics = agent.critic_loss(batch_of(1, rew=1.0, done=done)._replace(rows=torch.tensor([1])))
+    loss, metrics = agent.critic_loss(batch, {})
     beta = 3.0 if beta_q is None else beta_q
     value = -2.0 * math.exp(-2.0 * beta) / (1.0 + math.exp(-2.0 * beta))
     goal = 1.0 + 0.5 * (1.0 - done) * value
@@ -222,27 +229,26 @@ def data_matrix(n: int) -> Sampler:
 
 @pytest.mark.parametrize("some", [None, 100, 5000])
 def test_support_of_a_row_is_of_its_own_state(some: int | None) -> None:
-    """At s' for the critic, at s for the energy, found by batch.rows; with n_support_states in that many transitions only."""
+    """At s' for the critic, at s for the energy, beside each transition; with n_support_states in that many only."""
     agent, sampler = QGPO(**SMALL, n_support_states=some).learn(line_data()), data_matrix(600)
     agent.behavior = VPBehavior(PointAtState(), 2)
     for prepare, states in ((agent.prepare_critic, "next_obs"), (agent.prepare_energy, "obs")):
         chosen = prepare(sampler, torch.Generator().manual_seed(1))
-        first = agent.actions
+        first = chosen.tables["actions"]
         assert len(chosen) == (100 if some == 100 else 600) and first.shape == (len(chosen), 3, 2)
         batch = chosen.sample(50, torch.Generator().manual_seed(2))
-        error = agent.actions[batch.rows] - getattr(batch, states)[:, None, :2]
+        error = batch.beside["actions"] - getattr(batch, states)[:, None, :2]
         assert error.abs().max() < 0.06
         rows = {tuple(row) for row in sampler.matrix.tolist()}
         assert {tuple(row) for row in chosen.matrix.tolist()} <= rows
         assert len(chosen) == 600 or not torch.equal(chosen.matrix, sampler.matrix[:100])
         again = prepare(sampler, torch.Generator().manual_seed(1))
-        assert torch.equal(first, agent.actions) and torch.equal(again.matrix, chosen.matrix)
+        assert torch.equal(first, again.tables["actions"]) and torch.equal(again.matrix, chosen.matrix)
 
 
 def test_the_regression_on_data_needs_no_support() -> None:
     agent = agent_with(energy_loss="mse")
-    before = agent.actions
-    assert agent.prepare_energy(data_matrix(50), agent.generator) is not None and agent.actions is before
+    assert agent.prepare_energy(data_matrix(50), agent.generator).tables == {}
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------

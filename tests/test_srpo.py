@@ -110,9 +110,7 @@ def test_q_grad_norm(norm: str, length: float) -> None:
 
 
 def test_policy_update_leaves_critic_and_behavior_alone() -> None:
-    agent = SRPO(seed=0, verbose=0, critic_steps=2, behavior_steps=2, policy_steps=2, behavior_batch_size=8).learn(
-        line_data()
-    )
+    agent = SRPO(seed=0, verbose=0, critic_steps=2, behavior_steps=2, policy_steps=2, behavior_batch_size=8).learn(line_data())
     before = {name: {k: v.clone() for k, v in state.items()} for name, state in agent.get_parameters().items()}
     agent.learn(line_data(), stages=("policy",))
     for name, state in agent.get_parameters().items():
@@ -141,9 +139,7 @@ def test_stages_are_reused_for_another_beta() -> None:
 
 def test_behavior_samples() -> None:
     """deterministic=True depends on the observation only; otherwise samples differ and stay in the action space."""
-    agent = SRPO(seed=0, verbose=0, critic_steps=1, behavior_steps=2, policy_steps=1, behavior_batch_size=8).learn(
-        line_data()
-    )
+    agent = SRPO(seed=0, verbose=0, critic_steps=1, behavior_steps=2, policy_steps=1, behavior_batch_size=8).learn(line_data())
     bc, obs = agent.behavior_policy(), np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     one, _ = bc.predict(obs, deterministic=True)
     two, _ = bc.predict(obs[::-1].copy(), deterministic=True)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_agents import update
 from toy import line_data
 
 from diffagents import TD3BC
@@ -36,7 +37,7 @@ def test_policy_loss() -> None:
         assert q.min() < 0 < q.max()
         weight = 3.0 / q.abs().mean()
         expected = (act - batch.act).square().mean() - weight * q.mean()
-    loss, metrics = agent.policy_loss(batch)
+    loss, metrics = agent.policy_loss(batch, {})
     torch.testing.assert_close(loss.detach(), expected)
     torch.testing.assert_close(metrics["lambda"], weight)
 
@@ -51,17 +52,17 @@ def test_policy_loss() -> None:
 
     with torch.no_grad():
         agent.critic.biases[-1][1] += 5.0
-    torch.testing.assert_close(agent.policy_loss(batch)[0], loss)
+    torch.testing.assert_close(agent.policy_loss(batch, {})[0], loss)
 
 
 def test_lambda_makes_the_scale_of_rewards_irrelevant() -> None:
     """Q and 1000 Q give one and the same policy loss."""
     agent, batch = an_agent(), a_batch()
-    before = agent.policy_loss(batch)[0]
+    before = agent.policy_loss(batch, {})[0]
     with torch.no_grad():
         agent.critic.weights[-1] *= 1000.0
         agent.critic.biases[-1] *= 1000.0
-    torch.testing.assert_close(agent.policy_loss(batch)[0], before)
+    torch.testing.assert_close(agent.policy_loss(batch, {})[0], before)
 
 
 def test_critic_loss() -> None:
@@ -105,7 +106,7 @@ def test_targets_take_a_share_tau_of_the_new_networks() -> None:
     agent, batch = an_agent(tau=0.25), a_batch()
     pairs = ((agent.policy_target, agent.policy), (agent.critic_target, agent.critic))
     before = [next(target.parameters()).clone() for target, _ in pairs]
-    agent.update_policy(batch, {})
+    update(agent.policy_loss, batch, {})
     for old, (target, online) in zip(before, pairs, strict=True):
         torch.testing.assert_close(next(target.parameters()), 0.75 * old + 0.25 * next(online.parameters()).detach())
 

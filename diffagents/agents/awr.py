@@ -68,9 +68,6 @@ class AWR(Agent):
     MODEL = ("policy",)
     LEARNER = ("critic",)
 
-    returns: Tensor  # (N,) by row of the data, while the critic is trained
-    weights: Tensor  # (N,) by row of the data, while the policy is trained
-
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256), "vf": (256, 256)})
@@ -84,8 +81,8 @@ class AWR(Agent):
     def stages(self) -> list[Stage]:
         size, opt = self.config.batch_size, self.optimizers
         return [
-            Stage("critic", size, (Part(self.update_critic, optimizers=(opt["critic"],)),), self.prepare_critic),
-            Stage("policy", size, (Part(self.update_policy, optimizers=(opt["policy"],)),), self.prepare_policy),
+            Stage("critic", size, (Part(self.critic_loss, optimizers=(opt["critic"],)),), self.prepare_critic),
+            Stage("policy", size, (Part(self.policy_loss, optimizers=(opt["policy"],)),), self.prepare_policy),
         ]
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
@@ -93,14 +90,13 @@ class AWR(Agent):
         """Monte-Carlo returns of every row [D1]."""
         data = sampler.all()
         nothing = torch.zeros_like(data.rew)
-        self.returns = lambda_returns(data.rew, data.done, nothing, sampler.episode_ends, self.config.gamma, 1.0)
-        return sampler
+        returns = lambda_returns(data.rew, data.done, nothing, sampler.episode_ends, self.config.gamma, 1.0)
+        return sampler.beside(returns=returns)
 
-    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
+    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         value = self.critic(batch.obs).squeeze(-1)
-        loss = (self.returns[batch.rows] - value).square().mean()
-        self.optimizers["critic"].minimize(loss)
-        return {"critic_loss": loss.detach(), "v": value.detach().mean()}
+        loss = (batch.beside["returns"] - value).square().mean()
+        return loss, {"critic_loss": loss.detach(), "v": value.detach().mean()}
 
     # ---- stage 2: policy -------------------------------------------------------------------------------------------
     def prepare_policy(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
@@ -110,19 +106,18 @@ class AWR(Agent):
         goal = lambda_returns(data.rew, data.done, next_value, sampler.episode_ends, c.gamma, c.td_lambda)
         advantage = goal - value
         std, mean = torch.std_mean(advantage, correction=0)
-        self.weights = torch.exp((advantage - mean) / (std + 1e-5) / c.temperature).clamp(max=c.weight_clip)
-        return sampler
+        weights = torch.exp((advantage - mean) / (std + 1e-5) / c.temperature).clamp(max=c.weight_clip)
+        return sampler.beside(weights=weights)
 
     @torch.no_grad()
     def values(self, obs: Tensor) -> Tensor:
         """V at normalised observations (N, S) -> (N,), a part at a time."""
         return torch.cat([self.critic(part).squeeze(-1) for part in torch.split(obs, ROWS_AT_ONCE)])
 
-    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
-        weight = self.weights[batch.rows]
+    def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        weight = batch.beside["weights"]
         loss = -(weight * self.policy.log_prob(batch.obs, batch.act)).mean()
-        self.optimizers["policy"].minimize(loss)
-        return {"policy_loss": loss.detach(), "weight": weight.mean()}
+        return loss, {"policy_loss": loss.detach(), "weight": weight.mean()}
 
     # ---- acting ----------------------------------------------------------------------------------------------------
     def act(self, obs: Tensor, deterministic: bool, config: AWRConfig) -> Tensor:

@@ -25,6 +25,7 @@ Details
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,11 +34,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.chain_policy import ChainPolicy
+from diffagents.chain_policy import ChainPolicy, PositionalDenoiser
 from diffagents.diffusion import reverse_mean
 from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, check_number, net_arch
-from diffagents.networks import EnsembleMLP, PositionalDenoiser, StepValue, mish, orthogonal_
+from diffagents.networks import EnsembleMLP, StepValue, mish, orthogonal_
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
 from diffagents.values import SELECT, polyak_update_, select_action, td_target
@@ -135,15 +136,16 @@ class BDPO(Agent):
             raise ValueError(
                 f"warmup_steps={warmup} leaves none of the {planned} train steps to the policy: give fewer, or None for 2.5 %"
             )
-        critics = Part(self.update_critics, self.draw_critics, (opt["critic"], opt["value"]))
-        policy = Part(self.update_policy, self.draw_policy, (opt["policy"],), every=c.policy_freq, start=warmup)
-        behavior = [Part(self.update_behavior, self.draw_behavior, (opt["behavior"],))]
-        if self.stage_steps["train"] == 0:
-            behavior.append(Part(self.follow_behavior))
-        again = Part(self.update_behavior, self.draw_behavior, (opt["behavior"],), every=c.policy_freq, start=warmup)
+        critics = Part(self.critic_losses, self.draw_critics, (opt["critic"], opt["value"]), self.follow_critics)
+        policy = Part(
+            self.policy_loss, self.draw_policy, (opt["policy"],), self.follow_policy, every=c.policy_freq, start=warmup
+        )
+        behavior = Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior)
+        alone = (behavior, Part(after=self.act_like_behavior)) if self.stage_steps["train"] == 0 else (behavior,)
+        beside = dataclasses.replace(behavior, every=c.policy_freq, start=warmup)
         return [
-            Stage("behavior", c.batch_size, tuple(behavior)),
-            Stage("train", c.batch_size, (critics, policy, again), self.start_from_behavior),
+            Stage("behavior", c.batch_size, alone),
+            Stage("train", c.batch_size, (critics, policy, beside), self.start_from_behavior),
         ]
 
     # ---- behaviour: alone, and then beside the policy ----------------------------------------------------------------
@@ -154,22 +156,19 @@ class BDPO(Agent):
             "eps": torch.randn(n, self.act_dim, **kwargs),
         }
 
-    def update_behavior(self, batch: Batch, draws: Draws) -> Metrics:
-        loss = self.behavior_loss(batch, draws)
-        self.optimizers["behavior"].minimize(loss)
-        polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
-        return {"behavior_loss": loss.detach()}
-
-    def behavior_loss(self, batch: Batch, draws: Draws) -> Tensor:
+    def behavior_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """E || eps_nu(a^n, s, n) - eps ||^2, mean over batch and dimensions."""
         a_n = self.behavior.perturbed(batch.act, draws["eps"], draws["i"])
-        return F.mse_loss(self.behavior.net(a_n, batch.obs, draws["i"]), draws["eps"])
+        loss = F.mse_loss(self.behavior.net(a_n, batch.obs, draws["i"]), draws["eps"])
+        return loss, {"behavior_loss": loss.detach()}
 
-    def follow_behavior(self, batch: Batch, draws: Draws) -> Metrics:
+    def follow_behavior(self) -> None:
+        polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
+
+    def act_like_behavior(self) -> None:
         """Until it is trained, the policy is the (lagged) behaviour: what it starts from, and something to act with."""
         for policy in (self.policy, self.policy_ema):
             polyak_update_(policy.parameters(), self.behavior_ema.parameters(), 1.0)
-        return {}
 
     def start_from_behavior(self, sampler: Any, generator: torch.Generator) -> Any:
         """The same at the start of `train`, where the policy may be a fresh one."""
@@ -185,7 +184,8 @@ class BDPO(Agent):
             draws["path"] = self.policy.noises((n, self.config.n_samples), generator)
         return draws
 
-    def update_critics(self, batch: Batch, draws: Draws) -> Metrics:
+    def critic_losses(self, batch: Batch, draws: Draws) -> tuple[tuple[Tensor, Tensor], Metrics]:
+        """The critic's loss, and the value's."""
         with torch.no_grad():  # both targets, before either network moves
             q_goal, q_penalty = self.q_target(batch, draws)
             v_goal, penalty = self.step_objective(batch, draws, self.policy_ema)
@@ -193,11 +193,7 @@ class BDPO(Agent):
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (E, B)
         v = self.value(batch.obs, a_n, draws["i"])  # (E, B)
         q_loss, v_loss = (q - q_goal).square().mean(), (v - v_goal).square().mean()
-        self.optimizers["critic"].minimize(q_loss)
-        self.optimizers["value"].minimize(v_loss)
-        polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
-        polyak_update_(self.value_target.parameters(), self.value.parameters(), self.config.tau)
-        return {
+        return (q_loss, v_loss), {
             "q_loss": q_loss.detach(),
             "v_loss": v_loss.detach(),
             "q": q.detach().mean(),
@@ -206,6 +202,10 @@ class BDPO(Agent):
             "step_kl": penalty.mean(),
         }
 
+    def follow_critics(self) -> None:
+        polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
+        polyak_update_(self.value_target.parameters(), self.value.parameters(), self.config.tau)
+
     def q_target(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """y (B,), and the path's penalty (B, K): K whole paths of the lagged policy from each s'."""
         c, chain, n = self.config, self.policy.chain, len(batch.rew)
@@ -213,13 +213,14 @@ class BDPO(Agent):
             return batch.rew, torch.zeros(n, c.n_samples, device=batch.rew.device)
         obs, path = batch.next_obs[:, None], draws["path"]  # (B, 1, S), (T + 1, B, K, A)
         x, penalty = path[0], torch.zeros(path.shape[1:3], device=path.device)
+        eps_pi, eps_nu = self.policy_ema.on_states(obs), self.behavior_ema.on_states(obs)
         for i, z in zip(reversed(range(chain.n_steps)), path[1:], strict=True):
-            eps = self.policy_ema.predict_eps(x, obs, i)
-            penalty = penalty + self.penalty(eps, self.behavior_ema.predict_eps(x, obs, i), i)  # [D2]
+            eps = eps_pi(x, i)
+            penalty = penalty + self.penalty(eps, eps_nu(x, i), i)  # [D2]
             x = reverse_mean(chain, i, x, eps, c.clip_x0)
             if i > 0:
                 x = x + chain.beta_std[i] * z
-        q = self.critic_target(self.pairs(obs, x)).view(-1, n, c.n_samples)  # (E, B, K)
+        q = self.critic_target.on_parts(obs, x)  # (E, B, K)
         q = q.amax(-1) if c.max_q_backup else q.mean(-1)  # [D4]
         next_v = self.aggregate(q, draws) - c.eta * penalty.mean(-1)
         return td_target(batch.rew, batch.done, next_v, c.gamma), penalty
@@ -229,7 +230,7 @@ class BDPO(Agent):
 
         What the value is fitted to with the lagged policy, and what the policy climbs with itself.
         """
-        c, chain, i, n = self.config, self.policy.chain, draws["i"], len(batch.rew)
+        c, chain, i = self.config, self.policy.chain, draws["i"]
         a_n = self.policy.perturbed(batch.act, draws["eps"], i)
         eps = policy.net(a_n, batch.obs, i)
         with torch.no_grad():
@@ -238,11 +239,9 @@ class BDPO(Agent):
         mean = reverse_mean(chain, i[:, None], a_n, eps, c.clip_x0)
         std = torch.where(i > 0, chain.beta_std[i], 0.0)
         before = mean[:, None] + std[:, None, None] * draws["z"]  # (B, K, A), a^n-1
-        obs, flat = batch.obs[:, None].expand(-1, c.n_samples, -1).flatten(0, 1), before.flatten(0, 1)
-        step = (i - 1).clamp(min=0).repeat_interleave(c.n_samples)  # where n = 1, V is not asked
-        v = self.value_target(obs, flat, step).view(-1, n, c.n_samples)
-        q = self.critic_target(torch.cat([obs, flat], -1)).view(-1, n, c.n_samples)
-        next_v = torch.where(i[:, None] > 0, v, q).mean(-1)  # (E, B); V_0 = Q
+        v = self.value_target(batch.obs, before, (i - 1).clamp(min=0)).mean(-1)  # (E, B); where n = 1, V is not asked
+        q = self.critic_target(torch.cat([batch.obs, mean], -1))  # (E, B); there the K actions are all the mean
+        next_v = torch.where(i > 0, v, q)  # V_0 = Q
         return self.aggregate(next_v, draws) - c.eta * penalty, penalty
 
     def penalty(self, eps: Tensor, eps_nu: Tensor, i: int | Tensor) -> Tensor:
@@ -260,10 +259,6 @@ class BDPO(Agent):
             return (draws["mix"] / draws["mix"].sum()) @ q
         return q.amin(0) if kind == "min" else q.mean(0)
 
-    def pairs(self, obs: Tensor, act: Tensor) -> Tensor:
-        """(B, 1, S) and (B, K, A) -> (B K, S + A), the critic's input."""
-        return torch.cat([obs.expand(*act.shape[:-1], -1), act], -1).flatten(0, 1)
-
     # ---- policy ------------------------------------------------------------------------------------------------------
     def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
         shape = (n, self.config.n_samples, self.act_dim)
@@ -273,15 +268,13 @@ class BDPO(Agent):
             draws["mix"] = torch.rand(self.config.n_critics, generator=generator, device=self.device)
         return draws
 
-    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
-        loss = self.policy_loss(batch, draws)
-        self.optimizers["policy"].minimize(loss)
-        polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
-        return {"policy_loss": loss.detach()}
-
-    def policy_loss(self, batch: Batch, draws: Draws) -> Tensor:
+    def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """Minus the objective of one denoising step."""
-        return -self.step_objective(batch, draws, self.policy)[0].mean()
+        loss = -self.step_objective(batch, draws, self.policy)[0].mean()
+        return loss, {"policy_loss": loss.detach()}
+
+    def follow_policy(self) -> None:
+        polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
 
     # ---- acting ------------------------------------------------------------------------------------------------------
     def act(self, obs: Tensor, deterministic: bool, config: BDPOConfig) -> Tensor:
@@ -294,5 +287,5 @@ class BDPO(Agent):
         actions = self.policy_ema.candidates(obs, n, deterministic, generator)  # (B, n, A)
         if n == 1:
             return actions[:, 0]
-        q = self.critic_target(self.pairs(obs[:, None], actions)).mean(0).view(len(obs), n)
+        q = self.critic_target.on_parts(obs[:, None], actions).mean(0)
         return select_action(actions, q, "argmax" if deterministic else c.select, c.temperature, generator)

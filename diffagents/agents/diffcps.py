@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.chain_policy import ChainPolicy
+from diffagents.chain_policy import ChainPolicy, MLPDenoiser
 from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, check_number, net_arch
-from diffagents.networks import EnsembleMLP, MLPDenoiser, mish
+from diffagents.networks import EnsembleMLP, mish
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
 from diffagents.values import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
@@ -124,9 +124,15 @@ class DiffCPS(Agent):
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
         parts = (
-            Part(self.update_critic, self.draw_critic, (opt["critic"],)),
-            Part(self.update_policy, self.draw_policy, (opt["policy"], opt["multiplier"]), every=c.policy_freq),
-            Part(self.update_ema, every=c.ema_every, start=c.ema_start),  # [D8]
+            Part(self.critic_loss, self.draw_critic, (opt["critic"],), self.follow_critic),
+            Part(
+                self.policy_losses,
+                self.draw_policy,
+                (opt["policy"], opt["multiplier"]),
+                self.project_multiplier,
+                every=c.policy_freq,
+            ),
+            Part(after=self.follow_policy, every=c.ema_every, start=c.ema_start),  # [D8]
         )
         return [Stage("train", c.batch_size, parts)]
 
@@ -134,12 +140,6 @@ class DiffCPS(Agent):
     def draw_critic(self, n: int, generator: torch.Generator) -> Draws:
         each = self.config.n_backup_samples if self.config.max_q_backup else 1
         return {"noises": self.policy.noises((n * each,), generator)}
-
-    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.critic_loss(batch, draws)
-        self.optimizers["critic"].minimize(loss)
-        polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
-        return metrics
 
     def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's action [D2]."""
@@ -155,6 +155,9 @@ class DiffCPS(Agent):
         loss = (q - goal).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
+    def follow_critic(self) -> None:
+        polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
+
     # ---- policy and multiplier -------------------------------------------------------------------------------------
     def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
@@ -165,21 +168,24 @@ class DiffCPS(Agent):
             "coin": torch.rand((), **kwargs),
         }
 
-    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
+    def policy_losses(self, batch: Batch, draws: Draws) -> tuple[tuple[Tensor, Tensor], Metrics]:
+        """The policy's loss, and the multiplier's."""
         c = self.config
         bc_loss, q_loss = self.bc_loss(batch, draws), self.q_loss(batch, draws)
         multiplier = self.multiplier.value.detach().clamp(c.lambda_min, c.lambda_max)
-        loss = multiplier * bc_loss + q_loss
-        self.optimizers["policy"].minimize(loss)
-        self.optimizers["multiplier"].minimize(self.multiplier.value * (c.target_kl - bc_loss.detach()))
-        with torch.no_grad():
-            self.multiplier.value.clamp_(c.lambda_min, c.lambda_max)  # [D3]
-        return {
-            "policy_loss": loss.detach(),
+        policy_loss = multiplier * bc_loss + q_loss
+        multiplier_loss = self.multiplier.value * (c.target_kl - bc_loss.detach())
+        metrics = {
+            "policy_loss": policy_loss.detach(),
             "bc_loss": bc_loss.detach(),  # to be compared with target_kl
             "q_loss": q_loss.detach(),
-            "lambda": self.multiplier.value.detach().clone(),
+            "lambda": multiplier,
         }
+        return (policy_loss, multiplier_loss), metrics
+
+    @torch.no_grad()
+    def project_multiplier(self) -> None:
+        self.multiplier.value.clamp_(self.config.lambda_min, self.config.lambda_max)  # [D3]
 
     def bc_loss(self, batch: Batch, draws: Draws) -> Tensor:
         """L_c: the noise in the data's actions, predicted; mean over batch and dimensions [D4]."""
@@ -192,9 +198,8 @@ class DiffCPS(Agent):
         q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; online, already updated
         return normalized_q_loss(q1, q2, draws["coin"])
 
-    def update_ema(self, batch: Batch, draws: Draws) -> Metrics:
+    def follow_policy(self) -> None:
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
-        return {}
 
     # ---- acting ----------------------------------------------------------------------------------------------------
     def act(self, obs: Tensor, deterministic: bool, config: DiffCPSConfig) -> Tensor:
@@ -207,8 +212,7 @@ class DiffCPS(Agent):
         actions = self.policy.candidates(obs, n, deterministic, generator)  # (B, n, A)
         if n == 1:
             return actions[:, 0]
-        pairs = torch.cat([obs[:, None].expand(-1, n, -1), actions], -1)
-        q = self.critic_target(pairs.flatten(0, 1)).amin(0).view(len(obs), n)
+        q = self.critic_target.on_parts(obs[:, None], actions).amin(0)  # (B, n)
         return select_action(actions, q, "argmax" if deterministic else c.select, c.temperature, generator)
 
     @classmethod

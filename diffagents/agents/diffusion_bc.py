@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.chain_policy import ChainPolicy
+from diffagents.chain_policy import ChainPolicy, MLPDenoiser
 from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, net_arch
-from diffagents.networks import MLPDenoiser
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
 from diffagents.values import polyak_update_
@@ -64,7 +63,7 @@ class DiffusionBC(Agent):
         self.optimizers = {"policy": Optimizer(self.policy.parameters(), self.config.learning_rate)}  # [D3]
 
     def stages(self) -> list[Stage]:
-        part = Part(self.update_policy, self.draw_policy, (self.optimizers["policy"],))
+        part = Part(self.bc_loss, self.draw_policy, (self.optimizers["policy"],), self.follow_policy)
         return [Stage("behavior", self.config.batch_size, (part,))]
 
     def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
@@ -74,17 +73,15 @@ class DiffusionBC(Agent):
             "eps": torch.randn(n, self.act_dim, **kwargs),
         }
 
-    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
-        loss = self.bc_loss(batch, draws)
-        self.optimizers["policy"].minimize(loss)
-        tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # 1 copies [D2]
-        polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), tau)
-        return {"bc_loss": loss.detach()}
-
-    def bc_loss(self, batch: Batch, draws: Draws) -> Tensor:
+    def bc_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """L_d: the noise in the data's actions, predicted [D1]."""
         a_i = self.policy.perturbed(batch.act, draws["eps"], draws["i"])
-        return F.mse_loss(self.policy.net(a_i, batch.obs, draws["i"]), draws["eps"])
+        loss = F.mse_loss(self.policy.net(a_i, batch.obs, draws["i"]), draws["eps"])
+        return loss, {"bc_loss": loss.detach()}
+
+    def follow_policy(self) -> None:
+        tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # 1 copies [D2]
+        polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), tau)
 
     def act(self, obs: Tensor, deterministic: bool, config: DiffusionBCConfig) -> Tensor:
         """(B, S) -> (B, A): one sample; deterministic: from the stored noise, the same for every observation."""

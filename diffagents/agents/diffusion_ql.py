@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.chain_policy import ChainPolicy
+from diffagents.chain_policy import ChainPolicy, MLPDenoiser
 from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, check_number, net_arch
-from diffagents.networks import EnsembleMLP, MLPDenoiser, mish
+from diffagents.networks import EnsembleMLP, mish
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
 from diffagents.values import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
@@ -96,9 +96,9 @@ class DiffusionQL(Agent):
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
         parts = (
-            Part(self.update_critic, self.draw_critic, (opt["critic"],)),
-            Part(self.update_policy, self.draw_policy, (opt["policy"],)),
-            Part(self.update_ema, every=c.ema_every, start=c.ema_start),  # [D6]
+            Part(self.critic_loss, self.draw_critic, (opt["critic"],), self.follow_critic),
+            Part(self.policy_loss, self.draw_policy, (opt["policy"],)),
+            Part(after=self.follow_policy, every=c.ema_every, start=c.ema_start),  # [D6]
         )
         return [Stage("train", c.batch_size, parts)]
 
@@ -106,12 +106,6 @@ class DiffusionQL(Agent):
     def draw_critic(self, n: int, generator: torch.Generator) -> Draws:
         each = self.config.n_backup_samples if self.config.max_q_backup else 1
         return {"noises": self.policy.noises((n * each,), generator)}
-
-    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.critic_loss(batch, draws)
-        self.optimizers["critic"].minimize(loss)
-        polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
-        return metrics
 
     def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """Eq. (4): MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's action."""
@@ -127,6 +121,9 @@ class DiffusionQL(Agent):
         loss = (q - goal).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
+    def follow_critic(self) -> None:
+        polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
+
     # ---- policy ----------------------------------------------------------------------------------------------------
     def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
@@ -136,11 +133,6 @@ class DiffusionQL(Agent):
             "noises": self.policy.noises((n,), generator),
             "coin": torch.rand((), **kwargs),
         }
-
-    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.policy_loss(batch, draws)
-        self.optimizers["policy"].minimize(loss)
-        return metrics
 
     def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """Eq. (3): L_d + eta L_q."""
@@ -159,9 +151,8 @@ class DiffusionQL(Agent):
         q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; online, already updated
         return normalized_q_loss(q1, q2, draws["coin"])
 
-    def update_ema(self, batch: Batch, draws: Draws) -> Metrics:
+    def follow_policy(self) -> None:
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
-        return {}
 
     # ---- acting ----------------------------------------------------------------------------------------------------
     def act(self, obs: Tensor, deterministic: bool, config: DiffusionQLConfig) -> Tensor:
@@ -174,8 +165,7 @@ class DiffusionQL(Agent):
         actions = self.policy.candidates(obs, n, deterministic, generator)  # (B, n, A)
         if n == 1:
             return actions[:, 0]
-        pairs = torch.cat([obs[:, None].expand(-1, n, -1), actions], -1)
-        q = self.critic_target(pairs.flatten(0, 1)).amin(0).view(len(obs), n)
+        q = self.critic_target.on_parts(obs[:, None], actions).amin(0)  # (B, n)
         return select_action(actions, q, "argmax" if deterministic else c.select, c.temperature, generator)
 
     @classmethod

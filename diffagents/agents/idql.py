@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 
 from diffagents.agent import Agent
-from diffagents.chain_policy import ChainPolicy
+from diffagents.chain_policy import ChainPolicy, ResidualDenoiser
 from diffagents.diffusion import eps_loss
 from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.iql_critic import IQLCritic
 from diffagents.knobs import check_choice, check_number, net_arch
-from diffagents.networks import ResidualDenoiser, dropout_masks, xavier_
+from diffagents.networks import dropout_masks, xavier_
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
 from diffagents.values import SELECT, polyak_update_, select_action
@@ -108,16 +108,16 @@ class IDQL(Agent):
     def stages(self) -> list[Stage]:
         n, opt = self.config.batch_size, self.optimizers
         return [  # [D1]
-            Stage("critic", n, (Part(self.update_critic, optimizers=(opt["critic"],)),)),
-            Stage("behavior", n, (Part(self.update_behavior, self.draw_behavior, (opt["behavior"],)),)),
+            Stage("critic", n, (Part(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),
+            Stage("behavior", n, (Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior),)),
         ]
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
-    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D2]
-        self.optimizers["critic"].minimize(loss)
+    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        return self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D2]
+
+    def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)
-        return metrics
 
     # ---- stage 2: behaviour ----------------------------------------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
@@ -132,16 +132,14 @@ class IDQL(Agent):
             draws["masks"] = dropout_masks((net.n_blocks, n, net.width), c.dropout, generator)
         return draws
 
-    def update_behavior(self, batch: Batch, draws: Draws) -> Metrics:
-        loss = self.behavior_loss(batch, draws)
-        self.optimizers["behavior"].minimize(loss)
-        polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
-        return {"behavior_loss": loss.detach()}
-
-    def behavior_loss(self, batch: Batch, draws: Draws) -> Tensor:
+    def behavior_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """L: the noise in the data's actions, predicted."""
         a_i = self.behavior.perturbed(batch.act, draws["eps"], draws["i"])
-        return eps_loss(self.behavior.net(a_i, batch.obs, draws["i"], draws.get("masks")), draws["eps"])
+        loss = eps_loss(self.behavior.net(a_i, batch.obs, draws["i"], draws.get("masks")), draws["eps"])
+        return loss, {"behavior_loss": loss.detach()}
+
+    def follow_behavior(self) -> None:
+        polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
 
     # ---- acting ----------------------------------------------------------------------------------------------------
     def act(self, obs: Tensor, deterministic: bool, config: IDQLConfig) -> Tensor:
@@ -154,8 +152,7 @@ class IDQL(Agent):
         actions = self.behavior_ema.candidates(obs, n, deterministic, generator, c.sampling_temperature)  # (B, n, A)
         if n == 1:
             return actions[:, 0]
-        pairs = torch.cat([actions, obs[:, None].expand(-1, n, -1)], -1)
-        q = self.critic.q_target(pairs.flatten(0, 1)).amin(0).view(len(obs), n)
+        q = self.critic.q_target.on_parts(actions, obs[:, None]).amin(0)  # (B, n)
         if c.select == "expectile" and not deterministic:
             return implicit_choice(actions, q - self.critic.v(obs), c.expectile, generator)
         return select_action(actions, q, "argmax" if deterministic else c.select, c.temperature, generator)

@@ -84,28 +84,23 @@ class IQL(Agent):
     def stages(self) -> list[Stage]:
         opt = self.optimizers
         parts = (
-            Part(self.update_critic, optimizers=(opt["critic"],)),
-            Part(self.update_policy, self.draw_policy, (opt["policy"],)),
+            Part(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),
+            Part(self.policy_loss, self.draw_policy, (opt["policy"],)),
         )
         return [Stage("train", self.config.batch_size, parts)]
 
     # ---- critic ----------------------------------------------------------------------------------------------------
-    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D1]
-        self.optimizers["critic"].minimize(loss)
+    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        return self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D1]
+
+    def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)
-        return metrics
 
     # ---- policy ----------------------------------------------------------------------------------------------------
     def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
         if self.config.dropout == 0:
             return {}
         return {"masks": dropout_masks((n, sum(self.policy.hidden)), self.config.dropout, generator)}  # [D3]
-
-    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.policy_loss(batch, draws)
-        self.optimizers["policy"].minimize(loss)
-        return metrics
 
     def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """Eq. (7): cloning, each action by the weight of its advantage."""

@@ -113,8 +113,6 @@ class QGPO(Agent):
     LEARNER = ("critic", "critic_target")
     CHOICE = ("guidance_scale", "solver_steps")
 
-    actions: Tensor  # (N, M, A): the support at s' in the critic stage, at s in the energy stage [D2]
-
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
         arch = net_arch(self.policy_kwargs, {"qf": (256,) * 3, "energy": (256,) * 4}, extra={"behavior_width": 512})
@@ -131,9 +129,9 @@ class QGPO(Agent):
 
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
-        behavior = Part(self.update_behavior, self.draw_behavior, (opt["behavior"],))
-        critic = Part(self.update_critic, optimizers=(opt["critic"],))
-        energy = Part(self.update_energy, self.draw_energy, (opt["energy"],))
+        behavior = Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
+        critic = Part(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic)
+        energy = Part(self.energy_loss, self.draw_energy, (opt["energy"],))
         return [
             Stage("behavior", c.behavior_batch_size, (behavior,)),
             Stage("critic", c.batch_size, (critic,), self.prepare_critic, c.n_support_states),
@@ -145,65 +143,57 @@ class QGPO(Agent):
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.act_dim, **kwargs)}
 
-    def update_behavior(self, batch: Batch, draws: Draws) -> Metrics:
+    def behavior_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         loss = self.behavior.loss(batch.act, batch.obs, 1e-3 + (1.0 - 1e-3) * draws["u"], draws["eps"])  # [D3]
-        self.optimizers["behavior"].minimize(loss)
-        return {"behavior_loss": loss.detach()}
+        return loss, {"behavior_loss": loss.detach()}
 
     # ---- stage 2: critic -------------------------------------------------------------------------------------------
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
+        """Some actions of the behaviour model at s' beside each transition [D2]."""
         sampler = self._with_support(sampler, generator)
-        self.actions = self._support("critic", sampler.next_obs, generator)
-        return sampler
+        return sampler.beside(actions=self._support("critic", sampler.next_obs, generator))
 
-    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.critic_loss(batch)
-        self.optimizers["critic"].minimize(loss)
-        polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
-        return metrics
-
-    def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """The mean of the two squared errors against a backup that stays within the support of the data."""
         c = self.config
         with torch.no_grad():
-            q = self.lower_q(batch.next_obs[:, None], self.actions[batch.rows])  # (B, M)
+            q = self.lower_q(batch.next_obs[:, None], batch.beside["actions"])  # (B, M)
             beta = c.beta if c.beta_q is None else c.beta_q  # [D5]
             goal = td_target(batch.rew, batch.done, (torch.softmax(beta * q, -1) * q).sum(-1), c.gamma)
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (2, B)
         loss = (q - goal).square().mean()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
+    def follow_critic(self) -> None:
+        polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
+
     def lower_q(self, obs: Tensor, act: Tensor) -> Tensor:
         """Qbar, the minimum of the lagged twins: act (..., A), obs (..., S) with sizes of 1 to expand -> (...,)."""
-        lead = act.shape[:-1]
-        pairs = torch.cat([obs.expand(*lead, -1), act], -1)
-        return self.critic_target(pairs.view(-1, pairs.shape[-1])).amin(0).view(lead)
+        return self.critic_target.on_parts(obs, act).amin(0)
 
     # ---- stage 3: energy -------------------------------------------------------------------------------------------
     def prepare_energy(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
         if self.config.energy_loss == "mse":  # needs the data's actions only
             return sampler
         sampler = self._with_support(sampler, generator)
-        self.actions = self._support("energy", sampler.obs, generator)
-        return sampler
+        return sampler.beside(actions=self._support("energy", sampler.obs, generator))
 
     def draw_energy(self, n: int, generator: torch.Generator) -> Draws:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         size = (n, self.config.n_support, self.act_dim) if self.config.energy_loss == "cep" else (n, self.act_dim)
         return {"u": torch.rand(n, **kwargs), "eps": torch.randn(size, **kwargs)}
 
-    def update_energy(self, batch: Batch, draws: Draws) -> Metrics:
-        loss = self.energy_loss(batch, draws)
-        self.optimizers["energy"].minimize(loss)
-        return {"energy_loss": loss.detach()}
+    def energy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        loss = self.energy_misfit(batch, draws)
+        return loss, {"energy_loss": loss.detach()}
 
-    def energy_loss(self, batch: Batch, draws: Draws) -> Tensor:
+    def energy_misfit(self, batch: Batch, draws: Draws) -> Tensor:
         """Contrastive energy prediction: which of a state's M noisy actions was how good; or a regression [D4]."""
         c = self.config
         t = 1e-3 + (1.0 - 1e-3) * draws["u"]  # (B,) [D3]
         alpha, sigma = vp_alpha_sigma(t)
         if c.energy_loss == "cep":
-            a, obs = self.actions[batch.rows], batch.obs[:, None]  # (B, M, A), (B, 1, S)
+            a, obs = batch.beside["actions"], batch.obs[:, None]  # (B, M, A), (B, 1, S)
             with torch.no_grad():
                 weights = torch.softmax(c.beta * self.lower_q(obs, a), -1)  # (B, M)
             f = self.energy(perturb(a, draws["eps"], alpha[:, None], sigma[:, None]), obs, t[:, None])  # (B, M)
@@ -212,7 +202,7 @@ class QGPO(Agent):
         with torch.no_grad():
             goal = self.lower_q(batch.obs, batch.act)
             if c.energy_loss == "emse":
-                goal = goal - self.lower_q(batch.obs[:, None], self.actions[batch.rows]).amax(-1)
+                goal = goal - self.lower_q(batch.obs[:, None], batch.beside["actions"]).amax(-1)
         if c.energy_loss == "mse":
             return F.mse_loss(f, c.beta * goal)
         return F.mse_loss(f.clamp(-100.0, 4.5).exp(), (c.beta * goal).clamp(-100.0, 4.5).exp())

@@ -105,8 +105,6 @@ class SfBC(Agent):
     LEARNER = ("critic_before",)
     CHOICE = ("n_candidates", "temperature", "average_top", "solver_steps")
 
-    goals: Tensor  # (N,), the standardised returns of the present round
-
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
         arch = net_arch(self.policy_kwargs, {"qf": (256, 256)}, extra={"behavior_width": 512})
@@ -122,8 +120,8 @@ class SfBC(Agent):
 
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
-        behavior = Part(self.update_behavior, self.draw_behavior, (opt["behavior"],))
-        critic = Part(self.update_critic, optimizers=(opt["critic"],))
+        behavior = Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
+        critic = Part(self.critic_loss, optimizers=(opt["critic"],))
         return [
             Stage("behavior", c.behavior_batch_size, (behavior,)),
             Stage("critic", c.batch_size, (critic,), self.prepare_critic),
@@ -135,26 +133,24 @@ class SfBC(Agent):
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.act_dim, **kwargs)}
 
-    def update_behavior(self, batch: Batch, draws: Draws) -> Metrics:
+    def behavior_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         loss = self.behavior.loss(batch.act, batch.obs, 1e-5 + (1.0 - 1e-5) * draws["u"], draws["eps"])  # [D5]
-        self.optimizers["behavior"].minimize(loss)
-        return {"behavior_loss": loss.detach()}
+        return loss, {"behavior_loss": loss.detach()}
 
     # ---- stages 2 and 3: critic, planning --------------------------------------------------------------------------
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
-        self._aim_at(planned_returns(sampler, self.config.gamma))
-        return sampler
+        return sampler.beside(goals=self._goals(planned_returns(sampler, self.config.gamma)))
 
     def prepare_planning(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
         """A round that begins makes the critic of the last one `critic_before`, and starts anew; one that goes on has both."""
         begins = self.plan is None or self.plan.done.get("planning", 0) == 0
         if begins:
             self.critic_before.load_state_dict(self.critic.state_dict())
-        self._aim_at(planned_returns(sampler, self.config.gamma, self.state_values(sampler, generator)))
+        goals = self._goals(planned_returns(sampler, self.config.gamma, self.state_values(sampler, generator)))
         if begins:  # [D3], last: whoever breaks in before has lost nothing
             self.critic.net.load_state_dict(self.initial_weights)
             self.optimizers["critic"].inner.state.clear()
-        return sampler
+        return sampler.beside(goals=goals)
 
     @torch.no_grad()
     def state_values(self, sampler: Sampler, generator: torch.Generator) -> Tensor:
@@ -171,22 +167,17 @@ class SfBC(Agent):
             values[rows[some]] = critic.mean + critic.std * (torch.softmax(c.alpha * q, -1) * q).sum(-1)
         return values
 
-    def _aim_at(self, returns: Tensor) -> None:
-        """Make `returns` (N,) the critic's goals, standardised [D1]."""
+    def _goals(self, returns: Tensor) -> Tensor:
+        """`returns` (N,) standardised [D1], what the critic is fitted to; it keeps their mean and spread."""
         std, mean = torch.std_mean(returns, correction=0)
         self.critic.mean.copy_(mean)
         self.critic.std.copy_(std.clamp(min=0.1))
-        self.goals = ((returns - mean) / std.clamp(min=0.1)).float().to(self.device)
+        return ((returns - mean) / std.clamp(min=0.1)).float().to(self.device)
 
-    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.critic_loss(batch)
-        self.optimizers["critic"].minimize(loss)
-        return metrics
-
-    def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """Squared error against the standardised returns; the metric q is in units of reward."""
         q = self.critic(batch.obs, batch.act)  # (B,)
-        loss = F.mse_loss(q, self.goals[batch.rows])
+        loss = F.mse_loss(q, batch.beside["goals"])
         return loss, {"critic_loss": loss.detach(), "q": self.critic.mean + self.critic.std * q.detach().mean()}
 
     # ---- acting ----------------------------------------------------------------------------------------------------

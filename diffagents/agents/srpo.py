@@ -117,17 +117,17 @@ class SRPO(Agent):
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
         return [
-            Stage("critic", c.batch_size, (Part(self.update_critic, optimizers=(opt["critic"],)),)),
-            Stage("behavior", c.behavior_batch_size, (Part(self.update_behavior, self.draw_behavior, (opt["behavior"],)),)),
-            Stage("policy", c.batch_size, (Part(self.update_policy, self.draw_policy, (opt["policy"],)),)),
+            Stage("critic", c.batch_size, (Part(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),
+            Stage("behavior", c.behavior_batch_size, (Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],)),)),
+            Stage("policy", c.batch_size, (Part(self.policy_loss, self.draw_policy, (opt["policy"],)),)),
         ]
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
-    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.critic.loss(batch, self.config.expectile, self.config.gamma)
-        self.optimizers["critic"].minimize(loss)
+    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        return self.critic.loss(batch, self.config.expectile, self.config.gamma)
+
+    def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)
-        return metrics
 
     # ---- stage 2: behaviour ----------------------------------------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
@@ -137,27 +137,18 @@ class SRPO(Agent):
             draws["masks"] = dropout_masks((net.n_blocks, n, net.width), self.config.dropout, generator)
         return draws
 
-    def update_behavior(self, batch: Batch, draws: Draws) -> Metrics:
-        loss = self.behavior_loss(batch, draws)
-        self.optimizers["behavior"].minimize(loss)
-        return {"behavior_loss": loss.detach()}
-
-    def behavior_loss(self, batch: Batch, draws: Draws) -> Tensor:
+    def behavior_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """E || eps_mu(a_t | s, t) - eps ||^2, t ~ U(0.001, 1) [D5]: noise matching, whose minimiser gives the score."""
         t = 1e-3 + (1.0 - 1e-3) * draws["u"]  # (B,)
         alpha, sigma = vp_alpha_sigma(t)
         a_t = perturb(batch.act, draws["eps"], alpha, sigma)
-        return eps_loss(self.behavior.net(a_t, batch.obs, t, draws.get("masks")), draws["eps"])
+        loss = eps_loss(self.behavior.net(a_t, batch.obs, t, draws.get("masks")), draws["eps"])
+        return loss, {"behavior_loss": loss.detach()}
 
     # ---- stage 3: policy -------------------------------------------------------------------------------------------
     def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.act_dim, **kwargs)}
-
-    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.policy_loss(batch, draws)
-        self.optimizers["policy"].minimize(loss)
-        return metrics
 
     def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """A surrogate whose gradient is minus beta times Eq. (10) [D1]."""

@@ -81,19 +81,20 @@ class TD3BC(Agent):
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
         parts = (
-            Part(self.update_critic, self.draw_critic, (opt["critic"],)),
-            Part(self.update_policy, optimizers=(opt["policy"],), every=c.policy_freq, start=c.policy_freq - 1),  # [D3]
+            Part(self.critic_loss, self.draw_critic, (opt["critic"],)),
+            Part(
+                self.policy_loss,
+                optimizers=(opt["policy"],),
+                after=self.follow_both,
+                every=c.policy_freq,
+                start=c.policy_freq - 1,  # [D3]
+            ),
         )
         return [Stage("train", c.batch_size, parts)]
 
     # ---- critic ----------------------------------------------------------------------------------------------------
     def draw_critic(self, n: int, generator: torch.Generator) -> Draws:
         return {"noise": torch.randn(n, self.act_dim, generator=generator, device=self.device)}
-
-    def update_critic(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.critic_loss(batch, draws)
-        self.optimizers["critic"].minimize(loss)
-        return metrics
 
     def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's smoothed action."""
@@ -108,14 +109,7 @@ class TD3BC(Agent):
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
     # ---- policy and lagged copies ----------------------------------------------------------------------------------
-    def update_policy(self, batch: Batch, draws: Draws) -> Metrics:
-        loss, metrics = self.policy_loss(batch)
-        self.optimizers["policy"].minimize(loss)
-        for target, online in ((self.critic_target, self.critic), (self.policy_target, self.policy)):
-            polyak_update_(target.parameters(), online.parameters(), self.config.tau)
-        return metrics
-
-    def policy_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+    def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """Eq. (3) with the weight of Eq. (5)."""
         act = self.policy(batch.obs)
         q = self.critic(torch.cat([batch.obs, act], -1))[0]  # (B,), the first of the twins; online, already updated
@@ -123,6 +117,10 @@ class TD3BC(Agent):
         bc_loss = F.mse_loss(act, batch.act)  # [D2]
         loss = bc_loss - weight * q.mean()
         return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "lambda": weight}
+
+    def follow_both(self) -> None:
+        for target, online in ((self.critic_target, self.critic), (self.policy_target, self.policy)):
+            polyak_update_(target.parameters(), online.parameters(), self.config.tau)
 
     # ---- acting ----------------------------------------------------------------------------------------------------
     def act(self, obs: Tensor, deterministic: bool, config: TD3BCConfig) -> Tensor:

@@ -24,9 +24,7 @@ class Recorder(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, **kwargs: Any) -> Any:
         obs, info = self.env.reset(**kwargs)
-        self.episodes.append(
-            {"observations": [obs], "actions": [], "rewards": [], "terminations": [], "truncations": []}
-        )
+        self.episodes.append({"observations": [obs], "actions": [], "rewards": [], "terminations": [], "truncations": []})
         return obs, info
 
     def step(self, action: Any) -> Any:
