@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffagents import artifact, checkpoint, presets, training
 from diffagents.datasets import load_dataset
-from diffagents.engine import MODES, Optimizer, Plan, Stage
+from diffagents.engine import MODES, Draws, Optimizer, Plan, Stage
 from diffagents.environments import warn_of_another_env
 from diffagents.evaluation import Evaluation, evaluate
 from diffagents.knobs import check_choice, find_device, make_config, signature, whole_number
@@ -124,8 +124,12 @@ class Agent(ABC):
         """The stages in the order in which they run, named as in STAGE_SHARES."""
 
     @abstractmethod
-    def act(self, obs: Tensor, deterministic: bool, config: Any) -> Tensor:
-        """Normalised observations (B, S) -> actions (B, A) in [-1, 1]; `config` is the agent's, but for CHOICE."""
+    def act(self, obs: Tensor, draws: Draws, config: Any) -> Tensor:
+        """Normalised observations (B, S) -> actions (B, A) in [-1, 1]; `config` is the agent's, but for CHOICE. Pure."""
+
+    def draw_act(self, n: int, deterministic: bool, config: Any) -> Draws:
+        """The random numbers of `act` for n observations; deterministic: stored ones, the same for each (sizes of 1)."""
+        return {}
 
     # ---- learning --------------------------------------------------------------------------------------------------
     def learn(
@@ -197,14 +201,18 @@ class Agent(ABC):
             stages = f', stages=("{self.POLICY_STAGE}",)' if self._policy_missing else ""
             raise RuntimeError(f"this {type(self).__name__} has no policy yet: train it with learn(data{stages})")
         config = self.config if not choice else self._choose(choice)
-        return self.predict_with(lambda obs: self.act(obs, deterministic, config), observation), state
+
+        def act(obs: Tensor) -> Tensor:
+            return self.act(obs, self.draw_act(len(obs), deterministic, config), config)
+
+        return self.predict_with(act, observation), state
 
     def predict_with(self, act: Callable[[Tensor], Tensor], observation: Any) -> np.ndarray:
         """Run `act`, normalised observations (B, S) -> actions (B, A) in [-1, 1], on what an environment gave."""
         self._need_networks()
         assert self.spec is not None
         obs, batched = self.spec.flatten_obs(observation)
-        with torch.inference_mode():
+        with torch.no_grad():
             flat = act(self.obs_normalizer(torch.from_numpy(obs).to(self.device))).cpu().numpy()
         action = self.spec.unscale_action(flat)
         return action if batched else action[0]

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from diffagents.diffusion import Chain, perturb, sample_chain, vp_chain
 from diffagents.knobs import N_FIXED
 from diffagents.networks import MLP, Mish, ResidualBlock, orthogonal_, sinusoids, xavier_
+from diffagents.values import gumbel
 
 DenoiserOnStates = Callable[[Tensor, int], Tensor]
 """(a_i (..., A), i) -> noise (..., A), for the states that it was made for."""
 
 
 def _on_states(
-    first: nn.Linear,
+    first: nn.Module,
     rest: Callable[[Tensor], Tensor],
     time_features: Callable[[Tensor], Tensor],
     obs: Tensor,
@@ -30,8 +31,9 @@ def _on_states(
 ) -> DenoiserOnStates:
     """A noise predictor for states (..., S) and the steps 0..n_steps - 1, its first layer split into three products."""
     time = time_features(torch.arange(n_steps, device=obs.device))  # (T, TIME_DIM)
+    assert isinstance(first, nn.Linear)
     shared = (obs.shape[-1], time.shape[-1]) if state_before_time else (time.shape[-1], obs.shape[-1])
-    weights = first.weight.split([first.in_features - sum(shared), *shared], 1)
+    weights = torch.split(first.weight, [first.in_features - sum(shared), *shared], 1)
     of_act, of_state, of_time = weights if state_before_time else (weights[0], weights[2], weights[1])
     state, times = F.linear(obs, of_state, first.bias), F.linear(time, of_time)  # (..., H), (T, H)
     return lambda a, i: rest(F.linear(a, of_act) + (state + times[i]))
@@ -185,16 +187,15 @@ class ChainPolicy(nn.Module):
         """Dataset actions (B, A) with the noise `eps` of steps i (B,)."""
         return perturb(act, eps, self.chain.signal[i], self.chain.noise[i])
 
-    def candidates(
-        self, obs: Tensor, n: int, deterministic: bool, generator: torch.Generator, noise_scale: float = 1.0
-    ) -> Tensor:
-        """n samples for each observation, (B, S) -> (B, n, A), clamped to [-1, 1].
+    def draw_candidates(self, n_obs: int, n: int, deterministic: bool, generator: torch.Generator) -> dict[str, Tensor]:
+        """The random numbers of `candidates`, and "gumbel" (n_obs, n) to choose one of them by.
 
-        deterministic: from the fixed noises, the same for every observation; n is at most N_FIXED.
+        deterministic: the fixed noises, the same for every observation, of at most N_FIXED candidates, and no "gumbel".
         """
         if deterministic:
-            fixed = self.fixed_noise[:n].transpose(0, 1)[:, None]  # (T + 1, 1, n, A)
-            noises = fixed.expand(-1, len(obs), -1, -1)
-        else:
-            noises = self.noises((len(obs), n), generator)
+            return {"noises": self.fixed_noise[:n].transpose(0, 1)[:, None]}  # (T + 1, 1, n, A)
+        return {"noises": self.noises((n_obs, n), generator), "gumbel": gumbel((n_obs, n), generator)}
+
+    def candidates(self, obs: Tensor, noises: Tensor, noise_scale: float = 1.0) -> Tensor:
+        """n samples for each observation, (B, S), noises (T + 1, B or 1, n, A) -> (B, n, A), clamped to [-1, 1]."""
         return self.sample(obs[:, None], noises, noise_scale).clamp(-1.0, 1.0)

@@ -1,6 +1,6 @@
-"""An update's loss and gradients as one compiled function: traced once, with every tensor it touches as an input.
+"""A function of networks as one compiled function: traced once, with every tensor it touches as an input.
 
-The forward and the backward pass become a single graph, so that an activation's two passes over memory become one and
+An update's forward and backward pass become a single graph, so that an activation's two passes over memory become one and
 nothing is computed for networks that are frozen in the update. Optimiser steps stay outside: they are fused kernels already.
 Random numbers come in as draws, so that the compiled function computes what the eager one does, to float tolerance.
 """
@@ -16,88 +16,115 @@ from torch.utils import _pytree as pytree
 from diffagents.engine import Draws, Gradients, Part
 from diffagents.types import Batch, Metrics
 
+NamedTensors = dict[str, Tensor]
 
-class _Networks(nn.Module):
-    """All networks under one roof, where `functional_call` can put other tensors in their parameters' places."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], part: Part) -> None:
+class Networks(nn.Module):
+    """Networks under one roof, where `functional_call` can put other tensors in the places of theirs while `function` runs."""
+
+    def __init__(self, networks: Mapping[str, nn.Module], function: Callable[..., Any]) -> None:
         super().__init__()
         for name, network in networks.items():
             self.add_module(name, network)
-        self.part = part
+        self.function = function
 
-    def forward(self, batch: Batch, draws: Draws) -> tuple[tuple[Tensor, ...], Metrics]:
-        assert self.part.loss is not None
-        loss, metrics = self.part.loss(batch, draws)
-        return (loss if isinstance(loss, tuple) else (loss,)), metrics
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def tensors(self) -> NamedTensors:
+        """All parameters and buffers, live, without gradients."""
+        named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {name: tensor.detach() for name, tensor in named.items()}
 
 
-class CompiledGradients:
-    """In the place of `Part.gradients`; compiled at its first call, for the shapes of that call.
+def gradient_program(
+    part: Part, networks: Mapping[str, nn.Module]
+) -> tuple[NamedTensors, Callable[[NamedTensors, Batch, Draws], tuple[Gradients, Metrics]]]:
+    """`Part.gradients` as a function of the tensors of all networks too; and those tensors."""
+    roof = Networks(networks, part.loss) if part.loss is not None else Networks({}, part.gradients)
+    trained = trained_names(roof, part)
 
-    Where compiling fails (no C++ compiler, say) it warns, and goes on eagerly: `failed` tells.
+    def gradients(tensors: NamedTensors, batch: Batch, draws: Draws) -> tuple[Gradients, Metrics]:
+        given = with_leaves(tensors, trained)
+        loss, metrics = torch.func.functional_call(roof, given, (batch, draws))
+        return gradients_of(loss if isinstance(loss, tuple) else (loss,), given, trained), metrics
+
+    return roof.tensors(), gradients
+
+
+def trained_names(roof: Networks, part: Part) -> list[list[str]]:
+    """For each optimiser of the part, the names of its parameters under the roof."""
+    names = {id(parameter): name for name, parameter in roof.named_parameters()}
+    return [[names[id(parameter)] for parameter in optimizer.parameters] for optimizer in part.optimizers]
+
+
+def with_leaves(tensors: NamedTensors, trained: Sequence[Sequence[str]]) -> NamedTensors:
+    """The same tensors, those that are trained as new leaves of the autograd graph."""
+    leaves = {name: tensors[name].detach().requires_grad_(True) for names in trained for name in names}
+    return {**tensors, **leaves}
+
+
+def gradients_of(losses: Sequence[Tensor], given: NamedTensors, trained: Sequence[Sequence[str]]) -> Gradients:
+    """The gradient of each loss in the parameters of its optimiser."""
+    found = []
+    for k, (loss, names) in enumerate(zip(losses, trained, strict=True)):
+        some = torch.autograd.grad(loss, [given[name] for name in names], retain_graph=k < len(losses) - 1)
+        found.append([gradient.contiguous() for gradient in some])  # as the parameters are
+    return found
+
+
+class Compiled:
+    """`program(tensors, *args)` compiled at its first call, for the shapes of that call; called with the args alone.
+
+    tensors: live, read anew at each call. eager(*args) takes the program's place where compiling fails (no C++ compiler,
+    say), after one warning: `failed` tells.
     """
 
-    def __init__(self, part: Part, networks: Mapping[str, nn.Module]) -> None:
-        self.part, self.failed = part, False
-        self._networks = _Networks(networks, part)
+    def __init__(self, tensors: NamedTensors, program: Callable[..., Any], eager: Callable[..., Any]) -> None:
+        self.program, self.eager, self.failed = program, eager, False
+        self._names, self._state = list(tensors), list(tensors.values())
         self._function: Callable[..., Sequence[Tensor]] | None = None
 
-    def __call__(self, batch: Batch, draws: Draws) -> tuple[Gradients, Metrics]:
-        if self.failed or self.part.loss is None:
-            return self.part.gradients(batch, draws)
-        if self._function is None:
+    def __call__(self, *args: Any) -> Any:
+        if not self.failed and self._function is None:
             try:
-                self._compile(batch, draws)
+                self._compile(args)
             except Exception as error:  # whatever a compiler may say
                 self.failed = True
                 reason = " ".join(str(error).split())[:200]
-                warnings.warn(f"compiling failed, training goes on eagerly ({type(error).__name__}: {reason})", stacklevel=2)
-                return self.part.gradients(batch, draws)
-        assert self._function is not None
+                warnings.warn(f"compiling failed, so this runs eagerly ({type(error).__name__}: {reason})", stacklevel=2)
+        if self._function is None:
+            return self.eager(*args)
         with torch.no_grad():
-            out = self._function(*self._state, *pytree.tree_leaves((batch, draws)))
-        found: tuple[Gradients, Metrics] = pytree.tree_unflatten(out, self._out)
-        return found
+            out = self._function(*self._state, *pytree.tree_leaves(args))
+        return pytree.tree_unflatten(out, self._structure)
 
-    def _compile(self, batch: Batch, draws: Draws) -> None:
+    def _compile(self, args: tuple[Any, ...]) -> None:
         from torch._inductor import compile as compile_graph
 
-        graph, inputs = self.trace(batch, draws)
+        graph, inputs = self.trace(args)
         function = compile_graph(graph, [*inputs])
         with torch.no_grad():
             function(*inputs)  # what is lazy in the compiler is over after this
         self._function = function
 
-    def trace(self, batch: Batch, draws: Draws) -> tuple[torch.fx.GraphModule, list[Tensor]]:
-        """The tensor operations of one update as a graph, and the tensors it takes: networks', batch's, draws'."""
+    def trace(self, args: tuple[Any, ...]) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+        """The program's tensor operations as a graph; and its inputs, the tensors and the leaves of `args`."""
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        trained = {id(p) for optimizer in self.part.optimizers for p in optimizer.parameters}
-        named = {**dict(self._networks.named_parameters()), **dict(self._networks.named_buffers())}
-        self._state = [tensor.detach() for tensor in named.values()]
-        leaves, structure = pytree.tree_flatten((batch, draws))
-        names = {id(tensor): name for name, tensor in named.items()}
+        leaves, structure = pytree.tree_flatten(args)
 
-        def update(*tensors: Tensor) -> list[Tensor]:
-            given = dict(zip(named, tensors, strict=False))
-            for name, tensor in named.items():
-                if id(tensor) in trained:
-                    given[name] = given[name].detach().requires_grad_(True)
-            inside = pytree.tree_unflatten(tensors[len(named) :], structure)
-            losses, metrics = torch.func.functional_call(self._networks, given, inside)
-            found = [
-                torch.autograd.grad(loss, [given[names[id(p)]] for p in optimizer.parameters], retain_graph=True)
-                for loss, optimizer in zip(losses, self.part.optimizers, strict=True)
-            ]
+        def flat(*given: Tensor) -> list[Tensor]:
+            n = len(self._names)
+            result = self.program(dict(zip(self._names, given[:n], strict=True)), *pytree.tree_unflatten(given[n:], structure))
             out: list[Tensor]
-            out, self._out = pytree.tree_flatten((found, metrics))
+            out, self._structure = pytree.tree_flatten(result)
             return [tensor.detach() for tensor in out]
 
         inputs = [*self._state, *leaves]
-        return make_fx(update)(*inputs), inputs
+        return make_fx(flat)(*inputs), inputs
 
 
-def gradient_functions(parts: Sequence[Part], networks: Mapping[str, nn.Module]) -> list[Any]:
-    """A `CompiledGradients` for each part."""
-    return [CompiledGradients(part, networks) for part in parts]
+def compiled_gradients(part: Part, networks: Mapping[str, nn.Module]) -> Callable[[Batch, Draws], tuple[Gradients, Metrics]]:
+    """What takes the place of `part.gradients`."""
+    return part.gradients if part.loss is None else Compiled(*gradient_program(part, networks), part.gradients)

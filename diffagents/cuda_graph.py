@@ -1,7 +1,7 @@
 """A stage's whole step as a CUDA graph: batch, draws, losses, gradients, optimisers, targets and metric sums, one launch.
 
-What is due together is captured together, so a stage with a part every second step has two graphs. The generator is
-registered with each graph: replays draw new numbers and move its state on, as eager steps would.
+What is due together is captured together, so a stage with a part every second step has two graphs. The generators are
+registered with each graph: replays draw new numbers and move their states on, as eager steps would.
 """
 
 from collections import Counter
@@ -15,15 +15,18 @@ WARM_UP = 3
 """Eager steps before a capture: lazy initialisations must not fall into it. They are steps of the training like any other."""
 
 
-class GraphRunner(Runner):
+class GraphRunner:
     """A `Runner` on a CUDA device whose steps are captured once and then replayed."""
 
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
+        self._seen: Counter[tuple[int, ...]] = Counter()
+        self._stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
+
     def step(self, k: int) -> None:
-        due = tuple(j for j, part in enumerate(self.parts) if part.due(k))
-        if not hasattr(self, "_graphs"):
-            self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
-            self._seen: Counter[tuple[int, ...]] = Counter()
-            self._stream = torch.cuda.Stream(self.sampler.device)  # type: ignore[no-untyped-call]
+        """As `Runner.step`."""
+        due = tuple(self.runner.due(k))
         if due not in self._graphs:
             if self._seen[due] < WARM_UP:
                 self._seen[due] += 1
@@ -32,24 +35,33 @@ class GraphRunner(Runner):
             self._graphs[due] = self._capture(due)
         self._graphs[due].replay()
         for j in due:
-            if self.sums[j].has_metrics:
-                self.sums[j].count += 1
+            self.runner.sums[j].count += 1
+
+    @property
+    def failed(self) -> bool:
+        """As `Runner.failed`; the graph then holds eager kernels."""
+        return self.runner.failed
+
+    def means(self) -> dict[str, float]:
+        """As `Runner.means`."""
+        return self.runner.means()
 
     def _on_the_side(self, due: Sequence[int]) -> None:
         """A step on the stream that captures will use."""
-        here = torch.cuda.current_stream(self.sampler.device)
+        here = torch.cuda.current_stream(self.runner.device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
-            self.run(due)
+            self.runner.run(due)
         here.wait_stream(self._stream)
 
     def _capture(self, due: Sequence[int]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        counts = [some.count for some in self.sums]
-        torch.cuda.synchronize(self.sampler.device)
+        for generator in self.runner.generators:
+            graph.register_generator_state(generator)
+        counts = [some.count for some in self.runner.sums]
+        torch.cuda.synchronize(self.runner.device)
         with torch.cuda.graph(graph, stream=self._stream):
-            self.run(due)  # recorded, not run
-        for some, count in zip(self.sums, counts, strict=True):
+            self.runner.run(due)  # recorded, not run
+        for some, count in zip(self.runner.sums, counts, strict=True):
             some.count = count
         return graph

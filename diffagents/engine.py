@@ -137,10 +137,43 @@ class Optimizer:
             self.lr.copy_(self.learning_rate * 0.5 * (1.0 + torch.cos(math.pi * share)))
             self.n_steps.add_(1.0)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            # The fused kernels read memory in order, whatever the strides say.
+            alike = gradient.stride() == parameter.stride()
+            parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.inner.step()
+        if len(self.inner.state) < len(self.parameters):
+            self.inner.step()
+        else:
+            self._fused_step([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+
+    def _fused_step(self, gradients: list[Tensor]) -> None:
+        """What `inner.step()` does, without its bookkeeping, which takes longer than the arithmetic of small networks."""
+        states = [self.inner.state[parameter] for parameter in self.parameters]
+        steps = [state["step"] for state in states]
+        if steps[0]._base is None or steps[0]._base is not steps[-1]._base:  # after the first step, or another's state
+            together = torch.stack(steps)
+            steps = list(together.unbind())
+            for state, step in zip(states, steps, strict=True):
+                state["step"] = step
+        steps[0]._base.add_(1.0)
+        group = self.inner.param_groups[0]
+        adam = torch._fused_adamw_ if isinstance(self.inner, torch.optim.AdamW) else torch._fused_adam_
+        adam(
+            self.parameters,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps,
+            lr=self.lr,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 @dataclass
@@ -202,22 +235,16 @@ class MetricSums:
         self._names: list[str] = []
         self.count = 0
 
-    @property
-    def has_metrics(self) -> bool:
-        return bool(self._sums)
-
     def add(self, metrics: Metrics) -> None:
-        values = list(metrics.values())
-        if not values:
-            return
-        if not self._sums:
-            self._names, self._sums = list(metrics), [torch.zeros_like(value) for value in values]
-        torch._foreach_add_(self._sums, values)
+        if metrics and not self._sums:
+            self._names, self._sums = list(metrics), [torch.zeros_like(value) for value in metrics.values()]
+        if metrics:
+            torch._foreach_add_(self._sums, list(metrics.values()))
         self.count += 1
 
     def take(self) -> dict[str, float]:
         """The means since the last look (this waits for the device), and start anew."""
-        if self.count == 0:
+        if self.count == 0 or not self._sums:
             return {}
         means = (torch.stack(self._sums) / self.count).tolist()
         torch._foreach_zero_(self._sums)
@@ -238,19 +265,25 @@ class Runner:
         generator: torch.Generator,
         gradients: Sequence[GradientFunction] | None = None,
     ) -> None:
-        self.parts, self.batch_size, self.sampler, self.generator = stage.parts, stage.batch_size, sampler, generator
+        self.parts, self.batch_size, self.sampler, self.generators = stage.parts, stage.batch_size, sampler, [generator]
+        self.device: torch.device = sampler.device
         self.gradients = gradients or [part.gradients for part in stage.parts]
         self.sums = [MetricSums() for _ in stage.parts]
 
+    def due(self, k: int) -> list[int]:
+        """The numbers of the parts that are due at the stage's step k, counted from 0."""
+        return [j for j, part in enumerate(self.parts) if part.due(k)]
+
     def step(self, k: int) -> None:
-        """The stage's step k, counted from 0."""
-        self.run([j for j, part in enumerate(self.parts) if part.due(k)])
+        """The stage's step k."""
+        self.run(self.due(k))
 
     def run(self, due: Sequence[int]) -> None:
         """One batch for the parts numbered `due`, in order."""
-        batch = self.sampler.sample(self.batch_size, self.generator)
+        (generator,) = self.generators
+        batch = self.sampler.sample(self.batch_size, generator)
         for j in due:
-            gradients, metrics = self.gradients[j](batch, self.parts[j].draw(self.batch_size, self.generator))
+            gradients, metrics = self.gradients[j](batch, self.parts[j].draw(self.batch_size, generator))
             self.parts[j].apply(gradients)
             self.sums[j].add(metrics)
 

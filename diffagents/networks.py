@@ -16,27 +16,39 @@ from torch.nn import functional as F
 
 class _Mish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         e = x.clamp(max=20.0).exp_()  # beyond 20 the function is x to the last digit
-        n = e * (e + 2.0)
+        n = (e + 2.0).mul_(e)
         gate = n.div_(n + 2.0)
-        ctx.save_for_backward(x, e, gate)
-        return x * gate
+        return x * gate, e, gate
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[0], *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: None) -> Tensor:
         x, e, gate = ctx.saved_tensors
         slope = (1.0 - gate * gate).mul_(e).div_(e + 1.0)  # (1 - tanh^2) sigmoid
         return slope.mul_(x).add_(gate).mul_(gradient)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
+        return _Mish.apply(x), (in_dims[0],) * 3  # type: ignore[no-untyped-call]
 
 
 def mish(x: Tensor) -> Tensor:
     """x tanh(softplus(x)) with one exponential: n / (n + 2), n = e^x (e^x + 2), is that tanh.
 
-    Agrees with `torch.nn.functional.mish` to 3e-7, in less than half of its time forward and backward on a CPU.
+    Agrees with `torch.nn.functional.mish` to 3e-7, in less than half of its time on a CPU.
     """
-    out: Tensor = _Mish.apply(x)  # type: ignore[no-untyped-call]
-    return out
+    if torch.is_grad_enabled():
+        return _Mish.apply(x)[0]  # type: ignore[no-untyped-call]
+    e = x.clamp(max=20.0).exp_()
+    n = (e + 2.0).mul_(e)
+    return n.div_(n + 2.0).mul_(x)
 
 
 class Mish(nn.Module):
@@ -155,7 +167,10 @@ class EnsembleMLP(nn.Module):
         for i in range(1, len(self.weights)):
             if self.layer_norm:
                 h = F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.norm_scales[i - 1] + self.norm_biases[i - 1]
-            h = torch.baddbmm(self.biases[i], self.activation(h), self.weights[i])
+            h = self.activation(h)
+            if i == len(self.weights) - 1 and self.out_dim is None:  # a product with one column is a sum, and quicker as one
+                return (h * self.weights[i].transpose(1, 2)).sum(-1) + self.biases[i].squeeze(-1)
+            h = torch.baddbmm(self.biases[i], h, self.weights[i])
         return h.squeeze(-1) if self.out_dim is None else h
 
 

@@ -142,16 +142,16 @@ class VPBehavior(nn.Module):
         return eps_loss(self.net(perturb(act, eps, *vp_alpha_sigma(t)), obs, t), eps)
 
     def noise(self, n_obs: int, n: int, deterministic: bool, generator: torch.Generator) -> Tensor:
-        """x_1 for n <= N_FIXED samples of each observation, (n_obs, n, A). deterministic: the fixed ones, for every one."""
+        """x_1 for n <= N_FIXED samples of each observation, (n_obs, n, A). deterministic: the fixed ones, (1, n, A)."""
         if not deterministic:
             size = (n_obs, n, self.fixed_noise.shape[1])
             return torch.randn(size, generator=generator, device=self.fixed_noise.device)
-        return self.fixed_noise[:n].expand(n_obs, -1, -1)
+        return self.fixed_noise[None, :n]
 
     def sample(self, obs: Tensor, noise: Tensor, steps: tuple[SolverStep, ...]) -> Tensor:
-        """a ~ mu(.|s) from x_1 = `noise` (B, M, A), for obs (B, S): (B, M, A), not clipped."""
+        """a ~ mu(.|s) from x_1 = `noise` (B or 1, M, A), for obs (B, S): (B, M, A), not clipped."""
         obs = obs[:, None]
-        return dpm_solve(lambda a, t: self.net(a, obs, t), noise, steps)
+        return dpm_solve(lambda a, t: self.net(a, obs, t), noise.expand(len(obs), -1, -1), steps)
 
     @torch.no_grad()
     def support(

@@ -3,9 +3,7 @@
 Between looks nothing waits for the device: batches and random numbers are made on it, metrics are summed on it.
 """
 
-import copy
 import dataclasses
-import math
 import signal
 import threading
 import time
@@ -14,26 +12,26 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from diffagents import checkpoint
 from diffagents.engine import Plan, Runner, Stage
 from diffagents.knobs import whole_number
 from diffagents.normalize import ObsNormalizer
 from diffagents.presets import resolve_preset
 from diffagents.sb3 import check_same_spaces
 from diffagents.transitions import Sampler, Transitions
+from diffagents.watch import TrainingDiverged as TrainingDiverged
+from diffagents.watch import Watch, clock, restore, snapshot
+
+if TYPE_CHECKING:
+    from diffagents.cuda_graph import GraphRunner
 
 WORTH_COMPILING, WORTH_A_GRAPH = 180.0, 60.0
 """Seconds that a stage must take eagerly before compile="auto" compiles it: on a CPU it costs 10 to 40 s, and saves a third
 to a half; on a GPU it costs about the same and saves more, for launching many small kernels is what takes the time there."""
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss became NaN or Q exploded; the agent holds its last good state and can be used or saved."""
 
 
 def check_arguments(agent: Any, total: Any, stages: Any, log_interval: Any) -> None:
@@ -153,7 +151,7 @@ def run(agent: Any, plan: Plan, sampler: Sampler, callback: Any, log_interval: i
     if callback is not None:
         callback.on_training_start(local, globals())
     try:
-        with _interrupt_between_updates() as interrupted, matmul_precision(agent):
+        with interrupt_between_updates() as interrupted, matmul_precision(agent):
             for stage in agent.stages():
                 if stage.name in plan.lengths and not _run_stage(
                     agent, stage, plan, sampler, callback, local, log_interval, interrupted
@@ -186,32 +184,13 @@ def _run_stage(
     for part in stage.parts:
         for optimizer in part.optimizers:
             optimizer.start_schedule(length, part.times(before, before + done))
-    good, good_at = _snapshot(agent), done  # before `prepare`, which may start networks anew
+    watch = Watch(agent, stage.name, length, done)  # before `prepare`, which may start networks anew
     if stage.prepare is not None:
         sampler = stage.prepare(sampler, stage_generator(agent, stage))
     runner = make_runner(agent, stage, sampler, plan.modes.get(stage.name, "eager"))
     interval = log_interval or max(1, min(1000, length // 20))
-    # No policy earns more than max|r| / (1 - gamma): a mean Q a hundred times beyond has run away.
-    q_limit = 100.0 * sampler.max_abs_reward / (1.0 - getattr(agent.config, "gamma", 0.0)) + 1.0
+    watch.limit_q(sampler)
     agent._pristine = False
-    started = (time.perf_counter(), done)
-
-    def look() -> None:
-        """Wait for the device, see whether all is well, report, and keep the state to fall back to."""
-        nonlocal good, good_at
-        means = runner.means()
-        tensors = checkpoint.training_tensors(agent).values()
-        finite = bool(torch.stack([t.sum() for t in tensors if t.is_floating_point()]).isfinite().all())
-        if not finite or not all(map(math.isfinite, means.values())) or abs(means.get("q", 0.0)) > q_limit:
-            _restore(agent, good)
-            raise TrainingDiverged(
-                f"{stage.name} diverged between its steps {good_at} and {done} ({_numbers(means)}); the agent holds its "
-                "state from before: try a lower learning_rate, another reward_transform or normalize_obs=True"
-            )
-        good, good_at = _snapshot(agent), done
-        if means:
-            rate = (done - started[1]) / max(time.perf_counter() - started[0], 1e-9)
-            _report(agent, stage.name, done, length, rate, means)
 
     while done < length:
         runner.step(before + done)
@@ -223,30 +202,31 @@ def _run_stage(
         agent.num_timesteps += 1
         agent.n_updates += 1
         if done % interval == 0 or done == length:
-            look()
+            watch.look(done, runner.means())
         go_on = True
         if callback is not None:
             callback.update_locals(local)
             try:
                 go_on = callback.on_step()
             except Exception:
-                look()  # a NaN explains more than what it led to, e.g. a checkpoint that could not be written
+                watch.look(done, runner.means())  # a NaN explains more than what it led to
                 raise
         if not go_on or interrupted.is_set():
-            look()  # whoever stops here can save what is here
+            watch.look(done, runner.means())  # whoever stops here can save what is here
             return False
     return True
 
 
-def make_runner(agent: Any, stage: Stage, sampler: Sampler, mode: str) -> Runner:
+def make_runner(agent: Any, stage: Stage, sampler: Sampler, mode: str) -> "Runner | GraphRunner":
     """What runs the steps of a stage in one of engine.MODES."""
     if mode == "eager":
         return Runner(stage, sampler, agent.generator)
-    from diffagents.compiling import gradient_functions
+    from diffagents.compiling import compiled_gradients
     from diffagents.cuda_graph import GraphRunner
 
-    kind = GraphRunner if mode == "graph" else Runner
-    return kind(stage, sampler, agent.generator, gradient_functions(stage.parts, agent.networks()))
+    networks = agent.networks()
+    runner = Runner(stage, sampler, agent.generator, [compiled_gradients(part, networks) for part in stage.parts])
+    return GraphRunner(runner) if mode == "graph" else runner
 
 
 def stage_generator(agent: Any, stage: Stage) -> torch.Generator:
@@ -260,7 +240,7 @@ def estimate(agent: Any, plan: Plan, sampler: Sampler) -> dict[str, float]:
     seconds = dict.fromkeys(lefts, 0.0)
     if max(lefts.values()) < 100:
         return seconds
-    before = _snapshot(agent)
+    before = snapshot(agent)
     for stage in agent.stages():
         left = lefts.get(stage.name, 0)
         if left < 100:
@@ -280,7 +260,7 @@ def estimate(agent: Any, plan: Plan, sampler: Sampler) -> dict[str, float]:
                     torch.cuda.synchronize(agent.device)
             first = agent.stage_steps[stage.name]
             seconds[stage.name] += part.times(first, first + left) * (time.perf_counter() - start) / 3
-    _restore(agent, before)
+    restore(agent, before)
     return seconds
 
 
@@ -314,7 +294,7 @@ def announce(agent: Any, plan: Plan, seconds: dict[str, float]) -> None:
     lengths = ", ".join(f"{name} {plan.done.get(name, 0):,}/{steps:,}" for name, steps in plan.lengths.items())
     faster = [name for name in plan.lengths if plan.modes[name] != "eager"]
     how = f" if eager; {', '.join(faster)} will be compiled, a minute first, and then run faster" if faster else ""
-    print(f"plan: {lengths} gradient steps; about {_clock(sum(seconds.values()))}{how}", flush=True)
+    print(f"plan: {lengths} gradient steps; about {clock(sum(seconds.values()))}{how}", flush=True)
 
 
 @contextmanager
@@ -331,41 +311,8 @@ def matmul_precision(agent: Any) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _report(agent: Any, stage: str, done: int, length: int, rate: float, means: dict[str, float]) -> None:
-    if len(agent.history) >= 10_000:  # a long run with short intervals: keep every other row, so that it can be saved
-        agent.history = agent.history[::2]
-    agent.history.append({"num_timesteps": agent.num_timesteps, "stage": stage, "stage_step": done, **means})
-    if agent._logger is not None:
-        for name, value in means.items():
-            agent._logger.record(f"{stage}/{name}", value)
-        agent._logger.record("time/updates_per_second", rate)
-        agent._logger.record("train/n_updates", agent.n_updates, exclude="tensorboard")
-        agent.dump_logs()
-    if agent.verbose:
-        left = _clock((length - done) / rate)
-        print(f"{stage:>8} {done:>9,}/{length:,}  {_numbers(means)}  {rate:,.0f}/s, {left} left", flush=True)
-
-
-def _snapshot(agent: Any) -> dict[str, Any]:
-    """The whole training state, cloned on the device: what a NaN or a timing run falls back to."""
-    return {
-        "tensors": {name: tensor.clone() for name, tensor in checkpoint.training_tensors(agent).items()},
-        "counts": (agent.num_timesteps, agent.n_updates, dict(agent.stage_steps)),
-        "done": copy.deepcopy(agent.plan.done),
-        "steps": {name: optimizer.n_steps.clone() for name, optimizer in agent.optimizers.items()},
-    }
-
-
-def _restore(agent: Any, snapshot: dict[str, Any]) -> None:
-    checkpoint.load_training_tensors(agent, snapshot["tensors"])
-    agent.num_timesteps, agent.n_updates, agent.stage_steps = snapshot["counts"]
-    agent.plan.done = snapshot["done"]
-    for name, step in snapshot["steps"].items():
-        agent.optimizers[name].n_steps.copy_(step)
-
-
 @contextmanager
-def _interrupt_between_updates() -> Iterator[threading.Event]:
+def interrupt_between_updates() -> Iterator[threading.Event]:
     """Turn Ctrl-C into an event, so that no update is cut in the middle; a second Ctrl-C stops at once."""
     event = threading.Event()
     previous = signal.getsignal(signal.SIGINT)
@@ -383,12 +330,3 @@ def _interrupt_between_updates() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _numbers(means: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

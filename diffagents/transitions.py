@@ -178,8 +178,11 @@ class Sampler:
 
     def sample(self, n: int, generator: torch.Generator) -> Batch:
         """n transitions drawn uniformly with replacement; the fields are views of one fresh (n, 2S + A + 2) tensor."""
-        index = torch.randint(len(self), (n,), generator=generator, device=self.device)
-        return self.gather(index)
+        return self.gather(self.rows(n, generator))
+
+    def rows(self, n: int, generator: torch.Generator) -> Tensor:
+        """Where n transitions drawn uniformly with replacement are, (n,) int64."""
+        return torch.randint(len(self), (n,), generator=generator, device=self.device)
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions at `index` (n,) int64, on the sampler's device."""

@@ -48,10 +48,8 @@ def lambda_returns(rew: Tensor, done: Tensor, next_value: Tensor, episode_ends: 
 
 def action_gradient(value: Callable[[Tensor], Tensor], act: Tensor) -> Tensor:
     """grad_a value(a) at `act` (B, A), detached; `value` maps (B, A) to (B,), row by row."""
-    leaf = act.detach().requires_grad_(True)
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(value(leaf).sum(), leaf)
-    return gradient
+    gradient: Tensor = torch.func.grad(lambda a: value(a).sum())(act.detach())  # which vmap and tracing can follow
+    return gradient.detach()
 
 
 @torch.no_grad()
@@ -74,17 +72,19 @@ SELECT = ("softmax", "argmax", "first")
 """Ways of `select_action`."""
 
 
-def select_action(actions: Tensor, q: Tensor, select: str, temperature: float, generator: torch.Generator) -> Tensor:
+def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Gumbel noise: the argmax of log p + noise is a draw from p."""
+    return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
+
+
+def select_action(actions: Tensor, q: Tensor, select: str, temperature: float, noise: Tensor | None) -> Tensor:
     """One of K candidates for each observation; actions (B, K, A), q (B, K) -> (B, A).
 
-    "softmax": drawn with probabilities softmax(q / temperature), q as it is (Diffusion-QL, DiffCPS at temperature 1);
-    "argmax": the highest q, the limit of temperature 0 (IDQL, BDPO); "first": q is not asked.
+    "softmax": drawn with probabilities softmax(q / temperature), q as it is (Diffusion-QL, DiffCPS at temperature 1), by
+    Gumbel `noise` (B, K); without noise, or "argmax": the highest q, the limit of temperature 0 (IDQL, BDPO); "first": q is
+    not asked.
     """
     if select == "first":
         return actions[:, 0]
-    if select == "softmax":
-        weights = torch.softmax((q - q.amax(-1, keepdim=True)) / temperature, -1)
-        best = torch.multinomial(weights, 1, generator=generator)
-    else:
-        best = q.argmax(-1, keepdim=True)
+    best = (q / temperature + noise if select == "softmax" and noise is not None else q).argmax(-1, keepdim=True)
     return actions.gather(1, best[..., None].expand(-1, 1, actions.shape[-1])).squeeze(1)

@@ -177,15 +177,15 @@ def test_candidates_are_scored_by_the_lagged_critics(name: str, trained: dict[st
     offered: list[torch.Tensor] = []
     scores: list[torch.Tensor] = []
 
-    def critic(pairs: torch.Tensor) -> torch.Tensor:
-        offered.append(pairs[:, 3:])
+    def critic(obs: torch.Tensor, act: torch.Tensor) -> torch.Tensor:
+        offered.append(act)
         members = 3 if name == "BDPO" else 2
-        scores.append(torch.randn(members, len(pairs), generator=torch.Generator().manual_seed(0)))
+        scores.append(torch.randn(members, *act.shape[:2], generator=torch.Generator().manual_seed(0)))
         return scores[-1]
 
-    agent.critic_target.forward = critic
+    agent.critic_target.on_parts = critic
     action = agent.predict(OBS, deterministic=True, n_candidates=5, select="argmax")[0]
-    candidates, score = offered[0].view(6, 5, 2), SCORES[name](scores[0]).view(6, 5)
+    candidates, score = offered[0], SCORES[name](scores[0])
     best = candidates[torch.arange(6), score.argmax(1)]
     np.testing.assert_allclose(agent.spec.scale_action(action), best.numpy(), atol=1e-6)
 

@@ -92,7 +92,7 @@ def test_first_step_of_the_chain_is_valued_by_q_the_others_by_v_of_the_step_belo
 
     def value(obs: torch.Tensor, act: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
         asked.append(i)
-        return (10.0 + i).expand(3, -1)
+        return (10.0 + i)[:, None].expand(3, -1, act.shape[1])
 
     agent.value_target.forward = value  # type: ignore[method-assign]
     agent.critic_target.forward = lambda pairs: torch.full((3, len(pairs)), -1.0)  # type: ignore[method-assign]

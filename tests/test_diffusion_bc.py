@@ -75,7 +75,9 @@ def test_which_network_acts_may_be_chosen_on_loading(tmp_path: pathlib.Path) -> 
     with torch.inference_mode():
         for one, net in ((agent, agent.policy_ema), (plain, agent.policy)):
             assert one.spec is not None
-            expected = net.candidates(torch.from_numpy(OBS), 1, True, agent.generator)[:, 0].numpy()
+            expected = net.candidates(torch.from_numpy(OBS), net.draw_candidates(1, 1, True, agent.generator)["noises"])[
+                :, 0
+            ].numpy()
             np.testing.assert_array_equal(one.predict(OBS, deterministic=True)[0], one.spec.unscale_action(expected))
     assert not np.array_equal(plain.predict(OBS, deterministic=True)[0], agent.predict(OBS, deterministic=True)[0])
 

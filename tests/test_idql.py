@@ -17,7 +17,7 @@ from diffagents.agents.idql import implicit_choice
 from diffagents.chain_policy import ResidualDenoiser
 from diffagents.diffusion import sample_chain, vp_chain
 from diffagents.types import Batch
-from diffagents.values import select_action
+from diffagents.values import gumbel, select_action
 
 pytestmark = pytest.mark.filterwarnings("ignore:action bounds")
 OBS = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
@@ -184,7 +184,9 @@ def scored(agent: IDQL, n: int = 16) -> tuple[Tensor, Tensor]:
     """The stored noise's candidates for OBS (6, n, 2), and min Qbar of each (6, n)."""
     with torch.no_grad():
         obs = torch.from_numpy(OBS)
-        actions = agent.behavior_ema.candidates(obs, n, True, agent.predict_generator)
+        actions = agent.behavior_ema.candidates(
+            obs, agent.behavior_ema.draw_candidates(1, n, True, agent.predict_generator)["noises"]
+        )
         q = [agent.critic.q_target(torch.cat([a, o.expand(n, -1)], -1)) for a, o in zip(actions, obs, strict=True)]
         return actions, torch.stack([torch.minimum(both[0], both[1]) for both in q])
 
@@ -212,7 +214,7 @@ def test_softmax_frequencies() -> None:
     g = torch.Generator().manual_seed(0)
     q = torch.tensor([100.0, 100.5, 101.5])
     actions = torch.arange(3.0)[None, :, None].expand(20_000, 3, 1)
-    drawn = select_action(actions, q.expand(20_000, 3), "softmax", 0.5, g)
+    drawn = select_action(actions, q.expand(20_000, 3), "softmax", 0.5, gumbel((20_000, 3), g))
     share = torch.stack([(drawn == k).float().mean() for k in range(3)])
     torch.testing.assert_close(share, torch.softmax(q / 0.5, -1), rtol=0, atol=0.015)
 
@@ -232,7 +234,7 @@ def test_implicit_choice_weighs_by_the_sign_of_the_advantage(expectile: float) -
     g = torch.Generator().manual_seed(0)
     advantage = torch.tensor([-3.0, 0.0, 0.1, 50.0])
     actions = torch.arange(4.0)[None, :, None].expand(40_000, 4, 2)
-    drawn = implicit_choice(actions, advantage.expand(40_000, 4), expectile, g)
+    drawn = implicit_choice(actions, advantage.expand(40_000, 4), expectile, gumbel((40_000, 4), g))
     share = torch.stack([(drawn[:, 1] == k).float().mean() for k in range(4)])
     torch.testing.assert_close(share, 0.5 * torch.tensor([1 - expectile] * 2 + [expectile] * 2), rtol=0, atol=0.01)
 
@@ -241,7 +243,8 @@ def test_implicit_actor_measures_the_advantage_at_v() -> None:
     """With V between the Q of actions to the left and to the right, nine draws in ten go to the right."""
     agent = an_agent(expectile=0.9)
     critic: Any = agent.critic
-    critic.q_target = Function(lambda act_obs: act_obs[:, 0].sign() + torch.tensor([[7.0], [8.0]]))
+    critic.q_target = Function(None)
+    critic.q_target.on_parts = lambda act, obs: act[..., 0].sign() + torch.tensor([7.0, 8.0])[:, None, None]
     obs = np.repeat(OBS[:1], 2000, 0)
     share = []
     for v in (7.0, 9.0):  # above all, every sample has the same weight

@@ -28,11 +28,11 @@ GROUPS = [
         "dataset_checks",
         "checkpoint",
     },
-    {"arrays", "sb3", "minari_hdf5"},
+    {"arrays", "sb3", "minari_hdf5", "watch"},
     {"datasets", "training"},
     {"agent"},
     {"agents", "agents.*"},  # one paper, one file
-    {"official"},
+    {"official", "export", "many"},
     {"cli", "__init__"},
 ]
 # What module level may import beside the standard library and ours: training from arrays needs no more.

@@ -120,10 +120,15 @@ class AWR(Agent):
         return loss, {"policy_loss": loss.detach(), "weight": weight.mean()}
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def act(self, obs: Tensor, deterministic: bool, config: AWRConfig) -> Tensor:
-        """(B, S) -> (B, A): a sample of the Gaussian, clamped to [-1, 1]; deterministic: its mean."""
+    def draw_act(self, n: int, deterministic: bool, config: AWRConfig) -> Draws:
         if deterministic:
-            mean: Tensor = self.policy(obs)
-            return mean
+            return {}
         kwargs: dict[str, Any] = {"generator": self.predict_generator, "device": self.device}
-        return self.policy.sample(obs, torch.randn(len(obs), self.act_dim, **kwargs))
+        return {"noise": torch.randn(n, self.act_dim, **kwargs)}
+
+    def act(self, obs: Tensor, draws: Draws, config: AWRConfig) -> Tensor:
+        """(B, S) -> (B, A): a sample of the Gaussian, clamped to [-1, 1]; deterministic: its mean."""
+        if "noise" in draws:
+            return self.policy.sample(obs, draws["noise"])
+        mean: Tensor = self.policy(obs)
+        return mean

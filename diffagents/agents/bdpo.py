@@ -277,15 +277,18 @@ class BDPO(Agent):
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
 
     # ---- acting ------------------------------------------------------------------------------------------------------
-    def act(self, obs: Tensor, deterministic: bool, config: BDPOConfig) -> Tensor:
+    def draw_act(self, n: int, deterministic: bool, config: BDPOConfig) -> Draws:
+        n_candidates = 1 if config.select == "first" else config.n_candidates
+        return self.policy_ema.draw_candidates(n, n_candidates, deterministic, self.predict_generator)
+
+    def act(self, obs: Tensor, draws: Draws, config: BDPOConfig) -> Tensor:
         """(B, S) -> (B, A): candidates of the lagged policy, one chosen by the ensemble's mean target Q [D8].
 
         deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
         """
-        c, generator = config, self.predict_generator
-        n = 1 if c.select == "first" else c.n_candidates
-        actions = self.policy_ema.candidates(obs, n, deterministic, generator)  # (B, n, A)
-        if n == 1:
+        c = config
+        actions = self.policy_ema.candidates(obs, draws["noises"])  # (B, n, A)
+        if actions.shape[1] == 1:
             return actions[:, 0]
         q = self.critic_target.on_parts(obs[:, None], actions).mean(0)
-        return select_action(actions, q, "argmax" if deterministic else c.select, c.temperature, generator)
+        return select_action(actions, q, c.select, c.temperature, draws.get("gumbel"))

@@ -202,18 +202,21 @@ class DiffCPS(Agent):
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def act(self, obs: Tensor, deterministic: bool, config: DiffCPSConfig) -> Tensor:
+    def draw_act(self, n: int, deterministic: bool, config: DiffCPSConfig) -> Draws:
+        n_candidates = 1 if config.select == "first" else config.n_candidates
+        return self.policy.draw_candidates(n, n_candidates, deterministic, self.predict_generator)
+
+    def act(self, obs: Tensor, draws: Draws, config: DiffCPSConfig) -> Tensor:
         """(B, S) -> (B, A): candidates of the policy, one chosen by min Qbar [D9].
 
         deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
         """
-        c, generator = config, self.predict_generator
-        n = 1 if c.select == "first" else c.n_candidates
-        actions = self.policy.candidates(obs, n, deterministic, generator)  # (B, n, A)
-        if n == 1:
+        c = config
+        actions = self.policy.candidates(obs, draws["noises"])  # (B, n, A)
+        if actions.shape[1] == 1:
             return actions[:, 0]
         q = self.critic_target.on_parts(obs[:, None], actions).amin(0)  # (B, n)
-        return select_action(actions, q, "argmax" if deterministic else c.select, c.temperature, generator)
+        return select_action(actions, q, c.select, c.temperature, draws.get("gumbel"))
 
     @classmethod
     def from_official(cls, actor: Any, critic: Any, **kwargs: Any) -> "DiffCPS":

@@ -83,7 +83,11 @@ class DiffusionBC(Agent):
         tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # 1 copies [D2]
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), tau)
 
-    def act(self, obs: Tensor, deterministic: bool, config: DiffusionBCConfig) -> Tensor:
+    def draw_act(self, n: int, deterministic: bool, config: DiffusionBCConfig) -> Draws:
+        policy = self.policy if config.ema_tau is None else self.policy_ema  # [D2]
+        return policy.draw_candidates(n, 1, deterministic, self.predict_generator)
+
+    def act(self, obs: Tensor, draws: Draws, config: DiffusionBCConfig) -> Tensor:
         """(B, S) -> (B, A): one sample; deterministic: from the stored noise, the same for every observation."""
         policy = self.policy if config.ema_tau is None else self.policy_ema  # [D2]
-        return policy.candidates(obs, 1, deterministic, self.predict_generator)[:, 0]
+        return policy.candidates(obs, draws["noises"])[:, 0]

@@ -142,27 +142,30 @@ class IDQL(Agent):
         polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def act(self, obs: Tensor, deterministic: bool, config: IDQLConfig) -> Tensor:
+    def draw_act(self, n: int, deterministic: bool, config: IDQLConfig) -> Draws:
+        n_candidates = 1 if config.select == "first" else config.n_candidates
+        return self.behavior_ema.draw_candidates(n, n_candidates, deterministic, self.predict_generator)
+
+    def act(self, obs: Tensor, draws: Draws, config: IDQLConfig) -> Tensor:
         """(B, S) -> (B, A): samples of the lagged behaviour, one chosen by min Qbar.
 
         deterministic: the samples of the stored noise, then argmax ("first" stays the first).
         """
-        c, generator = config, self.predict_generator
-        n = 1 if c.select == "first" else c.n_candidates
-        actions = self.behavior_ema.candidates(obs, n, deterministic, generator, c.sampling_temperature)  # (B, n, A)
-        if n == 1:
+        c, noise = config, draws.get("gumbel")
+        actions = self.behavior_ema.candidates(obs, draws["noises"], c.sampling_temperature)  # (B, n, A)
+        if actions.shape[1] == 1:
             return actions[:, 0]
         q = self.critic.q_target.on_parts(actions, obs[:, None]).amin(0)  # (B, n)
-        if c.select == "expectile" and not deterministic:
-            return implicit_choice(actions, q - self.critic.v(obs), c.expectile, generator)
-        return select_action(actions, q, "argmax" if deterministic else c.select, c.temperature, generator)
+        if c.select == "expectile" and noise is not None:
+            return implicit_choice(actions, q - self.critic.v(obs), c.expectile, noise)
+        return select_action(actions, q, c.select, c.temperature, noise)
 
 
-def implicit_choice(actions: Tensor, advantage: Tensor, expectile: float, generator: torch.Generator) -> Tensor:
+def implicit_choice(actions: Tensor, advantage: Tensor, expectile: float, noise: Tensor) -> Tensor:
     """The paper's implicit actor: one of K samples, weighing `expectile` above V and 1 - `expectile` below.
 
-    actions (B, K, A), advantage (B, K) = Q - V -> (B, A). Source: official `sample_implicit_policy`.
+    actions (B, K, A), advantage (B, K) = Q - V, Gumbel noise (B, K) -> (B, A). Source: official `sample_implicit_policy`.
     """
     weights = torch.where(advantage > 0, expectile, 1.0 - expectile)
-    drawn = torch.multinomial(weights, 1, generator=generator)
+    drawn = (weights.log() + noise).argmax(-1, keepdim=True)
     return actions.gather(1, drawn[..., None].expand(-1, 1, actions.shape[-1])).squeeze(1)

@@ -117,14 +117,19 @@ class IQL(Agent):
         return loss, {"policy_loss": loss.detach(), "advantage": advantage.mean(), "weight": weight.mean()}
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def act(self, obs: Tensor, deterministic: bool, config: IQLConfig) -> Tensor:
+    def draw_act(self, n: int, deterministic: bool, config: IQLConfig) -> Draws:
+        if deterministic or not isinstance(self.policy, GaussianPolicy):
+            return {}
+        kwargs: dict[str, Any] = {"generator": self.predict_generator, "device": self.device}
+        return {"noise": torch.randn(n, self.act_dim, **kwargs)}
+
+    def act(self, obs: Tensor, draws: Draws, config: IQLConfig) -> Tensor:
         """(B, S) -> (B, A): the mean (the paper's evaluation), or a sample of the Gaussian, clamped to [-1, 1].
 
         deterministic: the mean. With `deterministic_policy` both are.
         """
-        mean: Tensor
-        if deterministic or not isinstance(self.policy, GaussianPolicy):
-            mean = self.policy(obs)
-            return mean
-        kwargs: dict[str, Any] = {"generator": self.predict_generator, "device": self.device}
-        return self.policy.sample(obs, torch.randn(len(obs), self.act_dim, **kwargs))
+        if "noise" in draws:
+            assert isinstance(self.policy, GaussianPolicy)
+            return self.policy.sample(obs, draws["noise"])
+        mean: Tensor = self.policy(obs)
+        return mean

@@ -208,15 +208,16 @@ class QGPO(Agent):
         return F.mse_loss(f.clamp(-100.0, 4.5).exp(), (c.beta * goal).clamp(-100.0, 4.5).exp())
 
     # ---- acting, and the support -----------------------------------------------------------------------------------
-    def act(self, obs: Tensor, deterministic: bool, config: QGPOConfig) -> Tensor:
+    def draw_act(self, n: int, deterministic: bool, config: QGPOConfig) -> Draws:
+        return {"noise": self.behavior.noise(n, 1, deterministic, self.predict_generator)}
+
+    def act(self, obs: Tensor, draws: Draws, config: QGPOConfig) -> Tensor:
         """(B, S) -> (B, A): one guided sample [D7]. deterministic: it starts from the stored noise."""
-        noise = self.behavior.noise(len(obs), 1, deterministic, self.predict_generator)
-        with torch.inference_mode(False), torch.no_grad():  # `predict` is in inference mode, where nothing has a gradient
-            sample = self.guided_sample(obs.clone(), noise.clone(), config.guidance_scale, self._solver(config.solver_steps))
+        sample = self.guided_sample(obs, draws["noise"], config.guidance_scale, self._solver(config.solver_steps))
         return sample[:, 0].clamp(-1.0, 1.0)
 
     def guided_sample(self, obs: Tensor, noise: Tensor, scale: float, steps: tuple[SolverStep, ...]) -> Tensor:
-        """a ~ mu(.|s) exp(f) from x_1 = `noise` (B, M, A) for obs (B, S): (B, M, A), not clipped.
+        """a ~ mu(.|s) exp(f) from x_1 = `noise` (B or 1, M, A) for obs (B, S): (B, M, A), not clipped.
 
         The noise that belongs to the guided score is eps - sigma_t s_g grad_a f.
         """
@@ -228,7 +229,7 @@ class QGPO(Agent):
             out: Tensor = self.behavior.net(a, obs, t) - scale * sigma[..., None] * gradient
             return out
 
-        return dpm_solve(guided_eps, noise, steps)
+        return dpm_solve(guided_eps, noise.expand(len(obs), -1, -1), steps)
 
     @staticmethod
     def _solver(n_evals: int) -> tuple[SolverStep, ...]:

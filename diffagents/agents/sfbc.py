@@ -44,6 +44,7 @@ from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.solvers import SolverStep, VPBehavior, dpm_solver_steps
 from diffagents.transitions import Sampler
 from diffagents.types import Batch, Metrics
+from diffagents.values import gumbel
 
 
 @dataclass(frozen=True)
@@ -181,17 +182,22 @@ class SfBC(Agent):
         return loss, {"critic_loss": loss.detach(), "q": self.critic.mean + self.critic.std * q.detach().mean()}
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def act(self, obs: Tensor, deterministic: bool, config: SfBCConfig) -> Tensor:
+    def draw_act(self, n: int, deterministic: bool, config: SfBCConfig) -> Draws:
+        draws = {"noise": self.behavior.noise(n, config.n_candidates, deterministic, self.predict_generator)}
+        if not deterministic:
+            draws["gumbel"] = gumbel((n, config.n_candidates), self.predict_generator)
+        return draws
+
+    def act(self, obs: Tensor, draws: Draws, config: SfBCConfig) -> Tensor:
         """(B, S) -> (B, A): the mean of some candidates, drawn by their Q [D6].
 
         deterministic: candidates of the stored noise, and the best of them.
         """
-        c, generator = config, self.predict_generator
-        noise = self.behavior.noise(len(obs), c.n_candidates, deterministic, generator)
-        candidates = self.behavior.sample(obs, noise, self._solver(c.solver_steps))  # (B, n, A)
+        c = config
+        candidates = self.behavior.sample(obs, draws["noise"], self._solver(c.solver_steps))  # (B, n, A)
         scores = self.critic(obs[:, None], candidates) / c.temperature  # (B, n)
-        if not deterministic:  # the largest of log weight + Gumbel noise are draws without replacement
-            scores = scores - torch.empty_like(scores).exponential_(generator=generator).log()
+        if "gumbel" in draws:  # the largest of log weight + Gumbel noise are draws without replacement
+            scores = scores + draws["gumbel"]
         best = scores.topk(min(c.average_top, c.n_candidates), -1).indices  # (B, k)
         chosen = candidates.gather(1, best[..., None].expand(-1, -1, self.act_dim))
         return chosen.mean(1).clamp(-1.0, 1.0)

@@ -176,7 +176,7 @@ class SRPO(Agent):
         return loss, metrics
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def act(self, obs: Tensor, deterministic: bool, config: SRPOConfig) -> Tensor:
+    def act(self, obs: Tensor, draws: Draws, config: SRPOConfig) -> Tensor:
         """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
         action: Tensor = self.policy(obs)
         return action

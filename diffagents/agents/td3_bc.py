@@ -123,7 +123,7 @@ class TD3BC(Agent):
             polyak_update_(target.parameters(), online.parameters(), self.config.tau)
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def act(self, obs: Tensor, deterministic: bool, config: TD3BCConfig) -> Tensor:
+    def act(self, obs: Tensor, draws: Draws, config: TD3BCConfig) -> Tensor:
         """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
         action: Tensor = self.policy(obs)
         return action

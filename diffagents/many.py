@@ -1,0 +1,281 @@
+"""Many agents at once: N seeds, and N settings of numeric knobs, of one algorithm on one dataset, as one batched computation.
+
+    agents = diffagents.learn_many([SRPO(seed=s, beta=b) for s in range(4) for b in (0.05, 0.2)], "mujoco/hopper/medium-v0")
+
+Losses and gradients of all members are computed together (torch.vmap over their stacked networks); every member draws its
+own batches and random numbers from its own generator and steps its own optimisers, so that it ends where its single run
+would, to float tolerance, and is an ordinary agent.
+"""
+
+import dataclasses
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffagents import training
+from diffagents.agent import Agent
+from diffagents.compiling import Compiled, NamedTensors, Networks, gradients_of, trained_names, with_leaves
+from diffagents.cuda_graph import GraphRunner
+from diffagents.datasets import load_dataset
+from diffagents.engine import Draws, Gradients, Part, Plan, Runner, Stage
+from diffagents.transitions import Sampler
+from diffagents.types import Batch, Metrics
+from diffagents.watch import TrainingDiverged, Watch, restore
+
+KNOB = "knob."  # what a knob's tensor is called among the networks'
+
+
+def learn_many(
+    agents: Sequence[Agent],
+    dataset: Any,
+    total_timesteps: int | None = None,
+    log_interval: int | None = None,
+    *,
+    stages: Sequence[str] | None = None,
+) -> list[Agent]:
+    """Train all of `agents` on one dataset, as `learn` would each, and return them. They are changed in place.
+
+    The agents are of one class, not trained yet or all equally far, with equal knobs but for numbers (beta, expectile,
+    learning_rate, ...) and seeds. The other arguments are those of `Agent.learn`; there are no callbacks.
+    Raises ValueError, before any work, where the agents cannot be trained together; TrainingDiverged at the end where some
+    diverged (they hold their last good state, the others are finished); KeyboardInterrupt after the running update. Each
+    member's plan can be finished by its own `learn(dataset, reset_num_timesteps=False)`.
+    """
+    members = list(agents)
+    _check_alike(members)
+    first = members[0]
+    for agent in members:
+        training.check_arguments(agent, total_timesteps, stages, log_interval)
+    data = load_dataset(dataset, env=first._env, obs_keys=first.obs_keys, verbose=first.verbose)
+    plans: list[Plan] = []
+    for agent in members:
+        with training.nothing_if_refused(agent):
+            adopted = training.adopt(agent, data)
+            plan = training.make_plan(agent, total_timesteps, True, stages)
+            assert plan is not None
+            training.check_rewards(plan, adopted)
+            plans.append(plan)
+    _check_alike(members)  # presets may have changed knobs
+    if any(plan.lengths != plans[0].lengths for plan in plans) or any(a.stage_steps != first.stage_steps for a in members):
+        raise ValueError("the agents have plans of different lengths: give total_timesteps, or equal *_steps")
+    for agent, plan in zip(members, plans, strict=True):
+        agent.plan, agent.num_timesteps, agent.history = plan, 0, []
+    sampler = adopted.sampler(first.device, first.reward_transform, first.obs_normalizer)
+    seconds = training.estimate(first, plans[0], sampler) if first.verbose or first.compile == "auto" else {}
+    together = {name: value * len(members) for name, value in seconds.items()}
+    training.choose_modes(first, plans[0], together)
+    if first.verbose:
+        training.announce(first, plans[0], together)
+        print(f"{len(members)} agents together", flush=True)
+    failures: list[str] = []
+    with _stacked(members) as tensors, training.interrupt_between_updates() as interrupted, training.matmul_precision(first):
+        for position, stage in enumerate(first.stages()):
+            if stage.name in plans[0].lengths and not interrupted.is_set():
+                _run_stage(members, position, sampler, tensors, log_interval, failures, interrupted)
+    for plan in plans[1:]:
+        plan.modes.update(plans[0].modes)
+    if failures:
+        raise TrainingDiverged("; ".join(failures))
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+    return members
+
+
+def _check_alike(agents: Sequence[Agent]) -> None:
+    if not agents:
+        raise ValueError("learn_many needs at least one agent")
+    first = agents[0]
+    for agent in agents:
+        if type(agent) is not type(first):
+            raise ValueError(f"learn_many trains agents of one class, not {type(first).__name__} and {type(agent).__name__}")
+        if len({id(one) for one in agents}) < len(agents):
+            raise ValueError("the same agent is in the list twice: make one for each seed or setting")
+        for name in ("preset", "obs_keys", "policy_kwargs", "device"):
+            if getattr(agent, name) != getattr(first, name):
+                raise ValueError(f"the agents differ in {name}: {getattr(first, name)!r} and {getattr(agent, name)!r}")
+        for field in dataclasses.fields(agent.config):
+            one, other = getattr(first.config, field.name), getattr(agent.config, field.name)
+            if one != other and not (isinstance(one, float) and isinstance(other, float)):
+                raise ValueError(
+                    f"the agents differ in {field.name}: {one!r} and {other!r}; only numbers that are no sizes may differ, "
+                    "and seeds: train the rest in another call"
+                )
+
+
+def _run_stage(
+    members: Sequence[Agent],
+    position: int,
+    sampler: Sampler,
+    tensors: NamedTensors,
+    log_interval: int | None,
+    failures: list[str],
+    interrupted: threading.Event,
+) -> None:
+    """Run one stage of all members to its end, or until Ctrl-C. Appends to `failures` who diverged."""
+    first, plans = members[0], [agent.plan for agent in members]
+    stages = [agent.stages()[position] for agent in members]
+    name = stages[0].name
+    assert plans[0] is not None
+    length, before = plans[0].lengths[name], first.stage_steps[name]
+    watches = []
+    samplers = []
+    for agent, stage in zip(members, stages, strict=True):
+        if name == agent.POLICY_STAGE:
+            agent._policy_missing = False
+        for part in stage.parts:
+            for optimizer in part.optimizers:
+                optimizer.start_schedule(length)
+        watches.append(Watch(agent, name, length, 0))
+        samplers.append(sampler if stage.prepare is None else stage.prepare(sampler, training.stage_generator(agent, stage)))
+        watches[-1].limit_q(samplers[-1])
+        agent._pristine = False
+    mode = plans[0].modes[name]
+    gradients = [_many_gradients(members, part, tensors, mode != "eager") for part in stages[0].parts]
+    many = ManyRunner(stages, samplers, [agent.generator for agent in members], gradients)
+    runner = GraphRunner(many) if mode == "graph" else many
+    interval = log_interval or max(1, min(1000, length // 20))
+    lost: dict[int, dict[str, Any]] = {}  # diverged members, and the state that they go back to
+    for done in range(1, length + 1):
+        runner.step(before + done - 1)
+        for agent in members:
+            assert agent.plan is not None
+            agent.plan.done[name] = done
+            agent.stage_steps[name] += 1
+            agent.num_timesteps += 1
+            agent.n_updates += 1
+        stop = interrupted.is_set()
+        if done % interval == 0 or done == length or stop:
+            for k, (watch, means) in enumerate(zip(watches, many.each_means(), strict=True)):
+                if k in lost:
+                    continue
+                try:
+                    watch.look(done, means)
+                except TrainingDiverged as error:
+                    lost[k] = watch.good
+                    failures.append(f"member {k}: {error}")
+        if stop:
+            break
+    for k, good in lost.items():
+        restore(members[k], good)
+
+
+class ManyRunner(Runner):
+    """A `Runner` for all members: one computation of losses and gradients, own draws and optimiser steps."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        samplers: Sequence[Sampler],
+        generators: Sequence[torch.Generator],
+        gradients: Sequence[Callable[[Batch, Draws], tuple[Gradients, Metrics]]],
+    ) -> None:
+        super().__init__(stages[0], samplers[0], generators[0], gradients)
+        self.generators, self._samplers = list(generators), samplers
+        self._members = [stage.parts for stage in stages]
+        self._shared = all(sampler is samplers[0] for sampler in samplers)
+
+    def run(self, due: Sequence[int]) -> None:
+        batch = self._sample()
+        for j in due:
+            draws = [
+                parts[j].draw(self.batch_size, generator)
+                for parts, generator in zip(self._members, self.generators, strict=True)
+            ]
+            gradients, metrics = self.gradients[j](batch, _stack(draws))
+            each = [[gradient.unbind() for gradient in some] for some in gradients]
+            for k, parts in enumerate(self._members):
+                parts[j].apply([[gradient[k] for gradient in some] for some in each])
+            self.sums[j].add(metrics)
+
+    def _sample(self) -> Batch:
+        """Every member's own batch, stacked: fields (N, B, ...)."""
+        if not self._shared:
+            batches = [s.sample(self.batch_size, g) for s, g in zip(self._samplers, self.generators, strict=True)]
+            columns = [torch.stack(column) for column in zip(*(batch[:5] for batch in batches), strict=True)]
+            return Batch._make([*columns, _stack([batch.beside for batch in batches])])
+        rows = torch.cat([self.sampler.rows(self.batch_size, generator) for generator in self.generators])
+        batch = self.sampler.gather(rows)
+        n = (len(self.generators), self.batch_size)
+        beside = {name: value.unflatten(0, n) for name, value in batch.beside.items()}
+        return Batch._make([*(value.unflatten(0, n) for value in batch[:5]), beside])
+
+    def each_means(self) -> list[dict[str, float]]:
+        """`means` of each member."""
+        means: dict[str, Any] = self.means()
+        return [{name: values[k] for name, values in means.items()} for k in range(len(self.generators))]
+
+
+def _stack(draws: Sequence[Draws]) -> Draws:
+    return {name: torch.stack([one[name] for one in draws]) for name in draws[0]}
+
+
+@contextmanager
+def _stacked(agents: Sequence[Agent]) -> Iterator[NamedTensors]:
+    """All tensors of the members' networks as (N, ...), of which theirs are views meanwhile.
+
+    Buffers that are equal in all (schedules, normalisers) are left as they are.
+    """
+    roofs = [Networks(agent.networks(), len) for agent in agents]
+    parameters = {name for name, _ in roofs[0].named_parameters()}
+    tensors: NamedTensors = {}
+    moved: list[Tensor] = []
+    for name, tensor in roofs[0].tensors().items():
+        each = [dict([*roof.named_parameters(), *roof.named_buffers()])[name] for roof in roofs]
+        if name not in parameters and all(torch.equal(tensor, one) for one in each):
+            tensors[name] = tensor
+            continue
+        tensors[name] = torch.stack([one.detach() for one in each])
+        for one, part in zip(each, tensors[name].unbind(), strict=True):
+            one.data = part
+            moved.append(one)
+    try:
+        yield tensors
+    finally:
+        for one in moved:
+            one.data = one.data.clone()
+
+
+def _many_gradients(agents: Sequence[Agent], part: Part, tensors: NamedTensors, compiled: bool) -> Any:
+    """`Part.gradients` for batches and draws (N, B, ...) of all members: gradients and metrics (N, ...)."""
+    if part.loss is None:
+        return part.gradients
+    template, loss = agents[0], part.loss
+    roof = Networks(template.networks(), loss)
+    trained = trained_names(roof, part)
+    knobs = [
+        field.name
+        for field in dataclasses.fields(template.config)
+        if len({getattr(agent.config, field.name) for agent in agents}) > 1
+    ]
+    values = {
+        KNOB + name: torch.tensor([getattr(agent.config, name) for agent in agents], device=template.device) for name in knobs
+    }
+    everything = {**tensors, **values}
+    single = roof.tensors()
+    stacked = {name: 0 if name in values or tensor.dim() > single[name].dim() else None for name, tensor in everything.items()}
+
+    def losses(given: NamedTensors, batch: Batch, draws: Draws) -> tuple[tuple[Tensor, ...], Metrics]:
+        config = template.config
+        settings = {name: given[KNOB + name] for name in knobs}
+        template.config = types.SimpleNamespace(**{**dataclasses.asdict(config), **settings})
+        try:
+            own = {name: tensor for name, tensor in given.items() if name not in values}
+            found, metrics = torch.func.functional_call(roof, own, (batch, draws))
+        finally:
+            template.config = config
+        return (found if isinstance(found, tuple) else (found,)), metrics
+
+    def gradients(given: NamedTensors, batch: Batch, draws: Draws) -> tuple[Gradients, Metrics]:
+        given = with_leaves(given, trained)
+        found, metrics = torch.vmap(losses, in_dims=(stacked, 0, 0))(given, batch, draws)
+        return gradients_of([one.sum() for one in found], given, trained), {name: m.detach() for name, m in metrics.items()}
+
+    def eager(batch: Batch, draws: Draws) -> tuple[Gradients, Metrics]:
+        return gradients(everything, batch, draws)
+
+    return Compiled(everything, gradients, eager) if compiled else eager
