@@ -29,6 +29,7 @@ _LAZY = {
     "Evaluation": "diffagents.evaluation",
     "ArtifactError": "diffagents.artifact",
     "TrainingDiverged": "diffagents.training",
+    "learn_many": "diffagents.many",
 }
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "SfBC",
     "TrainingDiverged",
     "evaluate",
+    "learn_many",
     "load",
     "load_dataset",
     "record_video",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from diffagents.artifact import ArtifactError
     from diffagents.datasets import load_dataset
     from diffagents.evaluation import Evaluation, evaluate, record_video
+    from diffagents.many import learn_many
     from diffagents.training import TrainingDiverged
 
 

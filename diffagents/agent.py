@@ -3,7 +3,6 @@
 An algorithm's file gives `Config`, `build`, `stages` and `act`; everything a user calls is here, with SB3's names.
 """
 
-import dataclasses
 import functools
 import pathlib
 import secrets
@@ -17,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffagents import artifact, checkpoint, presets, training
+from diffagents import artifact, checkpoint, compiling, presets, training
 from diffagents.datasets import load_dataset
 from diffagents.engine import MODES, Draws, Optimizer, Plan, Stage
 from diffagents.environments import warn_of_another_env
 from diffagents.evaluation import Evaluation, evaluate
-from diffagents.knobs import check_choice, find_device, make_config, signature, whole_number
+from diffagents.knobs import check_arguments, check_choice, choose, find_device, make_config, signature, whole_number
+from diffagents.networks import TanhPolicy
 from diffagents.normalize import ObsNormalizer, RewardTransform
+from diffagents.numpy_policy import NumpyPolicy, numpy_action
 from diffagents.sb3 import as_vec_env, check_same_spaces, make_callback, make_logger, stub_env
 from diffagents.types import Spec
 
@@ -80,20 +81,15 @@ class Agent(ABC):
         tf32: bool = True,
         **knobs: Any,
     ) -> None:
-        if policy not in ("MlpPolicy", "MultiInputPolicy"):
-            raise ValueError(f'policy={policy!r}; the only policy is "MlpPolicy" (pass an environment as env=...)')
+        check_arguments(policy, obs_keys, policy_kwargs)
+        check_choice("compile", compile, ("auto", *MODES))
         self.config = make_config(self.Config, type(self).__name__, knobs)
         self._explicit = dict(knobs)  # what the user asked for wins over any preset
         if preset is not None:
             presets.resolve_preset(self.presets_name(), preset, None)  # a misspelt name is told at once
-        if policy_kwargs is not None and not isinstance(policy_kwargs, dict):
-            raise TypeError(f"policy_kwargs must be a dict, not {type(policy_kwargs).__name__}")
-        if isinstance(obs_keys, str):
-            raise TypeError(f"obs_keys={obs_keys!r} must be a sequence of names: obs_keys=({obs_keys!r},)")
         self.preset, self.policy_kwargs = preset, dict(policy_kwargs or {})
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
         self.tensorboard_log, self.verbose = tensorboard_log, verbose
-        check_choice("compile", compile, ("auto", *MODES))
         self.compile, self.tf32 = compile, tf32
         self.device = find_device(device)
         self.set_random_seed(seed)
@@ -105,6 +101,8 @@ class Agent(ABC):
         self.reward_transform: RewardTransform | None = None
         self.dataset_info: dict[str, Any] | None = None
         self.has_learner = True  # False: loaded without critics and behaviour model, to act only
+        self._numpy_policy: NumpyPolicy | None = None
+        self._compiled: dict[Any, compiling.Compiled] = {}  # by number of observations, deterministic, config
         self._pristine = True  # no weight has been trained or loaded yet
         self._policy_missing = False  # an official checkpoint has no policy
         self._env: VecEnv | None = None
@@ -200,12 +198,32 @@ class Agent(ABC):
         if self.spec is None or self._policy_missing:
             stages = f', stages=("{self.POLICY_STAGE}",)' if self._policy_missing else ""
             raise RuntimeError(f"this {type(self).__name__} has no policy yet: train it with learn(data{stages})")
-        config = self.config if not choice else self._choose(choice)
+        config = self.config if not choice else choose(self, choice)
+        if not choice and (action := numpy_action(self, observation, deterministic)) is not None:
+            return action, state
 
         def act(obs: Tensor) -> Tensor:
-            return self.act(obs, self.draw_act(len(obs), deterministic, config), config)
+            draws = self.draw_act(len(obs), deterministic, config)
+            compiled = self._compiled.get((len(obs), deterministic, config)) if self._compiled else None
+            return compiled(obs, draws) if compiled is not None else self.act(obs, draws, config)
 
         return self.predict_with(act, observation), state
+
+    def compile_policy(self, n_obs: int = 1, deterministic: bool | None = None, **choice: Any) -> Self:
+        """Compile `predict` for batches of n_obs observations, which takes some ten seconds, and return self.
+
+        deterministic: None compiles both kinds. choice: as in `predict`, for calls with the same choice. What is trained or
+        loaded later is acted on. Other calls stay as they are; where compiling fails, so do these, after a warning.
+        """
+        self._need_networks()
+        config = choose(self, choice) if choice else self.config
+        for kind in (False, True) if deterministic is None else (deterministic,):
+            self._compiled[n_obs, kind, config] = compiling.compiled_act(self, n_obs, kind, config)
+        return self
+
+    def point_policy(self, deterministic: bool) -> TanhPolicy | None:
+        """The network that alone is the policy, so that numpy can run it for one observation; None where there is none."""
+        return None
 
     def predict_with(self, act: Callable[[Tensor], Tensor], observation: Any) -> np.ndarray:
         """Run `act`, normalised observations (B, S) -> actions (B, A) in [-1, 1], on what an environment gave."""
@@ -231,6 +249,12 @@ class Agent(ABC):
         if env is None and stored is None and self._env is None:
             raise ValueError("no environment is stored with this agent's dataset: pass env=, an id or an environment")
         return evaluate(policy, env if env is not None else (stored or self._env), n_episodes, **kwargs)
+
+    def export(self, path: str | pathlib.Path, format: str = "onnx", **choice: Any) -> pathlib.Path:
+        """Write the deterministic policy as one file that runs without diffagents, "onnx" or "torch_export" (`export.py`)."""
+        from diffagents.export import export
+
+        return export(self, path, format, **choice)
 
     # ---- files -----------------------------------------------------------------------------------------------------
     def save(self, path: str | pathlib.Path, include_trainer_state: bool = True) -> pathlib.Path:
@@ -361,14 +385,6 @@ class Agent(ABC):
         return cls.__module__.rpartition(".")[2]
 
     # ---- inside ----------------------------------------------------------------------------------------------------
-    def _choose(self, choice: dict[str, Any]) -> Any:
-        name = type(self).__name__
-        for key in choice:
-            if key not in self.CHOICE:
-                valid = f"; valid: {', '.join(self.CHOICE)}" if self.CHOICE else ": its policy leaves nothing to choose"
-                raise TypeError(f"{name}.predict has no choice {key!r}{valid}")
-        return make_config(self.Config, name, {**dataclasses.asdict(self.config), **choice})
-
     def _need_networks(self) -> None:
         if self.spec is None:
             raise RuntimeError(f"this {type(self).__name__} knows no spaces yet: give it env=, or learn(data) first")
@@ -376,24 +392,9 @@ class Agent(ABC):
     def _set_up(self, spec: Spec) -> None:
         """Build the networks from the seed, leaving the global generator alone."""
         self.spec, self.obs_keys = spec, spec.obs_keys
+        self._compiled.clear()
         self.obs_dim, self.act_dim = spec.obs_dim, spec.act_dim
         with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
             torch.manual_seed(self.seed)
             self.obs_normalizer = ObsNormalizer(self.obs_dim).to(self.device)
             self.build()
-
-    def _resolve_preset(self, dataset_id: str | None) -> None:
-        """Put the preset's values under the explicit knobs; done again on data whose id may name a row."""
-        if self.preset is None:
-            return
-        applied, values = presets.resolve_preset(self.presets_name(), self.preset, dataset_id)
-        kwargs = values.pop("policy_kwargs", {})
-        values = {name: value for name, value in values.items() if name not in self._explicit}
-        self.config = make_config(self.Config, type(self).__name__, {**values, **self._explicit})
-        if self._pristine:  # networks that hold something keep their shape
-            self.policy_kwargs = {**kwargs, **self.policy_kwargs}
-            if self.spec is not None:
-                self._set_up(self.spec)
-        if self.verbose:
-            row = "" if applied and applied[-1] not in presets.BLOCKS else ", no row for this dataset"
-            print(f"preset {self.preset!r}: {', '.join(applied) or 'defaults'}{row}; {values} {self.policy_kwargs or ''}")

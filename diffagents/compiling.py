@@ -5,6 +5,7 @@ nothing is computed for networks that are frozen in the update. Optimiser steps 
 Random numbers come in as draws, so that the compiled function computes what the eager one does, to float tolerance.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -128,3 +129,17 @@ class Compiled:
 def compiled_gradients(part: Part, networks: Mapping[str, nn.Module]) -> Callable[[Batch, Draws], tuple[Gradients, Metrics]]:
     """What takes the place of `part.gradients`."""
     return part.gradients if part.loss is None else Compiled(*gradient_program(part, networks), part.gradients)
+
+
+def compiled_act(agent: Any, n_obs: int, deterministic: bool, config: Any) -> Compiled:
+    """`agent.act` at `config` for n_obs observations, compiled."""
+    roof = Networks({name: getattr(agent, name) for name in agent.MODEL}, functools.partial(agent.act, config=config))
+
+    def act(tensors: NamedTensors, obs: Tensor, draws: Draws) -> Tensor:
+        action: Tensor = torch.func.functional_call(roof, tensors, (obs, draws))
+        return action
+
+    compiled = Compiled(roof.tensors(), act, functools.partial(agent.act, config=config))
+    with torch.no_grad():
+        compiled(torch.zeros(n_obs, agent.obs_dim, device=agent.device), agent.draw_act(n_obs, deterministic, config))
+    return compiled

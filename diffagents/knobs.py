@@ -105,6 +105,26 @@ def net_arch(
     return sizes
 
 
+def check_arguments(policy: Any, obs_keys: Any, policy_kwargs: Any) -> None:
+    """Raises ValueError or TypeError for what no agent's constructor takes."""
+    if policy not in ("MlpPolicy", "MultiInputPolicy"):
+        raise ValueError(f'policy={policy!r}; the only policy is "MlpPolicy" (pass an environment as env=...)')
+    if policy_kwargs is not None and not isinstance(policy_kwargs, dict):
+        raise TypeError(f"policy_kwargs must be a dict, not {type(policy_kwargs).__name__}")
+    if isinstance(obs_keys, str):
+        raise TypeError(f"obs_keys={obs_keys!r} must be a sequence of names: obs_keys=({obs_keys!r},)")
+
+
+def choose(agent: Any, choice: dict[str, Any]) -> Any:
+    """The agent's configuration for one call of `predict`. Raises TypeError for what is no choice of its, ValueError."""
+    name = type(agent).__name__
+    for key in choice:
+        if key not in agent.CHOICE:
+            valid = f"; valid: {', '.join(agent.CHOICE)}" if agent.CHOICE else ": its policy leaves nothing to choose"
+            raise TypeError(f"{name}.predict has no choice {key!r}{valid}")
+    return make_config(agent.Config, name, {**dataclasses.asdict(agent.config), **choice})
+
+
 def signature(init: Callable[..., None], config: type[Any]) -> inspect.Signature:
     """What `init(self, ..., **knobs)` takes, with the knobs of `config` by name: for `help()` and editors."""
     base = [p for p in inspect.signature(init).parameters.values() if p.name not in ("self", "knobs")]

@@ -238,6 +238,8 @@ def _stacked(agents: Sequence[Agent]) -> Iterator[NamedTensors]:
     finally:
         for one in moved:
             one.data = one.data.clone()
+        for agent in agents:
+            agent._compiled.clear()  # it reads the tensors that were there before
 
 
 def _many_gradients(agents: Sequence[Agent], part: Part, tensors: NamedTensors, compiled: bool) -> Any:

@@ -151,7 +151,7 @@ class VPBehavior(nn.Module):
     def sample(self, obs: Tensor, noise: Tensor, steps: tuple[SolverStep, ...]) -> Tensor:
         """a ~ mu(.|s) from x_1 = `noise` (B or 1, M, A), for obs (B, S): (B, M, A), not clipped."""
         obs = obs[:, None]
-        return dpm_solve(lambda a, t: self.net(a, obs, t), noise.expand(len(obs), -1, -1), steps)
+        return dpm_solve(lambda a, t: self.net(a, obs, t), noise.expand(obs.shape[0], -1, -1), steps)
 
     @torch.no_grad()
     def support(

@@ -20,7 +20,7 @@ import torch
 from diffagents.engine import Plan, Runner, Stage
 from diffagents.knobs import whole_number
 from diffagents.normalize import ObsNormalizer
-from diffagents.presets import resolve_preset
+from diffagents.presets import apply_preset, resolve_preset
 from diffagents.sb3 import check_same_spaces
 from diffagents.transitions import Sampler, Transitions
 from diffagents.watch import TrainingDiverged as TrainingDiverged
@@ -66,7 +66,7 @@ def adopt(agent: Any, data: Transitions) -> Transitions:
     """The first data: resolve the preset, build, fit the transforms. Later data: check that they fit the agent."""
     first = agent.reward_transform is None
     if first:
-        agent._resolve_preset(data.info["id"])
+        apply_preset(agent, data.info["id"])
     if agent.spec is None:
         agent._set_up(data.spec)
     spec = agent.spec

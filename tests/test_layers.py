@@ -17,6 +17,7 @@ GROUPS = [
     {"values", "diffusion", "networks", "normalize", "engine", "artifact", "knobs", "environments", "rollouts"},
     {
         "compiling",
+        "numpy_policy",
         "cuda_graph",
         "transitions",
         "iql_critic",

@@ -26,7 +26,7 @@ from torch import Tensor
 from diffagents.agent import Agent
 from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, check_number, net_arch
-from diffagents.networks import MLP, GaussianPolicy
+from diffagents.networks import MLP, GaussianPolicy, TanhPolicy
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.transitions import Sampler
 from diffagents.types import Batch, Metrics
@@ -120,6 +120,9 @@ class AWR(Agent):
         return loss, {"policy_loss": loss.detach(), "weight": weight.mean()}
 
     # ---- acting ----------------------------------------------------------------------------------------------------
+    def point_policy(self, deterministic: bool) -> TanhPolicy | None:
+        return self.policy if deterministic else None
+
     def draw_act(self, n: int, deterministic: bool, config: AWRConfig) -> Draws:
         if deterministic:
             return {}

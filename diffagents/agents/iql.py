@@ -117,6 +117,9 @@ class IQL(Agent):
         return loss, {"policy_loss": loss.detach(), "advantage": advantage.mean(), "weight": weight.mean()}
 
     # ---- acting ----------------------------------------------------------------------------------------------------
+    def point_policy(self, deterministic: bool) -> TanhPolicy | None:
+        return self.policy if deterministic or not isinstance(self.policy, GaussianPolicy) else None
+
     def draw_act(self, n: int, deterministic: bool, config: IQLConfig) -> Draws:
         if deterministic or not isinstance(self.policy, GaussianPolicy):
             return {}

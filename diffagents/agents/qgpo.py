@@ -229,7 +229,7 @@ class QGPO(Agent):
             out: Tensor = self.behavior.net(a, obs, t) - scale * sigma[..., None] * gradient
             return out
 
-        return dpm_solve(guided_eps, noise.expand(len(obs), -1, -1), steps)
+        return dpm_solve(guided_eps, noise.expand(obs.shape[0], -1, -1), steps)
 
     @staticmethod
     def _solver(n_evals: int) -> tuple[SolverStep, ...]:

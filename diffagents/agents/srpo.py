@@ -93,6 +93,7 @@ class SRPO(Agent):
 
     Config = SRPOConfig
     config: SRPOConfig
+    policy: TanhPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 1_500_000, "behavior": 2_000_000, "policy": 1_000_000}  # paper's
     POLICY_STAGE = "policy"
     MODEL = ("policy",)
@@ -176,6 +177,9 @@ class SRPO(Agent):
         return loss, metrics
 
     # ---- acting ----------------------------------------------------------------------------------------------------
+    def point_policy(self, deterministic: bool) -> TanhPolicy | None:
+        return self.policy
+
     def act(self, obs: Tensor, draws: Draws, config: SRPOConfig) -> Tensor:
         """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
         action: Tensor = self.policy(obs)

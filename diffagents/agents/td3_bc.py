@@ -61,6 +61,7 @@ class TD3BC(Agent):
 
     Config = TD3BCConfig
     config: TD3BCConfig
+    policy: TanhPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 1_000_000}
     POLICY_STAGE = "train"
     MODEL = ("policy",)
@@ -123,6 +124,9 @@ class TD3BC(Agent):
             polyak_update_(target.parameters(), online.parameters(), self.config.tau)
 
     # ---- acting ----------------------------------------------------------------------------------------------------
+    def point_policy(self, deterministic: bool) -> TanhPolicy | None:
+        return self.policy
+
     def act(self, obs: Tensor, draws: Draws, config: TD3BCConfig) -> Tensor:
         """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
         action: Tensor = self.policy(obs)
