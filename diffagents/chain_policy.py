@@ -7,12 +7,13 @@ once for all candidates and denoising steps.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffagents.diffusion import Chain, perturb, sample_chain, vp_chain
+from diffagents.diffusion import Chain, perturb, sample_chain, sample_ddim, vp_chain
 from diffagents.knobs import N_FIXED
 from diffagents.networks import MLP, Mish, ResidualBlock, orthogonal_, sinusoids, xavier_
 from diffagents.values import gumbel
@@ -178,8 +179,16 @@ class ChainPolicy(nn.Module):
         eps: DenoiserOnStates = self.net.on_states(obs, self.n_steps)  # type: ignore[operator]
         return eps
 
-    def sample(self, obs: Tensor, noises: Tensor, noise_scale: float = 1.0) -> Tensor:
-        """a ~ pi(.|s) from `noises` (T + 1, ..., A), for obs (..., S): (..., A). Gradients flow through all T steps."""
+    def sample(
+        self, obs: Tensor, noises: Tensor, noise_scale: float = 1.0, solver: str = "ddpm", n_steps: int | None = None
+    ) -> Tensor:
+        """a ~ pi(.|s) from `noises` (T + 1, ..., A), for obs (..., S): (..., A). Gradients flow through all steps.
+
+        solver: "ddpm", the chain itself, or "ddim" in n_steps (None: T), which takes noises[0] alone.
+        """
+        if solver == "ddim":
+            steps, clips = n_steps or self.n_steps, {"clip_x0": self.clip_x0, "clip_x": self.clip_x}
+            return sample_ddim(self.on_states(obs), self.chain, noises[0] * noise_scale, steps, **clips)
         std = (self.chain.posterior_std if self.std == "posterior" else self.chain.beta_std) * noise_scale
         return sample_chain(self.on_states(obs), self.chain, noises, std, clip_x0=self.clip_x0, clip_x=self.clip_x)
 
@@ -196,6 +205,9 @@ class ChainPolicy(nn.Module):
             return {"noises": self.fixed_noise[:n].transpose(0, 1)[:, None]}  # (T + 1, 1, n, A)
         return {"noises": self.noises((n_obs, n), generator), "gumbel": gumbel((n_obs, n), generator)}
 
-    def candidates(self, obs: Tensor, noises: Tensor, noise_scale: float = 1.0) -> Tensor:
-        """n samples for each observation, (B, S), noises (T + 1, B or 1, n, A) -> (B, n, A), clamped to [-1, 1]."""
-        return self.sample(obs[:, None], noises, noise_scale).clamp(-1.0, 1.0)
+    def candidates(self, obs: Tensor, noises: Tensor, config: Any, noise_scale: float = 1.0) -> Tensor:
+        """n samples for each observation, (B, S), noises (T + 1, B or 1, n, A) -> (B, n, A), clamped to [-1, 1].
+
+        config: `solver` and `solver_steps`, as in `sample`.
+        """
+        return self.sample(obs[:, None], noises, noise_scale, config.solver, config.solver_steps).clamp(-1.0, 1.0)

@@ -95,6 +95,34 @@ def reverse_mean(chain: Chain, i: int | Tensor, x: Tensor, eps: Tensor, clip_x0:
     return chain.from_x0[i] * x0 + chain.from_x[i] * x
 
 
+def sample_ddim(
+    eps_fn: Callable[[Tensor, int], Tensor],
+    chain: Chain,
+    x: Tensor,
+    n_steps: int,
+    *,
+    clip_x0: bool = True,
+    clip_x: bool = False,
+) -> Tensor:
+    """The deterministic sampler of Song et al. 2021 (arXiv:2010.02502, Eq. 12 with sigma = 0) from x = x_T (..., A).
+
+    It goes through n_steps <= T of the chain's own steps, evenly spread, so that the network is asked only where it was
+    trained: x_j = signal_j x0 + noise_j eps, with the x0 that eps implies, clamped if clip_x0.
+    """
+    last = chain.n_steps - 1
+    steps = [round(last * (1.0 - k / max(n_steps - 1, 1))) for k in range(n_steps)]
+    for i, j in zip(steps, [*steps[1:], None], strict=True):
+        eps = eps_fn(x, i)
+        x0 = (x - chain.noise[i] * eps) / chain.signal[i]
+        if clip_x0:
+            x0 = x0.clamp(-1.0, 1.0)
+            eps = (x - chain.signal[i] * x0) / chain.noise[i]
+        x = x0 if j is None else chain.signal[j] * x0 + chain.noise[j] * eps
+        if clip_x:
+            x = x.clamp(-1.0, 1.0)
+    return x
+
+
 def sample_chain(
     eps_fn: Callable[[Tensor, int], Tensor],
     chain: Chain,

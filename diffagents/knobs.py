@@ -74,6 +74,29 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")
 
 
+SOLVERS = ("ddpm", "ddim")
+"""Samplers of a discrete chain: the chain itself, and its deterministic one, which may skip steps."""
+
+
+def check_solver(solver: Any, solver_steps: int | None, n_diffusion_steps: int) -> None:
+    """Raises ValueError where a chain of T steps cannot be sampled so."""
+    if solver not in SOLVERS:
+        raise ValueError(
+            f"solver={solver!r}; choose from {', '.join(map(repr, SOLVERS))}: the network knows the chain's "
+            f"{n_diffusion_steps} steps only, so a solver in continuous time (DPM-Solver, EDM) would ask what it never learnt"
+        )
+    if solver_steps is None:
+        return
+    whole_number("solver_steps", solver_steps, 1)
+    if solver_steps > n_diffusion_steps:
+        raise ValueError(f"solver_steps={solver_steps} is more than the chain's n_diffusion_steps={n_diffusion_steps}")
+    if solver == "ddpm" and solver_steps < n_diffusion_steps:
+        raise ValueError(
+            f'solver_steps={solver_steps} skips some of the chain\'s {n_diffusion_steps} steps, which solver="ddpm" cannot: '
+            'use solver="ddim"'
+        )
+
+
 def net_arch(
     policy_kwargs: dict[str, Any], default: dict[str, Sequence[int]], extra: dict[str, int] | None = None
 ) -> dict[str, Any]:

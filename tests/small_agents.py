@@ -22,7 +22,6 @@ _SMALL: dict[str, Any] = {
     "n_critics": 3,
     "n_support": 3,
     "n_support_states": 50,
-    "solver_steps": 6,
 }
 
 
@@ -38,6 +37,8 @@ def fields(name: str) -> dict[str, Any]:
 def small(name: str, **knobs: Any) -> Agent:
     cls, known = agent_class(name), fields(name)
     settings: dict[str, Any] = {knob: value for knob, value in _SMALL.items() if knob in known}
+    if name in ("QGPO", "SfBC"):
+        settings["solver_steps"] = 6
     settings |= {knob: 16 for knob in known if knob.endswith("batch_size")}
     settings |= {f"{stage}_steps": STEPS for stage in cls.STAGE_SHARES}
     kwargs: dict[str, Any] = {"net_arch": [16, 16]}

@@ -1,6 +1,7 @@
 """What must hold for every algorithm: files, resuming, acting, choices, bad knobs, the reading budget."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -188,6 +189,40 @@ def test_candidates_are_scored_by_the_lagged_critics(name: str, trained: dict[st
     candidates, score = offered[0], SCORES[name](scores[0])
     best = candidates[torch.arange(6), score.argmax(1)]
     np.testing.assert_allclose(agent.spec.scale_action(action), best.numpy(), atol=1e-6)
+
+
+CHAINS = ["DiffusionQL", "DiffCPS", "BDPO", "DiffusionBC", "IDQL"]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_samplers_at_predict_time(name: str, trained: dict[str, Agent]) -> None:
+    """The chain or DDIM, all steps or some; what the network never learnt is refused, and so is any where there is none."""
+    agent: Any = trained.setdefault(name, small(name).learn(DATA)).clone()
+    T = agent.config.n_diffusion_steps
+    for network in agent.networks().values():
+        if hasattr(network, "fixed_noise"):
+            network.fixed_noise.mul_(0.03)  # so that a network that has learnt nothing stays within the bounds
+    actions = [
+        agent.predict(OBS, deterministic=True, **choice)[0]
+        for choice in ({}, {"solver": "ddim"}, {"solver": "ddim", "solver_steps": 2}, {"solver": "ddim", "solver_steps": 1})
+    ]
+    assert all(not np.array_equal(one, other) for one, other in itertools.combinations(actions, 2))
+    np.testing.assert_array_equal(agent.predict(OBS, deterministic=True, solver_steps=T)[0], actions[0])
+    for choice, words in (
+        ({"solver_steps": 2}, 'use solver="ddim"'),
+        ({"solver": "ddim", "solver_steps": T + 1}, f"more than the chain's n_diffusion_steps={T}"),
+        ({"solver": "ddim", "solver_steps": 0}, "solver_steps"),
+        ({"solver": "dpm++"}, "continuous time"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            agent.predict(OBS, **choice)
+
+
+@pytest.mark.parametrize("name", ["SRPO", "TD3BC", "IQL", "AWR"])
+def test_no_sampler_to_choose(name: str, trained: dict[str, Agent]) -> None:
+    agent = trained.setdefault(name, small(name).learn(DATA))
+    with pytest.raises(TypeError, match="its policy leaves nothing to choose"):
+        agent.predict(OBS, solver_steps=3)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffagents.chain_policy import MLPDenoiser
-from diffagents.diffusion import Chain, reverse_mean, sample_chain, vp_chain
+from diffagents.diffusion import Chain, reverse_mean, sample_chain, sample_ddim, vp_chain
 from diffagents.networks import EnsembleMLP
 
 # The three samplers in use: standard deviation of a step, and what is clipped to [-1, 1].
@@ -111,6 +111,44 @@ def test_gaussian_data_come_back(std: str, clips: dict[str, bool]) -> None:
     mean = 0.3 * (1.0 - math.prod(slopes) * chain.signal[-1].item())
     assert sample.mean().item() == pytest.approx(mean, abs=5 * var**0.5 / (2 * n) ** 0.5)
     assert sample.std().item() == pytest.approx(var**0.5, abs=5 * var**0.5 / (4 * n) ** 0.5)
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 5])
+def test_ddim_asks_the_chain_s_own_steps_only_and_brings_one_point_back(n_steps: int) -> None:
+    """With data at one point the noise is known at every x: whatever steps are skipped, the sample is the point."""
+    chain, point, asked = vp_chain(5), torch.tensor([0.3, -0.8]), []
+
+    def eps(x: Tensor, i: int) -> Tensor:
+        asked.append(i)
+        return (x - chain.signal[i] * point) / chain.noise[i]
+
+    x = sample_ddim(eps, chain, torch.randn(20, 2, generator=torch.Generator().manual_seed(0)), n_steps)
+    torch.testing.assert_close(x, point.expand(20, 2), rtol=0, atol=1e-5)
+    assert asked == {1: [4], 2: [4, 0], 3: [4, 2, 0], 5: [4, 3, 2, 1, 0]}[n_steps]
+
+
+def test_ddim_brings_gaussian_data_back() -> None:
+    """N(0.2, 0.3^2) through 200 steps: the probability flow keeps the distribution, and the order of the samples."""
+    chain, mean, std = vp_chain(200), 0.2, 0.3
+
+    def eps(x: Tensor, i: int) -> Tensor:
+        total = (chain.signal[i] * std) ** 2 + chain.noise[i] ** 2
+        return chain.noise[i] * (x - chain.signal[i] * mean) / total
+
+    start = torch.linspace(-3, 3, 601)[:, None]
+    x = sample_ddim(eps, chain, start, 200, clip_x0=False)
+    torch.testing.assert_close(x, mean + std * start, rtol=0, atol=0.02)
+
+
+def test_ddim_clips_as_it_is_told() -> None:
+    chain = vp_chain(5)
+
+    def eps(x: Tensor, i: int) -> Tensor:
+        return (x - chain.signal[i] * 3.0) / chain.noise[i]  # data at 3, outside
+
+    x = torch.randn(10, 1, generator=torch.Generator().manual_seed(0))
+    assert (sample_ddim(eps, chain, x, 5) == 1.0).all() and (sample_ddim(eps, chain, x, 5, clip_x0=False) > 2.9).all()
+    assert (sample_ddim(eps, chain, x, 5, clip_x0=False, clip_x=True) <= 1.0).all()
 
 
 def test_what_is_clipped() -> None:

@@ -75,9 +75,8 @@ def test_which_network_acts_may_be_chosen_on_loading(tmp_path: pathlib.Path) -> 
     with torch.inference_mode():
         for one, net in ((agent, agent.policy_ema), (plain, agent.policy)):
             assert one.spec is not None
-            expected = net.candidates(torch.from_numpy(OBS), net.draw_candidates(1, 1, True, agent.generator)["noises"])[
-                :, 0
-            ].numpy()
+            noises = net.draw_candidates(1, 1, True, agent.generator)["noises"]
+            expected = net.candidates(torch.from_numpy(OBS), noises, one.config)[:, 0].numpy()
             np.testing.assert_array_equal(one.predict(OBS, deterministic=True)[0], one.spec.unscale_action(expected))
     assert not np.array_equal(plain.predict(OBS, deterministic=True)[0], agent.predict(OBS, deterministic=True)[0])
 
@@ -127,6 +126,7 @@ def test_every_option_changes_the_result() -> None:
         "batch_size": 17,
         "normalize_obs": True,
         "behavior_steps": 11,
+        "solver": "ddim",
     }
     results = {name: DiffusionBC(**{**base, name: value}).learn(line_data()).predict(OBS)[0] for name, value in other.items()}
     results["default"] = DiffusionBC(**base).learn(line_data()).predict(OBS)[0]
@@ -134,4 +134,4 @@ def test_every_option_changes_the_result() -> None:
         assert not np.array_equal(x, y), f"{a} and {b} give the same policy"
     same = DiffusionBC(**base, reward_transform="normalize").learn(line_data()).predict(OBS)[0]
     assert np.array_equal(same, results["default"])
-    assert {*other, "reward_transform"} == {f.name for f in DiffusionBC.Config.__dataclass_fields__.values()}
+    assert {*other, "reward_transform", "solver_steps"} == {f.name for f in DiffusionBC.Config.__dataclass_fields__.values()}

@@ -184,9 +184,8 @@ def scored(agent: IDQL, n: int = 16) -> tuple[Tensor, Tensor]:
     """The stored noise's candidates for OBS (6, n, 2), and min Qbar of each (6, n)."""
     with torch.no_grad():
         obs = torch.from_numpy(OBS)
-        actions = agent.behavior_ema.candidates(
-            obs, agent.behavior_ema.draw_candidates(1, n, True, agent.predict_generator)["noises"]
-        )
+        noises = agent.behavior_ema.draw_candidates(1, n, True, agent.predict_generator)["noises"]
+        actions = agent.behavior_ema.candidates(obs, noises, agent.config)
         q = [agent.critic.q_target(torch.cat([a, o.expand(n, -1)], -1)) for a, o in zip(actions, obs, strict=True)]
         return actions, torch.stack([torch.minimum(both[0], both[1]) for both in q])
 
@@ -324,6 +323,7 @@ def test_every_option_changes_the_result() -> None:
         "normalize_obs": True,
         "critic_steps": 13,
         "behavior_steps": 6,
+        "solver": "ddim",
     }
     obs, results = np.random.default_rng(3).normal(size=(100, 3)).astype(np.float32), {}
     for name, value in (*other.items(), ("select", "expectile"), ("select", "first"), ("seed", 0)):
@@ -333,4 +333,4 @@ def test_every_option_changes_the_result() -> None:
         results[name, value] = np.concatenate([agent.predict(obs)[0].ravel(), q])
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same agent"
-    assert set(other) == {f.name for f in IDQL.Config.__dataclass_fields__.values()}
+    assert {*other, "solver_steps"} == {f.name for f in IDQL.Config.__dataclass_fields__.values()}

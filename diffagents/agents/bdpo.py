@@ -37,7 +37,7 @@ from diffagents.agent import Agent
 from diffagents.chain_policy import ChainPolicy, PositionalDenoiser
 from diffagents.diffusion import reverse_mean
 from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, net_arch
+from diffagents.knobs import check_choice, check_number, check_solver, net_arch
 from diffagents.networks import EnsembleMLP, StepValue, mish, orthogonal_
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
@@ -72,12 +72,15 @@ class BDPOConfig:
     n_candidates: int = 10  # acting [D8]
     select: str = "argmax"  # "argmax", "softmax" or "first"
     temperature: float = 1.0  # of the softmax, in units of Q
+    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
+    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
     reward_transform: str = "auto"  # locomotion "iql_locomotion", AntMaze "antmaze100"; eta belongs to its scale
     normalize_obs: bool = False
     behavior_steps: int | None = None  # None: the `default:` block of zoo/bdpo.yml; paper 2M
     train_steps: int | None = None  # paper 2M
 
     def __post_init__(self) -> None:
+        check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
         check_number("eta", self.eta, "must be positive: large stays close to the data", lambda x: x > 0)
         check_number("rho", self.rho, "must not be negative", lambda x: x >= 0)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
@@ -99,7 +102,7 @@ class BDPO(Agent):
     POLICY_STAGE = "train"
     MODEL = ("policy_ema", "critic_target")
     LEARNER = ("policy", "behavior", "behavior_ema", "critic", "value", "value_target")
-    CHOICE = ("n_candidates", "select", "temperature")
+    CHOICE = ("n_candidates", "select", "temperature", "solver", "solver_steps")
     SIZES = ("n_critics", "n_diffusion_steps")
 
     def build(self) -> None:
@@ -287,7 +290,7 @@ class BDPO(Agent):
         deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
         """
         c = config
-        actions = self.policy_ema.candidates(obs, draws["noises"])  # (B, n, A)
+        actions = self.policy_ema.candidates(obs, draws["noises"], config)  # (B, n, A)
         if actions.shape[1] == 1:
             return actions[:, 0]
         q = self.critic_target.on_parts(obs[:, None], actions).mean(0)

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.chain_policy import ChainPolicy, MLPDenoiser
 from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, net_arch
+from diffagents.knobs import check_choice, check_number, check_solver, net_arch
 from diffagents.networks import EnsembleMLP, mish
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
@@ -66,11 +66,14 @@ class DiffCPSConfig:
     n_candidates: int = 50  # acting [D9]
     select: str = "softmax"  # "softmax", "argmax" or "first"
     temperature: float = 1.0  # of the softmax, in units of Q
+    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
+    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
     reward_transform: str = "none"  # "cql_antmaze" on AntMaze
     normalize_obs: bool = False
     train_steps: int | None = None  # None: the `default:` block of zoo/diffcps.yml; paper 2M (AntMaze 1M)
 
     def __post_init__(self) -> None:
+        check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
         check_number("target_kl", self.target_kl, "must be positive: the denoising loss to keep to", lambda x: x > 0)
         check_number("lambda_min", self.lambda_min, "must not be negative", lambda x: x >= 0)
         check_number("lambda_max", self.lambda_max, "must exceed lambda_min", lambda x: x > self.lambda_min)
@@ -103,7 +106,7 @@ class DiffCPS(Agent):
     MODEL = ("policy", "critic_target")
     LEARNER = ("policy_ema", "critic", "multiplier")
     SIZES = ("n_diffusion_steps",)
-    CHOICE = ("n_candidates", "select", "temperature")
+    CHOICE = ("n_candidates", "select", "temperature", "solver", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -212,7 +215,7 @@ class DiffCPS(Agent):
         deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
         """
         c = config
-        actions = self.policy.candidates(obs, draws["noises"])  # (B, n, A)
+        actions = self.policy.candidates(obs, draws["noises"], config)  # (B, n, A)
         if actions.shape[1] == 1:
             return actions[:, 0]
         q = self.critic_target.on_parts(obs[:, None], actions).amin(0)  # (B, n)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.chain_policy import ChainPolicy, MLPDenoiser
 from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, net_arch
+from diffagents.knobs import check_choice, check_solver, net_arch
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
 from diffagents.values import polyak_update_
@@ -35,11 +35,14 @@ class DiffusionBCConfig:
     ema_tau: float | None = None  # share of the network in its lagged copy, every step; None: the network itself acts [D2]
     learning_rate: float = 3e-4  # [D3]; 1e-3 on one AntMaze task, 3e-5 on adroit
     batch_size: int = 256
+    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
+    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
     reward_transform: str = "none"  # changes nothing here: cloning reads no rewards
     normalize_obs: bool = False
     behavior_steps: int | None = None  # None: the `default:` block of zoo/diffusion_bc.yml; paper 2M (AntMaze, adroit 1M)
 
     def __post_init__(self) -> None:
+        check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
         check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
 
 
@@ -54,6 +57,7 @@ class DiffusionBC(Agent):
     MODEL = ("policy", "policy_ema")  # which of them acts is a knob that `load` may change
     LEARNER = ()
     SIZES = ("n_diffusion_steps",)
+    CHOICE = ("solver", "solver_steps")
 
     def build(self) -> None:
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256, 256)})
@@ -90,4 +94,4 @@ class DiffusionBC(Agent):
     def act(self, obs: Tensor, draws: Draws, config: DiffusionBCConfig) -> Tensor:
         """(B, S) -> (B, A): one sample; deterministic: from the stored noise, the same for every observation."""
         policy = self.policy if config.ema_tau is None else self.policy_ema  # [D2]
-        return policy.candidates(obs, draws["noises"])[:, 0]
+        return policy.candidates(obs, draws["noises"], config)[:, 0]

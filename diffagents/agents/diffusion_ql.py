@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.chain_policy import ChainPolicy, MLPDenoiser
 from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, net_arch
+from diffagents.knobs import check_choice, check_number, check_solver, net_arch
 from diffagents.networks import EnsembleMLP, mish
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
@@ -57,11 +57,14 @@ class DiffusionQLConfig:
     n_candidates: int = 50  # acting [D7]
     select: str = "softmax"  # "softmax", "argmax" or "first"
     temperature: float = 1.0  # of the softmax, in units of Q
+    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
+    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
     reward_transform: str = "none"  # "cql_antmaze" on AntMaze, "normalize" on adroit
     normalize_obs: bool = False
     train_steps: int | None = None  # None: the `default:` block of zoo/diffusion_ql.yml; paper 2M (AntMaze, adroit 1M)
 
     def __post_init__(self) -> None:
+        check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
         check_number("eta", self.eta, "must not be negative: 0 clones the data, 1 is usual", lambda x: x >= 0)
         check_choice("select", self.select, SELECT)
         check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
@@ -78,7 +81,7 @@ class DiffusionQL(Agent):
     MODEL = ("policy", "critic_target")
     LEARNER = ("policy_ema", "critic")
     SIZES = ("n_diffusion_steps",)
-    CHOICE = ("n_candidates", "select", "temperature")
+    CHOICE = ("n_candidates", "select", "temperature", "solver", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -165,7 +168,7 @@ class DiffusionQL(Agent):
         deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
         """
         c = config
-        actions = self.policy.candidates(obs, draws["noises"])  # (B, n, A)
+        actions = self.policy.candidates(obs, draws["noises"], config)  # (B, n, A)
         if actions.shape[1] == 1:
             return actions[:, 0]
         q = self.critic_target.on_parts(obs[:, None], actions).amin(0)  # (B, n)

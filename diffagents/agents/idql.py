@@ -36,7 +36,7 @@ from diffagents.chain_policy import ChainPolicy, ResidualDenoiser
 from diffagents.diffusion import eps_loss
 from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.iql_critic import IQLCritic
-from diffagents.knobs import check_choice, check_number, net_arch
+from diffagents.knobs import check_choice, check_number, check_solver, net_arch
 from diffagents.networks import dropout_masks, xavier_
 from diffagents.normalize import REWARD_TRANSFORMS
 from diffagents.types import Batch, Metrics
@@ -61,12 +61,15 @@ class IDQLConfig:
     tau: float = 0.005  # share of the online critic in its lagged copy, every step
     learning_rate: float = 3e-4  # critic, and behaviour at first: its own falls to 0 on a cosine over the stage
     batch_size: int = 512  # both stages
+    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
+    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
     reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
     normalize_obs: bool = False
     critic_steps: int | None = None  # None: the `default:` block of zoo/idql.yml; paper 1.5M [D1]
     behavior_steps: int | None = None  # paper 3M
 
     def __post_init__(self) -> None:
+        check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
         check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
         check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
         check_number("weight_decay", self.weight_decay, "must not be negative", lambda x: x >= 0)
@@ -84,7 +87,7 @@ class IDQL(Agent):
     MODEL = ("behavior_ema", "critic")
     LEARNER = ("behavior",)
     SIZES = ("n_diffusion_steps",)
-    CHOICE = ("n_candidates", "select", "temperature", "sampling_temperature")
+    CHOICE = ("n_candidates", "select", "temperature", "sampling_temperature", "solver", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -152,7 +155,7 @@ class IDQL(Agent):
         deterministic: the samples of the stored noise, then argmax ("first" stays the first).
         """
         c, noise = config, draws.get("gumbel")
-        actions = self.behavior_ema.candidates(obs, draws["noises"], c.sampling_temperature)  # (B, n, A)
+        actions = self.behavior_ema.candidates(obs, draws["noises"], c, c.sampling_temperature)  # (B, n, A)
         if actions.shape[1] == 1:
             return actions[:, 0]
         q = self.critic.q_target.on_parts(actions, obs[:, None]).amin(0)  # (B, n)
