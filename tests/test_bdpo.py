@@ -249,6 +249,7 @@ def test_every_option_changes_the_result() -> None:
         "q_layer_norm": True,
         "n_candidates": 3,
         "select": "first",
+        "solver": "ddim",
         "reward_transform": "normalize",
         "normalize_obs": True,
         "behavior_steps": 7,
@@ -262,7 +263,7 @@ def test_every_option_changes_the_result() -> None:
     results["default"] = run(base)
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same"
-    assert {*other, "temperature"} == set(BDPO.Config.__dataclass_fields__)
+    assert {*other, "temperature", "solver_steps"} == set(BDPO.Config.__dataclass_fields__)
 
 
 def run(knobs: dict[str, Any]) -> np.ndarray:

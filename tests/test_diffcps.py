@@ -169,6 +169,7 @@ def test_every_option_changes_the_result() -> None:
         "max_q_backup": True,
         "n_candidates": 3,
         "select": "first",
+        "solver": "ddim",
         "temperature": 1e-4,
         "reward_transform": "normalize",
         "normalize_obs": True,
@@ -180,7 +181,7 @@ def test_every_option_changes_the_result() -> None:
     results["default"] = run(base)
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same"
-    assert set(other) | {"n_backup_samples", "lambda_min"} == set(DiffCPS.Config.__dataclass_fields__)
+    assert {*other, "n_backup_samples", "lambda_min", "solver_steps"} == set(DiffCPS.Config.__dataclass_fields__)
 
 
 def run(knobs: dict[str, Any]) -> np.ndarray:
