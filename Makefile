@@ -32,8 +32,8 @@ format: $(READY) ## let ruff mend and format what it can
 	$(PY) -m ruff check --quiet --fix .
 	$(PY) -m ruff format .
 
-bench: $(READY) ## seconds from a Minari set of a million steps to tensors
-	$(PY) zoo/benchmarks/data_loading.py
+bench: $(READY) ## how fast training and acting are, beside plain implementations (half an hour); ARGS="..." goes to the script
+	$(PY) zoo/benchmarks/speed.py $(ARGS)
 
 clean: ## remove what builds and tests leave (not .venv, not data)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
