@@ -10,6 +10,7 @@ test with recorded draws. What happens every d-th step only is a Part with a per
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -113,16 +114,18 @@ class Optimizer:
     ) -> None:
         self.parameters = list(parameters)
         self.learning_rate, self.cosine, self.max_grad_norm = learning_rate, cosine, max_grad_norm
-        device = self.parameters[0].device
+        self.weight_decay, device = weight_decay, self.parameters[0].device
         self.lr = torch.tensor(learning_rate, dtype=torch.float32, device=device)
-        settings: dict[str, Any] = {"lr": self.lr, "fused": True, "capturable": device.type == "cuda"}
-        self.inner: torch.optim.Optimizer
-        if weight_decay is None:
-            self.inner = torch.optim.Adam(self.parameters, **settings)
-        else:
-            self.inner = torch.optim.AdamW(self.parameters, weight_decay=weight_decay, **settings)
         self.n_steps = torch.zeros((), dtype=torch.float64, device=device)  # of the schedule
         self.horizon = 0
+
+    @cached_property
+    def inner(self) -> torch.optim.Optimizer:
+        """PyTorch's optimiser, made when first needed: what it imports takes a second, and acting needs none of it."""
+        settings: dict[str, Any] = {"lr": self.lr, "fused": True, "capturable": self.lr.device.type == "cuda"}
+        if self.weight_decay is None:
+            return torch.optim.Adam(self.parameters, **settings)
+        return torch.optim.AdamW(self.parameters, weight_decay=self.weight_decay, **settings)
 
     def start_schedule(self, horizon: int, step: int = 0) -> None:
         """Begin (or go on with, at `step`) a schedule that ends after `horizon` steps; 0 leaves the learning rate as it is."""
