@@ -292,9 +292,8 @@ class Agent(ABC):
         behaviour model.
         """
         config, tensors, state = checkpoint.pack(self, True)
-        other: Self = checkpoint.restore(
-            type(self), config, tensors, state, self.device, {"verbose": self.verbose, **knobs}, fresh
-        )
+        same = {"verbose": self.verbose, "compile": self.compile, "tf32": self.tf32}
+        other: Self = checkpoint.restore(type(self), config, tensors, state, self.device, {**same, **knobs}, fresh)
         other._env = self._env
         return other
 

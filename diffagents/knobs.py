@@ -45,6 +45,8 @@ def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
             knobs[name] = whole_number(name, value, 0)
         elif "float" in kinds:
             check_number(name, value, "", lambda x: True)
+        if "float" in kinds and isinstance(knobs[name], int):
+            knobs[name] = float(knobs[name])
     return kind(**knobs)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -53,32 +53,34 @@ def learn_many(
         training.check_arguments(agent, total_timesteps, stages, log_interval)
     data = load_dataset(dataset, env=first._env, obs_keys=first.obs_keys, verbose=first.verbose)
     plans: list[Plan] = []
-    for agent in members:
-        with training.nothing_if_refused(agent):
+    with ExitStack() as stack:
+        for agent in members:
+            stack.enter_context(training.nothing_if_refused(agent))
             adopted = training.adopt(agent, data)
             plan = training.make_plan(agent, total_timesteps, True, stages)
             assert plan is not None
             training.check_rewards(plan, adopted)
             plans.append(plan)
-    _check_alike(members)  # presets may have changed knobs
-    if any(plan.lengths != plans[0].lengths for plan in plans) or any(a.stage_steps != first.stage_steps for a in members):
-        raise ValueError("the agents have plans of different lengths: give total_timesteps, or equal *_steps")
-    for agent, plan in zip(members, plans, strict=True):
-        agent.plan, agent.num_timesteps, agent.history = plan, 0, []
+        _check_alike(members)  # presets may have changed knobs
+        if any(plan.lengths != plans[0].lengths for plan in plans) or any(a.stage_steps != first.stage_steps for a in members):
+            raise ValueError("the agents have plans of different lengths: give total_timesteps, or equal *_steps")
+        for agent, plan in zip(members, plans, strict=True):
+            agent.plan, agent.num_timesteps, agent.history = plan, 0, []
+        _check_draws(members)
     sampler = adopted.sampler(first.device, first.reward_transform, first.obs_normalizer)
     seconds = training.estimate(first, plans[0], sampler) if first.verbose or first.compile == "auto" else {}
     together = {name: value * len(members) for name, value in seconds.items()}
     training.choose_modes(first, plans[0], together)
+    for plan in plans[1:]:
+        plan.modes.update(plans[0].modes)
     if first.verbose:
         training.announce(first, plans[0], together)
         print(f"{len(members)} agents together", flush=True)
     failures: list[str] = []
-    with _stacked(members) as tensors, training.interrupt_between_updates() as interrupted, training.matmul_precision(first):
+    with stacked(members) as tensors, training.interrupt_between_updates() as interrupted, training.matmul_precision(first):
         for position, stage in enumerate(first.stages()):
             if stage.name in plans[0].lengths and not interrupted.is_set():
                 _run_stage(members, position, sampler, tensors, log_interval, failures, interrupted)
-    for plan in plans[1:]:
-        plan.modes.update(plans[0].modes)
     if failures:
         raise TrainingDiverged("; ".join(failures))
     if interrupted.is_set():
@@ -104,6 +106,22 @@ def _check_alike(agents: Sequence[Agent]) -> None:
                 raise ValueError(
                     f"the agents differ in {field.name}: {one!r} and {other!r}; only numbers that are no sizes may differ, "
                     "and seeds: train the rest in another call"
+                )
+
+
+def _check_draws(agents: Sequence[Agent]) -> None:
+    """A knob that is 0 in some (dropout, BDPO's gamma) may switch random numbers off, which others need."""
+    every = [agent.stages() for agent in agents]
+    for position, stage in enumerate(every[0]):
+        for j in range(len(stage.parts)):
+            drawn = []
+            for agent, stages in zip(agents, every, strict=True):
+                draws = stages[position].parts[j].draw(2, torch.Generator(agent.device).manual_seed(0))
+                drawn.append({name: tensor.shape for name, tensor in draws.items()})
+            if any(one != drawn[0] for one in drawn):
+                raise ValueError(
+                    f"in {stage.name} some of the agents draw other random numbers than the rest, because a knob of "
+                    "theirs is 0: train these in another call"
                 )
 
 
@@ -135,8 +153,7 @@ def _run_stage(
         watches[-1].limit_q(samplers[-1])
         agent._pristine = False
     mode = plans[0].modes[name]
-    gradients = [_many_gradients(members, part, tensors, mode != "eager") for part in stages[0].parts]
-    many = ManyRunner(stages, samplers, [agent.generator for agent in members], gradients)
+    many = make_many_runner(members, position, samplers, tensors, mode)
     runner = GraphRunner(many) if mode == "graph" else many
     interval = log_interval or max(1, min(1000, length // 20))
     lost: dict[int, dict[str, Any]] = {}  # diverged members, and the state that they go back to
@@ -148,6 +165,8 @@ def _run_stage(
             agent.stage_steps[name] += 1
             agent.num_timesteps += 1
             agent.n_updates += 1
+            if runner.failed:
+                agent.plan.modes[name] = "eager"
         stop = interrupted.is_set()
         if done % interval == 0 or done == length or stop:
             for k, (watch, means) in enumerate(zip(watches, many.each_means(), strict=True)):
@@ -210,23 +229,32 @@ class ManyRunner(Runner):
         return [{name: values[k] for name, values in means.items()} for k in range(len(self.generators))]
 
 
+def make_many_runner(
+    members: Sequence[Agent], position: int, samplers: Sequence[Sampler], tensors: NamedTensors, mode: str
+) -> ManyRunner:
+    """What runs the steps of all members' stage number `position`, inside `with stacked(members) as tensors`."""
+    stages = [agent.stages()[position] for agent in members]
+    gradients = [_many_gradients(members, part, tensors, mode != "eager") for part in stages[0].parts]
+    return ManyRunner(stages, samplers, [agent.generator for agent in members], gradients)
+
+
 def _stack(draws: Sequence[Draws]) -> Draws:
     return {name: torch.stack([one[name] for one in draws]) for name in draws[0]}
 
 
 @contextmanager
-def _stacked(agents: Sequence[Agent]) -> Iterator[NamedTensors]:
+def stacked(agents: Sequence[Agent]) -> Iterator[NamedTensors]:
     """All tensors of the members' networks as (N, ...), of which theirs are views meanwhile.
 
-    Buffers that are equal in all (schedules, normalisers) are left as they are.
+    What is the same in all and stays so is left as it is: the normaliser of the data, and schedules, which no file holds.
     """
     roofs = [Networks(agent.networks(), len) for agent in agents]
-    parameters = {name for name, _ in roofs[0].named_parameters()}
+    in_files = {name for name in roofs[0].state_dict() if not name.startswith("obs_normalizer.")}
     tensors: NamedTensors = {}
     moved: list[Tensor] = []
     for name, tensor in roofs[0].tensors().items():
         each = [dict([*roof.named_parameters(), *roof.named_buffers()])[name] for roof in roofs]
-        if name not in parameters and all(torch.equal(tensor, one) for one in each):
+        if name not in in_files:
             tensors[name] = tensor
             continue
         tensors[name] = torch.stack([one.detach() for one in each])

@@ -265,13 +265,14 @@ def estimate(agent: Any, plan: Plan, sampler: Sampler) -> dict[str, float]:
 
 
 def choose_modes(agent: Any, plan: Plan, seconds: dict[str, float]) -> None:
-    """How each stage of the plan that has not begun will run: as `compile` says; "auto" weighs what compiling takes.
+    """How each stage of the plan will run: as `compile` says; "auto" weighs what compiling takes.
 
-    A stage that has begun goes on as it began, so that a resumed run ends where the uninterrupted one would.
+    A stage that has begun goes on as it began, so that a resumed run ends where the uninterrupted one would; with "auto" one
+    that has not begun, too, keeps what was chosen for it.
     """
     cuda = agent.device.type == "cuda"
     for name in plan.lengths:
-        if name in plan.modes:
+        if name in plan.modes and (agent.compile == "auto" or plan.done.get(name, 0) > 0):
             continue
         mode = agent.compile
         if mode == "auto":

@@ -76,8 +76,8 @@ def snapshot(agent: Any) -> dict[str, Any]:
 def restore(agent: Any, snapshot: dict[str, Any]) -> None:
     """Put what `snapshot` gave back, in place."""
     checkpoint.load_training_tensors(agent, snapshot["tensors"])
-    agent.num_timesteps, agent.n_updates, agent.stage_steps = snapshot["counts"]
-    agent.plan.done = snapshot["done"]
+    agent.num_timesteps, agent.n_updates, stage_steps = snapshot["counts"]
+    agent.stage_steps, agent.plan.done = dict(stage_steps), dict(snapshot["done"])
     for name, step in snapshot["steps"].items():
         agent.optimizers[name].n_steps.copy_(step)
 

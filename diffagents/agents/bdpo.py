@@ -212,7 +212,7 @@ class BDPO(Agent):
     def q_target(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """y (B,), and the path's penalty (B, K): K whole paths of the lagged policy from each s'."""
         c, chain, n = self.config, self.policy.chain, len(batch.rew)
-        if c.gamma == 0:  # a bandit has no next state to walk to
+        if "path" not in draws:  # gamma = 0: a bandit has no next state to walk to
             return batch.rew, torch.zeros(n, c.n_samples, device=batch.rew.device)
         obs, path = batch.next_obs[:, None], draws["path"]  # (B, 1, S), (T + 1, B, K, A)
         x, penalty = path[0], torch.zeros(path.shape[1:3], device=path.device)

@@ -1,0 +1,354 @@
+"""learn_many: every member ends where its single run would, is an ordinary agent, and fails or stops for itself."""
+
+import itertools
+import pathlib
+import signal
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_agents import NAMES, STEPS, fields, small
+from toy import line_data
+
+import diffagents
+from diffagents import learn_many, many
+from diffagents.agent import Agent
+from diffagents.training import TrainingDiverged
+
+DATA = line_data()
+OBS = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
+pytestmark = pytest.mark.filterwarnings("ignore:action bounds")
+# Its gradient is a difference that is zero but for rounding (the same bias on all of a state's actions), and Adam makes
+# steps of full size of that.
+ROUNDING = {("QGPO", "energy.net.4.bias")}
+
+
+def varied(name: str, k: int) -> dict[str, Any]:
+    """Every knob that is a number and no size, another for each member k."""
+    knobs: dict[str, Any] = {}
+    for knob, value in fields(name).items():
+        if not isinstance(value, float):
+            continue
+        if knob == "expectile":
+            knobs[knob] = value + 0.08 * k
+        elif knob in ("gamma", "td_lambda"):
+            knobs[knob] = value - 0.04 * k
+        elif knob in ("tau", "ema_tau"):
+            knobs[knob] = 0.05 * (k + 1)
+        elif knob == "lambda_min":
+            knobs[knob] = 0.1 * k
+        else:
+            knobs[knob] = value * (1.0 + 0.3 * k)
+    return knobs
+
+
+def members(name: str, n: int = 3, vary: bool = False, **knobs: Any) -> list[Agent]:
+    return [small(name, seed=k, compile="eager", **{**(varied(name, k) if vary else {}), **knobs}) for k in range(n)]
+
+
+def same(a: Agent, b: Agent, rtol: float = 1e-5, leave_out: tuple[str, ...] = ()) -> None:
+    """Networks and history (but for some metrics), relative to each tensor's size; 0 is to the bit."""
+    for network, state in b.get_parameters().items():
+        for key, value in state.items():
+            name = f"{network}.{key}"
+            if (type(a).__name__, name) in ROUNDING:
+                continue
+            found = a.get_parameters()[network][key]
+            torch.testing.assert_close(
+                found, value, rtol=0, atol=rtol * float(value.abs().max()), msg=lambda text, name=name: f"{name}: {text}"
+            )
+    assert len(a.history) == len(b.history)
+    for ours, theirs in zip(a.history, b.history, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, number in theirs.items():
+            expected = pytest.approx(number, rel=1e-3, abs=1e-4) if rtol and isinstance(number, float) else number
+            assert key in leave_out or ours[key] == expected, (theirs["stage"], theirs["stage_step"], key)
+    counts = [(one.num_timesteps, one.n_updates, one.stage_steps, one.plan) for one in (a, b)]
+    assert counts[0] == counts[1]
+    for one, two in zip(a.optimizers.values(), b.optimizers.values(), strict=True):
+        torch.testing.assert_close(one.lr, two.lr, rtol=1e-6, atol=1e-9)
+        assert not one.cosine or torch.equal(one.n_steps, two.n_steps)
+    assert torch.equal(a.generator.get_state(), b.generator.get_state())
+
+
+@pytest.mark.parametrize(("name", "vary"), [(name, True) for name in NAMES] + [("SRPO", False), ("DiffusionQL", False)])
+def test_each_member_ends_as_its_single_run(name: str, vary: bool) -> None:
+    gamma = {"gamma": 0.99} if name == "BDPO" else {}  # has a test of its own
+    together = members(name, vary=vary, **gamma)
+    assert learn_many(together, DATA) == together
+    alone = [agent.learn(DATA) for agent in members(name, vary=vary, **gamma)]
+    for a, b in zip(together, alone, strict=True):
+        same(a, b, leave_out=("q",) if name == "SfBC" else ())  # has a test of its own
+    for a, b in itertools.pairwise(alone):
+        assert not torch.allclose(*(torch.cat([p.flatten() for p in weights(one)]) for one in (a, b))), "all the same"
+
+
+def test_sfbc_metric_q_is_each_members_own() -> None:
+    together, alone = learn_many(members("SfBC", vary=True), DATA), members("SfBC", vary=True)
+    for a, b in zip(together, alone, strict=True):
+        same(a, b.learn(DATA))
+
+
+def test_bdpo_with_several_gammas() -> None:
+    together, alone = ([small("BDPO", gamma=g) for g in (0.99, 0.9)] for _ in range(2))
+    learn_many(together, DATA)
+    for a, b in zip(together, alone, strict=True):
+        same(a, b.learn(DATA))
+
+
+def weights(agent: Agent) -> list[torch.Tensor]:
+    return [p.detach() for network in agent.networks().values() for p in network.parameters()]
+
+
+@pytest.mark.parametrize("name", ["SRPO", "DiffCPS", "SfBC"])
+def test_members_are_ordinary_agents_afterwards(name: str, tmp_path: pathlib.Path) -> None:
+    """Tensors of their own, files, and learning alone."""
+    together = learn_many(members(name, 2), DATA)
+    owned = [storages(agent) for agent in together]
+    assert not owned[0] & owned[1] and all(len(own) > 5 for own in owned)
+    for agent in together:
+        for tensor in agent.networks()[agent.MODEL[0]].state_dict().values():
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), "a view of all members"
+    before = [tensor.clone() for tensor in weights(together[1])]
+    with torch.no_grad():
+        for tensor in weights(together[0]):
+            tensor.add_(1.0)
+    assert all(map(torch.equal, before, weights(together[1])))
+    agent = together[1]
+    loaded = diffagents.load(agent.save(tmp_path / "a"), verbose=0, compile="eager")
+    for deterministic in (True, False):
+        acts = [one.predict(OBS, deterministic=deterministic)[0] for one in (agent, loaded)]
+        assert np.array_equal(*acts)
+    for one in (agent, loaded):
+        one.learn(DATA, total_timesteps=9, reset_num_timesteps=False)
+    same(agent, loaded, rtol=0)
+
+
+def storages(agent: Agent) -> set[int]:
+    """Where the tensors are that are the agent's state: networks, moments, learning rates."""
+    found = {tensor.untyped_storage().data_ptr() for n in agent.networks().values() for tensor in n.state_dict().values()}
+    for optimizer in agent.optimizers.values():
+        states = optimizer.inner.state.values()
+        found |= {value.untyped_storage().data_ptr() for state in states for value in state.values()}
+        found |= {optimizer.lr.untyped_storage().data_ptr(), optimizer.n_steps.untyped_storage().data_ptr()}
+    return found
+
+
+def test_going_on_alone_is_going_on_as_the_single_run() -> None:
+    together, alone = learn_many(members("IQL", 2), DATA), [agent.learn(DATA) for agent in members("IQL", 2)]
+    for a, b in zip(together, alone, strict=True):
+        a.learn(DATA)
+        b.learn(DATA)
+        same(a, b)
+
+
+def test_some_stages_and_again() -> None:
+    """Stages one after the other in calls of their own, on members that are equally far; total_timesteps; log_interval."""
+    together, alone = members("SRPO", 2), members("SRPO", 2)
+    for stages in (("critic", "behavior"), ("policy",)):
+        learn_many(together, DATA, 7 * len(stages), 3, stages=stages)
+        for a, b in zip(together, alone, strict=True):
+            same(a, b.learn(DATA, 7 * len(stages), log_interval=3, stages=stages))
+    assert [row["stage_step"] for row in together[0].history] == [3, 6, 7]
+
+
+def test_every_member_has_its_schedule() -> None:
+    together = learn_many(members("SRPO", vary=True), DATA, stages=("critic", "behavior", "policy"))
+    share = 0.5 * (1 + np.cos(np.pi * (STEPS - 1) / STEPS))
+    for k, agent in enumerate(together):
+        policy = agent.optimizers["policy"]
+        assert float(policy.lr) == pytest.approx(3e-4 * (1.0 + 0.3 * k) * share, rel=1e-5) and float(policy.n_steps) == STEPS
+        policy.step([torch.zeros_like(p) for p in policy.parameters])
+        assert float(policy.lr) == 0.0
+        assert float(agent.optimizers["critic"].lr) == pytest.approx(3e-4 * (1.0 + 0.3 * k))
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: [], "learn_many needs at least one agent"),
+        (lambda: [small("IQL"), small("AWR")], "trains agents of one class, not IQL and AWR"),
+        (lambda: [small("IQL")] * 2, "the same agent is in the list twice: make one for each seed or setting"),
+        (lambda: [small("IQL"), small("IQL", batch_size=8)], "the agents differ in batch_size: 16 and 8"),
+        (lambda: [small("IQL"), small("IQL", reward_transform="none")], "the agents differ in reward_transform: 'auto' and 'n"),
+        (lambda: [small("IQL"), small("IQL", deterministic_policy=True)], "differ in deterministic_policy: False and True"),
+        (lambda: [small("DiffusionQL"), small("DiffusionQL", max_grad_norm=None)], "differ in max_grad_norm: 5.0 and None"),
+        (lambda: [small("IQL"), small("IQL", policy_kwargs={"net_arch": [8]})], "differ in policy_kwargs: .*16, 16.* and .*8"),
+        (lambda: [small("IQL"), small("IQL", preset="auto")], "the agents differ in preset: None and 'auto'"),
+        (lambda: [small("IQL"), small("IQL", train_steps=5)], "the agents differ in train_steps: 12 and 5"),
+        pytest.param(
+            lambda: [small("IQL", dropout=0.1), small("IQL", dropout=0.0)],
+            "the agents differ in dropout",
+        ),
+        pytest.param(
+            lambda: [small("IQL", dropout=0.0), small("IQL", dropout=0.1)],
+            "the agents differ in dropout",
+        ),
+        pytest.param(
+            lambda: [small("BDPO", gamma=0.9), small("BDPO", gamma=0.0)],
+            "the agents differ in gamma",
+        ),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_refused_before_any_work(make: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("work had begun")
+
+    monkeypatch.setattr(many, "load_dataset", load)
+    with pytest.raises(ValueError, match=says) as caught:
+        learn_many(make(), DATA)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("far", [0, 1], ids=["the first", "the second"])
+def test_agents_that_are_not_equally_far_are_refused(far: int) -> None:
+    """And left as they were: a dataset that was refused leaves no transform behind."""
+    agents = members("IQL", 2)
+    agents[far].learn(DATA)
+    history, plan = agents[far].history, agents[far].plan
+    with pytest.raises(ValueError, match="plans of different lengths"):
+        learn_many(agents, DATA)
+    assert agents[far].history == history and agents[far].plan is plan
+    other = agents[1 - far]
+    assert other.spec is None and other.reward_transform is None and other.plan is None
+
+
+def test_a_bad_argument_is_refused() -> None:
+    with pytest.raises(ValueError, match="give a tuple of some of"):
+        learn_many(members("IQL", 2), DATA, stages=("nothing",))
+    with pytest.raises(ValueError, match="total_timesteps"):
+        learn_many(members("IQL", 2), DATA, -1)
+
+
+def test_whole_numbers_for_a_knob_that_is_a_number() -> None:
+    """beta=1 is 1.0."""
+    agents = [small("IQL", beta=1), small("IQL", beta=0.5)]
+    same(learn_many(agents, DATA)[0], small("IQL", beta=1.0).learn(DATA))
+
+
+# ---- diverging and stopping ----------------------------------------------------------------------------------------
+def test_a_member_that_diverges_falls_back_alone() -> None:
+    """A NaN in one: named at the end, its last good state kept; the others never notice, and it can go on."""
+    together = members("TD3BC")
+    sick, steps, follow = together[1], itertools.count(1), together[1].follow_both  # type: ignore[attr-defined]
+
+    def poison() -> None:
+        follow()
+        if next(steps) == 3:  # the third policy step is the sixth in all
+            sick.critic.biases[0].data.fill_(float("nan"))  # type: ignore[attr-defined]
+
+    sick.follow_both = poison  # type: ignore[attr-defined]
+    with pytest.raises(TrainingDiverged, match=r"^member 1: train diverged between its steps 5 and 6 .* try a lower") as caught:
+        learn_many(together, DATA)
+    assert "member 0" not in str(caught.value) and "\n" not in str(caught.value)
+    for k in (0, 2):
+        same(together[k], members("TD3BC")[k].learn(DATA))
+    assert all(tensor.isfinite().all() for tensor in weights(sick))
+    assert len(sick.history) == 5 and sick.num_timesteps == 5
+
+
+def test_a_member_that_diverged_goes_on_from_its_last_good_state() -> None:
+    """Where what broke it is gone, by its own `learn`, as its single run would."""
+    together = members("TD3BC")
+    sick, steps, follow = together[1], itertools.count(1), together[1].follow_both  # type: ignore[attr-defined]
+
+    def poison() -> None:
+        follow()
+        if next(steps) == 3:
+            sick.critic.biases[0].data.fill_(float("nan"))  # type: ignore[attr-defined]
+
+    sick.follow_both = poison  # type: ignore[attr-defined]
+    with pytest.raises(TrainingDiverged):
+        learn_many(together, DATA)
+    del sick.follow_both  # type: ignore[attr-defined]
+    assert sick.plan is not None and sick.plan.done == {"train": 5} and sick.stage_steps == {"train": 5}
+    same(sick.learn(DATA, reset_num_timesteps=False), members("TD3BC")[1].learn(DATA))
+
+
+def test_a_learning_rate_that_is_far_too_large() -> None:
+    """Every stage of it; the state is finite, and the message names the member and where."""
+    settings = [{}, {"learning_rate": 1e6}, {"learning_rate": 1e-3}]
+    together = [small("SRPO", seed=k, **given) for k, given in enumerate(settings)]
+    with pytest.raises(TrainingDiverged, match=r"^member 1: critic diverged") as caught:
+        learn_many(together, DATA)
+    assert "member 0" not in str(caught.value) and "member 2" not in str(caught.value)
+    assert all(tensor.isfinite().all() for tensor in weights(together[1]))
+    for k in (0, 2):
+        same(together[k], small("SRPO", seed=k, **settings[k]).learn(DATA))
+    with pytest.raises(TrainingDiverged, match="critic diverged"):
+        small("SRPO", seed=1, learning_rate=1e6).learn(DATA)
+
+
+@pytest.mark.parametrize(("name", "method", "at"), [("SRPO", "follow_critic", 5), ("BDPO", "follow_policy", 2)])
+def test_ctrl_c_leaves_members_that_finish(name: str, method: str, at: int, tmp_path: pathlib.Path) -> None:
+    """After the running update of all; each goes on by its own `learn`, from a file too."""
+    together = members(name, 2)
+    calls, follow = itertools.count(1), getattr(together[0], method)
+
+    def press() -> None:
+        follow()
+        if next(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+
+    setattr(together[0], method, press)
+    with pytest.raises(KeyboardInterrupt):
+        learn_many(together, DATA)
+    delattr(together[0], method)
+    done = [agent.num_timesteps for agent in together]
+    assert done[0] == done[1] and 0 < done[0] < STEPS * len(together[0].STAGE_SHARES)
+    loaded = diffagents.load(together[1].save(tmp_path / "a"), verbose=0)
+    for run, alone in zip((together[0], loaded), members(name, 2), strict=True):
+        same(run.learn(DATA, reset_num_timesteps=False), alone.learn(DATA))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---- compiled ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["SRPO", "TD3BC", "AWR", "DiffCPS"])
+def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The traced program of all members; what generates its code has tests in test_compiling.py."""
+    import torch._inductor
+
+    graphs: list[Any] = []
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
+    short = {"n_diffusion_steps": 2} if name == "DiffCPS" else {}
+    together, alone = members(name, 2, True, **short), members(name, 2, True, **short)
+    together[0].compile = "compiled"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="compiling failed")
+        learn_many(together, DATA)
+    assert graphs and all(agent.plan is not None and set(agent.plan.modes.values()) == {"compiled"} for agent in together)
+    for a, b in zip(together, alone, strict=True):
+        b.learn(DATA)
+        b.plan.modes = a.plan.modes  # type: ignore[union-attr]
+        same(a, b)
+
+
+def test_without_a_compiler_the_plans_say_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = without_a_compiler(monkeypatch)
+    assert [agent.plan.modes for agent in together] == [{"train": "eager"}] * 2  # type: ignore[union-attr]
+
+
+def test_without_a_compiler_results_are_those_of_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    for a, b in zip(without_a_compiler(monkeypatch), learn_many(members("TD3BC", 2), DATA), strict=True):
+        a.plan.modes = b.plan.modes  # type: ignore[union-attr]
+        same(a, b, rtol=0)
+
+
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> list[Agent]:
+    """Two that were to be compiled; one warning a part."""
+    import torch._inductor
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch._inductor, "compile", fail)
+    together = members("TD3BC", 2)
+    together[0].compile = "compiled"
+    with pytest.warns(UserWarning, match="compiling failed") as caught:
+        learn_many(together, DATA)
+    assert len([one for one in caught if "compiling failed" in str(one.message)]) == 2
+    return together
