@@ -179,18 +179,9 @@ def test_every_member_has_its_schedule() -> None:
         (lambda: [small("IQL"), small("IQL", policy_kwargs={"net_arch": [8]})], "differ in policy_kwargs: .*16, 16.* and .*8"),
         (lambda: [small("IQL"), small("IQL", preset="auto")], "the agents differ in preset: None and 'auto'"),
         (lambda: [small("IQL"), small("IQL", train_steps=5)], "the agents differ in train_steps: 12 and 5"),
-        pytest.param(
-            lambda: [small("IQL", dropout=0.1), small("IQL", dropout=0.0)],
-            "the agents differ in dropout",
-        ),
-        pytest.param(
-            lambda: [small("IQL", dropout=0.0), small("IQL", dropout=0.1)],
-            "the agents differ in dropout",
-        ),
-        pytest.param(
-            lambda: [small("BDPO", gamma=0.9), small("BDPO", gamma=0.0)],
-            "the agents differ in gamma",
-        ),
+        (lambda: [small("IQL", dropout=0.1), small("IQL", dropout=0.0)], "the agents differ in dropout: 0.1 and 0.0"),
+        (lambda: [small("IQL", dropout=0.0), small("IQL", dropout=0.1)], "the agents differ in dropout: 0.0 and 0.1"),
+        (lambda: [small("BDPO", gamma=0.9), small("BDPO", gamma=0.0)], "the agents differ in gamma"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
