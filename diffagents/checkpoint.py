@@ -197,7 +197,7 @@ def _load_named(agent: Any, tensors: Tensors, names: Sequence[str], fresh: Seque
 def _optimizer_side(agent: Any) -> Tensors:
     tensors: Tensors = {}
     for name, optimizer in agent.optimizers.items():
-        tensors |= optimizer_tensors(optimizer.inner, f"optimizer.{name}")
+        tensors |= optimizer_tensors(optimizer, f"optimizer.{name}")
     for name in GENERATORS:
         tensors[f"{name}.state"] = getattr(agent, name).get_state()
     return tensors
@@ -206,7 +206,7 @@ def _optimizer_side(agent: Any) -> Tensors:
 def _load_optimizer_side(agent: Any, tensors: Tensors, fresh: Sequence[str], generators: bool = True) -> None:
     for name, optimizer in agent.optimizers.items():
         if name not in fresh:
-            load_optimizer(optimizer.inner, tensors, f"optimizer.{name}")
+            load_optimizer(optimizer, tensors, f"optimizer.{name}")
     for name in GENERATORS if generators else ():
         state = tensors.get(f"{name}.state")
         if state is not None and len(state) == len(getattr(agent, name).get_state()):  # another device's state does not fit
@@ -237,7 +237,7 @@ def _check_like(given: Tensor, own: Tensor, name: str) -> None:
         raise ArtifactError(f"{short(name)} is {found} in the artifact, {wanted} here: another network or space")
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Any, prefix: str) -> dict[str, Tensor]:
     """The state of an Adam or AdamW as `<prefix>.<i>.<key>`, i in parameter order; empty where it has not stepped.
 
     The tensors are the optimiser's own, not copies. Learning rates and other settings are the agent's to set.
@@ -246,7 +246,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
     return {f"{prefix}.{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
+def load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str) -> None:
     """Put what `optimizer_tensors` gave back into an optimiser over the same parameters; in place where it has stepped.
 
     Raises ArtifactError, before anything is changed, where names, shapes or dtypes do not fit the parameters.

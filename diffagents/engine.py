@@ -10,7 +10,6 @@ test with recorded draws. What happens every d-th step only is a Part with a per
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -99,8 +98,7 @@ class Optimizer:
     """Adam or AdamW over named parameters, with a constant or cosine learning rate counted in its own steps.
 
     weight_decay: None is Adam, a number AdamW. max_grad_norm: clip the norm of all gradients together.
-    The learning rate is a tensor on the device, so that changing it never rebuilds a captured step; `capturable` only on
-    CUDA (it asserts on CPU), fused everywhere.
+    beta1 = 0.9, beta2 = 0.999, eps = 1e-8. All that changes is tensors on the device, so that a graph can hold a step.
     """
 
     def __init__(
@@ -118,14 +116,8 @@ class Optimizer:
         self.lr = torch.tensor(learning_rate, dtype=torch.float32, device=device)
         self.n_steps = torch.zeros((), dtype=torch.float64, device=device)  # of the schedule
         self.horizon = 0
-
-    @cached_property
-    def inner(self) -> torch.optim.Optimizer:
-        """PyTorch's optimiser, made when first needed: what it imports takes a second, and acting needs none of it."""
-        settings: dict[str, Any] = {"lr": self.lr, "fused": True, "capturable": self.lr.device.type == "cuda"}
-        if self.weight_decay is None:
-            return torch.optim.Adam(self.parameters, **settings)
-        return torch.optim.AdamW(self.parameters, weight_decay=self.weight_decay, **settings)
+        self.state: dict[Tensor, dict[str, Tensor]] = {}  # step, exp_avg and exp_avg_sq by parameter, as torch.optim keeps them
+        self.param_groups = [{"params": self.parameters, "fused": True, "capturable": device.type == "cuda"}]
 
     def start_schedule(self, horizon: int, step: int = 0) -> None:
         """Begin (or go on with, at `step`) a schedule that ends after `horizon` steps; 0 leaves the learning rate as it is."""
@@ -145,24 +137,26 @@ class Optimizer:
             parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        if len(self.inner.state) < len(self.parameters):
-            self.inner.step()
-        else:
-            self._fused_step([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        self._adam([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
-    def _fused_step(self, gradients: list[Tensor]) -> None:
-        """What `inner.step()` does, without its bookkeeping, which takes longer than the arithmetic of small networks."""
-        states = [self.inner.state[parameter] for parameter in self.parameters]
+    def _adam(self, gradients: list[Tensor]) -> None:
+        """torch.optim's fused kernel, without torch.optim, whose bookkeeping takes longer than this arithmetic (and its import
+        a second, which loading an agent to act would wait for)."""
+        for parameter in self.parameters:
+            if parameter not in self.state:
+                moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+        states = [self.state[parameter] for parameter in self.parameters]
         steps = [state["step"] for state in states]
-        if steps[0]._base is None or steps[0]._base is not steps[-1]._base:  # after the first step, or another's state
+        if steps[0]._base is None or steps[0]._base is not steps[-1]._base:  # counted together from now on
             together = torch.stack(steps)
             steps = list(together.unbind())
             for state, step in zip(states, steps, strict=True):
                 state["step"] = step
+        assert steps[0]._base is not None
         steps[0]._base.add_(1.0)
-        group = self.inner.param_groups[0]
-        adam = torch._fused_adamw_ if isinstance(self.inner, torch.optim.AdamW) else torch._fused_adam_
-        adam(
+        kernel = torch._fused_adam_ if self.weight_decay is None else torch._fused_adamw_
+        kernel(
             self.parameters,
             gradients,
             [state["exp_avg"] for state in states],
@@ -170,10 +164,10 @@ class Optimizer:
             [],
             steps,
             lr=self.lr,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=self.weight_decay or 0.0,
+            eps=1e-8,
             amsgrad=False,
             maximize=False,
         )

@@ -35,9 +35,12 @@ class NumpyPolicy:
 
     def __init__(self, normalizer: ObsNormalizer, policy: TanhPolicy, spec: Spec) -> None:
         self._shape = spec.observation_space.shape if spec.obs_keys is None else None
-        self._linears = [layer for layer in policy.net if isinstance(layer, nn.Linear)]
-        self._policy, self._pointers = policy, _pointers(self._linears, normalizer)
-        arrays = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in self._linears]
+        linears = [layer for layer in policy.net if isinstance(layer, nn.Linear)]
+        self._policy, self._normalizer = policy, normalizer
+        places: list[tuple[dict[str, Any], str]] = [(layer._parameters, n) for layer in linears for n in ("weight", "bias")]
+        places += [(normalizer._buffers, n) for n in ("mean", "std")]
+        self._watched = [(place, name, place[name], place[name].data_ptr()) for place, name in places]
+        arrays = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linears]
         self._hidden, (self._last, self._last_bias) = arrays[:-1], arrays[-1]
         self._mean, self._std = normalizer.mean.numpy(), normalizer.std.numpy()
         space = spec.action_space
@@ -47,14 +50,16 @@ class NumpyPolicy:
 
     def current(self, policy: TanhPolicy, normalizer: ObsNormalizer) -> bool:
         """Whether these are the modules that it was made of, their numbers where they were."""
-        return policy is self._policy and self._pointers == _pointers(self._linears, normalizer)
+        if policy is not self._policy or normalizer is not self._normalizer:
+            return False
+        return all([place[name] is tensor and tensor.data_ptr() == at for place, name, tensor, at in self._watched])
 
     def __call__(self, obs: np.ndarray) -> np.ndarray | None:
         """The action, in the environment's units; None where this is not one observation, or one to be looked at (NaN)."""
         if obs.shape != self._shape or obs.dtype.kind != "f":
             return None
         h = (obs.reshape(-1) - self._mean) / self._std
-        if not (h.max() < 1e18 and h.min() > -1e18):
+        if not (np.maximum.reduce(h) < 1e18 and np.minimum.reduce(h) > -1e18):
             return None
         for weight, bias in self._hidden:
             h = weight.dot(h)
@@ -66,8 +71,3 @@ class NumpyPolicy:
         h += 1.0
         action = self._low + h * self._half
         return np.minimum(np.maximum(action, self._low), self._high).reshape(self._action_shape).astype(self._dtype, copy=False)
-
-
-def _pointers(linears: list[nn.Linear], normalizer: ObsNormalizer) -> list[int]:
-    tensors = [tensor for layer in linears for tensor in (layer.weight, layer.bias)]
-    return [tensor.data_ptr() for tensor in (*tensors, normalizer.mean, normalizer.std)]

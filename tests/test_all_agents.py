@@ -34,7 +34,7 @@ def same_networks(a: Agent, b: Agent) -> None:
 
 def same_optimizers(a: Agent, b: Agent) -> None:
     for name, optimizer in a.optimizers.items():
-        ours, theirs = optimizer.inner.state_dict()["state"], b.optimizers[name].inner.state_dict()["state"]
+        ours, theirs = (dict(enumerate(one.state.values())) for one in (optimizer, b.optimizers[name]))
         assert ours.keys() == theirs.keys() and len(ours) > 0, name
         for i, state in ours.items():
             for key, value in state.items():
@@ -307,7 +307,7 @@ def test_clone_with_fresh_networks_begins_their_stage_anew(name: str, trained: d
     network = next(key for key, optimizer in agent.optimizers.items() if optimizer is fresh)
     other = agent.clone(fresh=(network,))
     assert other.stage_steps[agent.stages()[-1].name] == 0 and other.plan is None
-    assert not other.optimizers[network].inner.state and other.num_timesteps == agent.num_timesteps
+    assert not other.optimizers[network].state and other.num_timesteps == agent.num_timesteps
     other.learn(DATA, stages=tuple(stage for stage, steps in other.stage_steps.items() if steps == 0))
 
 

@@ -54,7 +54,7 @@ def test_lambda_never_leaves_its_bounds_and_comes_back_at_once(target_kl: float,
     agent, values, _ = lambdas(8, target_kl=target_kl, **bounds)
     assert all(0.3 <= value <= 0.4000001 for value in values)
     assert values[-1] == pytest.approx(stop)
-    agent.optimizers["multiplier"].inner.state.clear()  # Adam's momentum would carry it on for a while
+    agent.optimizers["multiplier"].state.clear()  # Adam's momentum would carry it on for a while
     agent.optimizers["multiplier"].step([torch.tensor(1.0 if target_kl < 1 else -1.0)])
     assert 0.3 < agent.multiplier.value.item() < 0.4
 
@@ -78,7 +78,7 @@ def test_policy_and_multiplier_move_every_third_step_only() -> None:
     agent.learn(DATA, callback=watch)
     for part, expected in ((0, [3, 6]), (1, [3, 6]), (2, [1, 2, 3, 4, 5, 6])):
         assert [i for i in range(1, 7) if not torch.equal(seen[i][part], seen[i - 1][part])] == expected
-    steps = {name: next(iter(opt.inner.state.values()))["step"].item() for name, opt in agent.optimizers.items()}
+    steps = {name: next(iter(opt.state.values()))["step"].item() for name, opt in agent.optimizers.items()}
     assert steps == {"policy": 3, "multiplier": 3, "critic": 7}
 
 

@@ -62,27 +62,31 @@ def test_a_step_is_pytorchs(kind: str) -> None:
     # another kernel rounds otherwise: float32 has 1.2e-7 of a number of size 1
     close(own, twins, 5e-7)
     for a, b in zip(own, twins, strict=True):
-        mine, its = ours.inner.state[a], theirs.state[b]
+        mine, its = ours.state[a], theirs.state[b]
         assert float(mine["step"]) == float(its["step"]) == N_STEPS
         torch.testing.assert_close(mine["exp_avg"], its["exp_avg"], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(mine["exp_avg_sq"], its["exp_avg_sq"], rtol=1e-6, atol=1e-6)
 
 
-@settings
-def test_the_direct_call_of_the_kernel_is_the_optimizers_own_step(kind: str) -> None:
-    """`inner.step()` with the same kernel, whose bookkeeping is left out: equal to 1e-7, moments to the bit."""
-    given = SETTINGS[kind]
-    ours, usual = (Optimizer(parameters(), 3e-2, **given) for _ in range(2))
-    for optimizer in (ours, usual):
-        optimizer.start_schedule(N_STEPS)
-    usual._fused_step = lambda given: usual.inner.step()  # type: ignore[method-assign, assignment]
+@pytest.mark.parametrize("decay", [None, 0.1])
+def test_the_direct_call_of_the_kernel_is_the_fused_optimizers_step(decay: float | None) -> None:
+    """torch.optim with the same kernel: equal to the bit, moments and counts too."""
+    ours, twins = Optimizer(parameters(), 3e-2, weight_decay=decay), parameters()
+    lr = torch.tensor(3e-2)
+    theirs: Any = (
+        torch.optim.Adam(twins, lr, fused=True)
+        if decay is None
+        else torch.optim.AdamW(twins, lr, weight_decay=decay, fused=True)
+    )
     for some in gradients():
         ours.step([one.clone() for one in some])
-        usual.step([one.clone() for one in some])
-    close(ours.parameters, usual.parameters, 1e-7)
-    for a, b in zip(ours.parameters, usual.parameters, strict=True):
-        for key, value in usual.inner.state[b].items():
-            assert torch.equal(ours.inner.state[a][key], value), key
+        for parameter, one in zip(twins, some, strict=True):
+            parameter.grad = one.clone()
+        theirs.step()
+    close(ours.parameters, twins, 0.0)
+    for a, b in zip(ours.parameters, twins, strict=True):
+        for key, value in theirs.state[b].items():
+            assert torch.equal(ours.state[a][key], value), key
 
 
 @settings
@@ -94,7 +98,7 @@ def test_saved_and_loaded_in_the_middle_it_goes_on_to_the_bit(kind: str, fresh: 
     steps = gradients()
     for some in steps[:7]:
         whole.step([one.clone() for one in some])
-    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(whole.inner, "o").items()}
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(whole, "o").items()}
     weights = [p.detach().clone() for p in whole.parameters]
     other = Optimizer(copy.deepcopy(whole.parameters), 3e-2, **SETTINGS[kind])
     if not fresh:
@@ -103,14 +107,14 @@ def test_saved_and_loaded_in_the_middle_it_goes_on_to_the_bit(kind: str, fresh: 
         with torch.no_grad():
             for parameter, weight in zip(other.parameters, weights, strict=True):
                 parameter.copy_(weight)
-    load_optimizer(other.inner, saved, "o")
+    load_optimizer(other, saved, "o")
     other.start_schedule(N_STEPS, 7)
     for some in steps[7:]:
         whole.step([one.clone() for one in some])
         other.step([one.clone() for one in some])
     close(whole.parameters, other.parameters, 0.0)
-    for name, tensor in optimizer_tensors(whole.inner, "o").items():
-        assert torch.equal(optimizer_tensors(other.inner, "o")[name], tensor), name
+    for name, tensor in optimizer_tensors(whole, "o").items():
+        assert torch.equal(optimizer_tensors(other, "o")[name], tensor), name
     assert torch.equal(whole.lr, other.lr)
 
 

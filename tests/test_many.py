@@ -130,7 +130,7 @@ def storages(agent: Agent) -> set[int]:
     """Where the tensors are that are the agent's state: networks, moments, learning rates."""
     found = {tensor.untyped_storage().data_ptr() for n in agent.networks().values() for tensor in n.state_dict().values()}
     for optimizer in agent.optimizers.values():
-        states = optimizer.inner.state.values()
+        states = optimizer.state.values()
         found |= {value.untyped_storage().data_ptr() for state in states for value in state.values()}
         found |= {optimizer.lr.untyped_storage().data_ptr(), optimizer.n_steps.untyped_storage().data_ptr()}
     return found

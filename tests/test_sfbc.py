@@ -133,13 +133,13 @@ def test_a_round_begins_with_the_first_weights_and_a_new_optimizer_and_goes_on_w
     sampler, generator = Sampler(torch.randn(40, 10), 3, 2), torch.Generator().manual_seed(0)
     agent.plan = Plan({"planning": 10})
     trained = state_of(agent.critic)
-    assert len(agent.optimizers["critic"].inner.state) > 0
+    assert len(agent.optimizers["critic"].state) > 0
     goals = agent.prepare_planning(sampler, generator).tables["goals"]
     assert same(state_of(agent.critic_before), trained)
     built = SfBC(**SMALL)
     built._set_up(agent.spec)  # type: ignore[arg-type]
     assert same(state_of(agent.critic.net), state_of(built.critic.net))
-    assert len(agent.optimizers["critic"].inner.state) == 0
+    assert len(agent.optimizers["critic"].state) == 0
     mean = agent.critic.mean.clone()
     assert mean != trained["mean"]
 

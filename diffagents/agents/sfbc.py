@@ -150,7 +150,7 @@ class SfBC(Agent):
         goals = self._goals(planned_returns(sampler, self.config.gamma, self.state_values(sampler, generator)))
         if begins:  # [D3], last: whoever breaks in before has lost nothing
             self.critic.net.load_state_dict(self.initial_weights)
-            self.optimizers["critic"].inner.state.clear()
+            self.optimizers["critic"].state.clear()
         return sampler.beside(goals=goals)
 
     @torch.no_grad()
