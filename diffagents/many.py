@@ -10,6 +10,7 @@ would, to float tolerance, and is an ordinary agent.
 import dataclasses
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -67,7 +68,11 @@ def learn_many(
         if any(plan.lengths != plans[0].lengths for plan in plans) or any(a.stage_steps != first.stage_steps for a in members):
             raise ValueError("the agents have plans of different lengths: give total_timesteps, or equal *_steps")
         for agent, plan in zip(members, plans, strict=True):
+            _check_same_data(first, agent)
             agent.plan, agent.num_timesteps, agent.history = plan, 0, []
+            agent.stages()  # an algorithm may refuse its part of the plan
+    if any((agent.dataset_info or {})["sha256"] != data.info["sha256"] for agent in members):
+        warnings.warn("these are other data than the agents learned from first, whose transforms are kept", stacklevel=2)
     sampler = adopted.sampler(first.device, first.reward_transform, first.obs_normalizer)
     seconds = training.estimate(first, plans[0], sampler) if first.verbose or first.compile == "auto" else {}
     together = {name: value * len(members) for name, value in seconds.items()}
@@ -78,10 +83,13 @@ def learn_many(
         training.announce(first, plans[0], together)
         print(f"{len(members)} agents together", flush=True)
     failures: list[str] = []
+    lost: dict[int, dict[str, Any]] = {}  # who diverged, and the state to go back to
     with stacked(members) as tensors, training.interrupt_between_updates() as interrupted, training.matmul_precision(first):
         for position, stage in enumerate(first.stages()):
             if stage.name in plans[0].lengths and not interrupted.is_set():
-                _run_stage(members, position, sampler, tensors, log_interval, failures, interrupted)
+                _run_stage(members, position, sampler, tensors, log_interval, failures, lost, interrupted)
+    for k, good in lost.items():
+        restore(members[k], good)
     if failures:
         raise TrainingDiverged("; ".join(failures))
     if interrupted.is_set():
@@ -98,7 +106,7 @@ def _check_alike(agents: Sequence[Agent]) -> None:
             raise ValueError(f"learn_many trains agents of one class, not {type(first).__name__} and {type(agent).__name__}")
         if len({id(one) for one in agents}) < len(agents):
             raise ValueError("the same agent is in the list twice: make one for each seed or setting")
-        for name in ("preset", "obs_keys", "policy_kwargs", "device"):
+        for name in ("preset", "obs_keys", "policy_kwargs", "device", "compile", "tf32"):
             if getattr(agent, name) != getattr(first, name):
                 raise ValueError(f"the agents differ in {name}: {getattr(first, name)!r} and {getattr(agent, name)!r}")
         for field in dataclasses.fields(agent.config):
@@ -115,6 +123,17 @@ def _check_alike(agents: Sequence[Agent]) -> None:
                 )
 
 
+def _check_same_data(first: Agent, agent: Agent) -> None:
+    """All see the data in the same units: transforms fitted on other data, or other spaces, would be member 0's."""
+    same = agent.spec == first.spec and agent.reward_transform == first.reward_transform
+    ours, theirs = (one.obs_normalizer.state_dict().values() for one in (first, agent))
+    if not same or not all(map(torch.equal, ours, theirs)):
+        raise ValueError(
+            "the agents differ in their spaces, or in the transforms that they fitted when they first learned: train those "
+            "together that learned from the same data"
+        )
+
+
 def _run_stage(
     members: Sequence[Agent],
     position: int,
@@ -122,9 +141,13 @@ def _run_stage(
     tensors: NamedTensors,
     log_interval: int | None,
     failures: list[str],
+    lost: dict[int, dict[str, Any]],
     interrupted: threading.Event,
 ) -> None:
-    """Run one stage of all members to its end, or until Ctrl-C. Appends to `failures` who diverged."""
+    """Run one stage of all members to its end, or until Ctrl-C. Adds to `failures` and `lost` who diverged.
+
+    What is lost is computed along, since leaving it out would change the shapes; nobody looks at it again.
+    """
     first, plans = members[0], [agent.plan for agent in members]
     stages = [agent.stages()[position] for agent in members]
     name = stages[0].name
@@ -146,7 +169,6 @@ def _run_stage(
     many = make_many_runner(members, position, samplers, tensors, mode)
     runner = GraphRunner(many) if mode == "graph" else many
     interval = log_interval or max(1, min(1000, length // 20))
-    lost: dict[int, dict[str, Any]] = {}  # diverged members, and the state that they go back to
     for done in range(1, length + 1):
         runner.step(before + done - 1)
         for agent in members:
@@ -163,14 +185,12 @@ def _run_stage(
                 if k in lost:
                     continue
                 try:
-                    watch.look(done, means)
+                    watch.look(done, means, put_back=False)
                 except TrainingDiverged as error:
                     lost[k] = watch.good
                     failures.append(f"member {k}: {error}")
         if stop:
             break
-    for k, good in lost.items():
-        restore(members[k], good)
 
 
 class ManyRunner(Runner):

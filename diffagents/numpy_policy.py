@@ -58,7 +58,7 @@ class NumpyPolicy:
         """The action, in the environment's units; None where this is not one observation, or one to be looked at (NaN)."""
         if obs.shape != self._shape or obs.dtype.kind != "f":
             return None
-        h = (obs.reshape(-1) - self._mean) / self._std
+        h = (obs.reshape(-1).astype(np.float32, copy=False) - self._mean) / self._std
         if not (np.maximum.reduce(h) < 1e18 and np.minimum.reduce(h) > -1e18):
             return None
         for weight, bias in self._hidden:

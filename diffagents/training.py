@@ -272,9 +272,9 @@ def choose_modes(agent: Any, plan: Plan, seconds: dict[str, float]) -> None:
     """
     cuda = agent.device.type == "cuda"
     for name in plan.lengths:
-        if name in plan.modes and (agent.compile == "auto" or plan.done.get(name, 0) > 0):
-            continue
         mode = agent.compile
+        if name in plan.modes and (mode == "auto" or plan.done.get(name, 0) > 0):
+            mode = plan.modes[name]
         if mode == "auto":
             worth = seconds.get(name, 0.0) > (WORTH_A_GRAPH if cuda else WORTH_COMPILING)
             mode = ("graph" if cuda else "compiled") if worth else "eager"

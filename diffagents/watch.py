@@ -29,15 +29,16 @@ class Watch:
         self.q_limit = 100.0 * sampler.max_abs_reward / (1.0 - getattr(self.agent.config, "gamma", 0.0)) + 1.0
         self.start = (time.perf_counter(), self.start[1])
 
-    def look(self, done: int, means: dict[str, float]) -> None:
+    def look(self, done: int, means: dict[str, float], put_back: bool = True) -> None:
         """Wait for the device, see whether all is well, report, and keep the state to fall back to.
 
-        Raises TrainingDiverged, after putting that state back.
+        Raises TrainingDiverged, after putting that state back (or leaving that to the caller).
         """
         agent, tensors = self.agent, checkpoint.training_tensors(self.agent).values()
         finite = bool(torch.stack([t.sum() for t in tensors if t.is_floating_point()]).isfinite().all())
         if not finite or not all(map(math.isfinite, means.values())) or abs(means.get("q", 0.0)) > self.q_limit:
-            restore(agent, self.good)
+            if put_back:
+                restore(agent, self.good)
             raise TrainingDiverged(
                 f"{self.stage} diverged between its steps {self.good_at} and {done} ({_numbers(means)}); the agent holds its "
                 "state from before: try a lower learning_rate, another reward_transform or normalize_obs=True"
