@@ -325,3 +325,10 @@ def test_a_clone_keeps_compile_and_tf32() -> None:
     agent = small("TD3BC", env="Pendulum-v1", compile="eager", tf32=False)
     assert (agent.clone().compile, agent.clone().tf32) == ("eager", False)
     assert agent.clone(compile="compiled", tf32=True).compile == "compiled"
+
+
+def test_a_graph_s_run_goes_on_without_one_where_there_is_no_gpu() -> None:
+    plan = Plan({"critic": 10}, {"critic": 5}, {"critic": "graph"})
+    with pytest.warns(UserWarning, match="needs a CUDA device"):
+        training.choose_modes(types.SimpleNamespace(compile="auto", device=torch.device("cpu")), plan, {})
+    assert plan.modes == {"critic": "compiled"}

@@ -343,3 +343,24 @@ def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> list[Agent]:
         learn_many(together, DATA)
     assert len([one for one in caught if "compiling failed" in str(one.message)]) == 2
     return together
+
+
+def test_who_is_lost_in_one_stage_is_not_trained_in_the_next() -> None:
+    """A critic that diverged: the member is as it was at its last good look, and its own plan goes on from there."""
+    agents = [small("SRPO", seed=seed) for seed in range(2)]
+    object.__setattr__(agents[1].config, "learning_rate", 1e12)
+    with pytest.raises(TrainingDiverged, match=r"member 1: critic diverged"):
+        learn_many(agents, DATA, log_interval=2)
+    lost = agents[1]
+    assert lost.plan is not None and lost.plan.done.get("critic", 0) < STEPS and "policy" not in lost.plan.done
+    assert lost.stage_steps["behavior"] == lost.stage_steps["policy"] == 0
+    assert all(value.isfinite().all() for state in lost.get_parameters().values() for value in state.values())
+    same(agents[0], small("SRPO", seed=0).learn(DATA, log_interval=2))
+
+
+def test_agents_that_learned_from_other_data_first_are_refused() -> None:
+    agents = [small("IQL", seed=seed, reward_transform="normalize") for seed in range(2)]
+    agents[0].learn(DATA)
+    agents[1].learn({**DATA, "rewards": 7.0 * DATA["rewards"] + 1.0})
+    with pytest.raises(ValueError, match="transforms that they fitted"):
+        learn_many(agents, DATA)
