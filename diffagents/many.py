@@ -44,7 +44,8 @@ def learn_many(
     """Train all of `agents` on one dataset, as `learn` would each, and return them. They are changed in place.
 
     The agents are of one class, not trained yet or all equally far, with equal knobs but for numbers (beta, expectile,
-    learning_rate, ...) and seeds. The other arguments are those of `Agent.learn`; there are no callbacks.
+    learning_rate, ...) and seeds. `compile` is the first one's. The other arguments are those of `Agent.learn`; there are no
+    callbacks.
     Raises ValueError, before any work, where the agents cannot be trained together; TrainingDiverged at the end where some
     diverged (they hold their last good state, the others are finished); KeyboardInterrupt after the running update. Each
     member's plan can be finished by its own `learn(dataset, reset_num_timesteps=False)`.
@@ -106,7 +107,7 @@ def _check_alike(agents: Sequence[Agent]) -> None:
             raise ValueError(f"learn_many trains agents of one class, not {type(first).__name__} and {type(agent).__name__}")
         if len({id(one) for one in agents}) < len(agents):
             raise ValueError("the same agent is in the list twice: make one for each seed or setting")
-        for name in ("preset", "obs_keys", "policy_kwargs", "device", "compile", "tf32"):
+        for name in ("preset", "obs_keys", "policy_kwargs", "device", "tf32"):
             if getattr(agent, name) != getattr(first, name):
                 raise ValueError(f"the agents differ in {name}: {getattr(first, name)!r} and {getattr(agent, name)!r}")
         for field in dataclasses.fields(agent.config):
