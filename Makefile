@@ -32,7 +32,7 @@ format: $(READY) ## let ruff mend and format what it can
 	$(PY) -m ruff check --quiet --fix .
 	$(PY) -m ruff format .
 
-bench: $(READY) ## how fast training and acting are, beside plain implementations (half an hour); ARGS="..." goes to the script
+bench: $(READY) ## how fast training and acting are, beside plain implementations (most of an hour); ARGS="..." goes to the script
 	$(PY) zoo/benchmarks/speed.py $(ARGS)
 
 clean: ## remove what builds and tests leave (not .venv, not data)

@@ -210,7 +210,7 @@ class Agent(ABC):
         return self.predict_with(act, observation), state
 
     def compile_policy(self, n_obs: int = 1, deterministic: bool | None = None, **choice: Any) -> Self:
-        """Compile `predict` for batches of n_obs observations, which takes some ten seconds, and return self.
+        """Compile `predict` for batches of n_obs observations, which takes tens of seconds, and return self.
 
         deterministic: None compiles both kinds. choice: as in `predict`, for calls with the same choice. What is trained or
         loaded later is acted on. Other calls stay as they are; where compiling fails, so do these, after a warning.

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from diffagents.cuda_graph import GraphRunner
 
 WORTH_COMPILING, WORTH_A_GRAPH = 120.0, 60.0
-"""Seconds that a stage must take eagerly before compile="auto" compiles it: on a CPU it costs 10 to 40 s, and saves a third
-to a half; on a GPU it costs about the same and saves more, for launching many small kernels is what takes the time there."""
+"""Seconds that a stage must take eagerly before compile="auto" compiles it: on a CPU it costs tens of seconds, and saves a
+quarter to a half; on a GPU (not measured) it should save more: launching many small kernels is what takes the time there."""
 
 
 def check_arguments(agent: Any, total: Any, stages: Any, log_interval: Any) -> None:
