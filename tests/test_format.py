@@ -1,0 +1,29 @@
+"""What was published in an older format loads and acts as it did, for ever."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_agents import NAMES
+from write_format_fixture import OBS, toy_data
+
+import diffagents
+from diffagents import artifact
+
+FORMATS = Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("version", range(1, artifact.FORMAT + 1))
+def test_every_format_loads_acts_and_learns_on(version: int, name: str) -> None:
+    folder = FORMATS / f"format{version}"
+    agent = diffagents.load(folder / f"{name}.zip", device="cpu", verbose=0)
+    expected = json.loads((folder / "actions.json").read_text())[name]
+    np.testing.assert_allclose(agent.predict(OBS, deterministic=True)[0], expected, rtol=1e-5, atol=1e-5)
+    agent.learn(toy_data(), stages=(agent.POLICY_STAGE,))
+
+
+def test_every_older_format_has_a_migration_and_a_fixture() -> None:
+    assert sorted(artifact.MIGRATIONS) == list(range(1, artifact.FORMAT))
+    assert sorted(path.name for path in FORMATS.glob("format*")) == [f"format{n}" for n in range(1, artifact.FORMAT + 1)]
