@@ -28,6 +28,7 @@ _LAZY = {
     "record_video": "diffagents.evaluation",
     "Evaluation": "diffagents.evaluation",
     "ArtifactError": "diffagents.artifact",
+    "HubError": "diffagents.hub",
     "TrainingDiverged": "diffagents.training",
     "learn_many": "diffagents.many",
 }
@@ -46,6 +47,7 @@ __all__ = [
     "DiffusionBC",
     "DiffusionQL",
     "Evaluation",
+    "HubError",
     "SfBC",
     "TrainingDiverged",
     "evaluate",
@@ -68,9 +70,10 @@ if TYPE_CHECKING:
     from diffagents.agents.sfbc import SfBC
     from diffagents.agents.srpo import SRPO
     from diffagents.agents.td3_bc import TD3BC
-    from diffagents.artifact import ArtifactError
+    from diffagents.artifact import Artifact, ArtifactError
     from diffagents.datasets import load_dataset
     from diffagents.evaluation import Evaluation, evaluate, record_video
+    from diffagents.hub import HubError
     from diffagents.many import learn_many
     from diffagents.training import TrainingDiverged
 
@@ -85,18 +88,33 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-def load(path: str | pathlib.Path, **kwargs: Any) -> "Agent":
-    """Load an agent of whatever algorithm `path` (a folder or .zip written by `save`) holds; arguments as `Agent.load`.
+def load(
+    path: str | pathlib.Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | pathlib.Path | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> "Agent":
+    """Load an agent of whatever algorithm a folder, a .zip or a Hub repository holds; arguments as `Agent.from_pretrained`.
 
-    Raises FileNotFoundError or ArtifactError with the cause and the cure.
+    Raises FileNotFoundError, HubError or ArtifactError with the cause and the cure.
     """
-    from diffagents.artifact import ArtifactError, read
+    from diffagents import publish
 
-    algorithm = read(path).config.get("algorithm")
+    how = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    return publish.open_pretrained(_class_of, path, revision, how, kwargs)
+
+
+def _class_of(source: "Artifact") -> "type[Agent]":
+    from diffagents.artifact import ArtifactError, short
+
+    algorithm = source.config["algorithm"]
     if algorithm not in AGENTS:
+        known = ", ".join(AGENTS)
         raise ArtifactError(
-            f"{path} holds the algorithm {algorithm!r}; this version knows {', '.join(AGENTS)}: upgrade diffagents"
+            f"{source.path} holds the algorithm {short(algorithm)!r}; this version knows {known}: upgrade diffagents"
         )
-    cls = getattr(importlib.import_module(AGENTS[algorithm]), algorithm)
-    agent: Agent = cls.load(path, **kwargs)
-    return agent
+    found: type[Agent] = getattr(importlib.import_module(AGENTS[algorithm]), algorithm)
+    return found

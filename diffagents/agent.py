@@ -7,7 +7,6 @@ import functools
 import pathlib
 import secrets
 import types
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffagents import artifact, checkpoint, compiling, presets, training
+from diffagents import artifact, checkpoint, compiling, hub, presets, training
 from diffagents.datasets import load_dataset
 from diffagents.engine import MODES, Draws, Optimizer, Plan, Stage
 from diffagents.environments import warn_of_another_env
@@ -25,10 +24,11 @@ from diffagents.knobs import check_arguments, check_choice, choose, find_device,
 from diffagents.networks import TanhPolicy
 from diffagents.normalize import ObsNormalizer, RewardTransform
 from diffagents.numpy_policy import NumpyPolicy, numpy_action
-from diffagents.sb3 import as_vec_env, check_same_spaces, make_callback, make_logger, stub_env
+from diffagents.sb3 import as_vec_env, check_same_spaces, make_callback, make_logger, stub_env, with_history
 from diffagents.types import Spec
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.vec_env import VecEnv
 
@@ -100,6 +100,8 @@ class Agent(ABC):
         self.spec: Spec | None = None
         self.reward_transform: RewardTransform | None = None
         self.dataset_info: dict[str, Any] | None = None
+        self.provenance: dict[str, Any] = {}  # command, machine, seconds, evaluations: see provenance.py
+        self.origin: hub.Origin | None = None  # the commit on the Hub that the agent was pulled from
         self.has_learner = True  # False: loaded without critics and behaviour model, to act only
         self._numpy_policy: NumpyPolicy | None = None
         self._compiled: dict[Any, compiling.Compiled] = {}  # by number of observations, deterministic, config
@@ -156,27 +158,14 @@ class Agent(ABC):
         training.check_arguments(self, total_timesteps, stages, log_interval)
         data = load_dataset(dataset, env=self._env, obs_keys=self.obs_keys, verbose=self.verbose)
         with training.nothing_if_refused(self):
-            data = training.adopt(self, data)
-            plan = training.make_plan(self, total_timesteps, reset_num_timesteps, stages)
+            plan, data = training.accept(self, data, total_timesteps, reset_num_timesteps, stages)
             if plan is None:
-                if self.verbose:
-                    print("nothing to do: the plan is finished; give total_timesteps or stages for a new one")
                 return self
-            training.check_rewards(plan, data)
-            before, self.plan = self.plan, plan
-            self.stages()  # an algorithm may refuse its part of the plan
-            self.plan = before
             tick = make_callback(self, callback, progress_bar)
-        assert self.dataset_info is not None and self.reward_transform is not None
-        if data.info["sha256"] != self.dataset_info["sha256"]:
-            kept = "transform and normaliser" if plan is not self.plan else "unfinished plan, transform and normaliser"
-            warnings.warn(f"these are other data than {self.dataset_info['id']}, whose {kept} are kept", stacklevel=2)
-        if plan is not self.plan and reset_num_timesteps:
-            self.num_timesteps, self.history = 0, []
-        self.plan = plan
+        training.begin(self, plan, data, reset_num_timesteps)
         if self.tensorboard_log is not None:
             name = tb_log_name or type(self).__name__
-            self._logger = make_logger(self.verbose, self.tensorboard_log, name, reset_num_timesteps)
+            self._logger = make_logger(self, name, reset_num_timesteps)
         sampler = data.sampler(self.device, self.reward_transform, self.obs_normalizer)
         seconds = training.estimate(self, plan, sampler) if self.verbose or self.compile == "auto" else {}
         training.choose_modes(self, plan, seconds)
@@ -261,9 +250,78 @@ class Agent(ABC):
         """Write a `.zip` (added when there is no suffix); with the trainer state, `learn` can go on to the bit."""
         return artifact.write(path, *checkpoint.pack(self, include_trainer_state))
 
-    def save_pretrained(self, folder: str | pathlib.Path, include_trainer_state: bool = False) -> pathlib.Path:
-        """Write the same as a folder: config.json and *.safetensors, what a model hub stores."""
-        return artifact.write(folder, *checkpoint.pack(self, include_trainer_state), folder=True)
+    def save_pretrained(
+        self,
+        folder: str | pathlib.Path,
+        include_trainer_state: bool = False,
+        *,
+        eval_env: Any = None,
+        n_eval_episodes: int = 10,
+        video: bool = False,
+        license: str = "mit",
+    ) -> pathlib.Path:
+        """Write a folder as `push_to_hub` uploads it: the artifact, README.md (the card), and what there is of results.json,
+        curves.png and replay.mp4. A README.md written by hand stays. Arguments as there.
+        """
+        from diffagents import publish
+
+        how = publish.How(include_trainer_state, eval_env, n_eval_episodes, video, license)
+        return publish.save_pretrained(self, folder, how)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        eval_env: Any = None,
+        n_eval_episodes: int = 10,
+        video: bool = False,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        include_trainer_state: bool = False,
+        license: str = "mit",
+    ) -> "CommitInfo":
+        """Publish the policy as a model repository of the Hugging Face Hub, in one commit, and return that.
+
+        eval_env: evaluate in it first (an id, an environment, or True for the dataset's own) and put the score on the card.
+        video: render an episode; where that fails, a warning. revision: a branch, made where there is none. token: None takes
+        the one of `hf auth login` or HF_TOKEN. include_trainer_state: so that others can resume the run itself. license: of
+        this policy, as the Hub spells it. Files of an earlier push that the new one has not are deleted.
+        Raises ValueError (no such id), HubError: no access, no connection, somebody else pushed meanwhile. Then nothing is
+        changed on the Hub, but for a new repository staying empty, and a folder that was evaluated is kept and named.
+        """
+        from diffagents import publish
+
+        how = publish.How(include_trainer_state, eval_env, n_eval_episodes, video, license)
+        return publish.push_to_hub(self, repo_id, how, private, revision, commit_message, token)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id_or_folder: str | pathlib.Path,
+        *,
+        revision: str | None = None,
+        env: Any = None,
+        device: str | torch.device = "auto",
+        token: str | bool | None = None,
+        cache_dir: str | pathlib.Path | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """Load a policy from an existing folder or .zip, else from the Hub repository of that name, at one commit (`origin`).
+
+        revision: branch, tag or commit. From the Hub only what acting needs is fetched; critics and the like follow when
+        `learn` is called. HF_HUB_OFFLINE=1 or local_files_only=True: from the cache alone. The rest as in `load`.
+        Raises FileNotFoundError, HubError (no such repository, no access, no connection), ArtifactError (not a policy of this
+        class, damaged, from a newer version).
+        """
+        from diffagents import publish
+
+        how = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        load = {"env": env, "device": device, **overrides}
+        agent: Any = publish.open_pretrained(lambda _: cls, repo_id_or_folder, revision, how, load)
+        return agent
 
     @classmethod
     def load(
@@ -347,12 +405,12 @@ class Agent(ABC):
     @property
     def logger(self) -> "Logger":
         if self._logger is None:
-            self._logger = make_logger(self.verbose, self.tensorboard_log, type(self).__name__, True)
+            self._logger = make_logger(self, type(self).__name__, True)
         return self._logger
 
     def set_logger(self, logger: "Logger") -> None:
         """Use this SB3 logger (csv, json, tensorboard, ...) from now on."""
-        self._logger, self.tensorboard_log = logger, None
+        self._logger, self.tensorboard_log = with_history(logger, self), None
 
     def dump_logs(self) -> None:
         """Write what has been recorded, at the present step."""

@@ -5,7 +5,7 @@
     learner.safetensors    every other network; needed to go on learning
     optimizer.safetensors, trainer_state.json   needed to go on as if never stopped (optional)
 
-Other files (`README.md`, `results.json`, `replay.mp4`) may lie beside them and are never read here. Reading is safe
+COMPANIONS (`README.md`, `results.json`, pictures) may lie beside them in a folder and are never read here. Reading is safe
 with files from strangers: nothing is unpickled, evaluated or unpacked to disk, and sizes are checked before memory is
 taken. Writing is atomic: a failure leaves an older artifact as it was and no temporary files.
 """
@@ -19,7 +19,7 @@ import secrets
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
 TENSOR_FILES = {name: f"{name}.safetensors" for name in ("model", "learner", "optimizer")}
 MAX_BYTES = {CONFIG: 1 << 20, TRAINER_STATE: 1 << 26, **dict.fromkeys(TENSOR_FILES.values(), 1 << 32)}
+COMPANIONS = ("README.md", "results.json", "curves.png", "replay.mp4")
+MAX_COMPANION_BYTES = 1 << 28
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
 MAX_ZIP_MEMBERS, MAX_ZIP_RATIO = 1000, 100
 
@@ -62,6 +64,7 @@ def write(
     trainer_state: Mapping[str, Any] | None = None,
     *,
     folder: bool = False,
+    companions: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write an artifact, all or nothing, and return where it is.
 
@@ -70,7 +73,8 @@ def write(
 
     `config` must name its `algorithm`; `format` and `library` are added. `tensors` maps "model" (required), "learner"
     and "optimizer" to named tensors of any device and layout; they are copied, and `torch.compile`'s `_orig_mod.` is
-    taken out of their names. `config` and `trainer_state` go through `to_json_safe`.
+    taken out of their names. `config` and `trainer_state` go through `to_json_safe`. `companions`: the files of COMPANIONS
+    that a folder shall have; those that it has and shall not, go. None leaves them as they are.
 
     Raises ValueError (NaN in a tensor, what could not be read back), TypeError (a value that JSON cannot hold),
     FileExistsError (something that is no artifact of ours is in the way), OSError (disk full, PermissionError).
@@ -89,7 +93,9 @@ def write(
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         if as_folder:
-            _write_folder(files, temp, real)
+            _write_folder(
+                files | dict(companions or {}), temp, real, MAX_BYTES if companions is None else (*MAX_BYTES, *COMPANIONS)
+            )
         else:
             _write_zip(files, temp)
             os.replace(temp, real)
@@ -161,7 +167,7 @@ def _check_replaceable(folder: Path) -> None:
     if Path.cwd().is_relative_to(folder) or not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} is read-only or holds the current directory: give another folder")
     try:
-        ours = not any(folder.iterdir()) or _read_json(folder, CONFIG).get("library") == LIBRARY
+        ours = not any(folder.iterdir()) or read_json(folder, CONFIG).get("library") == LIBRARY
     except ArtifactError:
         ours = False
     if not ours:
@@ -177,9 +183,9 @@ def _write_zip(files: Mapping[str, bytes], temp: Path) -> None:
     _sync(temp)
 
 
-def _write_folder(files: Mapping[str, bytes], temp: Path, real: Path) -> None:
+def _write_folder(files: Mapping[str, bytes], temp: Path, real: Path, ours: Iterable[str]) -> None:
     if real.exists():  # take along what is not ours: a README, results, a video, .git
-        shutil.copytree(real, temp, symlinks=True, ignore=lambda at, _: MAX_BYTES if Path(at) == real else ())
+        shutil.copytree(real, temp, symlinks=True, ignore=lambda at, _: ours if Path(at) == real else ())
     else:
         temp.mkdir()
     for name, data in files.items():
@@ -217,10 +223,13 @@ class Artifact:
 
     path: Path
     config: dict[str, Any]
+    files: Collection[str] = tuple(MAX_BYTES)
+    """Which files count as there, where a folder has more than is wanted."""
 
     def has(self, name: str) -> bool:
         """Whether "model", "learner", "optimizer" or "trainer_state" is there."""
-        return _find(self.path, TENSOR_FILES.get(name, f"{name}.json")) is not None
+        file = TENSOR_FILES.get(name, f"{name}.json")
+        return file in self.files and _find(self.path, file) is not None
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The named CPU tensors of "model", "learner" or "optimizer"; no other file is read.
@@ -245,7 +254,7 @@ class Artifact:
 
     def trainer_state(self) -> dict[str, Any] | None:
         """The content of `trainer_state.json`, or None where the artifact was saved without it."""
-        return _read_json(self.path, TRAINER_STATE) if self.has("trainer_state") else None
+        return read_json(self.path, TRAINER_STATE) if self.has("trainer_state") else None
 
 
 def read(path: str | os.PathLike[str]) -> Artifact:
@@ -259,7 +268,7 @@ def read(path: str | os.PathLike[str]) -> Artifact:
     if found is None:
         raise FileNotFoundError(f"no artifact at {given} nor at {other}: check the path")
     where = f"{found}: {CONFIG}"
-    config = _read_json(found, CONFIG)
+    config = read_json(found, CONFIG)
     library, version = config.get("library"), config.get("format")
     if library != LIBRARY:
         whose = "Stable-Baselines3" if "policy_class" in config else "its own library"
@@ -277,7 +286,7 @@ def read(path: str | os.PathLike[str]) -> Artifact:
     return Artifact(found, config)
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def read_json(path: Path, name: str) -> dict[str, Any]:
     """A strict JSON object: no NaN, no infinity, no number that overflows into one."""
     data = _read_bytes(path, name)
     if data is None:

@@ -7,6 +7,7 @@ optimizer.safetensors  optimiser moments and both random generators; with traine
 
 import dataclasses
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffagents.artifact import AGAIN, Artifact, ArtifactError, bare, short
+from diffagents.artifact import AGAIN, CONFIG, TENSOR_FILES, TRAINER_STATE, Artifact, ArtifactError, bare, read, short
 from diffagents.engine import Plan
 from diffagents.knobs import whole_number
 from diffagents.normalize import RewardTransform
@@ -28,6 +29,11 @@ GENERATORS = ("generator", "predict_generator")
 def pack(agent: Any, trainer_state: bool) -> tuple[dict[str, Any], dict[str, Tensors], dict[str, Any] | None]:
     """(config, {"model": ..., "learner": ..., "optimizer": ...}, trainer state or None) of a built agent."""
     agent._need_networks()
+    if not agent.has_learner and agent.origin is not None:
+        try:
+            need_learner(agent)
+        except OSError as error:
+            warnings.warn(f"saving what acts only, without critics and behaviour model: {error}", stacklevel=3)
     spec: Spec = agent.spec
     config = {
         "library": "diffagents",
@@ -40,6 +46,7 @@ def pack(agent: Any, trainer_state: bool) -> tuple[dict[str, Any], dict[str, Ten
         "spec": spec.to_json(),
         "reward_transform": agent.reward_transform.to_json() if agent.reward_transform is not None else None,
         "dataset": agent.dataset_info,
+        "provenance": agent.provenance,
         "counters": {
             "num_timesteps": agent.num_timesteps,
             "n_env_steps": agent.n_env_steps,
@@ -103,7 +110,7 @@ def restore(
     agent.has_learner = "learner" in tensors
     if agent.has_learner:
         _load_named(agent, tensors["learner"], agent.LEARNER, fresh)
-    if state is not None and "optimizer" in tensors:
+    if state is not None and "optimizer" in tensors and agent.has_learner:
         _load_optimizer_side(agent, tensors["optimizer"], fresh, generators="seed" not in overrides)
         agent.plan, agent.history = plan, history
     if fresh:  # what trains a new network begins anew, and is no longer the run that the plan describes
@@ -113,6 +120,30 @@ def restore(
             if any(optimizer in part.optimizers for part in stage.parts for optimizer in new):
                 agent.stage_steps[stage.name] = 0
     return agent
+
+
+def need_learner(agent: Any) -> None:
+    """Get the critics and other networks of a policy that was pulled to act only, and its trainer state if there is one.
+
+    Raises RuntimeError where it was not pulled from anywhere; HubError, ArtifactError. Then the agent is as it was.
+    """
+    if agent.has_learner:
+        return
+    if agent.origin is None:
+        raise RuntimeError(
+            f"this {type(agent).__name__} was loaded without {TENSOR_FILES['learner']}, its critics and behaviour model: it "
+            "can act, not learn; load the whole artifact"
+        )
+    names = [*TENSOR_FILES.values(), TRAINER_STATE, CONFIG]
+    source = read(agent.origin.fetch(names, needed=[TENSOR_FILES["learner"]]))
+    whole = unpack(type(agent), source, agent.device, {})
+    _load_named(agent, _named(whole, agent.LEARNER), agent.LEARNER, ())
+    agent.has_learner = True
+    if whole.plan is not None and agent.n_updates == whole.n_updates:
+        _load_optimizer_side(agent, _optimizer_side(whole), (), generators=False)
+        if agent.seed == whole.seed:  # `predict` has gone on with its own meanwhile
+            agent.generator.set_state(whole.generator.get_state())
+        agent.plan, agent.history = whole.plan, whole.history
 
 
 def _check_overrides(cls: type[Any], config: dict[str, Any], device: Any, overrides: dict[str, Any]) -> None:
@@ -151,6 +182,7 @@ def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], 
                     f"{name} was fitted when the agent first learned: make a new {cls.__name__}({name}=...) instead"
                 )
     agent.dataset_info = dict(config["dataset"]) if config["dataset"] is not None else None
+    agent.provenance = dict(config.get("provenance", {}))
     agent.num_timesteps, agent.n_env_steps, agent.n_updates = (
         whole_number(name, counters[name], 0) for name in ("num_timesteps", "n_env_steps", "n_updates")
     )

@@ -27,6 +27,7 @@ from diffagents.types import Spec
 _ARRAYS = {
     "observations", "actions", "rewards", "terminations", "truncations", "next_observations", "episode_ends", "dones", "masks",
 }  # fmt: skip
+_MADE = ("algorithm_name", "description", "code_permalink", "author", "minari_version")  # how a Minari set came to be
 _MINARI_ID = re.compile(r"(?:[-\w][-\w/]*[-\w]/)?[-\w]+-v\d+")
 _ACCEPTED = (
     "a Minari id, a MinariDataset, a dict of arrays, a list of episode dicts, a path to .npz or .hdf5, "
@@ -329,6 +330,7 @@ def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset
     info = {
         "id": name,
         "kind": "minari",
+        "made": {key: str(metadata[key]) for key in _MADE if metadata.get(key)},
         "env_spec": _clean_env_spec(raw) if raw else None,
         "ref_min_score": metadata.get("ref_min_score"),
         "ref_max_score": metadata.get("ref_max_score"),

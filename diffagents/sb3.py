@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from diffagents.environments import make_env
+from diffagents.provenance import note_evaluation
 from diffagents.types import Spec
 
 if TYPE_CHECKING:
@@ -92,13 +93,30 @@ def make_callback(agent: Any, callback: Any, progress_bar: bool) -> "BaseCallbac
     return whole
 
 
-def make_logger(verbose: int, tensorboard_log: str | None, name: str, reset_num_timesteps: bool) -> "Logger":
+def make_logger(agent: Any, name: str, reset_num_timesteps: bool) -> "Logger":
     """SB3's Logger; its table goes to stdout from verbose=2 on, our own one-line report serves verbose=1."""
     from stable_baselines3.common.utils import configure_logger
 
-    if tensorboard_log is not None and importlib.util.find_spec("tensorboard") is None:
+    if agent.tensorboard_log is not None and importlib.util.find_spec("tensorboard") is None:
         raise ImportError('tensorboard_log needs tensorboard: pip install "diffagents[tensorboard]"')
-    return configure_logger(int(verbose >= 2), tensorboard_log, name, reset_num_timesteps)
+    return with_history(configure_logger(int(agent.verbose >= 2), agent.tensorboard_log, name, reset_num_timesteps), agent)
+
+
+def with_history(logger: "Logger", agent: Any) -> "Logger":
+    """The logger, made to note what an EvalCallback finds: `agent.provenance["evaluations"]`, the curve on the card."""
+    from stable_baselines3.common.logger import KVWriter
+
+    class Evaluations(KVWriter):
+        def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
+            if "eval/mean_reward" in key_values:
+                note_evaluation(agent.provenance, int(step), float(key_values["eval/mean_reward"]))
+
+        def close(self) -> None:
+            pass
+
+    others = [form for form in logger.output_formats if type(form).__name__ != "Evaluations"]
+    logger.output_formats = [*others, Evaluations()]
+    return logger
 
 
 def check_same_spaces(spec: Spec, observation_space: Any, action_space: Any) -> None:

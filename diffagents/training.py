@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from diffagents import checkpoint, provenance
 from diffagents.engine import Plan, Runner, Stage
 from diffagents.knobs import whole_number
 from diffagents.normalize import ObsNormalizer
@@ -43,11 +44,7 @@ def check_arguments(agent: Any, total: Any, stages: Any, log_interval: Any) -> N
         whole_number("log_interval", log_interval, 1, " of gradient steps")
     if total is not None:
         whole_number("total_timesteps", total, 1, " of gradient steps")
-    if not agent.has_learner:
-        raise RuntimeError(
-            f"this {type(agent).__name__} was loaded without learner.safetensors, its critics and behaviour model: it can "
-            "act, not learn; load the whole artifact"
-        )
+    checkpoint.need_learner(agent)
 
 
 @contextmanager
@@ -129,6 +126,36 @@ def make_plan(agent: Any, total: int | None, reset: bool, stages: Sequence[str] 
     return Plan({name: steps for name, steps in lengths.items() if steps > 0})
 
 
+def accept(
+    agent: Any, data: Transitions, total: int | None, reset: bool, stages: Sequence[str] | None
+) -> tuple[Plan | None, Transitions]:
+    """The plan of one `learn` call (None: nothing to do) and the data in the agent's spaces, after every check on both."""
+    data = adopt(agent, data)
+    plan = make_plan(agent, total, reset, stages)
+    if plan is None:
+        if agent.verbose:
+            print("nothing to do: the plan is finished; give total_timesteps or stages for a new one")
+        return None, data
+    check_rewards(plan, data)
+    before, agent.plan = agent.plan, plan
+    agent.stages()  # an algorithm may refuse its part of the plan
+    agent.plan = before
+    return plan, data
+
+
+def begin(agent: Any, plan: Plan, data: Transitions, reset: bool) -> None:
+    """Make `plan` the agent's; a new one starts the counts and the history anew."""
+    new = plan is not agent.plan
+    if data.info["sha256"] != agent.dataset_info["sha256"]:
+        kept = "transform and normaliser" if new else "unfinished plan, transform and normaliser"
+        warnings.warn(f"these are other data than {agent.dataset_info['id']}, whose {kept} are kept", stacklevel=3)
+    if new and reset:
+        agent.num_timesteps, agent.history = 0, []
+        agent.provenance = {name: value for name, value in agent.provenance.items() if name == "source"}
+    agent.plan = plan
+    agent.provenance |= {"command": provenance.command_line(), "machine": provenance.machine(agent.device)}
+
+
 def check_rewards(plan: Plan, data: Transitions) -> None:
     """Raises ValueError where something is to be learnt from rewards that prefer nothing."""
     if {"critic", "train"} & set(plan.lengths) and not data.done.any() and bool((data.rew == data.rew[0]).all()):
@@ -148,6 +175,7 @@ def run(agent: Any, plan: Plan, sampler: Sampler, callback: Any, log_interval: i
         "rewards": np.zeros(1, np.float32),
         "infos": [{}],
     }
+    started = time.perf_counter()
     if callback is not None:
         callback.on_training_start(local, globals())
     try:
@@ -158,6 +186,7 @@ def run(agent: Any, plan: Plan, sampler: Sampler, callback: Any, log_interval: i
                 ):
                     break
     finally:
+        agent.provenance["seconds"] = agent.provenance.get("seconds", 0.0) + time.perf_counter() - started
         if callback is not None:
             callback.on_training_end()
     if interrupted.is_set():

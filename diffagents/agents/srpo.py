@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffagents import checkpoint
 from diffagents.agent import Agent
 from diffagents.diffusion import eps_loss, perturb, vp_alpha_sigma
 from diffagents.engine import Draws, Optimizer, Part, Stage
@@ -212,10 +213,7 @@ class BehaviorPolicy:
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
         """As `Agent.predict`; the noise of a random sample comes from the agent's generator for predictions."""
-        if not self._agent.has_learner:
-            raise RuntimeError(
-                "this SRPO was loaded without learner.safetensors, where the behaviour model is: load the whole artifact"
-            )
+        checkpoint.need_learner(self._agent)
         agent, fixed = self._agent, self._agent.behavior.noise
 
         def act(obs: Tensor) -> Tensor:
