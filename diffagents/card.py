@@ -153,15 +153,16 @@ def _data_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _training_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     came, steps = config.get("provenance") or {}, (config.get("counters") or {}).get("stage_steps") or {}
-    source = came.get("source")
+    source, others = came.get("source"), came.get("trained_together")
+    minutes = f"{came['seconds'] / 60:.1f} minutes" if isinstance(came.get("seconds"), float) else None
     rows = [
         ("gradient steps", ", ".join(f"{stage} {n:,}" for stage, n in steps.items())),
         ("environment steps", (config.get("counters") or {}).get("n_env_steps") or None),
         ("seed", config.get("seed")),
         ("preset", config.get("preset")),
-        ("time", f"{came['seconds'] / 60:.1f} minutes" if isinstance(came.get("seconds"), float) else None),
+        ("time", f"{minutes}, {others} policies together" if minutes and others else minutes),
         ("machine", came.get("machine")),
-        ("command", came.get("command")),
+        *(("command", command) for command in came.get("commands") or ()),
         ("started from", f"{source.get('repo_id')} at {source.get('sha')}" if isinstance(source, dict) else None),
         ("versions", ", ".join(f"{name} {version}" for name, version in (config.get("versions") or {}).items())),
     ]

@@ -9,6 +9,7 @@ would, to float tolerance, and is an ordinary agent.
 
 import dataclasses
 import threading
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffagents import training
+from diffagents import provenance, training
 from diffagents.agent import Agent
 from diffagents.compiling import Compiled, NamedTensors, Networks, gradients_of, trained_names, with_leaves
 from diffagents.cuda_graph import GraphRunner
@@ -71,6 +72,7 @@ def learn_many(
         for agent, plan in zip(members, plans, strict=True):
             _check_same_data(first, agent)
             agent.plan, agent.num_timesteps, agent.history = plan, 0, []
+            agent.provenance = provenance.begin(agent.provenance, agent.device, reset=True)
             agent.stages()  # an algorithm may refuse its part of the plan
     if any((agent.dataset_info or {})["sha256"] != data.info["sha256"] for agent in members):
         warnings.warn("these are other data than the agents learned from first, whose transforms are kept", stacklevel=2)
@@ -83,12 +85,15 @@ def learn_many(
     if first.verbose:
         training.announce(first, plans[0], together)
         print(f"{len(members)} agents together", flush=True)
+    started = time.perf_counter()
     failures: list[str] = []
     lost: dict[int, dict[str, Any]] = {}  # who diverged, and the state to go back to
     with stacked(members) as tensors, training.interrupt_between_updates() as interrupted, training.matmul_precision(first):
         for position, stage in enumerate(first.stages()):
             if stage.name in plans[0].lengths and not interrupted.is_set():
                 _run_stage(members, position, sampler, tensors, log_interval, failures, lost, interrupted)
+    for agent in members:
+        agent.provenance |= {"seconds": time.perf_counter() - started, "trained_together": len(members)}
     for k, good in lost.items():
         restore(members[k], good)
     if failures:

@@ -13,8 +13,15 @@ from typing import Any
 
 import torch
 
-MAX_EVALUATIONS = 1000
+MAX_EVALUATIONS, MAX_COMMANDS = 1000, 20
 _TOKEN = re.compile(r"\bhf_\w+")
+
+
+def begin(before: dict[str, Any], device: torch.device, reset: bool) -> dict[str, Any]:
+    """What is known when a training starts; reset: it starts from nothing, but for what the agent was pulled from."""
+    kept = {name: value for name, value in before.items() if name == "source" or not reset}
+    commands = [*kept.get("commands", ()), command_line()]
+    return {**kept, "commands": [command for command in commands if command][-MAX_COMMANDS:], "machine": machine(device)}
 
 
 def command_line() -> str | None:

@@ -151,9 +151,9 @@ def begin(agent: Any, plan: Plan, data: Transitions, reset: bool) -> None:
         warnings.warn(f"these are other data than {agent.dataset_info['id']}, whose {kept} are kept", stacklevel=3)
     if new and reset:
         agent.num_timesteps, agent.history = 0, []
-        agent.provenance = {name: value for name, value in agent.provenance.items() if name == "source"}
+    if new:
+        agent.provenance = provenance.begin(agent.provenance, agent.device, reset)
     agent.plan = plan
-    agent.provenance |= {"command": provenance.command_line(), "machine": provenance.machine(agent.device)}
 
 
 def check_rewards(plan: Plan, data: Transitions) -> None:

@@ -1,0 +1,275 @@
+"""The command `diffagents`, as a shell sees it: what it prints where, and its exit codes."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import Hub
+from small_agents import NAMES, small
+from toy import line_data
+
+import diffagents
+from diffagents import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "examples" / "data"
+REACHER = "diffagents/reacher/replay-v0"
+SMALL = "--net-arch 16 16 --batch-size 16 --quiet --device cpu"
+
+
+def run(command: str, folder: Path, input: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`command` after `diffagents`, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "diffagents.cli", *shlex.split(command)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MINARI_DATASETS_PATH": str(SHIPPED), **environment},
+        input=input,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(SHIPPED))
+    return tmp_path
+
+
+@pytest.fixture
+def data(here: Path) -> Path:
+    """Arrays in a file, of Pendulum's shapes."""
+    path = here / "pendulum.npz"
+    np.savez(path, **line_data(200, obs_dim=3, act_dim=1))
+    return path
+
+
+@pytest.fixture
+def trained(here: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A folder as `train` leaves it."""
+    assert cli.main(shlex.split(f"train TD3BC {REACHER} --steps 30 {SMALL} --seed 3")) == 0
+    return Path(capsys.readouterr().out.strip())
+
+
+def test_train_prints_its_folder_and_nothing_else_to_stdout(here: Path) -> None:
+    done = run(f"train TD3BC {REACHER} --steps 30 --net-arch 16 16 --eval --episodes 2 --alpha 3", here)
+    assert done.returncode == 0, done.stderr
+    folder = here / done.stdout.strip()
+    assert folder.name == "td3bc-diffagents-reacher-replay-v0-seed0"
+    assert "train" in done.stderr and "gradient steps" in done.stderr
+    agent = diffagents.load(folder)
+    assert type(agent).__name__ == "TD3BC" and agent.config.alpha == 3 and agent.num_timesteps == 30
+    results = json.loads((folder / "results.json").read_text())
+    assert results["n_eval_episodes"] == 2 and results["env_id"] == "Reacher-v5"
+    assert "--alpha 3" in (folder / "README.md").read_text()
+
+
+def test_python_spelling_of_a_knob_and_the_right_types(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--out x --steps 6 {SMALL} --behavior_batch_size 8 --subtract_noise false --q-grad-norm l2 --learning_rate=1e-3"
+    assert cli.main(shlex.split(f"train SRPO {data} --env Pendulum-v1 {words}")) == 0
+    config = diffagents.load("x").config
+    assert (config.behavior_batch_size, config.subtract_noise, config.q_grad_norm) == (8, False, "l2")
+    assert config.learning_rate == 1e-3
+
+
+def test_ctrl_c_keeps_what_there_is_and_resume_ends_where_an_uninterrupted_run_does(here: Path) -> None:
+    words = f"train TD3BC {REACHER} --net-arch 16 16 --batch-size 16 --device cpu"
+    command = [sys.executable, "-m", "diffagents.cli", *shlex.split(f"{words} --steps 4000 --out cut")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MINARI_DATASETS_PATH": str(SHIPPED)}
+    process = subprocess.Popen(command, cwd=here, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "critic_loss" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    assert 0 < diffagents.load(here / "cut").num_timesteps < 4000
+    again = run(f"train TD3BC {REACHER} --out cut --quiet --resume --device cpu", here)
+    assert again.returncode == 0, again.stderr
+    whole = run(f"{words} --steps 4000 --out whole --quiet", here)
+    assert whole.returncode == 0, whole.stderr
+    for name in ("model.safetensors", "learner.safetensors"):
+        assert (here / "cut" / name).read_bytes() == (here / "whole" / name).read_bytes()
+    assert "--steps 4000" in (here / "cut" / "README.md").read_text()  # the command that planned the run
+
+
+def test_save_every_leaves_a_folder_that_can_be_resumed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: object, folder: object, *args: object, **kwargs: object) -> None:
+        saved = save(self, folder, *args, **kwargs)  # type: ignore[arg-type]
+        raise SystemExit(f"killed after writing {saved}")
+
+    from diffagents.agent import Agent
+
+    save = Agent.save_pretrained
+    monkeypatch.setattr(Agent, "save_pretrained", killed)
+    with pytest.raises(SystemExit, match="killed after writing out"):
+        cli.main(shlex.split(f"train TD3BC {REACHER} --out out --steps 50 --save-every 20 {SMALL}"))
+    monkeypatch.setattr(Agent, "save_pretrained", save)
+    assert diffagents.load("out").num_timesteps == 20
+    assert cli.main(shlex.split(f"train TD3BC {REACHER} --out out --resume --quiet")) == 0
+    assert diffagents.load("out").num_timesteps == 50
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"train TD3BC {REACHER} --out there", "there exists"),
+        (f"train TD3BC {REACHER} --out new --alpha high", "alpha='high' must be a number"),
+        (f"train TD3BC {REACHER} --out new --resume --alpha 3", "leave knobs"),
+        (f"train TD3BC {REACHER} --out new --resume", "no artifact at new"),
+        (f"train TD3BC {REACHER} --out new --save-every 0", "--save-every must be at least 1"),
+        ("train TD3BC nothing.npz --out new", "nothing.npz does not exist"),
+        ("eval nowhere", "'nowhere' is neither an existing file or folder nor a Hub id"),
+        ("eval there", "is not a diffagents artifact"),
+        ("pull nowhere", "'nowhere' is neither an existing file or folder nor a Hub id"),
+        ("pull me/nothing --offline", "me/nothing (revision main): it is not in the cache"),
+        ("push nowhere me/x", "'nowhere' is neither"),
+        ("push there me/x", "is not a diffagents artifact"),
+        ("enjoy there", "is not a diffagents artifact"),
+    ],
+)
+def test_what_fails_says_why_in_one_line_and_exits_with_1(
+    words: str, said: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "there").mkdir()
+    assert cli.main(shlex.split(words)) == 1
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert errors.startswith("diffagents: error: ") and said in errors and errors.count("\n") == 1
+    assert not (here / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["fly", "train", f"train DQN {REACHER}", f"train SRPO {REACHER} --betta 1", "eval x --episodes y"]
+)
+def test_what_is_not_understood_exits_with_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(shlex.split(words))
+    assert stopped.value.code == 2
+    assert "usage: diffagents" in capsys.readouterr().err
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("train", "eval", "enjoy", "push", "pull", "list"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_of_train_teaches_every_knob(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import dataclasses
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", name, "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for knob in dataclasses.fields(getattr(diffagents, name).Config):
+        assert f"--{knob.name.replace('_', '-')} VALUE" in shown
+    assert (
+        f"(default: {getattr(diffagents, name).Config().gamma if hasattr(getattr(diffagents, name).Config, 'gamma') else None}"
+        in shown
+    )
+
+
+def test_eval_prints_a_line_or_json_and_reads_the_policy_from_a_pipe(trained: Path, here: Path) -> None:
+    agent = diffagents.load(trained)
+    expected = agent.evaluate(n_episodes=2, seed=5)
+    line = run(f"eval {trained} --episodes 2 --seed 5", here)
+    assert line.returncode == 0 and line.stdout == f"{expected}\n"
+    piped = run("eval - --episodes 2 --seed 5 --json", here, input=f"{trained}\n")
+    assert json.loads(piped.stdout)["returns"] == list(expected.returns)
+    other = run(f"eval {trained} --episodes 1 --env-arg reward_dist_weight=0.0 --json", here)
+    assert json.loads(other.stdout)["mean_return"] > expected.mean_return
+
+
+def test_list_in_a_pipe_that_closes(here: Path) -> None:
+    command = f"{sys.executable} -m diffagents.cli list; echo code $? >&2"
+    done = subprocess.run(["bash", "-c", f"({command}) | head -c 1"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "S"
+    assert done.stderr in ("code 141\n", "code 0\n")  # 0 where all fitted into the pipe before it closed
+
+
+def test_list_shows_algorithms_folders_and_scores(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == NAMES
+    diffagents.load(trained).save(here / "runs" / "more" / "zipped.zip")
+    diffagents.load(trained).save_pretrained(here / "runs" / "more" / "scored", eval_env=True, n_eval_episodes=1)
+    (here / "runs" / "other").mkdir()
+    (here / "runs" / "other" / "config.json").write_text('{"library": "another"}')
+    assert cli.main(["list", "runs"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [Path(row[0]).name for row in rows] == ["scored", "zipped.zip", trained.name]
+    assert all(row[1:3] == ["TD3BC", REACHER] for row in rows)
+    assert rows[0][3].startswith("return -") and rows[2][3] == "not evaluated"
+
+
+def test_enjoy_writes_a_video_or_wants_a_screen(
+    trained: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    if sys.platform == "linux":
+        assert cli.main(["enjoy", str(trained)]) == 1
+        assert "no screen" in capsys.readouterr().err
+    if cli.main(["enjoy", str(trained), "--video", "reacher.mp4"]) == 1:  # nothing here can render
+        assert "MUJOCO_GL" in capsys.readouterr().err
+    else:
+        assert capsys.readouterr().out == "reacher.mp4\n"
+        assert (here / "reacher.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_push_pull_list_and_eval_by_a_hub_id(trained: Path, here: Path) -> None:
+    with Hub(mode="lfs", folder=here / "cas") as hub:
+        environment = {**hub.environment(), "HF_HOME": str(here / "home")}
+        pushed = run(f"push {trained} tester/td3bc-reacher --message hello --license apache-2.0", here, **environment)
+        assert pushed.returncode == 0, pushed.stderr
+        assert pushed.stdout.startswith(hub.url) and "/commit/" in pushed.stdout
+        card = hub.files("tester/td3bc-reacher")["README.md"].decode()
+        assert 'TD3BC.from_pretrained("tester/td3bc-reacher")' in card
+        evaluated = run(f"push {trained} tester/scored --eval --episodes 1 --private", here, **environment)
+        assert evaluated.returncode == 0, evaluated.stderr
+        assert "results.json" in hub.files("tester/scored") and hub.repository("tester/scored").private
+        pulled = run("pull tester/td3bc-reacher --to copy", here, **environment)
+        assert pulled.stdout == "copy\n"
+        for name in ("model.safetensors", "learner.safetensors"):
+            assert (here / "copy" / name).read_bytes() == (trained / name).read_bytes()
+        assert run("pull tester/td3bc-reacher --to copy", here, **environment).returncode == 1
+        listed = run("list tester", here, **environment)
+        assert "tester/td3bc-reacher\tTD3BC\tReacher-v5" in listed.stdout.splitlines()
+        offline = run("eval tester/td3bc-reacher --episodes 1 --offline", here, **environment)
+        assert offline.stdout.startswith("Reacher-v5: return"), offline.stderr
+        nobody = run(f"push {trained} tester/new", here, **{**environment, "HF_TOKEN": "hf_wrong"})
+        assert nobody.returncode == 1 and "hf auth login" in nobody.stderr and nobody.stderr.count("\n") == 1
+
+
+def test_the_command_is_installed() -> None:
+    import tomllib
+
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"diffagents": "diffagents.cli:main"}
+
+
+def test_importing_the_command_is_quick() -> None:
+    """--help and --version must not wait for torch."""
+    code = "import sys, diffagents.cli; print('torch' in sys.modules)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stderr
+    assert time.perf_counter() - start < 30
+
+
+def test_a_small_agent_of_every_class_can_be_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in NAMES:
+        small(name, env="Pendulum-v1").save_pretrained(here / "zoo" / name)
+    assert cli.main(["list", "zoo"]) == 0
+    assert sorted(line.split("\t")[1] for line in capsys.readouterr().out.splitlines()) == sorted(NAMES)
