@@ -221,6 +221,8 @@ class Agent(ABC):
         obs, batched = self.spec.flatten_obs(observation)
         with torch.no_grad():
             flat = act(self.obs_normalizer(torch.from_numpy(obs).to(self.device))).cpu().numpy()
+        if not np.isfinite(flat).all():
+            raise RuntimeError("the policy's actions are not finite numbers: go back to an earlier checkpoint")
         action = self.spec.unscale_action(flat)
         return action if batched else action[0]
 

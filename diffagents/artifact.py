@@ -293,6 +293,8 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         raise ArtifactError(f"{path} is not a {LIBRARY} artifact (no {name} in it): {_GIVE}")
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        if b"\\ud" in data.lower():  # half of a pair alone is a text that cannot be written again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
         if isinstance(value, dict):
             return value
         problem = f"a {type(value).__name__}, not an object"

@@ -201,7 +201,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapp
     for row in history:
         for name, value in row.items():
             if name not in ("num_timesteps", "stage", "stage_step") and isinstance(value, float):
-                panels.setdefault(f"{row['stage']}: {name}", []).append((row["num_timesteps"], value))
+                panels.setdefault(f"{row.get('stage')}: {name}"[:60], []).append((row.get("num_timesteps", 0), value))
     panels = {name: points for name, points in panels.items() if len(points) > 1}
     if not panels:
         return None
@@ -216,7 +216,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapp
     for i, (name, points) in enumerate(panels.items()):
         axis = figure.add_subplot(lines, columns, i + 1)
         axis.plot(*zip(*points, strict=True))
-        axis.set_title(name, fontsize=8)
+        axis.set_title(name, fontsize=8, parse_math=False)
         axis.tick_params(labelsize=7)
         axis.set_xlabel("steps", fontsize=7)
     picture = io.BytesIO()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffagents import provenance
 from diffagents.artifact import AGAIN, CONFIG, TENSOR_FILES, TRAINER_STATE, Artifact, ArtifactError, bare, read, short
 from diffagents.engine import Plan
 from diffagents.knobs import whole_number
@@ -100,10 +101,10 @@ def restore(
     try:
         agent = _build(cls, config, tensors, device, overrides)
         plan = Plan.from_json(state["plan"], cls.STAGE_SHARES) if state and state.get("plan") else None
-        history = [dict(row) for row in state["history"]] if state else []
+        history = provenance.checked_history(state["history"]) if state else []
     except ArtifactError:
         raise
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
         reason = short(" ".join(str(error).split()))
         raise ArtifactError(f"config.json or trainer_state.json is not what this version writes ({reason}): {AGAIN}") from None
     _load_named(agent, tensors["model"], ("obs_normalizer", *agent.MODEL), fresh)
@@ -163,7 +164,10 @@ def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], 
     sizes = {n for some in tensors.values() for tensor in some.values() for n in tensor.shape}
     if "learner" not in tensors:  # the sizes of what is not there cannot be compared
         sizes |= set(range(4097))
-    named = _numbers(config["policy_kwargs"]) - set(range(17))  # numbers of blocks are no tensor's size
+    numbers = _numbers(config["policy_kwargs"])
+    if len(numbers) > sum(map(len, tensors.values())):
+        raise ValueError("policy_kwargs name more layers than there are tensors")
+    named = set(numbers) - set(range(17))  # numbers of blocks are no tensor's size
     for name in cls.SIZES:
         if not {config["knobs"][name], config["knobs"][name] + 1} & sizes:
             raise ValueError(f"{name}={config['knobs'][name]!r} is a size that no tensor has")
@@ -174,6 +178,8 @@ def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], 
     agent = cls(preset=config["preset"], policy_kwargs=config["policy_kwargs"], device=device, **settings, **knobs)
     agent._explicit = {name: knobs[name] for name in {*config["explicit"], *overrides} if name in knobs}
     transform, counters = config["reward_transform"], config["counters"]
+    if (transform is None) != (config["dataset"] is None):
+        raise ValueError("a reward transform and the dataset that it was fitted on belong together")
     agent.reward_transform = RewardTransform.from_json(transform) if transform is not None else None
     if transform is not None:
         for name in ("reward_transform", "normalize_obs"):
@@ -181,8 +187,8 @@ def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], 
                 raise ArtifactError(
                     f"{name} was fitted when the agent first learned: make a new {cls.__name__}({name}=...) instead"
                 )
-    agent.dataset_info = dict(config["dataset"]) if config["dataset"] is not None else None
-    agent.provenance = dict(config.get("provenance", {}))
+    agent.dataset_info = provenance.checked_dataset(config["dataset"])
+    agent.provenance = provenance.checked(config.get("provenance", {}))
     agent.num_timesteps, agent.n_env_steps, agent.n_updates = (
         whole_number(name, counters[name], 0) for name in ("num_timesteps", "n_env_steps", "n_updates")
     )
@@ -192,13 +198,13 @@ def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], 
     return agent
 
 
-def _numbers(value: Any) -> set[int]:
+def _numbers(value: Any) -> list[int]:
     """Every whole number in nested dicts and lists."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return set().union(*map(_numbers, value))
-    return {value} if isinstance(value, int) else set()
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, int) else []
 
 
 def training_tensors(agent: Any) -> Tensors:
@@ -220,7 +226,7 @@ def _named(agent: Any, names: Sequence[str]) -> Tensors:
 def _load_named(agent: Any, tensors: Tensors, names: Sequence[str], fresh: Sequence[str]) -> None:
     stray = [key for key in tensors if key.partition(".")[0] not in names]
     if stray:
-        raise ArtifactError(f"unexpected tensor {stray[0]!r}: the artifact belongs to another version or algorithm")
+        raise ArtifactError(f"unexpected tensor {short(stray[0])!r}: the artifact belongs to another version or algorithm")
     for name in names:
         if name not in fresh:
             load_state(getattr(agent, name), tensors, f"{name}.")

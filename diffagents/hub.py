@@ -27,7 +27,8 @@ LEARNING = (TENSOR_FILES["learner"], TENSOR_FILES["optimizer"], TRAINER_STATE)
 ALL_FILES = (*ACTING, *LEARNING, *artifact.COMPANIONS)
 """Every file that is pushed or pulled; nothing else in a repository is ever looked at."""
 
-_REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+_PART = r"(?![.-])(?!\w*\.git$)[\w.-]{1,96}(?<![.-])"
+_REPO_ID = re.compile(rf"(?!.*(--|\.\.)){_PART}/{_PART}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HARMLESS = re.compile(r"\.git\w*|\.?README.*|LICEN[CS]E.*|CITATION.*|.*\.(md|txt|png|jpg|gif|mp4)", re.IGNORECASE)
 
@@ -99,6 +100,10 @@ class Origin:
                 self.repo_id, entry.path, revision=self.sha, token=self.token, cache_dir=self.cache_dir, library_name=LIBRARY
             )
         path = Path(given)
+        if path.parent.name != self.sha:  # what the client took for this commit's name spoils its cache
+            (path.parents[2] / "refs" / self.sha).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise HubError(f"{self}: the Hub answered with another commit, {short(path.parent.name)}: check HF_ENDPOINT")
         data = path.read_bytes()
         whole = hashlib.sha256(data).hexdigest() if entry.lfs else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         if len(data) != entry.size or whole != (entry.lfs.sha256 if entry.lfs else entry.blob_id):
@@ -214,8 +219,8 @@ def begin_push(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         head = api.model_info(repo_id, revision=revision)
-    names = frozenset(sibling.rfilename for sibling in head.siblings or ())
-    assert head.sha is not None
+        names = frozenset(sibling.rfilename for sibling in head.siblings or ())
+        assert head.sha is not None and _COMMIT.fullmatch(head.sha)
     others = sorted(name for name in names if name not in ALL_FILES and not _HARMLESS.fullmatch(name))
     if CONFIG in names:
         config = artifact.read_json(Origin(repo_id, head.sha, token).fetch([CONFIG]), CONFIG)
@@ -266,7 +271,7 @@ def _cause(error: Exception) -> str | None:
         return "there is no such branch, tag or commit"
     if "RemoteEntryNotFoundError" in kinds:
         return "it is not in this commit"
-    if "OfflineModeIsEnabled" in kinds or "offline" in said.lower():
+    if "OfflineModeIsEnabled" in kinds:
         return "the Hub is not asked, HF_HUB_OFFLINE is set, and the cache does not have it: pull it once online"
     if "RevisionResolutionError" in kinds or "LocalEntryNotFoundError" in kinds:
         return f"it is not in the cache, and the Hub was not reached ({_root(error)}): go online, or check HF_ENDPOINT"
@@ -282,10 +287,14 @@ def _cause(error: Exception) -> str | None:
         return f"the Hub answered {status} ({said}): nothing was changed; try again later"
     if kinds & {"TransportError", "HTTPError", "ConnectionError", "TimeoutError", "XetDownloadError"}:
         return f"the connection failed ({_root(error)}): nothing was changed; try again"
+    if re.search(r"\b40[13]\b", said):  # hf_xet says it in words only
+        return f"the Hub does not let this token in ({said}): use one that may write there (hf auth login)"
     if isinstance(error, OSError) and error.errno is not None:  # disk full, read-only cache
         return f"{error.strerror or error} ({error.filename or 'in the cache'}): make room, or set HF_HOME to another place"
     if isinstance(error, OSError | RuntimeError):  # a size that does not fit; hf_xet speaks in RuntimeErrors
         return f"the transfer failed ({_root(error)}): nothing was changed; try again"
+    if isinstance(error, AssertionError | TypeError | KeyError | ValueError):
+        return f"the Hub's answer makes no sense ({_root(error)}): check HF_ENDPOINT"
     return None
 
 

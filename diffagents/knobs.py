@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+MOST = 10**7
+"""The most of anything that is counted: a batch, critics, samples."""
 N_FIXED = 256
 """How many fixed noises an artifact holds for deterministic actions: the most candidates there can be."""
 
@@ -39,6 +41,8 @@ def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
             check_number(name, value, "must be positive", lambda x: x > 0)
         elif name.startswith("n_") or name.endswith(("batch_size", "_freq", "_every")):
             knobs[name] = whole_number(name, value, 1)
+            if value > MOST:
+                raise ValueError(f"{name}={value!r} must be at most {MOST:,}")
             if name == "n_candidates" and value > N_FIXED:
                 raise ValueError(f"{name}={value!r} must be at most {N_FIXED}, the fixed noises of a deterministic choice")
         elif "int" in kinds:
@@ -51,11 +55,11 @@ def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
 
 
 def whole_number(name: str, value: Any, least: int, unit: str = "") -> int:
-    """`value` as an int (16.0 counts). Raises ValueError unless it is a whole number of at least `least`."""
-    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not (real and np.isfinite(value) and int(value) == value and value >= least):
+    """`value` as an int (16.0 counts). Raises ValueError unless it is a whole number from `least` to 2**53."""
+    real = not isinstance(value, bool) and isinstance(value, int | float | np.integer | np.floating)
+    if not (real and abs(float(value)) <= 2**53 and int(value) == value and value >= least):
         kind = "a positive whole number" if least == 1 else "zero or a positive whole number"
-        raise ValueError(f"{name}={value!r} must be {kind}{unit}")
+        raise ValueError(f"{name}={str(value)[:40] if real else repr(value)} must be {kind}{unit}")
     return int(value)
 
 
@@ -63,8 +67,8 @@ def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool
     """Raises ValueError, naming the knob and the rule, unless `value` is a finite number for which `holds` is true."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ValueError(f"{name}={value!r} must be a number")
-    if not np.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be finite")
+    if not abs(float(value)) < 1e38:  # what float32 holds
+        raise ValueError(f"{name}={str(value)[:20]} must be finite")
     if not holds(float(value)):
         raise ValueError(f"{name}={value!r} {rule}")
 

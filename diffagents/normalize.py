@@ -69,8 +69,10 @@ class RewardTransform:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RewardTransform":
-        """The inverse of `to_json`."""
-        return cls(name=str(data["name"]), scale=float(data["scale"]), shift=float(data["shift"]))
+        """The inverse of `to_json`. Raises KeyError, TypeError, ValueError, OverflowError where it is malformed."""
+        if data["name"] not in REWARD_TRANSFORMS:
+            raise ValueError(f"there is no such reward transform: choose from {', '.join(REWARD_TRANSFORMS)}")
+        return cls(name=data["name"], scale=float(data["scale"]), shift=float(data["shift"]))
 
 
 def fit_reward_transform(

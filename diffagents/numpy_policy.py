@@ -68,6 +68,8 @@ class NumpyPolicy:
         h = self._last.dot(h)
         h += self._last_bias
         np.tanh(h, out=h)
+        if (length := h.dot(h)) != length:  # NaN
+            return None
         h += 1.0
         action = self._low + h * self._half
         return np.minimum(np.maximum(action, self._low), self._high).reshape(self._action_shape).astype(self._dtype, copy=False)

@@ -24,6 +24,46 @@ def begin(before: dict[str, Any], device: torch.device, reset: bool) -> dict[str
     return {**kept, "commands": [command for command in commands if command][-MAX_COMMANDS:], "machine": machine(device)}
 
 
+def checked(value: Any) -> dict[str, Any]:
+    """Provenance as a file has it, what this version does not know left out. Raises ValueError, TypeError, KeyError, ..."""
+    kinds = {"commands": list, "machine": str, "seconds": float, "trained_together": int, "evaluations": list, "source": dict}
+    known = {name: value[name] for name in kinds if name in value}
+    if any(type(entry) is not kinds[name] for name, entry in known.items()):
+        raise ValueError("provenance has an entry of another kind")
+    source = known.get("source", {"repo_id": "", "sha": ""})
+    if not all(isinstance(text, str) for text in (*known.get("commands", ()), source["repo_id"], source["sha"])):
+        raise ValueError("provenance has a text that is none")
+    for row in known.get("evaluations", ()):
+        if set(row) != {"num_timesteps", "mean_return"} or not all(map(_is_number, row.values())):
+            raise ValueError("provenance has an evaluation that is none")
+    return known
+
+
+def checked_dataset(value: Any) -> dict[str, Any] | None:
+    """What is kept of a dataset (`Transitions.info`) as a file has it; None where the agent has learned from none."""
+    if value is None:
+        return None
+    texts = [value["id"], value["kind"], value["sha256"], *(value.get("made") or {}).values(), *(value.get("obs_keys") or ())]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(value.get("env_spec"), str | None):
+        raise ValueError("dataset has a text that is none")
+    if not all(_is_number(value[name]) for name in ("n_steps", "n_episodes", "mean_return")):
+        raise ValueError("dataset has a number that is none")
+    return dict(value)
+
+
+def checked_history(rows: Any) -> list[dict[str, Any]]:
+    """The rows of `Agent.history` as a file has them."""
+    for row in rows:
+        others = [entry for name, entry in row.items() if name != "stage"]
+        if not isinstance(row["stage"], str) or type(row["num_timesteps"]) is not int or not all(map(_is_number, others)):
+            raise ValueError("history has a row that is none")
+    return [dict(row) for row in rows]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
 def command_line() -> str | None:
     """What started this process, as one would type it again in the same folder; None in a notebook or a shell."""
     script = sys.argv[0] if sys.argv else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffagents import artifact, card, checkpoint, hub
-from diffagents.artifact import ArtifactError
+from diffagents.artifact import ArtifactError, short
 from diffagents.evaluation import Evaluation, record_video
 
 if TYPE_CHECKING:
@@ -51,9 +51,16 @@ def save_pretrained(agent: "Agent", folder: str | Path, how: How, name: str | No
             notes.append("no video: it could not be rendered where this policy was published")
     config, tensors, state = checkpoint.pack(agent, how.include_trainer_state)
     name, plain = name or Path(folder).name, artifact.to_json_safe(config)
-    text = card.make_card(plain, results, name=name, license=how.license, pictures=companions, notes=notes)
+    text = _card(plain, results, name=name, license=how.license, pictures=companions, notes=notes)
     companions["README.md"] = _hand_written(Path(folder) / "README.md") or text.encode()
     return artifact.write(folder, config, tensors, state, folder=True, companions=companions)
+
+
+def _card(*config_and_results: Any, **how: Any) -> str:
+    try:
+        return card.make_card(*config_and_results, **how)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"no card can be made of config.json or results.json ({short(error)}): {artifact.AGAIN}") from None
 
 
 def _results(agent: "Agent", eval_env: Any, n_eval_episodes: int) -> dict[str, Any] | None:
@@ -196,6 +203,6 @@ def push_folder(
             pictures = [name for name in artifact.COMPANIONS if (path / name).is_file()]
             said = re.search(r"^license: (\S+)$", (path / "README.md").read_text() if "README.md" in pictures else "", re.M)
             license, config = said[1] if said else "mit", artifact.read(path).config
-            text = card.make_card(config, results, name=repo_id, license=license, pictures=pictures)
+            text = _card(config, results, name=repo_id, license=license, pictures=pictures)
             (copy / "README.md").write_text(text)
         return push.commit(copy, message)

@@ -53,6 +53,11 @@ class Spec:
                 f"action space bounds must be finite with low < high, not [{low.min()}, {high.max()}]: "
                 "wrap the environment with gymnasium.wrappers.RescaleAction, or leave env= out to take bounds from the data"
             )
+        with np.errstate(over="ignore"):
+            if not np.all(np.isfinite(high - low)):
+                raise ValueError(
+                    f"action space bounds [{low.min()}, {high.max()}] are too far apart for float32: rescale actions"
+                )
         if isinstance(self.obs_keys, str):
             raise TypeError(f"obs_keys={self.obs_keys!r} is a string, not a tuple of keys; pass obs_keys=({self.obs_keys!r},)")
         if self.obs_keys is None:

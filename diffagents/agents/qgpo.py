@@ -85,6 +85,7 @@ class QGPOConfig:
         check_choice("energy_loss", self.energy_loss, ENERGY_LOSSES)
         check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
         whole_number("solver_steps", self.solver_steps, 1)
+        check_number("solver_steps", self.solver_steps, "must be at most 1000", lambda n: n <= 1000)
 
 
 class Energy(nn.Module):

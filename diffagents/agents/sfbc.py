@@ -72,8 +72,9 @@ class SfBCConfig:
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, "must not be negative: 20 is usual", lambda x: x >= 0)
         check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
-        for name in ("average_top", "solver_steps"):
-            whole_number(name, getattr(self, name), 1)
+        whole_number("average_top", self.average_top, 1)
+        whole_number("solver_steps", self.solver_steps, 1)
+        check_number("solver_steps", self.solver_steps, "must be at most 1000", lambda n: n <= 1000)
 
 
 class ReturnCritic(nn.Module):
