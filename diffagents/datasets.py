@@ -270,10 +270,15 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
     from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
 
     place = remote or os.environ.get("MINARI_REMOTE", DEFAULT_REMOTE)
-    instead = "or set MINARI_DATASETS_PATH to a folder that holds it"
+    instead, root = "or set MINARI_DATASETS_PATH to a folder that holds it", path.parents[identity.count("/") + 1]
     try:
-        size = get_cloud_storage(remote_path=place).get_dataset_metadata(identity).get("dataset_size", "?")
+        storage = get_cloud_storage(remote_path=place)
+        size = storage.get_dataset_metadata(identity).get("dataset_size", "?")
         print(f"downloading {identity} ({size} MB) from {place}", flush=True)
+        for end in [slash.start() for slash in re.finditer("/", identity)]:  # Minari would ask its default remote for these
+            (root / identity[:end]).mkdir(parents=True, exist_ok=True)
+            if not (root / identity[:end] / "namespace_metadata.json").exists():
+                storage.download_namespace_metadata(identity[:end], root)
         # A folder without metadata.json is what an interrupted download left behind.
         minari.download_dataset(f"{place}/{identity}", force_download=path.parent.exists())
     except ImportError:
@@ -282,10 +287,10 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
         kinds = {cls.__name__ for cls in type(error).__mro__}
         if kinds & {"RepositoryNotFoundError", "RemoteEntryNotFoundError"} or type(error) is ValueError:
             raise FileNotFoundError(f"{place} has no Minari set {identity!r}; check the id, {instead}") from None
-        root: BaseException = error  # wrapped once or more; the innermost says what really happened
-        while (inner := root.__cause__ or root.__context__) is not None:
-            root = inner
-        cause = f"{type(root).__name__}: {one_line(root)}"
+        deepest: BaseException = error  # wrapped once or more; the innermost says what really happened
+        while (inner := deepest.__cause__ or deepest.__context__) is not None:
+            deepest = inner
+        cause = f"{type(deepest).__name__}: {one_line(deepest)}"
         raise ConnectionError(
             f"cannot download {identity!r} from {place} ({cause}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {instead}"
         ) from None

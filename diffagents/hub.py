@@ -183,6 +183,7 @@ class Push:
     revision: str | None
     head: str
     files: frozenset[str]
+    readme: bytes | None  # of `head`
     token: str | bool | None = field(default=None, repr=False)
 
     def commit(self, folder: str | Path, message: str) -> "CommitInfo":
@@ -228,7 +229,10 @@ def begin_push(
             raise HubError(f"{repo_id} holds a model of another library ({CONFIG} says so): push to another name")
     elif others:
         raise HubError(f"{repo_id} holds other files ({short(others[0])}) and no policy of ours: push to another name")
-    return Push(repo_id, revision, head.sha, names, token)
+    readme = (
+        (Origin(repo_id, head.sha, token).fetch(["README.md"]) / "README.md").read_bytes() if "README.md" in names else None
+    )
+    return Push(repo_id, revision, head.sha, names, readme, token)
 
 
 def list_policies(author: str, token: str | bool | None = None) -> Iterator[tuple[str, list[str]]]:

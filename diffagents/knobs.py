@@ -56,7 +56,7 @@ def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
 
 def whole_number(name: str, value: Any, least: int, unit: str = "") -> int:
     """`value` as an int (16.0 counts). Raises ValueError unless it is a whole number from `least` to 2**53."""
-    real = not isinstance(value, bool) and isinstance(value, int | float | np.integer | np.floating)
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not (real and abs(float(value)) <= 2**53 and int(value) == value and value >= least):
         kind = "a positive whole number" if least == 1 else "zero or a positive whole number"
         raise ValueError(f"{name}={str(value)[:40] if real else repr(value)} must be {kind}{unit}")

@@ -52,7 +52,7 @@ def save_pretrained(agent: "Agent", folder: str | Path, how: How, name: str | No
     config, tensors, state = checkpoint.pack(agent, how.include_trainer_state)
     name, plain = name or Path(folder).name, artifact.to_json_safe(config)
     text = _card(plain, results, name=name, license=how.license, pictures=companions, notes=notes)
-    companions["README.md"] = _hand_written(Path(folder) / "README.md") or text.encode()
+    companions["README.md"] = _hand_written(_readme(folder)) or text.encode()
     return artifact.write(folder, config, tensors, state, folder=True, companions=companions)
 
 
@@ -98,12 +98,16 @@ def _video(agent: "Agent", eval_env: Any) -> bytes | None:
         return None if path is None else path.read_bytes()
 
 
-def _hand_written(readme: Path) -> bytes | None:
-    """A README that somebody wrote, or took our mark out of, stays."""
-    if not readme.is_file():
+def _hand_written(text: bytes | None) -> bytes | None:
+    """A README that somebody wrote, or took our mark out of, stays; one of nothing but front matter is none."""
+    if text is None or card.MARK.encode() in text:
         return None
-    text = readme.read_bytes()
-    return None if card.MARK.encode() in text else text
+    return text if re.sub(rb"\A---\r?\n.*?\r?\n---\s*", b"", text, flags=re.DOTALL).strip() else None
+
+
+def _readme(folder: str | Path) -> bytes | None:
+    path = Path(folder) / "README.md"
+    return path.read_bytes() if path.is_file() else None
 
 
 def open_pretrained(
@@ -161,6 +165,8 @@ def push_to_hub(
     try:
         save_pretrained(agent, folder / "policy", how, name=repo_id)
         keep = how.eval_env is not None or how.video
+        if theirs := _hand_written(push.readme):
+            (folder / "policy" / "README.md").write_bytes(theirs)
         commit = push.commit(folder / "policy", commit_message or f"{type(agent).__name__} trained with diffagents")
         keep = False
     except hub.HubError as error:
@@ -198,7 +204,7 @@ def push_folder(
     message = commit_message or f"{type(agent).__name__} trained with diffagents"
     with tempfile.TemporaryDirectory(prefix="diffagents-push-") as scratch:
         copy = Path(shutil.copytree(path, Path(scratch) / "policy"))
-        if _hand_written(copy / "README.md") is None:
+        if _hand_written(_readme(copy)) is None:
             results = artifact.read_json(path, "results.json") if (path / "results.json").is_file() else None
             pictures = [name for name in artifact.COMPANIONS if (path / name).is_file()]
             said = re.search(r"^license: (\S+)$", (path / "README.md").read_text() if "README.md" in pictures else "", re.M)

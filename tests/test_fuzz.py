@@ -118,7 +118,7 @@ def told(files: Files) -> Files:
         "evaluations": evaluations,
     }
     config["provenance"]["source"] = source
-    config["dataset"] |= {"env_spec": json.dumps({"id": "Pendulum-v1"}), "made": {"seed": 1, "policy": "random"}}
+    config["dataset"] |= {"env_spec": json.dumps({"id": "Pendulum-v1"}), "made": {"seed": "1", "policy": "random"}}
     return {**files, CONFIG: json.dumps(config, indent=1).encode(), "README.md": b"# ours", "results.json": b"{}"}
 
 

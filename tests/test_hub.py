@@ -449,7 +449,6 @@ def test_a_card_written_by_hand_stays_and_ours_does_not(
         assert (card.MARK in found) != stays
 
 
-@pytest.mark.xfail(strict=True, reason="the README of the repository is not looked at before a push")
 def test_a_card_edited_on_the_hub_stays(hub: Hub, here: Client, trained: Trained) -> None:
     """As its first line promises to whoever takes that out."""
     here(push, trained.folder / "TD3BC.zip", "me/edited")
@@ -530,9 +529,7 @@ def learn_from(source: str) -> int:
     "remote",
     [
         pytest.param({"MINARI_REMOTE": "hf://toys"}, id="remote_set"),
-        pytest.param(
-            {}, id="by_its_name_alone", marks=pytest.mark.xfail(strict=True, reason="Minari asks its own remote for ns")
-        ),
+        pytest.param({}, id="by_its_name_alone"),
     ],
 )
 def test_minari_sets_come_from_the_hub(remote: dict[str, str], tmp_path: Path) -> None:
