@@ -54,7 +54,7 @@ class Spec:
                 "wrap the environment with gymnasium.wrappers.RescaleAction, or leave env= out to take bounds from the data"
             )
         with np.errstate(over="ignore"):
-            if not np.all(np.isfinite(high - low)):
+            if not np.all(np.isfinite(2.0 * (high - low))):  # `unscale_action` multiplies it by up to 2
                 raise ValueError(
                     f"action space bounds [{low.min()}, {high.max()}] are too far apart for float32: rescale actions"
                 )
