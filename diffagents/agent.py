@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffagents import artifact, checkpoint, compiling, hub, presets, training
+from diffagents import artifact, checkpoint, compiling, hub, online, presets, training
 from diffagents.datasets import load_dataset
-from diffagents.engine import MODES, Draws, Optimizer, Plan, Stage
+from diffagents.engine import MODES, Draws, OnlineRun, OnlineSettings, Optimizer, Plan, Stage
 from diffagents.environments import warn_of_another_env
 from diffagents.evaluation import Evaluation, evaluate
 from diffagents.knobs import check_arguments, check_choice, choose, find_device, make_config, signature, whole_number
 from diffagents.networks import TanhPolicy
 from diffagents.normalize import ObsNormalizer, RewardTransform
 from diffagents.numpy_policy import NumpyPolicy, numpy_action
+from diffagents.replay import Replay
 from diffagents.sb3 import as_vec_env, check_same_spaces, make_callback, make_logger, stub_env, with_history
 from diffagents.types import Spec
 
@@ -96,6 +97,9 @@ class Agent(ABC):
         self.num_timesteps = self.n_env_steps = self.n_updates = 0
         self.stage_steps = dict.fromkeys(self.STAGE_SHARES, 0)  # gradient steps ever done, by stage
         self.plan: Plan | None = None
+        self.online: OnlineRun | None = None  # the last run of `learn_online`
+        self.replay_buffer: Replay | None = None
+        self.loosening = 1.0  # by how much the constraint to the data is weaker, while `learn_online` runs
         self.history: list[dict[str, Any]] = []  # one row per look: step, stage and the means of its metrics
         self.spec: Spec | None = None
         self.reward_transform: RewardTransform | None = None
@@ -124,10 +128,14 @@ class Agent(ABC):
         """The stages in the order in which they run, named as in STAGE_SHARES."""
 
     @abstractmethod
+    def online_stage(self) -> Stage:
+        """What an update of `learn_online` does; its steps count the updates of the run."""
+
+    @abstractmethod
     def act(self, obs: Tensor, draws: Draws, config: Any) -> Tensor:
         """Normalised observations (B, S) -> actions (B, A) in [-1, 1]; `config` is the agent's, but for CHOICE. Pure."""
 
-    def draw_act(self, n: int, deterministic: bool, config: Any) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: Any, generator: torch.Generator) -> Draws:
         """The random numbers of `act` for n observations; deterministic: stored ones, the same for each (sizes of 1)."""
         return {}
 
@@ -174,6 +182,39 @@ class Agent(ABC):
         training.run(self, plan, sampler, tick, log_interval, tb_log_name)
         return self
 
+    def learn_online(
+        self,
+        total_timesteps: int | None = None,
+        env: Any = None,
+        dataset: Any = None,
+        callback: Any = None,
+        log_interval: int | None = None,
+        tb_log_name: str | None = None,
+        progress_bar: bool = False,
+        *,
+        offline_ratio: float | None = 0.5,
+        learning_starts: int | None = None,
+        utd: float = 1.0,
+        buffer_size: int = 1_000_000,
+    ) -> Self:
+        """Go on learning in a live environment, from where `learn` or `load` left the agent, and return self.
+
+        total_timesteps: environment steps to take, in addition to all before (of n environments: rounded up to n). None
+        finishes an interrupted run with its own settings; saved agents need `load_replay_buffer` first.
+        env: an id, a Gymnasium Env or an SB3 VecEnv; None: the agent's own, else the one stored with its dataset.
+        dataset: old data to mix in, anything that `learn` takes; None: what happens from now on is all there is.
+        offline_ratio: the dataset's share of each batch; None: uniform over dataset and replay buffer together.
+        learning_starts: steps before the first update, less what the buffer holds; None: 1000 with a dataset, 5000 without.
+        Only an agent that has never learnt acts at random in them. utd: updates per environment step. buffer_size: transitions kept.
+        How each algorithm explores and loosens its constraint is told at the top of its file, and set by its `online_*` knobs.
+        log_interval: environment steps between looks (None: a twentieth of the run, at most 1000). `train_return` is that of
+        the exploring policy; evaluate the agent itself with an EvalCallback. Updates run as with compile="eager".
+        Raises as `learn` does; RuntimeError where critics or a resumed run's replay buffer are missing.
+        """
+        settings = OnlineSettings(offline_ratio, learning_starts, utd, buffer_size)
+        online.learn_online(self, total_timesteps, env, dataset, settings, callback, log_interval, tb_log_name, progress_bar)
+        return self
+
     # ---- acting ----------------------------------------------------------------------------------------------------
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False, **choice: Any
@@ -192,7 +233,7 @@ class Agent(ABC):
             return action, state
 
         def act(obs: Tensor) -> Tensor:
-            draws = self.draw_act(len(obs), deterministic, config)
+            draws = self.draw_act(len(obs), deterministic, config, self.predict_generator)
             compiled = self._compiled.get((len(obs), deterministic, config)) if self._compiled else None
             return compiled(obs, draws) if compiled is not None else self.act(obs, draws, config)
 
@@ -251,6 +292,21 @@ class Agent(ABC):
     def save(self, path: str | pathlib.Path, include_trainer_state: bool = True) -> pathlib.Path:
         """Write a `.zip` (added when there is no suffix); with the trainer state, `learn` can go on to the bit."""
         return artifact.write(path, *checkpoint.pack(self, include_trainer_state))
+
+    def save_replay_buffer(self, path: str | pathlib.Path) -> pathlib.Path:
+        """Write what `learn_online` has collected (safetensors; a `.pkl` suffix is replaced): with `save`, the whole run."""
+        if self.replay_buffer is None:
+            raise RuntimeError("there is no replay buffer yet: learn_online makes one")
+        return self.replay_buffer.save(path, self._moment())
+
+    def load_replay_buffer(self, path: str | pathlib.Path) -> None:
+        """Read what `save_replay_buffer` wrote when this agent was saved. Raises FileNotFoundError, artifact.ArtifactError."""
+        self._need_networks()
+        assert self.spec is not None
+        self.replay_buffer = Replay.load(path, self.spec, self.device, self._moment())
+
+    def _moment(self) -> dict[str, int]:
+        return {"environment steps": self.n_env_steps, "updates": self.n_updates}
 
     def save_pretrained(
         self,
@@ -354,7 +410,7 @@ class Agent(ABC):
         config, tensors, state = checkpoint.pack(self, True)
         same = {"verbose": self.verbose, "compile": self.compile, "tf32": self.tf32}
         other: Self = checkpoint.restore(type(self), config, tensors, state, self.device, {**same, **knobs}, fresh)
-        other._env = self._env
+        other._env, other.online = self._env, None
         return other
 
     def get_parameters(self) -> dict[str, dict[str, Tensor]]:

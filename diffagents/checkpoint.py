@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffagents import provenance
 from diffagents.artifact import AGAIN, CONFIG, TENSOR_FILES, TRAINER_STATE, Artifact, ArtifactError, bare, read, short
-from diffagents.engine import Plan
+from diffagents.engine import OnlineRun, Plan
 from diffagents.knobs import whole_number
 from diffagents.normalize import RewardTransform
 from diffagents.types import Spec
@@ -67,7 +67,8 @@ def pack(agent: Any, trainer_state: bool) -> tuple[dict[str, Any], dict[str, Ten
     if not trainer_state:
         return config, tensors, None
     tensors["optimizer"] = _optimizer_side(agent)
-    return config, tensors, {"plan": agent.plan.to_json() if agent.plan else None, "history": agent.history}
+    runs = {name: run.to_json() if run else None for name, run in (("plan", agent.plan), ("online", agent.online))}
+    return config, tensors, {**runs, "history": agent.history}
 
 
 def unpack(cls: type[Any], source: Artifact, device: Any, overrides: dict[str, Any]) -> Any:
@@ -101,6 +102,7 @@ def restore(
     try:
         agent = _build(cls, config, tensors, device, overrides)
         plan = Plan.from_json(state["plan"], cls.STAGE_SHARES) if state and state.get("plan") else None
+        online = OnlineRun.from_json(state["online"]) if state and state.get("online") else None
         history = provenance.checked_history(state["history"]) if state else []
     except ArtifactError:
         raise
@@ -113,9 +115,9 @@ def restore(
         _load_named(agent, tensors["learner"], agent.LEARNER, fresh)
     if state is not None and "optimizer" in tensors and agent.has_learner:
         _load_optimizer_side(agent, tensors["optimizer"], fresh, generators="seed" not in overrides)
-        agent.plan, agent.history = plan, history
+        agent.plan, agent.online, agent.history = plan, online, history
     if fresh:  # what trains a new network begins anew, and is no longer the run that the plan describes
-        agent.plan = None
+        agent.plan = agent.online = None
         new = [agent.optimizers[name] for name in fresh if name in agent.optimizers]
         for stage in agent.stages():
             if any(optimizer in part.optimizers for part in stage.parts for optimizer in new):
@@ -144,7 +146,7 @@ def need_learner(agent: Any) -> None:
         _load_optimizer_side(agent, _optimizer_side(whole), (), generators=False)
         if agent.seed == whole.seed:  # `predict` has gone on with its own meanwhile
             agent.generator.set_state(whole.generator.get_state())
-        agent.plan, agent.history = whole.plan, whole.history
+        agent.plan, agent.online, agent.history = whole.plan, whole.online, whole.history
 
 
 def _check_overrides(cls: type[Any], config: dict[str, Any], device: Any, overrides: dict[str, Any]) -> None:

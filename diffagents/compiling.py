@@ -140,8 +140,7 @@ def compiled_act(agent: Any, n_obs: int, deterministic: bool, config: Any) -> Co
         return action
 
     compiled = Compiled(roof.tensors(), act, functools.partial(agent.act, config=config))
-    state = agent.predict_generator.get_state()
+    draws = agent.draw_act(n_obs, deterministic, config, torch.Generator(agent.device))
     with torch.no_grad():
-        compiled(torch.zeros(n_obs, agent.obs_dim, device=agent.device), agent.draw_act(n_obs, deterministic, config))
-    agent.predict_generator.set_state(state)
+        compiled(torch.zeros(n_obs, agent.obs_dim, device=agent.device), draws)
     return compiled

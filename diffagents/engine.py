@@ -9,7 +9,7 @@ test with recorded draws. What happens every d-th step only is a Part with a per
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import torch
@@ -84,7 +84,8 @@ class Stage:
 
     Each step draws one batch, on which the parts that are due run in order. `prepare` is called when the stage begins or
     goes on, with the data and a generator that is the same every time; what it returns is sampled from. It works on
-    `n_prepared` rows (None: all), by which its duration is told beforehand.
+    `n_prepared` rows (None: all), by which its duration is told beforehand. Online it is called again every `refresh`
+    environment steps, with all that there is by then; there it may return None: nothing to learn from yet.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Stage:
     parts: tuple[Part, ...]
     prepare: Callable[[Any, torch.Generator], Any] | None = None
     n_prepared: int | None = None
+    refresh: int = 1000
 
 
 class Optimizer:
@@ -120,9 +122,11 @@ class Optimizer:
         self.param_groups = [{"params": self.parameters, "fused": True, "capturable": device.type == "cuda"}]
 
     def start_schedule(self, horizon: int, step: int = 0) -> None:
-        """Begin (or go on with, at `step`) a schedule that ends after `horizon` steps; 0 leaves the learning rate as it is."""
+        """Begin (or go on with, at `step`) a schedule that ends after `horizon` steps; 0: the learning rate is constant."""
         self.horizon = horizon
         self.n_steps.fill_(step)
+        if horizon == 0:
+            self.lr.fill_(self.learning_rate)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:
@@ -222,6 +226,49 @@ class Plan:
         longest = max(lengths, key=lambda name: lengths[name])
         lengths[longest] += total - sum(lengths.values())
         return lengths
+
+
+@dataclass(frozen=True)
+class OnlineSettings:
+    """How a `learn_online` run goes, as its arguments say; fixed at its start and kept with it."""
+
+    offline_ratio: float | None = 0.5
+    learning_starts: int | None = None
+    utd: float = 1.0
+    buffer_size: int = 1_000_000
+
+
+@dataclass
+class OnlineRun:
+    """One `learn_online` run of `total` environment steps, and how far it has come; kept with the trainer state."""
+
+    total: int
+    settings: OnlineSettings
+    starts: int  # environment steps before the first update
+    random: bool = False  # in these, actions are drawn uniformly: the agent has learnt nothing yet
+    done: int = 0
+    n_updates: int = 0
+    n_episodes: int = 0  # finished, those of earlier runs included
+
+    @property
+    def owed(self) -> int:
+        """Updates that are due by now and were not made."""
+        return int(max(0, self.done - self.starts) * self.settings.utd) - self.n_updates
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """What `to_json` gave. Raises KeyError, TypeError, ValueError where it is malformed."""
+        run = cls(**{**data, "settings": OnlineSettings(**data["settings"])})
+        settings = run.settings
+        counts = [run.total, run.starts, run.done, run.n_updates, run.n_episodes, settings.learning_starts or 0]
+        shares = [settings.utd, 0.0 if settings.offline_ratio is None else settings.offline_ratio]
+        sound = all(type(n) is int and 0 <= n < 2**53 for n in [*counts, settings.buffer_size]) and settings.buffer_size > 0
+        if not sound or type(run.random) is not bool or not all(type(x) in (int, float) and 0 <= x <= 1000 for x in shares):
+            raise ValueError("the online run is not one that could be")
+        return run
 
 
 class MetricSums:

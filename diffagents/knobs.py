@@ -39,6 +39,10 @@ def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
             check_number(name, value, "must lie in (0, 1]", lambda x: 0 < x <= 1)
         elif name.endswith(("learning_rate", "max_grad_norm", "temperature")):
             check_number(name, value, "must be positive", lambda x: x > 0)
+        elif name == "online_noise":
+            check_number(name, value, "must not be negative", lambda x: x >= 0)
+        elif name == "online_halflife":
+            knobs[name] = whole_number(name, value, 1, " of environment steps")
         elif name.startswith("n_") or name.endswith(("batch_size", "_freq", "_every")):
             knobs[name] = whole_number(name, value, 1)
             if value > MOST:

@@ -82,8 +82,13 @@ def make_callback(agent: Any, callback: Any, progress_bar: bool) -> "BaseCallbac
     callbacks = [as_callback(callback)] if callback is not None else []
 
     class ProgressBar(ProgressBarCallback):
+        def _on_training_start(self) -> None:
+            super()._on_training_start()
+            self.counted = self.model.num_timesteps
+
         def _on_step(self) -> bool:
-            self.pbar.update(1)  # SB3 counts a step for every environment; ours are gradient steps
+            self.pbar.update(self.num_timesteps - self.counted)  # gradient steps; online a step for every environment
+            self.counted = self.num_timesteps
             return True
 
     if progress_bar:

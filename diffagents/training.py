@@ -175,22 +175,28 @@ def run(agent: Any, plan: Plan, sampler: Sampler, callback: Any, log_interval: i
         "rewards": np.zeros(1, np.float32),
         "infos": [{}],
     }
+    with timed(agent, callback, local), interrupt_between_updates() as interrupted, matmul_precision(agent):
+        for stage in agent.stages():
+            if stage.name in plan.lengths and not _run_stage(
+                agent, stage, plan, sampler, callback, local, log_interval, interrupted
+            ):
+                break
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def timed(agent: Any, callback: Any, local: dict[str, Any]) -> Iterator[None]:
+    """The callback told of start and end, and the seconds between them added to the agent's."""
     started = time.perf_counter()
     if callback is not None:
         callback.on_training_start(local, globals())
     try:
-        with interrupt_between_updates() as interrupted, matmul_precision(agent):
-            for stage in agent.stages():
-                if stage.name in plan.lengths and not _run_stage(
-                    agent, stage, plan, sampler, callback, local, log_interval, interrupted
-                ):
-                    break
+        yield
     finally:
         agent.provenance["seconds"] = agent.provenance.get("seconds", 0.0) + time.perf_counter() - started
         if callback is not None:
             callback.on_training_end()
-    if interrupted.is_set():
-        raise KeyboardInterrupt
 
 
 def _run_stage(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from diffagents import checkpoint
-from diffagents.transitions import Sampler
 
 
 class TrainingDiverged(RuntimeError):
@@ -24,7 +23,7 @@ class Watch:
         self.q_limit = math.inf
         self.start = (time.perf_counter(), done)
 
-    def limit_q(self, sampler: Sampler) -> None:
+    def limit_q(self, sampler: Any) -> None:
         """No policy earns more than max|r| / (1 - gamma): a mean Q a hundred times beyond has run away."""
         self.q_limit = 100.0 * sampler.max_abs_reward / (1.0 - getattr(self.agent.config, "gamma", 0.0)) + 1.0
         self.start = (time.perf_counter(), self.start[1])
@@ -56,7 +55,7 @@ def _report(agent: Any, stage: str, done: int, length: int, rate: float, means: 
     if agent._logger is not None:
         for name, value in means.items():
             agent._logger.record(f"{stage}/{name}", value)
-        agent._logger.record("time/updates_per_second", rate)
+        agent._logger.record("time/fps" if stage == "online" else "time/updates_per_second", rate)
         agent._logger.record("train/n_updates", agent.n_updates, exclude="tensorboard")
         agent.dump_logs()
     if agent.verbose:
@@ -68,8 +67,9 @@ def snapshot(agent: Any) -> dict[str, Any]:
     """The whole training state, cloned on the device: what a NaN or a timing run falls back to."""
     return {
         "tensors": {name: tensor.clone() for name, tensor in checkpoint.training_tensors(agent).items()},
-        "counts": (agent.num_timesteps, agent.n_updates, dict(agent.stage_steps)),
-        "done": copy.deepcopy(agent.plan.done),
+        "counts": (agent.num_timesteps, agent.n_env_steps, agent.n_updates, dict(agent.stage_steps)),
+        "plan": copy.deepcopy(agent.plan),
+        "online": copy.copy(agent.online),
         "steps": {name: optimizer.n_steps.clone() for name, optimizer in agent.optimizers.items()},
     }
 
@@ -77,8 +77,12 @@ def snapshot(agent: Any) -> dict[str, Any]:
 def restore(agent: Any, snapshot: dict[str, Any]) -> None:
     """Put what `snapshot` gave back, in place."""
     checkpoint.load_training_tensors(agent, snapshot["tensors"])
-    agent.num_timesteps, agent.n_updates, stage_steps = snapshot["counts"]
-    agent.stage_steps, agent.plan.done = dict(stage_steps), dict(snapshot["done"])
+    agent.num_timesteps, agent.n_env_steps, agent.n_updates, stage_steps = snapshot["counts"]
+    agent.stage_steps = dict(stage_steps)
+    if agent.plan is not None:
+        agent.plan.done = dict(snapshot["plan"].done)
+    if agent.online is not None:
+        vars(agent.online).update(vars(snapshot["online"]))
     for name, step in snapshot["steps"].items():
         agent.optimizers[name].n_steps.copy_(step)
 

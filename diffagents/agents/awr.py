@@ -15,6 +15,10 @@ Details
   [D4] The official code has a fixed sigma (0.2 or 0.4), SGD, layers of [128, 64], Xavier starts, a penalty on means out of
        bounds, and running normalisers of observations, actions and values. Ours: IQL's Gaussian policy, Adam, [256, 256],
        PyTorch's starts; `normalize_obs` is the observations' part.
+Online (the official algorithm, in rounds)
+  [O1] A round is 1000 environment steps: then V is fitted to TD(lambda) returns of the last V, and the policy by weight, on old
+       and new data, one update of each for each environment step. A is standardised over both.
+  [O2] It acts by sampling its Gaussian, whose sigma is learnt ([D4]); nothing is loosened.
 """
 
 from dataclasses import dataclass
@@ -28,6 +32,7 @@ from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, check_number, net_arch
 from diffagents.networks import MLP, GaussianPolicy, TanhPolicy
 from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.replay import Mixture, Replay
 from diffagents.transitions import Sampler
 from diffagents.types import Batch, Metrics
 from diffagents.values import lambda_returns
@@ -85,6 +90,25 @@ class AWR(Agent):
             Stage("policy", size, (Part(self.policy_loss, optimizers=(opt["policy"],)),), self.prepare_policy),
         ]
 
+    def online_stage(self) -> Stage:
+        parts = tuple(part for stage in self.stages() for part in stage.parts)
+        return Stage("online", self.config.batch_size, parts, self.prepare_online)
+
+    def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
+        """The returns and weights of every row, by the last V [O1]."""
+        c = self.config
+        new = mixture.online.episodes(whole=False) if isinstance(mixture.online, Replay) else None
+        sides = [side for side in (mixture.offline, new) if side is not None]
+        goals = [
+            lambda_returns(side.all().rew, side.all().done, self.values(side.next_obs), side.episode_ends, c.gamma, c.td_lambda)
+            for side in sides
+        ]
+        advantages = [goal - self.values(side.obs) for goal, side in zip(goals, sides, strict=True)]
+        std, mean = torch.std_mean(torch.cat(advantages), correction=0)
+        weights = [self.weights(advantage, mean, std) for advantage in advantages]
+        prepared = [side.beside(returns=g, weights=w) for side, g, w in zip(sides, goals, weights, strict=True)]
+        return Mixture(prepared[0] if mixture.offline is not None else None, prepared[-1] if new else None, mixture.ratio)
+
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
         """Monte-Carlo returns of every row [D1]."""
@@ -106,8 +130,12 @@ class AWR(Agent):
         goal = lambda_returns(data.rew, data.done, next_value, sampler.episode_ends, c.gamma, c.td_lambda)
         advantage = goal - value
         std, mean = torch.std_mean(advantage, correction=0)
-        weights = torch.exp((advantage - mean) / (std + 1e-5) / c.temperature).clamp(max=c.weight_clip)
-        return sampler.beside(weights=weights)
+        return sampler.beside(weights=self.weights(advantage, mean, std))
+
+    def weights(self, advantage: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """w of advantages (N,), standardised by their mean and spread."""
+        c = self.config
+        return torch.exp((advantage - mean) / (std + 1e-5) / c.temperature).clamp(max=c.weight_clip)
 
     @torch.no_grad()
     def values(self, obs: Tensor) -> Tensor:
@@ -123,10 +151,10 @@ class AWR(Agent):
     def point_policy(self, deterministic: bool) -> TanhPolicy | None:
         return self.policy if deterministic else None
 
-    def draw_act(self, n: int, deterministic: bool, config: AWRConfig) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: AWRConfig, generator: torch.Generator) -> Draws:
         if deterministic:
             return {}
-        kwargs: dict[str, Any] = {"generator": self.predict_generator, "device": self.device}
+        kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {"noise": torch.randn(n, self.act_dim, **kwargs)}
 
     def act(self, obs: Tensor, draws: Draws, config: AWRConfig) -> Tensor:

@@ -22,6 +22,11 @@ Details
   [D6] `warmup_steps`: the paper's 50k of 2M; None is the same share, 2.5 %, of the stage at hand.
   [D7] The policy's learning rate is 30 times smaller than the critics': it only refines the behaviour.
   [D8] Acting: 10 candidates of policy_ema, argmax of the ensemble's MEAN target Q, not of the bound.
+Online (a design of ours; neither paper nor code has one)
+  [O1] The updates of `train` on old and new data, without warm-up, at constant learning rates ([D5] is over). nu goes on being
+       fitted, now to what the policy does as well: a trust region that moves with it.
+  [O2] The constraint loosens: eta halves every `online_halflife` environment steps, to a 16th at most.
+  [O3] It acts as it does offline [D8], by random candidates, plus Gaussian noise of `online_noise`.
 """
 
 import copy
@@ -74,6 +79,8 @@ class BDPOConfig:
     temperature: float = 1.0  # of the softmax, in units of Q
     solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
     solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
+    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O3]
+    online_halflife: int | None = 20_000  # environment steps in which eta halves, None: it stays [O2]
     reward_transform: str = "auto"  # locomotion "iql_locomotion", AntMaze "antmaze100"; eta belongs to its scale
     normalize_obs: bool = False
     behavior_steps: int | None = None  # None: the `default:` block of zoo/bdpo.yml; paper 2M
@@ -151,6 +158,13 @@ class BDPO(Agent):
             Stage("train", c.batch_size, (critics, policy, beside), self.start_from_behavior),
         ]
 
+    def online_stage(self) -> Stage:
+        c, opt = self.config, self.optimizers
+        behavior = Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior, every=c.policy_freq)
+        critics = Part(self.critic_losses, self.draw_critics, (opt["critic"], opt["value"]), self.follow_critics)
+        policy = Part(self.policy_loss, self.draw_policy, (opt["policy"],), self.follow_policy, every=c.policy_freq)
+        return Stage("online", c.batch_size, (critics, policy, behavior))  # [O1]
+
     # ---- behaviour: alone, and then beside the policy ----------------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
@@ -225,7 +239,7 @@ class BDPO(Agent):
                 x = x + chain.beta_std[i] * z
         q = self.critic_target.on_parts(obs, x)  # (E, B, K)
         q = q.amax(-1) if c.max_q_backup else q.mean(-1)  # [D4]
-        next_v = self.aggregate(q, draws) - c.eta * penalty.mean(-1)
+        next_v = self.aggregate(q, draws) - c.eta / self.loosening * penalty.mean(-1)
         return td_target(batch.rew, batch.done, next_v, c.gamma), penalty
 
     def step_objective(self, batch: Batch, draws: Draws, policy: ChainPolicy) -> tuple[Tensor, Tensor]:
@@ -245,7 +259,7 @@ class BDPO(Agent):
         v = self.value_target(batch.obs, before, (i - 1).clamp(min=0)).mean(-1)  # (E, B); where n = 1, V is not asked
         q = self.critic_target(torch.cat([batch.obs, mean], -1))  # (E, B); there the K actions are all the mean
         next_v = torch.where(i > 0, v, q)  # V_0 = Q
-        return self.aggregate(next_v, draws) - c.eta * penalty, penalty
+        return self.aggregate(next_v, draws) - c.eta / self.loosening * penalty, penalty
 
     def penalty(self, eps: Tensor, eps_nu: Tensor, i: int | Tensor) -> Tensor:
         """l_n = w_n || eps_pi - eps_nu ||^2, (..., A) -> (...)."""
@@ -280,9 +294,9 @@ class BDPO(Agent):
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
 
     # ---- acting ------------------------------------------------------------------------------------------------------
-    def draw_act(self, n: int, deterministic: bool, config: BDPOConfig) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: BDPOConfig, generator: torch.Generator) -> Draws:
         n_candidates = 1 if config.select == "first" else config.n_candidates
-        return self.policy_ema.draw_candidates(n, n_candidates, deterministic, self.predict_generator)
+        return self.policy_ema.draw_candidates(n, n_candidates, deterministic, generator)
 
     def act(self, obs: Tensor, draws: Draws, config: BDPOConfig) -> Tensor:
         """(B, S) -> (B, A): candidates of the lagged policy, one chosen by the ensemble's mean target Q [D8].

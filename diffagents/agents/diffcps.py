@@ -21,9 +21,16 @@ Details
   [D8] The lagged policy stands still for 1000 steps and then follows every 5th (official code).
   [D9] Acting: 50 candidates of the policy, one drawn by softmax of min Qbar / temperature. The published scores are the best
        evaluation of a run; ours ends with the last policy.
+Online (a design of ours; the paper has none)
+  [O1] The same update on old and new data, lambda adapting on.
+  [O2] The constraint loosens: kappa doubles every `online_halflife` environment steps, 16-fold at most; lambda then falls by
+       itself.
+  [O3] It acts as it does offline [D9], plus Gaussian noise of `online_noise`: the chain itself grows narrow where Q is sharp.
+  [O4] The lagged policy follows from the first step on ([D8]'s wait is over).
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,6 +75,8 @@ class DiffCPSConfig:
     temperature: float = 1.0  # of the softmax, in units of Q
     solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
     solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
+    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O3]
+    online_halflife: int | None = 20_000  # environment steps in which target_kl doubles, None: it stays [O2]
     reward_transform: str = "none"  # "cql_antmaze" on AntMaze
     normalize_obs: bool = False
     train_steps: int | None = None  # None: the `default:` block of zoo/diffcps.yml; paper 2M (AntMaze 1M)
@@ -139,6 +148,11 @@ class DiffCPS(Agent):
         )
         return [Stage("train", c.batch_size, parts)]
 
+    def online_stage(self) -> Stage:
+        (offline,) = self.stages()
+        *parts, follow = offline.parts
+        return Stage("online", offline.batch_size, (*parts, dataclasses.replace(follow, start=0)))  # [O1] [O4]
+
     # ---- critic ----------------------------------------------------------------------------------------------------
     def draw_critic(self, n: int, generator: torch.Generator) -> Draws:
         each = self.config.n_backup_samples if self.config.max_q_backup else 1
@@ -177,7 +191,7 @@ class DiffCPS(Agent):
         bc_loss, q_loss = self.bc_loss(batch, draws), self.q_loss(batch, draws)
         multiplier = self.multiplier.value.detach().clamp(c.lambda_min, c.lambda_max)
         policy_loss = multiplier * bc_loss + q_loss
-        multiplier_loss = self.multiplier.value * (c.target_kl - bc_loss.detach())
+        multiplier_loss = self.multiplier.value * (c.target_kl * self.loosening - bc_loss.detach())  # [O2]
         metrics = {
             "policy_loss": policy_loss.detach(),
             "bc_loss": bc_loss.detach(),  # to be compared with target_kl
@@ -205,9 +219,9 @@ class DiffCPS(Agent):
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def draw_act(self, n: int, deterministic: bool, config: DiffCPSConfig) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: DiffCPSConfig, generator: torch.Generator) -> Draws:
         n_candidates = 1 if config.select == "first" else config.n_candidates
-        return self.policy.draw_candidates(n, n_candidates, deterministic, self.predict_generator)
+        return self.policy.draw_candidates(n, n_candidates, deterministic, generator)
 
     def act(self, obs: Tensor, draws: Draws, config: DiffCPSConfig) -> Tensor:
         """(B, S) -> (B, A): candidates of the policy, one chosen by min Qbar [D9].

@@ -8,9 +8,13 @@ Details
   [D2] `ema_tau`: the official code acts with the trained network ("None"). With a number (0.005, 0.001) the lagged copy acts,
        which is smoother. Without, the copy is kept equal, so that an averaged run can go on from a plain one.
   [D3] Adam at 3e-4, constant and without clipping: what the official runner passes. Its class alone has 2e-4.
+Online (a design of ours: cloning alone improves nothing)
+  [O1] It clones the data and the best of its own episodes: `online_top` of those that ended, by return, chosen anew every 1000
+       environment steps. This is the one place where rewards are read. It acts by its own samples.
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,8 +25,10 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.chain_policy import ChainPolicy, MLPDenoiser
 from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_solver, net_arch
+from diffagents.knobs import check_choice, check_number, check_solver, net_arch
 from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.replay import Mixture, Replay
+from diffagents.transitions import Sampler
 from diffagents.types import Batch, Metrics
 from diffagents.values import polyak_update_
 
@@ -33,6 +39,7 @@ class DiffusionBCConfig:
 
     n_diffusion_steps: int = 5  # T
     ema_tau: float | None = None  # share of the network in its lagged copy, every step; None: the network itself acts [D2]
+    online_top: float = 0.25  # in (0, 1], share of its own episodes that it clones online [O1]
     learning_rate: float = 3e-4  # [D3]; 1e-3 on one AntMaze task, 3e-5 on adroit
     batch_size: int = 256
     solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
@@ -43,6 +50,7 @@ class DiffusionBCConfig:
 
     def __post_init__(self) -> None:
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
+        check_number("online_top", self.online_top, "must lie in (0, 1]", lambda x: 0 < x <= 1)
         check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
 
 
@@ -70,6 +78,23 @@ class DiffusionBC(Agent):
         part = Part(self.bc_loss, self.draw_policy, (self.optimizers["policy"],), self.follow_policy)
         return [Stage("behavior", self.config.batch_size, (part,))]
 
+    def online_stage(self) -> Stage:
+        return dataclasses.replace(self.stages()[0], name="online", prepare=self.prepare_online)
+
+    def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
+        """The data, and the best of the episodes that ended [O1]; None while there is neither."""
+        best = None
+        if isinstance(mixture.online, Replay) and (own := mixture.online.episodes(whole=True)) is not None:
+            ends = own.episode_ends.tolist()
+            pieces = [own.all().rew[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+            returns = torch.stack([piece.sum() for piece in pieces])
+            n_best = max(1, round(self.config.online_top * len(ends)))
+            kept = torch.zeros(len(ends), dtype=torch.bool, device=self.device)
+            kept[returns.topk(n_best).indices] = True
+            rows = kept.repeat_interleave(torch.tensor([len(piece) for piece in pieces], device=self.device))
+            best = Sampler(own.matrix[rows], own.obs_dim, own.act_dim)
+        return None if mixture.offline is None and best is None else Mixture(mixture.offline, best, mixture.ratio)
+
     def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {
@@ -87,9 +112,9 @@ class DiffusionBC(Agent):
         tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # 1 copies [D2]
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), tau)
 
-    def draw_act(self, n: int, deterministic: bool, config: DiffusionBCConfig) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: DiffusionBCConfig, generator: torch.Generator) -> Draws:
         policy = self.policy if config.ema_tau is None else self.policy_ema  # [D2]
-        return policy.draw_candidates(n, 1, deterministic, self.predict_generator)
+        return policy.draw_candidates(n, 1, deterministic, generator)
 
     def act(self, obs: Tensor, draws: Draws, config: DiffusionBCConfig) -> Tensor:
         """(B, S) -> (B, A): one sample; deterministic: from the stored noise, the same for every observation."""

@@ -17,9 +17,17 @@ Details
   [D7] Acting: 50 candidates of the policy (not the lagged one), one drawn by softmax of min Qbar / temperature. With returns
        in the hundreds that is all but the argmax.
   [D8] The official run reports a checkpoint chosen by its diffusion loss, or the best evaluation; ours ends with the last.
+Online (a design of ours; the paper has none)
+  [O1] The same update on old and new data: cloning what both hold, its own better actions among them, and climbing Q. (A
+       port's fine-tuning clones the actor's own samples instead, which holds it to nothing but itself.)
+  [O2] The constraint loosens: eta doubles every `online_halflife` environment steps, 16-fold at most.
+  [O3] It acts as it does offline [D7] (drawn candidates, softmax of Q), plus Gaussian noise of `online_noise`: the chain
+       itself grows narrow where Q is sharp.
+  [O4] The lagged policy follows from the first step on ([D6]'s wait is over).
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,6 +67,8 @@ class DiffusionQLConfig:
     temperature: float = 1.0  # of the softmax, in units of Q
     solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
     solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
+    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O3]
+    online_halflife: int | None = 20_000  # environment steps in which eta doubles, None: it stays [O2]
     reward_transform: str = "none"  # "cql_antmaze" on AntMaze, "normalize" on adroit
     normalize_obs: bool = False
     train_steps: int | None = None  # None: the `default:` block of zoo/diffusion_ql.yml; paper 2M (AntMaze, adroit 1M)
@@ -105,6 +115,11 @@ class DiffusionQL(Agent):
         )
         return [Stage("train", c.batch_size, parts)]
 
+    def online_stage(self) -> Stage:
+        (offline,) = self.stages()
+        *parts, follow = offline.parts
+        return Stage("online", offline.batch_size, (*parts, dataclasses.replace(follow, start=0)))  # [O1] [O4]
+
     # ---- critic ----------------------------------------------------------------------------------------------------
     def draw_critic(self, n: int, generator: torch.Generator) -> Draws:
         each = self.config.n_backup_samples if self.config.max_q_backup else 1
@@ -140,7 +155,7 @@ class DiffusionQL(Agent):
     def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         """Eq. (3): L_d + eta L_q."""
         bc_loss, q_loss = self.bc_loss(batch, draws), self.q_loss(batch, draws)
-        loss = bc_loss + self.config.eta * q_loss
+        loss = bc_loss + self.config.eta * self.loosening * q_loss
         return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "q_loss": q_loss.detach()}
 
     def bc_loss(self, batch: Batch, draws: Draws) -> Tensor:
@@ -158,9 +173,9 @@ class DiffusionQL(Agent):
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def draw_act(self, n: int, deterministic: bool, config: DiffusionQLConfig) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: DiffusionQLConfig, generator: torch.Generator) -> Draws:
         n_candidates = 1 if config.select == "first" else config.n_candidates
-        return self.policy.draw_candidates(n, n_candidates, deterministic, self.predict_generator)
+        return self.policy.draw_candidates(n, n_candidates, deterministic, generator)
 
     def act(self, obs: Tensor, draws: Draws, config: DiffusionQLConfig) -> Tensor:
         """(B, S) -> (B, A): candidates of the policy, one chosen by min Qbar [D7].

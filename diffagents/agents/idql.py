@@ -22,9 +22,15 @@ Details
   [D7] It clips actions to +-(1 - 1e-5), which matters to the densities of squashed actions; nothing here has one.
   [D8] `select="softmax"` over Q / temperature is a port's (CleanDiffuser's) rule, whose weights of the advantage are 1 /
        temperature: 5 to 400 on locomotion, with a sampling_temperature of 0.5.
+Online (the released fine-tuning loop)
+  [O1] The critic alone goes on learning, on half old and half new data; the behaviour model is frozen. What can be gained is
+       what the data's support holds.
+  [O2] It acts by the best of N samples, as it is evaluated. The released loop waits 5000 steps (`learning_starts`) and
+       evaluates with 128 samples.
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -115,6 +121,9 @@ class IDQL(Agent):
             Stage("behavior", n, (Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior),)),
         ]
 
+    def online_stage(self) -> Stage:
+        return dataclasses.replace(self.stages()[0], name="online")  # [O1]
+
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
     def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         return self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D2]
@@ -145,9 +154,9 @@ class IDQL(Agent):
         polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def draw_act(self, n: int, deterministic: bool, config: IDQLConfig) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: IDQLConfig, generator: torch.Generator) -> Draws:
         n_candidates = 1 if config.select == "first" else config.n_candidates
-        return self.behavior_ema.draw_candidates(n, n_candidates, deterministic, self.predict_generator)
+        return self.behavior_ema.draw_candidates(n, n_candidates, deterministic, generator)
 
     def act(self, obs: Tensor, draws: Draws, config: IDQLConfig) -> Tensor:
         """(B, S) -> (B, A): samples of the lagged behaviour, one chosen by min Qbar.

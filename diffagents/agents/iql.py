@@ -16,8 +16,15 @@ Details
   [D6] log sigma counts within [-5, 2] (official code; the port [-20, 2]).
   [D7] L_Q is the mean of the twins' squared errors, as in that port; the official code adds them, which under Adam is the same
        but for its epsilon.
+Online (official fine-tuning; the paper's section 5.3)
+  [O1] The same update on new data too, one for each environment step, at a constant learning rate ([D4] is over). It acts by
+       sampling its Gaussian and clipping; nothing is loosened: better actions enter by being found and weighed.
+  [O2] Official: uniform from one buffer that begins with the data, `offline_ratio=None`. The default, half and half, lets
+       a short run see its own steps.
+  [O3] A well-known port goes on stepping the cosine of its actor, which climbs back from 0 by accident.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -89,6 +96,9 @@ class IQL(Agent):
         )
         return [Stage("train", self.config.batch_size, parts)]
 
+    def online_stage(self) -> Stage:
+        return dataclasses.replace(self.stages()[0], name="online")  # [O1]
+
     # ---- critic ----------------------------------------------------------------------------------------------------
     def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         return self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D1]
@@ -120,10 +130,10 @@ class IQL(Agent):
     def point_policy(self, deterministic: bool) -> TanhPolicy | None:
         return self.policy if deterministic or not isinstance(self.policy, GaussianPolicy) else None
 
-    def draw_act(self, n: int, deterministic: bool, config: IQLConfig) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: IQLConfig, generator: torch.Generator) -> Draws:
         if deterministic or not isinstance(self.policy, GaussianPolicy):
             return {}
-        kwargs: dict[str, Any] = {"generator": self.predict_generator, "device": self.device}
+        kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {"noise": torch.randn(n, self.act_dim, **kwargs)}
 
     def act(self, obs: Tensor, draws: Draws, config: IQLConfig) -> Tensor:

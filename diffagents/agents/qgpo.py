@@ -28,6 +28,10 @@ Details
        to the environment).
   [D8] The behaviour stage's batch is 4096 in the official code, and in `preset="paper"`. Ours is 256, for CPUs.
   [D9] The official loader shuffles epochs; we draw uniformly with replacement, as everywhere in this library.
+Online (a design of ours; neither paper nor code has one)
+  [O1] Behaviour, critic and energy go on together, on `n_online_states` transitions drawn from old and new data every 1000
+       environment steps, with a support from the behaviour as it is then.
+  [O2] It acts as it does offline [D7]: one guided sample from random noise. Nothing is loosened: what the policy did enters mu.
 """
 
 import copy
@@ -44,6 +48,7 @@ from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, check_number, net_arch, whole_number
 from diffagents.networks import MLP, EnsembleMLP, FourierTime, UNetDenoiser
 from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.replay import Mixture
 from diffagents.solvers import SolverStep, VPBehavior, dpm_solve, dpm_solver_steps
 from diffagents.transitions import Sampler
 from diffagents.types import Batch, Metrics
@@ -60,6 +65,7 @@ class QGPOConfig:
     beta_q: float | None = None  # >= 0, the same inside the critic's target [D5]
     n_support: int = 16  # M; 32 on AntMaze
     n_support_states: int | None = 20_000  # how many transitions get a support, None: all [D2]
+    n_online_states: int = 1000  # transitions that get a support every 1000 environment steps online [O1]
     energy_loss: str = "cep"  # "cep", "mse" or "emse" [D4]
     guidance_scale: float = 1.0  # >= 0; 0 is the behaviour model [D6]
     solver_steps: int = 15  # network calls a sample
@@ -139,6 +145,25 @@ class QGPO(Agent):
             Stage("energy", c.batch_size, (energy,), self.prepare_energy, c.n_support_states),
         ]
 
+    def online_stage(self) -> Stage:
+        opt = self.optimizers
+        parts = (
+            Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],)),
+            Part(self.next_critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),
+            Part(self.energy_loss, self.draw_energy, (opt["energy"],)),
+        )
+        return Stage("online", self.config.batch_size, parts, self.prepare_online)
+
+    def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Sampler:
+        """Some transitions with actions of the behaviour model at s and at s' beside them [O1]."""
+        b = mixture.sample(self.config.n_online_states, generator)
+        matrix = torch.cat([b.obs, b.act, b.rew[:, None], b.done[:, None], b.next_obs], 1)
+        actions, next_actions = (self._support(None, obs, generator) for obs in (b.obs, b.next_obs))
+        return Sampler(matrix, self.obs_dim, self.act_dim).beside(actions=actions, next_actions=next_actions)
+
+    def next_critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        return self.critic_loss(batch._replace(beside={"actions": batch.beside["next_actions"]}), draws)
+
     # ---- stage 1: behaviour ----------------------------------------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
@@ -209,8 +234,8 @@ class QGPO(Agent):
         return F.mse_loss(f.clamp(-100.0, 4.5).exp(), (c.beta * goal).clamp(-100.0, 4.5).exp())
 
     # ---- acting, and the support -----------------------------------------------------------------------------------
-    def draw_act(self, n: int, deterministic: bool, config: QGPOConfig) -> Draws:
-        return {"noise": self.behavior.noise(n, 1, deterministic, self.predict_generator)}
+    def draw_act(self, n: int, deterministic: bool, config: QGPOConfig, generator: torch.Generator) -> Draws:
+        return {"noise": self.behavior.noise(n, 1, deterministic, generator)}
 
     def act(self, obs: Tensor, draws: Draws, config: QGPOConfig) -> Tensor:
         """(B, S) -> (B, A): one guided sample [D7]. deterministic: it starts from the stored noise."""
@@ -244,7 +269,7 @@ class QGPO(Agent):
         rows = torch.randperm(len(sampler), generator=generator, device=self.device)[:n]
         return Sampler(sampler.matrix[rows], sampler.obs_dim, sampler.act_dim)
 
-    def _support(self, stage: str, obs: Tensor, generator: torch.Generator) -> Tensor:
+    def _support(self, stage: str | None, obs: Tensor, generator: torch.Generator) -> Tensor:
         """M actions of the behaviour model for each of obs (N, S): (N, M, A)."""
         c = self.config
         actions = torch.empty(len(obs), c.n_support, self.act_dim, device=self.device)

@@ -27,6 +27,11 @@ Details
   [D7] Batches are 4096 in the official code, and in `preset="paper"`. Ours are 256, for CPUs.
   [D8] The official loader shuffles epochs; we draw uniformly with replacement, as everywhere in this library. It also drops
        AntMaze trajectories of less than 5 steps.
+Online (a design of ours; neither paper nor code has one)
+  [O1] Behaviour and critic go on together on old and new data, the critic towards Monte-Carlo returns of whole episodes, taken
+       anew every 1000 environment steps, in the units of the last fit. So mu learns what the policy did, and the critic what
+       came of it: each is the policy's next improvement. No planning.
+  [O2] It acts as it does offline: random candidates, resampled by Q. Nothing is loosened.
 """
 
 from dataclasses import dataclass
@@ -41,6 +46,7 @@ from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, check_number, net_arch, whole_number
 from diffagents.networks import MLP, UNetDenoiser
 from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.replay import Mixture, Replay
 from diffagents.solvers import SolverStep, VPBehavior, dpm_solver_steps
 from diffagents.transitions import Sampler
 from diffagents.types import Batch, Metrics
@@ -130,6 +136,24 @@ class SfBC(Agent):
             Stage("planning", c.batch_size, (critic,), self.prepare_planning, c.n_support_states),
         ]
 
+    def online_stage(self) -> Stage:
+        parts = tuple(part for stage in self.stages()[:2] for part in stage.parts)
+        return Stage("online", self.config.batch_size, parts, self.prepare_online)
+
+    def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
+        """The returns of every whole episode [O1]; None while there is none."""
+        new = mixture.online.episodes(whole=True) if isinstance(mixture.online, Replay) else None
+        sides = [side for side in (mixture.offline, new) if side is not None]
+        if not sides:
+            return None
+        returns = [planned_returns(side, self.config.gamma) for side in sides]
+        if self._pristine:
+            self._goals(torch.cat(returns))
+        mean, std = self.critic.mean, self.critic.std
+        goals = [(some.float().to(self.device) - mean) / std for some in returns]
+        prepared = [side.beside(goals=goal) for side, goal in zip(sides, goals, strict=True)]
+        return Mixture(prepared[0] if mixture.offline is not None else None, prepared[-1] if new else None, mixture.ratio)
+
     # ---- stage 1: behaviour ----------------------------------------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
@@ -183,10 +207,10 @@ class SfBC(Agent):
         return loss, {"critic_loss": loss.detach(), "q": self.critic.mean + self.critic.std * q.detach().mean()}
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def draw_act(self, n: int, deterministic: bool, config: SfBCConfig) -> Draws:
-        draws = {"noise": self.behavior.noise(n, config.n_candidates, deterministic, self.predict_generator)}
+    def draw_act(self, n: int, deterministic: bool, config: SfBCConfig, generator: torch.Generator) -> Draws:
+        draws = {"noise": self.behavior.noise(n, config.n_candidates, deterministic, generator)}
         if not deterministic:
-            draws["gumbel"] = gumbel((n, config.n_candidates), self.predict_generator)
+            draws["gumbel"] = gumbel((n, config.n_candidates), generator)
         return draws
 
     def act(self, obs: Tensor, draws: Draws, config: SfBCConfig) -> Tensor:

@@ -18,6 +18,14 @@ Details
   [D8] The official loader shuffles epochs; we draw uniformly with replacement, as everywhere in this library.
   [D9] The behaviour stage's batch is 2048 in the official code, and in `preset="paper"`. Ours is 256: on a CPU, where one
        update of 2048 costs several of 256, the same time buys more from the smaller batch.
+Online (a design of ours; neither paper nor code has one)
+  [O1] Each update trains all three on one batch of old and new data: the critic by IQL, the behaviour model by noise matching,
+       the policy by Eq. (10) on both. So mu becomes a model of the data AND of what the policy did, and regularising towards
+       it is a trust region that moves with the policy; frozen, it would bound what can be gained. `online_behavior_every`:
+       its updates are the dearest, and what it models moves slowly.
+  [O2] It acts by pi plus Gaussian noise of `online_noise`, clipped: mu(.|s) around pi(s) would be the wider the worse it fits.
+  [O3] The constraint loosens: beta doubles every `online_halflife` environment steps, 16-fold at most.
+  [O4] Learning rates are constant at their initial value ([D6] is over).
 Details of the critic stage: iql_critic.py. The official code trains an IQL policy beside the critic, to watch it; left out.
 """
 
@@ -61,6 +69,9 @@ class SRPOConfig:
     q_grad_norm: str | None = None  # [D4]
     reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
     normalize_obs: bool = False  # the paper does not; switch on for observations in pixels or other large units
+    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O2]
+    online_halflife: int | None = 20_000  # environment steps in which beta doubles, None: it stays [O3]
+    online_behavior_every: int = 4  # updates for each of the behaviour model [O1]
     critic_steps: int | None = None  # None: the `default:` block of zoo/srpo.yml; paper 1.5M
     behavior_steps: int | None = None  # paper 2.0M (0.5M nearly as good)
     policy_steps: int | None = None  # paper 1.0M
@@ -124,6 +135,15 @@ class SRPO(Agent):
             Stage("policy", c.batch_size, (Part(self.policy_loss, self.draw_policy, (opt["policy"],)),)),
         ]
 
+    def online_stage(self) -> Stage:
+        c, opt = self.config, self.optimizers
+        parts = (  # [O1]
+            Part(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),
+            Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), every=c.online_behavior_every),
+            Part(self.policy_loss, self.draw_policy, (opt["policy"],)),
+        )
+        return Stage("online", c.batch_size, parts)
+
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
     def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
         return self.critic.loss(batch, self.config.expectile, self.config.gamma)
@@ -173,7 +193,7 @@ class SRPO(Agent):
             dq_da = dq_da / (norm + 1e-8)
         elif c.q_grad_norm == "rms":
             dq_da = dq_da / (norm / self.act_dim**0.5 + 1e-8)
-        loss = ((pull - c.beta * dq_da) * a).sum(-1).mean()
+        loss = ((pull - c.beta * self.loosening * dq_da) * a).sum(-1).mean()
         metrics = {"policy_loss": loss.detach(), "q_grad_norm": norm.mean(), "score_pull": pull.norm(dim=-1).mean()}
         return loss, metrics
 

@@ -14,9 +14,13 @@ Details
        against it, and a larger alpha.
   [D5] Q starts near 0, so lambda starts large; a policy that it drives into tanh's flat ends stays there for long. On small
        problems a learning rate above the paper's invites that.
+Online (the usual recipe; the authors publish none)
+  [O1] TD3 goes on on old and new data, and the cloning term fades: halved every `online_halflife` environment steps, to a
+       16th at most. It acts with Gaussian noise of `online_noise` (TD3's 0.1).
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,6 +49,8 @@ class TD3BCConfig:
     tau: float = 0.005  # share of the online networks in their lagged copies, on policy steps [D3]
     learning_rate: float = 3e-4  # policy and critic
     batch_size: int = 256
+    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O1]
+    online_halflife: int | None = 20_000  # environment steps in which the cloning term halves, None: it stays [O1]
     reward_transform: str = "none"  # normalize.REWARD_TRANSFORMS; a port (CORL) takes "iql_antmaze" on AntMaze
     normalize_obs: bool = True  # [D4]
     train_steps: int | None = None  # None: the `default:` block of zoo/td3_bc.yml; paper 1M
@@ -93,6 +99,9 @@ class TD3BC(Agent):
         )
         return [Stage("train", c.batch_size, parts)]
 
+    def online_stage(self) -> Stage:
+        return dataclasses.replace(self.stages()[0], name="online")  # [O1]
+
     # ---- critic ----------------------------------------------------------------------------------------------------
     def draw_critic(self, n: int, generator: torch.Generator) -> Draws:
         return {"noise": torch.randn(n, self.act_dim, generator=generator, device=self.device)}
@@ -116,7 +125,7 @@ class TD3BC(Agent):
         q = self.critic(torch.cat([batch.obs, act], -1))[0]  # (B,), the first of the twins; online, already updated
         weight = self.config.alpha / q.abs().mean().detach()  # lambda [D1]
         bc_loss = F.mse_loss(act, batch.act)  # [D2]
-        loss = bc_loss - weight * q.mean()
+        loss = bc_loss / self.loosening - weight * q.mean()
         return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "lambda": weight}
 
     def follow_both(self) -> None:

@@ -116,7 +116,11 @@ def measure_predict(args: argparse.Namespace, data: Transitions) -> list[dict[st
     for name in args.algorithms:
         eager, fast = make_agent(name, data), make_agent(name, data)
         calls = dict(references)
-        kinds = {"random": False, "deterministic": True} if eager.draw_act(1, False, eager.config) else {"any": True}
+        kinds = (
+            {"random": False, "deterministic": True}
+            if eager.draw_act(1, False, eager.config, eager.generator)
+            else {"any": True}
+        )
         for (kind, fixed), (size, obs) in itertools.product(kinds.items(), observations.items()):
 
             def predict(agent: Any, obs: np.ndarray = obs, fixed: bool = fixed) -> Call:

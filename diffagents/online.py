@@ -1,0 +1,373 @@
+"""What `learn_online` does: act, keep what happened, update on a mixture of old and new data. Nothing about any algorithm.
+
+Every environment step: the updates that are owed, one action, its outcome into the replay buffer, the callback. Saved inside
+the callback (or after Ctrl-C), agent and buffer together are the whole state: the resumed run does what this one would.
+"""
+
+import copy
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffagents import checkpoint, provenance, training
+from diffagents.datasets import load_dataset
+from diffagents.engine import OnlineRun, OnlineSettings, Runner, Stage
+from diffagents.environments import env_id_of
+from diffagents.knobs import check_number, whole_number
+from diffagents.normalize import RewardTransform, fit_reward_transform
+from diffagents.replay import Mixture, Replay
+from diffagents.sb3 import check_same_spaces, make_callback, make_logger
+from diffagents.transitions import Sampler
+from diffagents.watch import Watch
+
+MAX_LOOSENING = 16.0
+"""The most that `loosening` grows to: by then the constraint hardly binds, and beyond it only floats overflow."""
+
+
+def check_settings(settings: OnlineSettings) -> None:
+    """Raises ValueError for what a run cannot be."""
+    if settings.offline_ratio is not None:
+        check_number("offline_ratio", settings.offline_ratio, "must lie in [0, 1] (None: uniform)", lambda x: 0 <= x <= 1)
+    check_number("utd", settings.utd, "must be positive, at most 1000 updates per environment step", lambda x: 0 < x <= 1000)
+    if settings.learning_starts is not None:
+        whole_number("learning_starts", settings.learning_starts, 0, " of environment steps")
+    whole_number("buffer_size", settings.buffer_size, 1, " of transitions")
+
+
+def begin(agent: Any, total: int | None, env: Any, dataset: Any, settings: OnlineSettings) -> tuple[OnlineRun, Sampler | None]:
+    """Check everything, before anything is done: (the run, the offline data in the learner's units). Raises ValueError, ..."""
+    check_settings(settings)
+    if total is not None:
+        total = whole_number("total_timesteps", total, 1, " of environment steps")
+    if agent._policy_missing:
+        raise RuntimeError(
+            f'this {type(agent).__name__} has no policy yet: learn(data, stages=("{agent.POLICY_STAGE}",)) first'
+        )
+    checkpoint.need_learner(agent)
+    if env is not None:
+        agent.set_env(env)
+    data = None
+    if dataset is not None:
+        data = load_dataset(dataset, env=agent._env, obs_keys=agent.obs_keys, verbose=agent.verbose)
+        data = training.adopt(agent, data)
+    if agent._env is None:
+        stored = (agent.dataset_info or {}).get("env_spec")
+        if stored is None:
+            raise ValueError("no environment is known: pass env=, an id, a Gymnasium Env or an SB3 VecEnv")
+        agent.set_env(stored)
+    check_same_spaces(agent.spec, agent._env.observation_space, agent._env.action_space)
+    if agent.get_vec_normalize_env() is not None:
+        raise ValueError(
+            "the environment is inside a VecNormalize, which would move the observations and rewards that the agent was "
+            "trained on: pass it without; the agent keeps its own normaliser and reward transform"
+        )
+    if agent.reward_transform is None:
+        _start_without_data(agent)
+    run = _make_run(agent, total, settings, data is not None)
+    sampler = data.sampler(agent.device, agent.reward_transform, agent.obs_normalizer) if data is not None else None
+    if data is None and settings.offline_ratio == 1:
+        raise ValueError("offline_ratio=1 learns from the dataset alone: pass dataset=, or a ratio below 1")
+    return run, sampler
+
+
+def _start_without_data(agent: Any) -> None:
+    """An agent that never saw data: rewards stay as they are, unless their transform needs no data to be fitted."""
+    name = "none" if agent.config.reward_transform == "auto" else agent.config.reward_transform
+    if name in ("iql_locomotion", "normalize"):
+        raise ValueError(f'reward_transform="{name}" is fitted on data: pass dataset=, or another transform ("none")')
+    agent.reward_transform = fit_reward_transform(name, torch.zeros(0), torch.zeros(0))
+    env_id = env_id_of(agent._env)
+    agent.dataset_info = {
+        "id": f"no dataset: learned online{f' in {env_id}' if env_id else ''}",
+        "kind": "online",
+        "sha256": "",
+        "n_steps": 0,
+        "n_episodes": 0,
+        "mean_return": 0.0,
+        "env_spec": _spec_json(agent._env),
+    }
+
+
+def _spec_json(env: Any) -> str | None:
+    try:
+        text = env.get_attr("spec")[0].to_json()
+        return json.dumps(json.loads(text))
+    except Exception:  # no spec, or one that JSON does not hold
+        return None
+
+
+def _make_run(agent: Any, total: int | None, settings: OnlineSettings, with_data: bool) -> OnlineRun:
+    """The run to go on with (total None), or a new one on the buffer that there is."""
+    run: OnlineRun | None = agent.online
+    if total is None:
+        if run is None or run.done >= run.total:
+            raise ValueError("no online run is unfinished: say total_timesteps, the environment steps to take")
+        if settings not in (OnlineSettings(), run.settings):
+            raise ValueError(f"the unfinished run goes on with {run.settings}: leave these arguments out, or begin another")
+        if agent.replay_buffer is None:
+            raise RuntimeError(
+                f"the unfinished run has a replay buffer of its {run.done:,} steps, which is not here: load what "
+                "save_replay_buffer(path) wrote with load_replay_buffer(path), or begin another with total_timesteps"
+            )
+        return run
+    n_before = 0 if agent.replay_buffer is None else len(agent.replay_buffer)
+    starts = settings.learning_starts
+    if starts is None:
+        starts = 1000 if with_data else 5000
+    starts = min(max(0, starts - n_before), total)
+    n_episodes = 0 if run is None else run.n_episodes + 1  # the unfinished one is not walked again
+    random = bool(agent._pristine)
+    return OnlineRun(total, settings, starts, random, n_episodes=n_episodes)
+
+
+def start(agent: Any, run: OnlineRun) -> None:
+    """Make `run` the agent's, with a buffer to go with it."""
+    new = run is not agent.online
+    if new:
+        if agent.replay_buffer is None or agent.replay_buffer.capacity != run.settings.buffer_size:
+            if agent.replay_buffer is not None:
+                warnings.warn("another buffer_size: the replay buffer of the last online run is dropped", stacklevel=4)
+            agent.replay_buffer = Replay(agent.obs_dim, agent.act_dim, run.settings.buffer_size, agent.device)
+        agent.replay_buffer.cut()
+        agent.provenance = provenance.begin(agent.provenance, agent.device, reset=False)
+    agent.online = run
+
+
+class World:
+    """The environments, and where they are: n of them stepped together. With one, episodes are seeded one by one.
+
+    So the k-th episode of a seed is the same in every run, and a resumed run can walk its unfinished one again.
+    """
+
+    def __init__(self, agent: Any, run: OnlineRun) -> None:
+        self.agent, self.run, self.env, self.spec = agent, run, agent._env, agent.spec
+        self.n = self.env.num_envs
+        self.replay: Replay = agent.replay_buffer
+        self.normalizer = copy.deepcopy(agent.obs_normalizer).cpu()
+        self.transform: RewardTransform = agent.reward_transform
+        self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
+        self.finished: list[tuple[float, int]] = []  # (return, length) since the last look
+        self.obs = self._begin()
+
+    def _normalized(self, obs: Any) -> Tensor:
+        flat, _ = self.spec.flatten_obs(obs)
+        with torch.no_grad():
+            out: Tensor = self.normalizer(torch.from_numpy(flat))
+        return out
+
+    def _reset(self) -> Any:
+        words = np.random.SeedSequence([self.agent.seed, self.run.n_episodes]).generate_state(1)
+        self.env.seed(int(words[0] % 2**31))
+        return self.env.reset()
+
+    def _begin(self) -> Tensor:
+        if self.n > 1:  # other episodes than the ones that stopped
+            self.replay.cut()
+            return self._normalized(self._reset())
+        actions, replay = list(self.replay.running), self.replay
+        obs, ended = self._reset(), False
+        for action in actions:  # a resumed run
+            obs, rew, dones, _ = self.env.step(action[None])
+            ended = bool(dones[0])
+            self.returns[0] += float(rew[0])
+            self.lengths[0] += 1
+            if ended:
+                break
+        now = self._normalized(obs)
+        if actions and (ended or not torch.equal(now[0], replay.last_next_obs().cpu())):
+            warnings.warn(
+                "the environment did not come back to where the run stopped: it goes on with a new episode", stacklevel=5
+            )
+            self.returns[:], self.lengths[:] = 0.0, 0
+            replay.cut()
+            self.run.n_episodes += 1
+            now = self._normalized(self._reset())
+        return now
+
+    def step(self, act: np.ndarray) -> dict[str, Any]:
+        """Take the actions (n, A) in [-1, 1] and keep what follows. Returns what callbacks may look at."""
+        action = self.spec.unscale_action(act)
+        obs, rew, dones, infos = self.env.step(action)
+        rew, dones = np.asarray(rew, np.float32), np.asarray(dones, bool)
+        new_obs = self._normalized(obs)
+        next_obs, terminated = new_obs.clone(), dones.copy()
+        for i in np.flatnonzero(dones).tolist():
+            if infos[i].get("terminal_observation") is not None:
+                next_obs[i] = self._normalized(infos[i]["terminal_observation"])[0]
+            terminated[i] = not infos[i].get("TimeLimit.truncated", False)  # a time-out is not an end
+        if not np.isfinite(rew).all():
+            raise ValueError(f"the environment gave the rewards {rew} at step {self.agent.n_env_steps + 1}: mend it first")
+        self.replay.add(
+            self.obs,
+            torch.from_numpy(self.spec.scale_action(action)),
+            self.transform(torch.from_numpy(rew)),
+            torch.from_numpy(terminated.astype(np.float32)),
+            next_obs,
+            dones,
+        )
+        self.returns += rew
+        self.lengths += 1
+        for i in np.flatnonzero(dones).tolist():
+            self.finished.append((float(self.returns[i]), int(self.lengths[i])))
+            self.returns[i], self.lengths[i] = 0.0, 0
+        self.run.n_episodes += int(dones.sum())
+        if self.n == 1:
+            self.replay.running.append(action[0].copy())
+            if dones[0]:
+                self.replay.running = []
+                new_obs = self._normalized(self._reset())
+        self.obs = new_obs
+        return {"new_obs": obs, "rewards": rew, "dones": dones, "infos": infos, "actions": action}
+
+
+def explore(agent: Any, obs: Tensor, random: bool) -> np.ndarray:
+    """What the agent does to learn: its random policy, plus Gaussian noise of `online_noise` where it has that knob.
+
+    obs (n, S) normalised -> (n, A) in [-1, 1]. All randomness is from the generator for training: evaluating changes nothing.
+    """
+    shape, generator = (len(obs), agent.act_dim), agent.generator
+    if random:
+        act = 2.0 * torch.rand(shape, generator=generator, device=agent.device) - 1.0
+    else:
+        with torch.no_grad():
+            draws = agent.draw_act(len(obs), False, agent.config, generator)
+            act = agent.act(obs.to(agent.device), draws, agent.config)
+            if noise := getattr(agent.config, "online_noise", 0.0):
+                act = act + noise * torch.randn(shape, generator=generator, device=agent.device)
+    out: np.ndarray = act.clamp(-1.0, 1.0).cpu().numpy()
+    if not np.isfinite(out).all():
+        raise FloatingPointError("the policy's actions are not finite numbers")
+    return out
+
+
+def loosening(agent: Any) -> float:
+    """By how much the constraint to the data is weaker by now: doubled every `online_halflife` environment steps."""
+    halflife = getattr(agent.config, "online_halflife", None)
+    if halflife is None:
+        return 1.0
+    doublings: float = agent.n_env_steps / halflife
+    return float(min(2.0 ** min(doublings, 100.0), MAX_LOOSENING))
+
+
+def learn_online(
+    agent: Any,
+    total: int | None,
+    env: Any,
+    dataset: Any,
+    settings: OnlineSettings,
+    callback: Any,
+    log_interval: int | None,
+    tb_log_name: str | None,
+    progress_bar: bool,
+) -> None:
+    """See `Agent.learn_online`."""
+    if log_interval is not None:
+        whole_number("log_interval", log_interval, 1, " of environment steps")
+    with training.nothing_if_refused(agent):
+        run, offline = begin(agent, total, env, dataset, settings)
+        tick = make_callback(agent, callback, progress_bar)
+        stage = agent.online_stage()
+    start(agent, run)
+    if agent.tensorboard_log is not None and agent._logger is None:
+        agent._logger = make_logger(agent, tb_log_name or type(agent).__name__, False)
+    if agent.verbose:
+        _announce(agent, run, offline)
+    mixture = Mixture(offline, agent.replay_buffer, run.settings.offline_ratio)
+    local = {"self": agent, "total_timesteps": agent.num_timesteps + run.total - run.done, "tb_log_name": tb_log_name}
+    local |= {"replay_buffer": agent.replay_buffer, "dones": np.zeros(agent.n_envs, bool), "infos": [{}] * agent.n_envs}
+    with training.timed(agent, tick, local), training.matmul_precision(agent):
+        with training.interrupt_between_updates() as interrupted:
+            _run(agent, run, stage, mixture, tick, local, log_interval, interrupted)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+
+
+def _run(
+    agent: Any,
+    run: OnlineRun,
+    stage: Stage,
+    mixture: Mixture,
+    tick: Any,
+    local: dict[str, Any],
+    log_interval: Any,
+    interrupted: Any,
+) -> None:
+    for part in stage.parts:
+        for optimizer in part.optimizers:
+            optimizer.start_schedule(0)  # constant from here on, whatever the offline schedule ended with
+    world = World(agent, run)
+    watch = Watch(agent, stage.name, run.total, run.done)
+    interval = log_interval or max(1, min(1000, run.total // 20))
+    runner: Runner | None = None
+    prepared_at = -stage.refresh
+    try:
+        while True:
+            while run.owed > 0:
+                if runner is None or (stage.prepare is not None and run.done - prepared_at >= stage.refresh):
+                    sampler = mixture if stage.prepare is None else stage.prepare(mixture, agent.generator)
+                    prepared_at = run.done
+                    if sampler is None:  # nothing to learn from yet
+                        run.starts = max(run.starts, run.done + stage.refresh)
+                        break
+                    if runner is None:
+                        runner = Runner(stage, sampler, agent.generator)
+                        watch.limit_q(mixture)
+                    runner.sampler = sampler
+                agent._pristine = agent._policy_missing = False
+                agent.loosening = loosening(agent)
+                runner.step(run.n_updates)
+                run.n_updates += 1
+                agent.n_updates += 1
+            if run.done >= run.total or interrupted.is_set():
+                break
+            if tick is not None:
+                tick.on_rollout_start()
+            try:
+                local |= world.step(explore(agent, world.obs, run.random and run.n_updates == 0))
+            except FloatingPointError:
+                watch.look(run.done, {"action": float("nan")})
+                raise
+            for counter in ("num_timesteps", "n_env_steps"):
+                setattr(agent, counter, getattr(agent, counter) + world.n)
+            before, run.done = run.done, run.done + world.n
+            if run.done // interval > before // interval or run.done >= run.total:
+                _look(agent, watch, run, runner, world)
+            go_on = True
+            if tick is not None:
+                tick.update_locals(local)
+                go_on = tick.on_step()
+                tick.on_rollout_end()
+            if not go_on:
+                break
+        if run.done % interval or run.owed > 0:
+            _look(agent, watch, run, runner, world)
+    finally:
+        agent.loosening = 1.0
+
+
+def _look(agent: Any, watch: Watch, run: OnlineRun, runner: Runner | None, world: World) -> None:
+    """Metrics of the updates, and the return of the episodes that ended since the last look: `train_return`, exploring."""
+    means = {} if runner is None else runner.means()
+    if world.finished:
+        returns, lengths = (float(np.mean(column)) for column in zip(*world.finished, strict=True))
+        means = {"train_return": returns, **means}
+        if agent._logger is not None:  # SB3's names for the same
+            agent._logger.record("rollout/ep_rew_mean", returns)
+            agent._logger.record("rollout/ep_len_mean", lengths)
+        world.finished = []
+    watch.look(run.done, means)
+
+
+def _announce(agent: Any, run: OnlineRun, offline: Sampler | None) -> None:
+    share = run.settings.offline_ratio
+    mix = "uniform over data and buffer" if share is None else f"{100 * share:g} % of each batch from the data"
+    print(
+        f"{type(agent).__name__} online: {run.total - run.done:,} environment steps in {agent.n_envs} environment(s), "
+        f"{run.settings.utd:g} updates each, after {run.starts:,} steps; "
+        + (f"{len(offline):,} offline transitions, {mix}" if offline is not None else "no offline data"),
+        flush=True,
+    )
