@@ -205,7 +205,7 @@ class Agent(ABC):
         dataset: old data to mix in, anything that `learn` takes; None: what happens from now on is all there is.
         offline_ratio: the dataset's share of each batch; None: uniform over dataset and replay buffer together.
         learning_starts: steps before the first update, less what the buffer holds; None: 1000 with a dataset, 5000 without.
-        Only an agent that has never learnt acts at random in them. utd: updates per environment step. buffer_size: transitions kept.
+        Only an agent that has never learnt acts at random in them. utd: updates per environment step. buffer_size: what is kept.
         How each algorithm explores and loosens its constraint is told at the top of its file, and set by its `online_*` knobs.
         log_interval: environment steps between looks (None: a twentieth of the run, at most 1000). `train_return` is that of
         the exploring policy; evaluate the agent itself with an EvalCallback. Updates run as with compile="eager".
