@@ -53,6 +53,7 @@ class Agent(ABC):
     POLICY_STAGE: ClassVar[str]  # the stage without which `predict` is meaningless
     MODEL: ClassVar[tuple[str, ...]]  # attributes that `predict` needs: model.safetensors
     LEARNER: ClassVar[tuple[str, ...]]  # every other network: learner.safetensors
+    OFFLINE_RATIO: ClassVar[float | str] = 0.5  # the share of old data in a batch of `learn_online`, or "uniform"
     CHOICE: ClassVar[tuple[str, ...]] = ()  # knobs that a call of `predict` may set for itself
     SIZES: ClassVar[tuple[str, ...]] = ()  # knobs that are sizes of tensors: a file's must agree with its tensors
 
@@ -192,7 +193,7 @@ class Agent(ABC):
         tb_log_name: str | None = None,
         progress_bar: bool = False,
         *,
-        offline_ratio: float | None = 0.5,
+        offline_ratio: float | str | None = None,
         learning_starts: int | None = None,
         utd: float = 1.0,
         buffer_size: int = 1_000_000,
@@ -203,9 +204,10 @@ class Agent(ABC):
         finishes an interrupted run with its own settings; saved agents need `load_replay_buffer` first.
         env: an id, a Gymnasium Env or an SB3 VecEnv; None: the agent's own, else the one stored with its dataset.
         dataset: old data to mix in, anything that `learn` takes; None: what happens from now on is all there is.
-        offline_ratio: the dataset's share of each batch; None: uniform over dataset and replay buffer together.
+        offline_ratio: the dataset's share of each batch, in [0, 1], or "uniform" over dataset and replay buffer together; None:
+        what the algorithm's file says: half, for IQL "uniform".
         learning_starts: steps before the first update, less what the buffer holds; None: 1000 with a dataset, 5000 without.
-        Only an agent that has never learnt acts at random in them. utd: updates per environment step. buffer_size: what is kept.
+        Only an agent that never learnt acts at random in them. utd: updates per environment step. buffer_size: what is kept.
         How each algorithm explores and loosens its constraint is told at the top of its file, and set by its `online_*` knobs.
         log_interval: environment steps between looks (None: a twentieth of the run, at most 1000). `train_return` is that of
         the exploring policy; evaluate the agent itself with an EvalCallback. Updates run as with compile="eager".

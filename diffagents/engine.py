@@ -232,7 +232,7 @@ class Plan:
 class OnlineSettings:
     """How a `learn_online` run goes, as its arguments say; fixed at its start and kept with it."""
 
-    offline_ratio: float | None = 0.5
+    offline_ratio: float | str | None = None  # None: the algorithm's own
     learning_starts: int | None = None
     utd: float = 1.0
     buffer_size: int = 1_000_000
@@ -262,9 +262,9 @@ class OnlineRun:
     def from_json(cls, data: dict[str, Any]) -> Self:
         """What `to_json` gave. Raises KeyError, TypeError, ValueError where it is malformed."""
         run = cls(**{**data, "settings": OnlineSettings(**data["settings"])})
-        settings = run.settings
+        settings, ratio = run.settings, run.settings.offline_ratio
         counts = [run.total, run.starts, run.done, run.n_updates, run.n_episodes, settings.learning_starts or 0]
-        shares = [settings.utd, 0.0 if settings.offline_ratio is None else settings.offline_ratio]
+        shares: list[Any] = [settings.utd, 0.0 if ratio in (None, "uniform") else ratio]
         sound = all(type(n) is int and 0 <= n < 2**53 for n in [*counts, settings.buffer_size]) and settings.buffer_size > 0
         if not sound or type(run.random) is not bool or not all(type(x) in (int, float) and 0 <= x <= 1000 for x in shares):
             raise ValueError("the online run is not one that could be")

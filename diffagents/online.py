@@ -17,7 +17,7 @@ from diffagents import checkpoint, provenance, training
 from diffagents.datasets import load_dataset
 from diffagents.engine import OnlineRun, OnlineSettings, Runner, Stage
 from diffagents.environments import env_id_of
-from diffagents.knobs import check_number, whole_number
+from diffagents.knobs import check_choice, check_number, whole_number
 from diffagents.normalize import RewardTransform, fit_reward_transform
 from diffagents.replay import Mixture, Replay
 from diffagents.sb3 import check_same_spaces, make_callback, make_logger
@@ -30,8 +30,11 @@ MAX_LOOSENING = 16.0
 
 def check_settings(settings: OnlineSettings) -> None:
     """Raises ValueError for what a run cannot be."""
-    if settings.offline_ratio is not None:
-        check_number("offline_ratio", settings.offline_ratio, "must lie in [0, 1] (None: uniform)", lambda x: 0 <= x <= 1)
+    ratio = settings.offline_ratio
+    if isinstance(ratio, str):
+        check_choice("offline_ratio", ratio, ("uniform",))
+    elif ratio is not None:
+        check_number("offline_ratio", ratio, 'must lie in [0, 1], or be "uniform"', lambda x: 0 <= x <= 1)
     check_number("utd", settings.utd, "must be positive, at most 1000 updates per environment step", lambda x: 0 < x <= 1000)
     if settings.learning_starts is not None:
         whole_number("learning_starts", settings.learning_starts, 0, " of environment steps")
@@ -94,8 +97,9 @@ def _start_without_data(agent: Any) -> None:
 
 def _spec_json(env: Any) -> str | None:
     try:
-        text = env.get_attr("spec")[0].to_json()
-        return json.dumps(json.loads(text))
+        spec = json.loads(env.get_attr("spec")[0].to_json())
+        spec["additional_wrappers"] = [one for one in spec["additional_wrappers"] if one["name"] != "Monitor"]  # as_vec_env's
+        return json.dumps(spec)
     except Exception:  # no spec, or one that JSON does not hold
         return None
 
@@ -276,7 +280,7 @@ def learn_online(
         agent._logger = make_logger(agent, tb_log_name or type(agent).__name__, False)
     if agent.verbose:
         _announce(agent, run, offline)
-    mixture = Mixture(offline, agent.replay_buffer, run.settings.offline_ratio)
+    mixture = Mixture(offline, agent.replay_buffer, _ratio(agent, run))
     local = {"self": agent, "total_timesteps": agent.num_timesteps + run.total - run.done, "tb_log_name": tb_log_name}
     local |= {"replay_buffer": agent.replay_buffer, "dones": np.zeros(agent.n_envs, bool), "infos": [{}] * agent.n_envs}
     with training.timed(agent, tick, local), training.matmul_precision(agent):
@@ -362,9 +366,15 @@ def _look(agent: Any, watch: Watch, run: OnlineRun, runner: Runner | None, world
     watch.look(run.done, means)
 
 
+def _ratio(agent: Any, run: OnlineRun) -> float | str:
+    asked = run.settings.offline_ratio
+    ratio: float | str = agent.OFFLINE_RATIO if asked is None else asked
+    return ratio
+
+
 def _announce(agent: Any, run: OnlineRun, offline: Sampler | None) -> None:
-    share = run.settings.offline_ratio
-    mix = "uniform over data and buffer" if share is None else f"{100 * share:g} % of each batch from the data"
+    share = _ratio(agent, run)
+    mix = "uniform over data and buffer" if isinstance(share, str) else f"{100 * share:g} % of each batch from the data"
     print(
         f"{type(agent).__name__} online: {run.total - run.done:,} environment steps in {agent.n_envs} environment(s), "
         f"{run.settings.utd:g} updates each, after {run.starts:,} steps; "

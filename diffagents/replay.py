@@ -189,12 +189,12 @@ def _words(moment: Any) -> str:
 
 
 class Mixture:
-    """Batches of which a share `ratio` is offline data and the rest from `online`; None: uniform over both together.
+    """Batches of which a share `ratio` is offline data and the rest from `online`; "uniform": over both together.
 
     Either side may be missing or empty: then the other gives all. Tables beside the rows must have the same names on both.
     """
 
-    def __init__(self, offline: Sampler | None, online: "Replay | Sampler | None", ratio: float | None) -> None:
+    def __init__(self, offline: Sampler | None, online: "Replay | Sampler | None", ratio: float | str) -> None:
         self.offline, self.online, self.ratio = offline, online, ratio
 
     @property
@@ -208,17 +208,16 @@ class Mixture:
         return max(side.max_abs_reward for side in (self.offline, self.online) if side is not None)
 
     def counts(self, n: int) -> tuple[int, int]:
-        """How many of n transitions are offline data, and how many online, where `ratio` is a number."""
-        assert self.ratio is not None
+        """How many of n transitions are offline data, and how many online, where it is not left to chance."""
         if self.offline is None or self.online is None or len(self.online) == 0:
             return (0, n) if self.offline is None else (n, 0)
-        n_offline = round(n * self.ratio)
+        n_offline = round(n * float(self.ratio))
         return n_offline, n - n_offline
 
     def sample(self, n: int, generator: torch.Generator) -> Batch:
-        """n transitions with replacement, the offline ones first (`ratio` None: in random order)."""
+        """n transitions with replacement, the offline ones first ("uniform": in random order)."""
         offline, online = self.offline, self.online
-        if self.ratio is None and offline is not None and online is not None and len(online) > 0:
+        if self.ratio == "uniform" and offline is not None and online is not None and len(online) > 0:
             split = len(offline)
             index = torch.randint(split + len(online), (n,), generator=generator, device=self.device)
             old, new = index.clamp(max=split - 1), (index - split).clamp(min=0)
@@ -228,9 +227,8 @@ class Mixture:
                 return torch.where(is_old.view(-1, *[1] * (a.dim() - 1)), a.index_select(0, old), b.index_select(0, new))
 
             return _batch(offline, pick(offline.matrix, online.matrix), _pairs(offline, online, pick))
-        n_offline, n_online = self.counts(n) if self.ratio is not None else ((0, n) if offline is None else (n, 0))
         parts = []
-        for side, count in ((offline, n_offline), (online, n_online)):
+        for side, count in zip((offline, online), self.counts(n), strict=True):
             if side is not None and count > 0:
                 parts.append((side, torch.randint(len(side), (count,), generator=generator, device=self.device)))
         matrix = torch.cat([side.matrix.index_select(0, index) for side, index in parts])

@@ -19,8 +19,8 @@ Details
 Online (official fine-tuning; the paper's section 5.3)
   [O1] The same update on new data too, one for each environment step, at a constant learning rate ([D4] is over). It acts by
        sampling its Gaussian and clipping; nothing is loosened: better actions enter by being found and weighed.
-  [O2] Official: uniform from one buffer that begins with the data, `offline_ratio=None`. The default, half and half, lets
-       a short run see its own steps.
+  [O2] Batches are uniform from one buffer that begins with the data (official), `offline_ratio="uniform"`. Half of each from
+       the first few thousand steps, as the others have it, broke the policy on hopper: few, bad and steep samples, repeated.
   [O3] A well-known port goes on stepping the cosine of its actor, which climbs back from 0 by accident.
 """
 
@@ -75,6 +75,7 @@ class IQL(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 1_000_000}
     POLICY_STAGE = "train"
     MODEL = ("policy",)
+    OFFLINE_RATIO = "uniform"  # [O2]
     LEARNER = ("critic",)
 
     def build(self) -> None:

@@ -27,9 +27,8 @@ from diffagents import evaluate, load_dataset
 # Offline budgets for one slow CPU core: minutes each.
 OFFLINE: dict[str, dict[str, Any]] = {
     "SRPO": {
-        "critic_steps": 40_000,
-        "behavior_steps": 20_000,
-        "policy_steps": 20_000,
+        **{"critic_steps": 30_000, "behavior_steps": 15_000, "policy_steps": 10_000},
+        **{"learning_rate": 1e-3, "normalize_obs": True, "weight": "alpha_over_sigma"},
         "policy_kwargs": {"behavior_width": 128},
     },
     "IQL": {"train_steps": 50_000},
@@ -50,7 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000, help="environment steps")
     parser.add_argument("--every", type=int, default=2_000, help="of them between evaluations")
     parser.add_argument("--episodes", type=int, default=10, help="of one evaluation")
-    parser.add_argument("--ratio", default="0.5", help='offline_ratio, "none" for uniform')
+    parser.add_argument("--ratio", default=None, help='offline_ratio: a number, or "uniform"; left out: the algorithm\'s own')
     parser.add_argument("--knobs", type=json.loads, default={}, help='online knobs as JSON, e.g. {"online_noise": 0.2}')
     parser.add_argument("--label", default="", help="added to the algorithm's name, for other settings")
     parser.add_argument("--inits", type=pathlib.Path, default=ROOT / ".data" / "online")
@@ -102,7 +101,7 @@ def ours(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             curve.look(agent, agent.n_env_steps)
         return True
 
-    ratio = None if args.ratio == "none" else float(args.ratio)
+    ratio = float(args.ratio) if args.ratio not in (None, "uniform") else args.ratio
     agent.learn_online(args.steps, dataset=data, offline_ratio=ratio, callback=every)
     return curve.rows
 

@@ -1,0 +1,543 @@
+"""Online fine-tuning: where it starts, what its batches hold, what ends a value, what is kept, and how a run is resumed."""
+
+import functools
+import pathlib
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from small_agents import NAMES, small
+
+import diffagents
+from diffagents import load_dataset
+from diffagents.agent import Agent
+from diffagents.artifact import ArtifactError
+from diffagents.checkpoint import training_tensors
+from diffagents.online import MAX_LOOSENING, loosening
+from diffagents.replay import Mixture, Replay
+from diffagents.training import TrainingDiverged
+from diffagents.transitions import Sampler, Transitions
+
+TABLES = {"AWR", "SfBC", "QGPO", "DiffusionBC"}  # whose batches come from tables that a resumed run makes anew
+LIMIT = 25
+
+
+def pendulum() -> Any:
+    """A pole on a cart that falls within a dozen random steps, with a time limit short enough to be met."""
+    return gym.make("InvertedPendulum-v5", max_episode_steps=LIMIT)
+
+
+@functools.cache
+def data() -> Transitions:
+    """What a random policy lived through in it; actions in [-3, 3]."""
+    env, rows = pendulum(), []
+    env.action_space.seed(0)
+    for episode in range(60):
+        obs, over = env.reset(seed=episode)[0], False
+        while not over:
+            action = env.action_space.sample()
+            after, reward, terminated, truncated, _ = env.step(action)
+            rows.append((obs, action, reward, after, terminated, truncated))
+            obs, over = after, terminated or truncated
+    names = ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
+    return load_dataset({name: np.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}, env=env)
+
+
+@functools.cache
+def trained(name: str) -> pathlib.Path:
+    """An offline agent as a file, which every test loads anew."""
+    import tempfile
+
+    return small(name).learn(data()).save(pathlib.Path(tempfile.mkdtemp()) / f"{name}.zip")
+
+
+def offline(name: str, **knobs: Any) -> Agent:
+    agent: Agent = diffagents.load(trained(name), verbose=0, **knobs)
+    return agent
+
+
+def all_tensors(agent: Agent) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in training_tensors(agent).items()}
+
+
+def assert_same(one: Agent, two: Agent) -> None:
+    a, b = all_tensors(one), all_tensors(two)
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+    for counter in ("num_timesteps", "n_env_steps", "n_updates"):
+        assert getattr(one, counter) == getattr(two, counter), counter
+    assert one.online == two.online
+    assert one.replay_buffer is not None and two.replay_buffer is not None
+    assert torch.equal(one.replay_buffer.matrix, two.replay_buffer.matrix)
+
+
+# ---- every algorithm ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+def test_every_algorithm_goes_on_from_a_file_with_old_data(name: str) -> None:
+    agent = offline(name)
+    before, steps, updates = all_tensors(agent), agent.num_timesteps, agent.n_updates
+    agent.learn_online(80, pendulum(), data(), learning_starts=20, utd=0.5, log_interval=40)
+    assert (agent.num_timesteps, agent.n_env_steps, agent.n_updates) == (steps + 80, 80, updates + 30)
+    assert agent.replay_buffer is not None and len(agent.replay_buffer) == 80
+    moved = [key for key, tensor in all_tensors(agent).items() if not torch.equal(tensor, before[key])]
+    assert any(key.startswith(network) for key in moved for network in agent.MODEL), "what acts has learnt nothing"
+    assert agent.history[-1]["stage"] == "online" and "train_return" in agent.history[-1]
+    assert agent.loosening == 1.0  # offline learning is again what the paper says
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_algorithm_learns_from_nothing_and_from_a_file_alone(name: str, tmp_path: pathlib.Path) -> None:
+    agent = small(name).learn_online(60, pendulum(), learning_starts=40)
+    assert agent.n_env_steps == 60 and agent.n_updates == 20
+    again: Agent = diffagents.load(agent.save(tmp_path / "a"), verbose=0)
+    again.learn_online(60, pendulum(), learning_starts=40)  # its buffer was not saved: a new one
+    assert again.num_timesteps == 120 and again.n_updates == 40
+    assert again.dataset_info is not None and again.dataset_info["kind"] == "online"
+    assert len(again.evaluate(n_episodes=2).returns) == 2  # in the environment that it met
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_evaluation_online_is_the_offline_one(name: str) -> None:
+    agent = offline(name)
+    expected = agent.evaluate(pendulum(), 3, seed=5).returns
+    sampled = offline(name).evaluate(pendulum(), 3, seed=5, deterministic=False).returns
+    found: list[Any] = []
+
+    def look(local: dict[str, Any], _: Any) -> bool:
+        if local["self"].n_env_steps == 1:
+            found.append(local["self"].evaluate(pendulum(), 3, seed=5).returns)
+            found.append(local["self"].evaluate(pendulum(), 3, seed=5, deterministic=False).returns)
+        return True
+
+    agent.learn_online(5, pendulum(), data(), look, learning_starts=2)
+    assert found == [expected, sampled]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TABLES])
+@pytest.mark.parametrize("stop", [30, 47])
+def test_a_stopped_run_ends_as_the_uninterrupted_one(name: str, stop: int, tmp_path: pathlib.Path) -> None:
+    """Agent and buffer saved in mid-episode, in another environment object: bit for bit, one environment, CPU."""
+    whole = offline(name).learn_online(70, pendulum(), data(), learning_starts=20)
+    part = offline(name)
+
+    def halt(local: dict[str, Any], _: Any) -> bool:
+        return bool(local["self"].n_env_steps < stop)
+
+    part.learn_online(70, pendulum(), data(), halt, learning_starts=20)
+    assert part.n_env_steps == stop and part.replay_buffer is not None
+    part.save(tmp_path / "agent")
+    part.save_replay_buffer(tmp_path / "buffer")
+    again: Agent = diffagents.load(tmp_path / "agent.zip", verbose=0)
+    again.load_replay_buffer(tmp_path / "buffer")
+    again.learn_online(env=pendulum(), dataset=data())
+    assert_same(again, whole)
+    part.learn_online(dataset=data())  # and without a file, in the same process
+    assert_same(part, whole)
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_a_stopped_run_with_tables_goes_on(name: str, tmp_path: pathlib.Path) -> None:
+    agent = offline(name)
+    agent.learn_online(70, pendulum(), data(), lambda a, b: a["self"].n_env_steps < 40, learning_starts=20)
+    agent.learn_online(dataset=data())
+    assert agent.n_env_steps == 70 and agent.online is not None and agent.online.n_updates == 50
+
+
+def test_same_seed_same_run_and_evaluating_changes_nothing() -> None:
+    runs = []
+    for evaluates in (False, True):
+        agent = offline("DiffusionQL")
+
+        def look(local: dict[str, Any], _: Any, evaluates: bool = evaluates) -> bool:
+            if evaluates and local["self"].n_env_steps % 20 == 0:
+                local["self"].evaluate(pendulum(), 1, deterministic=False)
+            return True
+
+        runs.append(agent.learn_online(60, pendulum(), data(), look, learning_starts=20))
+    one, two = (all_tensors(agent) for agent in runs)
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items() if not name.startswith("predict_generator"))
+
+
+# ---- what the buffer holds ---------------------------------------------------------------------------------------------
+class Line(gym.Env[Any, Any]):
+    """Walks 1, 2, 3, ...: terminates at `dies`, and reports a time-out at `limit`, both where they are equal."""
+
+    observation_space = gym.spaces.Box(-100, 100, (1,))
+    action_space = gym.spaces.Box(-2, 2, (1,))
+
+    def __init__(self, dies: int, limit: int) -> None:
+        self.dies, self.limit = dies, limit
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.at = 0
+        return np.array([0.0], np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.at += 1
+        return np.array([self.at], np.float32), 2.0, self.at == self.dies, self.at == self.limit, {}
+
+
+def line_agent(**knobs: Any) -> Agent:
+    n = 40
+    obs = np.linspace(0, 9, n, dtype=np.float32)[:, None]
+    rows = {"observations": obs, "next_observations": obs, "actions": np.random.default_rng(0).uniform(-2, 2, (n, 1))}
+    ends = {"terminations": np.arange(n) % 10 == 9, "truncations": np.zeros(n, bool)}
+    settings = {"reward_transform": "iql_locomotion", "normalize_obs": True, **knobs}
+    return small("IQL", env=Line(5, 9), **settings).learn({**rows, **ends, "rewards": np.arange(n) / 40})
+
+
+def columns(agent: Agent) -> tuple[torch.Tensor, ...]:
+    assert agent.replay_buffer is not None
+    return tuple(agent.replay_buffer.matrix[:, i] for i in range(5))  # obs, act, rew, done, next_obs
+
+
+@pytest.mark.parametrize(("dies", "limit", "done"), [(4, 9, 1.0), (9, 4, 0.0), (4, 4, 1.0)])
+def test_only_a_termination_ends_a_value(dies: int, limit: int, done: float) -> None:
+    agent = line_agent()
+    agent.learn_online(12, Line(dies, limit), learning_starts=12)
+    obs, _, _, ended, next_obs = columns(agent)
+    at = torch.arange(12) % 4
+    expected = torch.where(at == 3, done, 0.0)
+    assert torch.equal(ended, expected)
+    mean, std = agent.obs_normalizer.mean, agent.obs_normalizer.std
+    assert torch.allclose(obs * std + mean, at.float(), atol=1e-5)
+    assert torch.allclose(next_obs * std + mean, at + 1.0, atol=1e-5)  # where it ended too: not the next episode's start
+
+
+def test_transform_and_normaliser_are_those_of_the_offline_phase() -> None:
+    agent = line_agent()
+    transform, mean = agent.reward_transform, agent.obs_normalizer.mean.clone()
+    assert transform is not None and transform.scale != 1.0
+    rows: Any = {
+        "observations": np.full((20, 1), 50.0),
+        "next_observations": np.full((20, 1), 50.0),
+        "rewards": np.arange(20.0),
+    }
+    rows |= {"actions": np.zeros((20, 1)), "terminations": np.arange(20) % 5 == 4, "truncations": np.zeros(20, bool)}
+    agent.learn_online(10, dataset=rows, learning_starts=2)  # other data do not fit them anew
+    assert agent.reward_transform == transform and torch.equal(agent.obs_normalizer.mean, mean)
+    assert torch.allclose(columns(agent)[2], torch.tensor(transform.scale * 2.0 + transform.shift))
+
+
+def test_actions_are_kept_as_they_were_taken() -> None:
+    agent = line_agent()
+    taken: list[float] = []
+
+    class Watched(Line):
+        def step(self, action: Any) -> Any:
+            taken.append(float(action[0]))
+            return super().step(action)
+
+    agent.learn_online(20, Watched(5, 9), learning_starts=10)
+    assert torch.allclose(2 * columns(agent)[1], torch.tensor(taken), atol=1e-6) and max(map(abs, taken)) > 0
+
+
+def test_several_environments(tmp_path: pathlib.Path) -> None:
+    from stable_baselines3.common.env_util import make_vec_env
+
+    agent = line_agent()
+    steps = agent.num_timesteps
+    agent.learn_online(20, make_vec_env(lambda: Line(5, 9), 3), learning_starts=6, utd=2)
+    assert agent.n_env_steps == 21 and agent.num_timesteps == steps + 21  # rounded up to whole steps of all
+    assert agent.online is not None and agent.online.n_updates == 30
+    assert agent.replay_buffer is not None
+    episodes = agent.replay_buffer.episodes(whole=False)
+    assert episodes is not None and episodes.episode_ends.tolist() == [5, 7, 12, 14, 19, 21]
+    mean, std = agent.obs_normalizer.mean, agent.obs_normalizer.std
+    assert torch.allclose((episodes.obs * std + mean)[:, 0], torch.tensor([0, 1, 2, 3, 4, 0, 1] * 3).float(), atol=1e-5)
+    whole = agent.replay_buffer.episodes(whole=True)
+    assert whole is not None and whole.episode_ends.tolist() == [5, 10, 15]
+
+
+def fill(replay: Replay, n: int, n_envs: int = 1, end_every: int = 4) -> None:
+    """Row k: obs k, act 0, rew k, done 0, next_obs k + 1."""
+    for k in range(n):
+        value = torch.full((n_envs, 1), float(k)) + 1000 * torch.arange(n_envs)[:, None]
+        ended = np.full(n_envs, (k + 1) % end_every == 0)
+        replay.add(value, torch.zeros(n_envs, 1), value[:, 0], torch.zeros(n_envs), value + 1, ended)
+
+
+def test_the_ring_keeps_the_last_rows_in_order() -> None:
+    replay = Replay(1, 1, 10, "cpu")
+    fill(replay, 23)
+    assert len(replay) == 10 and replay.n_added == 23 and replay.max_abs_reward == 22.0
+    episodes = replay.episodes(whole=False)
+    assert episodes is not None and episodes.obs[:, 0].tolist() == list(range(13, 23))
+    assert episodes.episode_ends.tolist() == [3, 7, 10]  # rows 15, 19 ended; 22 is where it is now
+    assert float(replay.last_next_obs()) == 23.0
+    replay.cut()
+    whole = replay.episodes(whole=True)
+    assert whole is not None and len(whole) == 10 and whole.episode_ends.tolist() == [3, 7, 10]
+
+
+def test_the_ring_grows_without_losing_anything() -> None:
+    replay = Replay(1, 1, 1_000_000, "cpu")
+    fill(replay, 5000, n_envs=2)
+    assert len(replay) == 10_000 and len(replay._rows) < 20_000
+    episodes = replay.episodes(whole=True)
+    assert episodes is not None and episodes.obs[:, 0].tolist() == [*range(5000), *range(1000, 6000)]
+
+
+def test_buffer_file(tmp_path: pathlib.Path) -> None:
+    agent = offline("TD3BC").learn_online(50, pendulum(), data(), learning_starts=20)
+    path = agent.save_replay_buffer(tmp_path / "deep" / "replay_buffer_1.pkl")
+    assert path.name == "replay_buffer_1.safetensors"
+    agent.save(tmp_path / "a")
+    again: Agent = diffagents.load(tmp_path / "a.zip", verbose=0)
+    again.load_replay_buffer(tmp_path / "deep" / "replay_buffer_1.pkl")
+    assert_same(agent, again)
+    other = offline("TD3BC")
+    with pytest.raises(ArtifactError, match=r"saved at environment steps 50.* agent at environment steps 0"):
+        other.load_replay_buffer(path)
+    with pytest.raises(ArtifactError, match="another agent's"):
+        line_agent().load_replay_buffer(path)
+    with pytest.raises(FileNotFoundError, match="no replay buffer at"):
+        again.load_replay_buffer(tmp_path / "nothing")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="not a replay buffer of ours"):
+        again.load_replay_buffer(path)
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------------
+def side(n: int, tag: float, table: float | None = None) -> Sampler:
+    matrix = torch.full((n, 5), tag)
+    sampler = Sampler(matrix, 1, 1)
+    return sampler if table is None else sampler.beside(extra=torch.full((n,), table))
+
+
+@pytest.mark.parametrize(("ratio", "n_old"), [(0.0, 0), (0.25, 16), (0.5, 32), (1.0, 64)])
+def test_share_of_each_batch(ratio: float, n_old: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    replay = Replay(1, 1, 100, "cpu")
+    mixture = Mixture(side(500, -1.0), replay, ratio)
+    assert (mixture.sample(64, generator).rew == -1.0).all()  # nothing new yet
+    fill(replay, 30)
+    batch = mixture.sample(64, generator)
+    assert int((batch.rew == -1.0).sum()) == n_old and len(batch.rew) == 64 and batch.obs.shape == (64, 1)
+    tables = Mixture(side(9, -1.0, 5.0), side(9, 1.0, 7.0), ratio).sample(64, generator)
+    assert torch.equal(tables.beside["extra"], torch.where(tables.rew == -1.0, 5.0, 7.0))
+
+
+def test_uniform_over_both_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = Mixture(side(300, -1.0, 5.0), side(100, 1.0, 7.0), "uniform").sample(20_000, generator)
+    assert 0.74 < float((batch.rew == -1.0).float().mean()) < 0.76
+    assert torch.equal(batch.beside["extra"], torch.where(batch.rew == -1.0, 5.0, 7.0))
+    replay = Replay(1, 1, 100, "cpu")
+    assert (Mixture(side(300, -1.0), replay, "uniform").sample(50, generator).rew == -1.0).all()
+    fill(replay, 100)
+    mixed = Mixture(side(100, -1.0), replay, "uniform").sample(20_000, generator).rew
+    assert set(mixed.tolist()) == {-1.0, *map(float, range(100))} and 0.48 < float((mixed == -1.0).float().mean()) < 0.52
+
+
+@pytest.mark.parametrize(("ratio", "share"), [(0.25, 0.25), (1.0, 1.0), (0.0, 0.0)])
+def test_the_share_is_what_learn_online_trains_on(ratio: float, share: float) -> None:
+    agent, seen = offline("IQL"), []
+    loss = agent.critic_loss  # type: ignore[attr-defined]
+    old = {tuple(row) for row in data().obs.tolist()}
+
+    def watched(batch: Any, draws: Any) -> Any:
+        rows = agent.obs_normalizer.std * batch.obs + agent.obs_normalizer.mean
+        seen.append(np.mean([tuple(row) in old for row in rows.tolist()]))
+        return loss(batch, draws)
+
+    agent.critic_loss = watched  # type: ignore[attr-defined]
+    agent.learn_online(40, pendulum(), data(), learning_starts=30, offline_ratio=ratio)
+    assert seen == [share] * 10
+
+
+# ---- schedules ---------------------------------------------------------------------------------------------------------
+def test_the_constraint_loosens_with_environment_steps_and_no_further_than_it_may() -> None:
+    agent = offline("SRPO", online_halflife=10)
+    assert loosening(agent) == 1.0
+    agent.n_env_steps = 20
+    assert loosening(agent) == 4.0
+    agent.n_env_steps = 10**9
+    assert loosening(agent) == MAX_LOOSENING
+    assert loosening(offline("IQL")) == 1.0 and loosening(offline("SRPO", online_halflife=None)) == 1.0
+
+
+@pytest.mark.parametrize("name", ["SRPO", "TD3BC", "DiffusionQL", "DiffCPS", "BDPO"])
+def test_loosening_reaches_the_loss(name: str) -> None:
+    """The same batch and draws, a constraint 4 times looser: the policy's gradient is another."""
+    gradients = []
+    for loose in (1.0, 4.0):
+        agent = offline(name)
+        sampler = data().sampler("cpu", agent.reward_transform, agent.obs_normalizer)
+        batch = sampler.sample(64, torch.Generator().manual_seed(0))
+        agent.loosening = loose
+        slot = "multiplier" if name == "DiffCPS" else "policy"  # there it is lambda that feels kappa
+        part = next(p for p in agent.online_stage().parts if agent.optimizers[slot] in p.optimizers)
+        position = part.optimizers.index(agent.optimizers[slot])
+        found, _ = part.gradients(batch, part.draw(64, torch.Generator().manual_seed(1)))
+        gradients.append(torch.cat([g.flatten() for g in found[position]]))
+    assert not torch.allclose(*gradients, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_learning_rates_are_constant_online(name: str) -> None:
+    agent = offline(name).learn_online(40, pendulum(), data(), learning_starts=20)
+    for optimizer in {o for part in agent.online_stage().parts for o in part.optimizers}:
+        assert float(optimizer.lr) == pytest.approx(optimizer.learning_rate) and optimizer.horizon == 0
+
+
+# ---- Stable-Baselines3's side --------------------------------------------------------------------------------------------
+def test_callbacks(tmp_path: pathlib.Path) -> None:
+    from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+    from stable_baselines3.common.logger import configure
+    from stable_baselines3.common.monitor import Monitor
+
+    agent = offline("SRPO")
+    steps = agent.num_timesteps
+    agent.set_logger(configure(str(tmp_path / "log"), ["csv"]))
+    evaluating = EvalCallback(
+        Monitor(pendulum()), n_eval_episodes=1, eval_freq=20, best_model_save_path=str(tmp_path / "best"), verbose=0
+    )
+    keeping = CheckpointCallback(30, str(tmp_path / "kept"), name_prefix="a", save_replay_buffer=True)
+    agent.learn_online(60, pendulum(), data(), [evaluating, keeping], progress_bar=True, learning_starts=20, log_interval=10)
+    rows = np.genfromtxt(tmp_path / "log" / "progress.csv", delimiter=",", names=True)
+    assert {"eval/mean_reward", "rollout/ep_rew_mean", "online/train_return", "time/fps"} <= {
+        column.strip('"') for column in (tmp_path / "log" / "progress.csv").read_text().splitlines()[0].split(",")
+    }
+    assert len(rows) > 3
+    assert (tmp_path / "best" / "best_model.zip").is_file()
+    assert [row["num_timesteps"] for row in agent.provenance["evaluations"]] == [steps + 20, steps + 40, steps + 60]
+    again: Agent = diffagents.load(tmp_path / "kept" / f"a_{steps + 30}_steps.zip", verbose=0)
+    again.load_replay_buffer(tmp_path / "kept" / f"a_replay_buffer_{steps + 30}_steps.pkl")
+    again.learn_online(env=pendulum(), dataset=data())
+    for name, tensor in all_tensors(again).items():
+        assert name.startswith("predict_generator") or torch.equal(tensor, all_tensors(agent)[name]), name
+
+
+def test_train_return_is_that_of_the_exploring_episodes() -> None:
+    agent = line_agent()
+    agent.learn_online(30, Line(5, 9), learning_starts=30, log_interval=10)
+    rows = [row["train_return"] for row in agent.history if row["stage"] == "online"]
+    assert rows == [10.0, 10.0, 10.0]
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------------------------
+def test_nan_stops_with_the_last_good_state() -> None:
+    agent = offline("TD3BC")
+
+    def poison(local: dict[str, Any], _: Any) -> bool:
+        if agent.n_env_steps == 24:
+            with torch.no_grad():
+                next(agent.policy.parameters()).fill_(float("nan"))
+        return True
+
+    with pytest.raises(TrainingDiverged, match="online diverged between its steps 20 and 24"):
+        agent.learn_online(60, pendulum(), data(), poison, learning_starts=10, log_interval=10)
+    assert np.isfinite(agent.predict(np.zeros(4, np.float32))[0]).all()
+    assert all(tensor.isfinite().all() for tensor in agent.policy.parameters())
+
+
+def test_a_reward_that_is_no_number_is_named() -> None:
+    class Broken(Line):
+        def step(self, action: Any) -> Any:
+            obs, _, *rest = super().step(action)
+            return obs, float("nan") if self.at == 3 else 1.0, *rest
+
+    with pytest.raises(ValueError, match=r"gave the rewards .nan. at step 3"):
+        line_agent().learn_online(10, Broken(5, 9))
+
+
+def test_an_environment_that_does_not_come_back_begins_a_new_episode() -> None:
+    class Moody(Line):
+        n_resets = 0
+
+        def reset(self, **kwargs: Any) -> Any:
+            Moody.n_resets += 1
+            obs, info = super().reset(**kwargs)
+            self.at = Moody.n_resets % 3
+            return obs, info
+
+    agent = line_agent()
+    agent.learn_online(40, Moody(20, 30), callback=lambda a, b: a["self"].n_env_steps < 10, learning_starts=5)
+    with pytest.warns(UserWarning, match="did not come back to where the run stopped"):
+        agent.learn_online()
+    assert agent.n_env_steps == 40
+
+
+def bad_calls() -> Iterator[tuple[str, dict[str, Any], str]]:
+    yield "ratio", {"offline_ratio": 1.5}, r"offline_ratio=1.5 must lie in \[0, 1\]"
+    yield "word", {"offline_ratio": "half"}, r"offline_ratio='half'; choose from 'uniform'"
+    yield "utd", {"utd": 0}, "utd=0 must be positive"
+    yield "starts", {"learning_starts": -1}, "learning_starts=-1 must be"
+    yield "buffer", {"buffer_size": 0}, "buffer_size=0 must be"
+    yield "total", {"total_timesteps": 0}, "total_timesteps=0 must be a positive whole number of environment steps"
+    yield "log", {"log_interval": 0}, "log_interval=0 must be"
+    yield "only old", {"offline_ratio": 1}, "offline_ratio=1 learns from the dataset alone"
+    yield "spaces", {"env": "Pendulum-v1"}, "the agent was built for"
+    yield "nothing to finish", {"total_timesteps": None}, "no online run is unfinished"
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [case[1:] for case in bad_calls()], ids=[case[0] for case in bad_calls()])
+def test_bad_calls_change_nothing(kwargs: dict[str, Any], message: str) -> None:
+    agent = offline("IQL")
+    before, state = all_tensors(agent), dict(vars(agent))
+    with pytest.raises(ValueError, match=message):
+        agent.learn_online(**{"total_timesteps": 10, "env": pendulum(), **kwargs})
+    assert vars(agent) == state
+    assert all(torch.equal(tensor, before[name]) for name, tensor in all_tensors(agent).items())
+
+
+def test_what_is_missing_is_named(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="no environment is known: pass env="):
+        small("IQL").learn_online(10)
+    with pytest.raises(ValueError, match='reward_transform="iql_locomotion" is fitted on data: pass dataset='):
+        small("IQL", reward_transform="iql_locomotion").learn_online(10, pendulum())
+    # a file without critics
+    stripped = tmp_path / "acts_only.zip"
+    with zipfile.ZipFile(trained("SRPO")) as full, zipfile.ZipFile(stripped, "w") as part:
+        for name in full.namelist():
+            if not name.startswith(("learner", "optimizer", "trainer")):
+                part.writestr(name, full.read(name))
+    agent: Agent = diffagents.load(stripped, verbose=0)
+    with pytest.raises(RuntimeError, match=r"loaded without learner.safetensors"):
+        agent.learn_online(10, pendulum())
+    # a resumed run without its buffer
+    agent = offline("IQL")
+    agent.learn_online(30, pendulum(), data(), lambda a, b: a["self"].n_env_steps < 15, learning_starts=5)
+    again: Agent = diffagents.load(agent.save(tmp_path / "a"), verbose=0)
+    with pytest.raises(RuntimeError, match=r"replay buffer of its 15 steps.*load_replay_buffer"):
+        again.learn_online(env=pendulum(), dataset=data())
+    with pytest.raises(ValueError, match="the unfinished run goes on with"):
+        agent.learn_online(utd=3)
+
+
+def test_vecnormalize_is_refused() -> None:
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+    with pytest.raises(ValueError, match="inside a VecNormalize"):
+        offline("IQL").learn_online(10, VecNormalize(DummyVecEnv([pendulum])))
+
+
+def test_dict_observations() -> None:
+    class Goal(Line):
+        observation_space = gym.spaces.Dict(  # type: ignore[assignment]
+            {name: gym.spaces.Box(-100, 100, (1,)) for name in ("observation", "achieved_goal", "desired_goal")}
+        )
+
+        def _dict(self, obs: Any) -> dict[str, Any]:
+            return {"observation": obs, "achieved_goal": obs, "desired_goal": obs + 7}
+
+        def reset(self, **kwargs: Any) -> Any:
+            obs, info = super().reset(**kwargs)
+            return self._dict(obs), info
+
+        def step(self, action: Any) -> Any:
+            obs, *rest = super().step(action)
+            return self._dict(obs), *rest
+
+    agent = small("TD3BC", normalize_obs=False).learn_online(12, Goal(4, 9), learning_starts=8)
+    assert agent.replay_buffer is not None and agent.obs_dim == 2
+    episodes = agent.replay_buffer.matrix
+    assert torch.equal(episodes[:, 0], torch.arange(12.0) % 4) and torch.equal(episodes[:, 1], torch.arange(12.0) % 4 + 7)
+    assert torch.equal(episodes[:, -2], torch.arange(12.0) % 4 + 1)
