@@ -125,8 +125,7 @@ class Optimizer:
         """Begin (or go on with, at `step`) a schedule that ends after `horizon` steps; 0: the learning rate is constant."""
         self.horizon = horizon
         self.n_steps.fill_(step)
-        if horizon == 0:
-            self.lr.fill_(self.learning_rate)
+        self.lr.fill_(self.learning_rate)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:

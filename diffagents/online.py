@@ -300,9 +300,10 @@ def _run(
     log_interval: Any,
     interrupted: Any,
 ) -> None:
-    for part in stage.parts:
-        for optimizer in part.optimizers:
-            optimizer.start_schedule(0)  # constant from here on, whatever the offline schedule ended with
+    for name, optimizer in agent.optimizers.items():  # constant from here on, whatever the offline schedule ended with
+        optimizer.start_schedule(0)
+        if name == "policy":
+            optimizer.lr.fill_(getattr(agent.config, "online_learning_rate", optimizer.learning_rate))
     world = World(agent, run)
     watch = Watch(agent, stage.name, run.total, run.done)
     interval = log_interval or max(1, min(1000, run.total // 20))

@@ -28,7 +28,7 @@ def example(name: str) -> types.ModuleType:
 
 
 bandits = example("bandits")  # under the name by which the gallery imports it
-gallery = example("03_gallery")
+gallery = example("07_gallery")
 ALL = list(bandits.TASKS)
 
 
@@ -198,7 +198,7 @@ def test_shift_ends_at_the_optimum_of_q_and_the_log_density() -> None:
 
 
 def run_gallery(*arguments: str) -> str:
-    command = [sys.executable, "examples/03_gallery.py", *arguments]
+    command = [sys.executable, "examples/07_gallery.py", *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

@@ -78,3 +78,14 @@ def test_toy_metric_of_bdpo(tmp_path: pathlib.Path) -> None:
     out = run("zoo/benchmarks/bdpo_toy.py", *lengths, "--out", str(tmp_path / "t.json"))
     free = float(re.search(r'"free energy of the rewards": ([\d.]+)', out)[1])  # type: ignore[index]
     assert 0.85 < free < 0.9  # eta log mean exp(k / 7 / eta) over eight equal parts, eta 0.06: 0.8811
+
+
+def test_finetune_online(tmp_path: pathlib.Path) -> None:
+    """The shipped set, trained for a moment, then online; then its own result, pulled from the file, without old data."""
+    first = ["--offline-steps", "60", "--steps", "60", "--points", "2", "--episodes", "2", "--out", str(tmp_path)]
+    out = run("examples/03_finetune_online.py", *first)
+    assert re.search(r"after 0 env.*after 30 env.*after 60 env.*\noffline -?\d+\.\d\d, fine-tuned -?\d", out, re.DOTALL)
+    assert (tmp_path / "finetune.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "finetuned_buffer.safetensors").is_file()
+    out = run("examples/03_finetune_online.py", "--policy", str(tmp_path / "finetuned.zip"), *first[2:])
+    assert "after 120 environment steps" in out

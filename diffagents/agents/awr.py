@@ -51,6 +51,7 @@ class AWRConfig:
     gamma: float = 0.99  # discount
     learning_rate: float = 3e-4  # critic and policy
     batch_size: int = 256
+    online_learning_rate: float = 3e-5  # policy, constant
     reward_transform: str = "none"  # the policy's weights do not depend on the scale of rewards
     normalize_obs: bool = True  # [D4]
     critic_steps: int | None = None  # None: the `default:` block of zoo/awr.yml

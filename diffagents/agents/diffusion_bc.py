@@ -39,6 +39,7 @@ class DiffusionBCConfig:
 
     n_diffusion_steps: int = 5  # T
     ema_tau: float | None = None  # share of the network in its lagged copy, every step; None: the network itself acts [D2]
+    online_learning_rate: float = 3e-5  # policy, constant
     online_top: float = 0.25  # in (0, 1], share of its own episodes that it clones online [O1]
     learning_rate: float = 3e-4  # [D3]; 1e-3 on one AntMaze task, 3e-5 on adroit
     batch_size: int = 256

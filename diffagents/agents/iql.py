@@ -55,6 +55,7 @@ class IQLConfig:
     tau: float = 0.005  # share of the online critic in its lagged copy, every step
     learning_rate: float = 3e-4  # critic, and policy at first [D4]
     batch_size: int = 256
+    online_learning_rate: float = 3e-5  # policy, constant
     reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
     normalize_obs: bool = False
     train_steps: int | None = None  # None: the `default:` block of zoo/iql.yml; paper 1M

@@ -69,6 +69,7 @@ class SRPOConfig:
     q_grad_norm: str | None = None  # [D4]
     reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
     normalize_obs: bool = False  # the paper does not; switch on for observations in pixels or other large units
+    online_learning_rate: float = 3e-5  # policy, constant
     online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O2]
     online_halflife: int | None = 20_000  # environment steps in which beta doubles, None: it stays [O3]
     online_behavior_every: int = 4  # updates for each of the behaviour model [O1]

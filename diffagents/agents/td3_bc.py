@@ -49,6 +49,7 @@ class TD3BCConfig:
     tau: float = 0.005  # share of the online networks in their lagged copies, on policy steps [D3]
     learning_rate: float = 3e-4  # policy and critic
     batch_size: int = 256
+    online_learning_rate: float = 3e-5  # policy, constant
     online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O1]
     online_halflife: int | None = 20_000  # environment steps in which the cloning term halves, None: it stays [O1]
     reward_transform: str = "none"  # normalize.REWARD_TRANSFORMS; a port (CORL) takes "iql_antmaze" on AntMaze

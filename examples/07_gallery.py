@@ -1,7 +1,7 @@
 """Figures on the 2-D toys of bandits.py, like those of the papers.
 
-  python examples/03_gallery.py --figure srpo                      # half an hour on one core; --tasks moons: five minutes
-  python examples/03_gallery.py --figure all --scale 0.01          # everything, at a hundredth of the training
+  python examples/07_gallery.py --figure srpo                      # half an hour on one core; --tasks moons: five minutes
+  python examples/07_gallery.py --figure all --scale 0.01          # everything, at a hundredth of the training
 
 srpo    For each toy: data, samples of the learned behaviour model, and how SRPO's actions move as 1 / beta goes from 0 to 1.
         Each action starts at the best point a_tar of a quadratic Q(a) = -|a - a_tar|^2, a_tar on a grid, and climbs
