@@ -54,6 +54,7 @@ class Agent(ABC):
     MODEL: ClassVar[tuple[str, ...]]  # attributes that `predict` needs: model.safetensors
     LEARNER: ClassVar[tuple[str, ...]]  # every other network: learner.safetensors
     OFFLINE_RATIO: ClassVar[float | str] = 0.5  # the share of old data in a batch of `learn_online`, or "uniform"
+    CALIBRATES: ClassVar[bool] = False  # whether its critic bootstraps from the policy's actions, and so knows a floor
     CHOICE: ClassVar[tuple[str, ...]] = ()  # knobs that a call of `predict` may set for itself
     SIZES: ClassVar[tuple[str, ...]] = ()  # knobs that are sizes of tensors: a file's must agree with its tensors
 
@@ -197,6 +198,7 @@ class Agent(ABC):
         learning_starts: int | None = None,
         utd: float = 1.0,
         buffer_size: int = 1_000_000,
+        calibrate: bool = False,
     ) -> Self:
         """Go on learning in a live environment, from where `learn` or `load` left the agent, and return self.
 
@@ -208,13 +210,15 @@ class Agent(ABC):
         what the algorithm's file says: half, for IQL "uniform".
         learning_starts: steps before the first update, less what the buffer holds; None: 1000 with a dataset, 5000 without.
         Only an agent that never learnt acts at random in them. utd: updates per environment step. buffer_size: what is kept.
+        calibrate: no target of Q for the dataset's transitions is below the return that followed them there, as in Cal-QL: an
+        offline Q that is too low is not unlearnt first. Only DiffusionQL, DiffCPS, BDPO and TD3BC; the others need it not.
         How each algorithm explores and loosens its constraint is told at the top of its file, and set by its `online_*` knobs.
         log_interval: environment steps between looks (None: a twentieth of the run, at most 1000). `train_return` is that of
         the exploring policy; evaluate the agent itself with an EvalCallback. Updates run as with compile="eager".
         Raises as `learn` does; RuntimeError where critics or a resumed run's replay buffer are missing.
         """
-        settings = OnlineSettings(offline_ratio, learning_starts, utd, buffer_size)
-        online.learn_online(self, total_timesteps, env, dataset, settings, callback, log_interval, tb_log_name, progress_bar)
+        how = OnlineSettings(offline_ratio, learning_starts, utd, buffer_size, calibrate)
+        online.learn_online(self, total_timesteps, env, dataset, how, callback, log_interval, tb_log_name, progress_bar)
         return self
 
     # ---- acting ----------------------------------------------------------------------------------------------------

@@ -235,6 +235,7 @@ class OnlineSettings:
     learning_starts: int | None = None
     utd: float = 1.0
     buffer_size: int = 1_000_000
+    calibrate: bool = False
 
 
 @dataclass
@@ -265,7 +266,12 @@ class OnlineRun:
         counts = [run.total, run.starts, run.done, run.n_updates, run.n_episodes, settings.learning_starts or 0]
         shares: list[Any] = [settings.utd, 0.0 if ratio in (None, "uniform") else ratio]
         sound = all(type(n) is int and 0 <= n < 2**53 for n in [*counts, settings.buffer_size]) and settings.buffer_size > 0
-        if not sound or type(run.random) is not bool or not all(type(x) in (int, float) and 0 <= x <= 1000 for x in shares):
+        flags = (run.random, settings.calibrate)
+        if (
+            not sound
+            or not all(type(flag) is bool for flag in flags)
+            or not all(type(x) in (int, float) and 0 <= x <= 1000 for x in shares)
+        ):
             raise ValueError("the online run is not one that could be")
         return run
 

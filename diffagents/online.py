@@ -22,6 +22,7 @@ from diffagents.normalize import RewardTransform, fit_reward_transform
 from diffagents.replay import Mixture, Replay
 from diffagents.sb3 import check_same_spaces, make_callback, make_logger
 from diffagents.transitions import Sampler
+from diffagents.values import lambda_returns
 from diffagents.watch import Watch
 
 MAX_LOOSENING = 16.0
@@ -30,8 +31,7 @@ MAX_LOOSENING = 16.0
 
 def check_settings(settings: OnlineSettings) -> None:
     """Raises ValueError for what a run cannot be."""
-    ratio = settings.offline_ratio
-    if isinstance(ratio, str):
+    if isinstance(ratio := settings.offline_ratio, str):
         check_choice("offline_ratio", ratio, ("uniform",))
     elif ratio is not None:
         check_number("offline_ratio", ratio, 'must lie in [0, 1], or be "uniform"', lambda x: 0 <= x <= 1)
@@ -72,9 +72,32 @@ def begin(agent: Any, total: int | None, env: Any, dataset: Any, settings: Onlin
         _start_without_data(agent)
     run = _make_run(agent, total, settings, data is not None)
     sampler = data.sampler(agent.device, agent.reward_transform, agent.obs_normalizer) if data is not None else None
+    if run.settings.calibrate:
+        if not agent.CALIBRATES or sampler is None:
+            raise ValueError(
+                "calibrate=True takes its floors from dataset=, for critics that bootstrap from the policy's own actions "
+                f"(DiffusionQL, DiffCPS, BDPO, TD3BC), not for {type(agent).__name__}{'' if agent.CALIBRATES else ' at all'}"
+            )
+        sampler = sampler.beside(floor=floors(sampler, agent.config.gamma))
     if data is None and settings.offline_ratio == 1:
         raise ValueError("offline_ratio=1 learns from the dataset alone: pass dataset=, or a ratio below 1")
     return run, sampler
+
+
+def floors(data: Sampler, gamma: float) -> Tensor:
+    """The discounted return that followed each row, (N,): what a better policy's Q is not below. Minus infinity: not known.
+
+    After a time-out or a cut it is not known, unless no reward is negative: then what is left out only adds to it.
+    """
+    rows = data.all()
+    returns = lambda_returns(rows.rew, rows.done, torch.zeros_like(rows.rew), data.episode_ends, gamma, 1.0)
+    if bool((rows.rew >= 0).all()):
+        return returns
+    ends = data.episode_ends[data.episode_ends > 0]
+    terminates = rows.done.cpu()[ends - 1] == 1
+    lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype))
+    known = terminates.repeat_interleave(lengths).to(returns.device)
+    return torch.where(known, returns, -torch.inf)
 
 
 def _start_without_data(agent: Any) -> None:
@@ -291,14 +314,7 @@ def learn_online(
 
 
 def _run(
-    agent: Any,
-    run: OnlineRun,
-    stage: Stage,
-    mixture: Mixture,
-    tick: Any,
-    local: dict[str, Any],
-    log_interval: Any,
-    interrupted: Any,
+    agent: Any, run: OnlineRun, stage: Stage, mixture: Mixture, tick: Any, local: dict[str, Any], look: int | None, stop: Any
 ) -> None:
     for name, optimizer in agent.optimizers.items():  # constant from here on, whatever the offline schedule ended with
         optimizer.start_schedule(0)
@@ -306,7 +322,7 @@ def _run(
             optimizer.lr.fill_(getattr(agent.config, "online_learning_rate", optimizer.learning_rate))
     world = World(agent, run)
     watch = Watch(agent, stage.name, run.total, run.done)
-    interval = log_interval or max(1, min(1000, run.total // 20))
+    interval = look or max(1, min(1000, run.total // 20))
     runner: Runner | None = None
     prepared_at = -stage.refresh
     try:
@@ -327,7 +343,7 @@ def _run(
                 runner.step(run.n_updates)
                 run.n_updates += 1
                 agent.n_updates += 1
-            if run.done >= run.total or interrupted.is_set():
+            if run.done >= run.total or stop.is_set():
                 break
             if tick is not None:
                 tick.on_rollout_start()
@@ -336,20 +352,18 @@ def _run(
             except FloatingPointError:
                 watch.look(run.done, {"action": float("nan")})
                 raise
-            for counter in ("num_timesteps", "n_env_steps"):
-                setattr(agent, counter, getattr(agent, counter) + world.n)
+            agent.num_timesteps += world.n
+            agent.n_env_steps += world.n
             before, run.done = run.done, run.done + world.n
-            if run.done // interval > before // interval or run.done >= run.total:
+            if run.done // interval > before // interval and run.done < run.total:
                 _look(agent, watch, run, runner, world)
-            go_on = True
             if tick is not None:
                 tick.update_locals(local)
                 go_on = tick.on_step()
                 tick.on_rollout_end()
-            if not go_on:
-                break
-        if run.done % interval or run.owed > 0:
-            _look(agent, watch, run, runner, world)
+                if not go_on:
+                    break
+        _look(agent, watch, run, runner, world)
     finally:
         agent.loosening = 1.0
 

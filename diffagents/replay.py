@@ -191,7 +191,8 @@ def _words(moment: Any) -> str:
 class Mixture:
     """Batches of which a share `ratio` is offline data and the rest from `online`; "uniform": over both together.
 
-    Either side may be missing or empty: then the other gives all. Tables beside the rows must have the same names on both.
+    Either side may be missing or empty: then the other gives all. Tables beside the rows have the same names on both; a buffer
+    counts as minus infinity.
     """
 
     def __init__(self, offline: Sampler | None, online: "Replay | Sampler | None", ratio: float | str) -> None:
@@ -224,25 +225,27 @@ class Mixture:
             is_old = index < split
 
             def pick(a: Tensor, b: Tensor) -> Tensor:
-                return torch.where(is_old.view(-1, *[1] * (a.dim() - 1)), a.index_select(0, old), b.index_select(0, new))
+                return torch.where(is_old.view(-1, *[1] * (a.dim() - 1)), a, b)
 
-            return _batch(offline, pick(offline.matrix, online.matrix), _pairs(offline, online, pick))
+            matrix = pick(offline.matrix.index_select(0, old), online.matrix.index_select(0, new))
+            beside = {name: pick(_row(offline, name, old), _row(online, name, new)) for name in offline.tables}
+            return _batch(offline, matrix, beside)
         parts = []
         for side, count in zip((offline, online), self.counts(n), strict=True):
             if side is not None and count > 0:
                 parts.append((side, torch.randint(len(side), (count,), generator=generator, device=self.device)))
         matrix = torch.cat([side.matrix.index_select(0, index) for side, index in parts])
-        names = _tables(parts[0][0])
-        beside = {name: torch.cat([_tables(side)[name].index_select(0, index) for side, index in parts]) for name in names}
+        named = offline if offline is not None else online
+        names = named.tables if isinstance(named, Sampler) else {}
+        beside = {name: torch.cat([_row(side, name, index) for side, index in parts]) for name in names}
         return _batch(parts[0][0], matrix, beside)
 
 
-def _tables(side: "Replay | Sampler") -> dict[str, Tensor]:
-    return side.tables if isinstance(side, Sampler) else {}
-
-
-def _pairs(a: Sampler, b: "Replay | Sampler", pick: Any) -> dict[str, Tensor]:
-    return {name: pick(table, _tables(b)[name]) for name, table in a.tables.items()}
+def _row(side: "Replay | Sampler", name: str, index: Tensor) -> Tensor:
+    """The table's rows at `index`; a buffer has none: no target has a floor there."""
+    if isinstance(side, Sampler):
+        return side.tables[name].index_select(0, index)
+    return torch.full(index.shape, -torch.inf, device=index.device)
 
 
 def _batch(side: "Replay | Sampler", matrix: Tensor, beside: dict[str, Tensor]) -> Batch:

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 
-def td_target(rew: Tensor, done: Tensor, next_value: Tensor, gamma: float) -> Tensor:
-    """One-step target r + gamma (1 - d) V(s'), all (B,). d is 1 on a true termination only, never on a time-out."""
-    return rew + gamma * (1.0 - done) * next_value
+def td_target(rew: Tensor, done: Tensor, next_value: Tensor, gamma: float, floor: Tensor | None = None) -> Tensor:
+    """One-step target r + gamma (1 - d) V(s'), all (B,). d is 1 on a true termination only, never on a time-out.
+
+    floor: (B,) what the target is at least, e.g. the return that the data then had (`learn_online(calibrate=True)`).
+    """
+    target = rew + gamma * (1.0 - done) * next_value
+    return target if floor is None else torch.maximum(target, floor)
 
 
 def expectile_loss(diff: Tensor, expectile: float) -> Tensor:

@@ -17,7 +17,7 @@ from diffagents import load_dataset
 from diffagents.agent import Agent
 from diffagents.artifact import ArtifactError
 from diffagents.checkpoint import training_tensors
-from diffagents.online import MAX_LOOSENING, loosening
+from diffagents.online import MAX_LOOSENING, floors, loosening
 from diffagents.replay import Mixture, Replay
 from diffagents.training import TrainingDiverged
 from diffagents.transitions import Sampler, Transitions
@@ -541,3 +541,40 @@ def test_dict_observations() -> None:
     episodes = agent.replay_buffer.matrix
     assert torch.equal(episodes[:, 0], torch.arange(12.0) % 4) and torch.equal(episodes[:, 1], torch.arange(12.0) % 4 + 7)
     assert torch.equal(episodes[:, -2], torch.arange(12.0) % 4 + 1)
+
+
+# ---- calibration -------------------------------------------------------------------------------------------------------
+def test_floors_are_the_returns_that_followed() -> None:
+    rew = torch.tensor([1.0, 2.0, 3.0, -4.0, 5.0])
+    done = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0])
+    zero = torch.zeros(5)
+    ends = torch.tensor([0, 3, 5])
+    cut = Sampler(torch.stack([zero, zero, rew, done, zero], 1), 1, 1, ends)
+    assert floors(cut, 0.5).tolist() == [1 + 1 + 0.75, 3.5, 3.0, -torch.inf, -torch.inf]  # what followed the cut is not known
+    positive = Sampler(torch.stack([zero, zero, rew.abs(), done, zero], 1), 1, 1, ends)
+    assert floors(positive, 0.5).tolist() == [2.75, 3.5, 3.0, 6.5, 5.0]
+
+
+@pytest.mark.parametrize("name", ["DiffusionQL", "DiffCPS", "BDPO", "TD3BC"])
+def test_calibrated_targets_reach_the_critic(name: str) -> None:
+    """A floor far above every target is what Q is fitted to; where there is none, nothing changes."""
+    losses = []
+    for floor in (None, -torch.inf, 1000.0):
+        agent = offline(name)
+        batch = data().sampler("cpu", agent.reward_transform, agent.obs_normalizer).sample(32, torch.Generator().manual_seed(0))
+        if floor is not None:
+            batch = batch._replace(beside={"floor": torch.full((32,), floor)})
+        part = agent.online_stage().parts[0]
+        _, metrics = part.gradients(batch, part.draw(32, torch.Generator().manual_seed(1)))
+        losses.append(float(next(value for key, value in metrics.items() if key in ("critic_loss", "q_loss"))))
+    assert losses[0] == losses[1] and losses[2] > 1e5 > losses[0]
+
+
+def test_calibration_in_a_run_and_where_it_is_refused() -> None:
+    for ratio in (0.5, "uniform"):
+        agent = offline("TD3BC").learn_online(40, pendulum(), data(), learning_starts=20, calibrate=True, offline_ratio=ratio)
+        assert agent.n_env_steps == 40 and agent.online is not None and agent.online.settings.calibrate
+    with pytest.raises(ValueError, match="not for SRPO at all"):
+        offline("SRPO").learn_online(40, pendulum(), data(), calibrate=True)
+    with pytest.raises(ValueError, match="takes its floors from dataset="):
+        offline("TD3BC").learn_online(40, pendulum(), calibrate=True)

@@ -110,6 +110,7 @@ class BDPO(Agent):
     POLICY_STAGE = "train"
     MODEL = ("policy_ema", "critic_target")
     LEARNER = ("policy", "behavior", "behavior_ema", "critic", "value", "value_target")
+    CALIBRATES = True
     CHOICE = ("n_candidates", "select", "temperature", "solver", "solver_steps")
     SIZES = ("n_critics", "n_diffusion_steps")
 
@@ -241,7 +242,7 @@ class BDPO(Agent):
         q = self.critic_target.on_parts(obs, x)  # (E, B, K)
         q = q.amax(-1) if c.max_q_backup else q.mean(-1)  # [D4]
         next_v = self.aggregate(q, draws) - c.eta / self.loosening * penalty.mean(-1)
-        return td_target(batch.rew, batch.done, next_v, c.gamma), penalty
+        return td_target(batch.rew, batch.done, next_v, c.gamma, batch.beside.get("floor")), penalty
 
     def step_objective(self, batch: Batch, draws: Draws, policy: ChainPolicy) -> tuple[Tensor, Tensor]:
         """agg_e mean_k Vbar_n-1,e(s, a^n-1_k) - eta l_n (B,), one step of `policy` from noised data; and l_n (B,).

@@ -116,6 +116,7 @@ class DiffCPS(Agent):
     MODEL = ("policy", "critic_target")
     LEARNER = ("policy_ema", "critic", "multiplier")
     SIZES = ("n_diffusion_steps",)
+    CALIBRATES = True
     CHOICE = ("n_candidates", "select", "temperature", "solver", "solver_steps")
 
     def build(self) -> None:
@@ -168,7 +169,7 @@ class DiffCPS(Agent):
             next_act = self.policy_ema.sample(next_obs, draws["noises"])
             next_q = self.critic_target(torch.cat([next_obs, next_act], -1))  # (2, B * each)
             next_v = next_q.view(2, -1, each).amax(-1).amin(0)  # (B,)
-            goal = td_target(batch.rew, batch.done, next_v, c.gamma)
+            goal = td_target(batch.rew, batch.done, next_v, c.gamma, batch.beside.get("floor"))
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (2, B)
         loss = (q - goal).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}

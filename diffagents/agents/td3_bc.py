@@ -71,6 +71,7 @@ class TD3BC(Agent):
     policy: TanhPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 1_000_000}
     POLICY_STAGE = "train"
+    CALIBRATES = True
     MODEL = ("policy",)
     LEARNER = ("policy_target", "critic", "critic_target")
 
@@ -114,7 +115,7 @@ class TD3BC(Agent):
             noise = (c.policy_noise * draws["noise"]).clamp(-c.noise_clip, c.noise_clip)
             next_act = (self.policy_target(batch.next_obs) + noise).clamp(-1.0, 1.0)
             next_q = self.critic_target(torch.cat([batch.next_obs, next_act], -1)).amin(0)  # (B,)
-            goal = td_target(batch.rew, batch.done, next_q, c.gamma)
+            goal = td_target(batch.rew, batch.done, next_q, c.gamma, batch.beside.get("floor"))
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (2, B)
         loss = (q - goal).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
