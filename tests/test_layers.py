@@ -43,7 +43,7 @@ GROUPS = [
 LIGHT = {"torch", "numpy", "safetensors", "gymnasium"}
 HEAVY = ["stable_baselines3", "minari", "h5py", "huggingface_hub", "yaml", "matplotlib", "moviepy", "pandas"]
 MAX_LINES = 400
-MORE_LINES = {"agent": 520}  # every verb of the library, with its docstring; their bodies live elsewhere
+MORE_LINES = {"agent": 530}  # every verb of the library, with its docstring; their bodies live elsewhere
 MAX_CLASS_CHAIN = 2
 
 FILES = {

@@ -383,8 +383,12 @@ def test_loosening_reaches_the_loss(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_learning_rates_are_constant_online(name: str) -> None:
     agent = offline(name).learn_online(40, pendulum(), data(), learning_starts=20)
-    for optimizer in {o for part in agent.online_stage().parts for o in part.optimizers}:
-        assert float(optimizer.lr) == pytest.approx(optimizer.learning_rate) and optimizer.horizon == 0
+    for key, optimizer in agent.optimizers.items():
+        rate = agent.config.online_learning_rate if key == "policy" else optimizer.learning_rate
+        assert float(optimizer.lr) == pytest.approx(rate) and optimizer.horizon == 0, key
+    agent.learn(data(), 20)
+    assert all(float(optimizer.lr) <= optimizer.learning_rate for optimizer in agent.optimizers.values())
+    assert any(float(optimizer.lr) > 0 for optimizer in agent.optimizers.values())
 
 
 # ---- Stable-Baselines3's side --------------------------------------------------------------------------------------------

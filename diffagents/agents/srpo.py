@@ -25,7 +25,8 @@ Online (a design of ours; neither paper nor code has one)
        its updates are the dearest, and what it models moves slowly.
   [O2] It acts by pi plus Gaussian noise of `online_noise`, clipped: mu(.|s) around pi(s) would be the wider the worse it fits.
   [O3] The constraint loosens: beta doubles every `online_halflife` environment steps, 16-fold at most.
-  [O4] Learning rates are constant at their initial value ([D6] is over).
+  [O4] Learning rates are constant, that of critic and behaviour at its initial value, the policy's smaller ([D6] is over): back at
+       the offline stage's first rate, after a cosine that ended at 0, a policy that had settled is thrown off its gait.
 Details of the critic stage: iql_critic.py. The official code trains an IQL policy beside the critic, to watch it; left out.
 """
 
@@ -69,9 +70,9 @@ class SRPOConfig:
     q_grad_norm: str | None = None  # [D4]
     reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
     normalize_obs: bool = False  # the paper does not; switch on for observations in pixels or other large units
-    online_learning_rate: float = 3e-5  # policy, constant
-    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O2]
-    online_halflife: int | None = 20_000  # environment steps in which beta doubles, None: it stays [O3]
+    online_learning_rate: float = 1e-4  # policy, constant [O4]
+    online_noise: float = 0.2  # >= 0, std of the noise on actions in [-1, 1] [O2]
+    online_halflife: int | None = 50_000  # environment steps in which beta doubles, None: it stays [O3]
     online_behavior_every: int = 4  # updates for each of the behaviour model [O1]
     critic_steps: int | None = None  # None: the `default:` block of zoo/srpo.yml; paper 1.5M
     behavior_steps: int | None = None  # paper 2.0M (0.5M nearly as good)
