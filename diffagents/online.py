@@ -316,9 +316,10 @@ def learn_online(
 def _run(
     agent: Any, run: OnlineRun, stage: Stage, mixture: Mixture, tick: Any, local: dict[str, Any], look: int | None, stop: Any
 ) -> None:
+    from_data = not run.random and agent.dataset_info["kind"] != "online"  # else there is no settled policy to be careful of
     for name, optimizer in agent.optimizers.items():  # constant from here on, whatever the offline schedule ended with
         optimizer.start_schedule(0)
-        if name == "policy":
+        if name == "policy" and from_data:
             optimizer.lr.fill_(getattr(agent.config, "online_learning_rate", optimizer.learning_rate))
     world = World(agent, run)
     watch = Watch(agent, stage.name, run.total, run.done)

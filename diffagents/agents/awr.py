@@ -17,7 +17,8 @@ Details
        PyTorch's starts; `normalize_obs` is the observations' part.
 Online (the official algorithm, in rounds)
   [O1] A round is 1000 environment steps: then V is fitted to TD(lambda) returns of the last V, and the policy by weight, on old
-       and new data, one update of each for each environment step. A is standardised over both.
+       and new data, one update of each for each environment step, the policy's at `online_learning_rate`. A is standardised
+       over both.
   [O2] It acts by sampling its Gaussian, whose sigma is learnt ([D4]); nothing is loosened.
 """
 
@@ -51,7 +52,7 @@ class AWRConfig:
     gamma: float = 0.99  # discount
     learning_rate: float = 3e-4  # critic and policy
     batch_size: int = 256
-    online_learning_rate: float = 3e-5  # policy, constant
+    online_learning_rate: float = 3e-5  # policy, constant [O1]
     reward_transform: str = "none"  # the policy's weights do not depend on the scale of rewards
     normalize_obs: bool = True  # [D4]
     critic_steps: int | None = None  # None: the `default:` block of zoo/awr.yml

@@ -79,7 +79,7 @@ class BDPOConfig:
     temperature: float = 1.0  # of the softmax, in units of Q
     solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
     solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    online_learning_rate: float = 1e-5  # policy, constant
+    online_learning_rate: float = 1e-5  # policy, constant [O1]
     online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O3]
     online_halflife: int | None = 20_000  # environment steps in which eta halves, None: it stays [O2]
     reward_transform: str = "auto"  # locomotion "iql_locomotion", AntMaze "antmaze100"; eta belongs to its scale

@@ -26,7 +26,8 @@ Online (a design of ours; the paper has none)
   [O2] The constraint loosens: kappa doubles every `online_halflife` environment steps, 16-fold at most; lambda then falls by
        itself.
   [O3] It acts as it does offline [D9], plus Gaussian noise of `online_noise`: the chain itself grows narrow where Q is sharp.
-  [O4] The lagged policy follows from the first step on ([D8]'s wait is over).
+  [O4] The lagged policy follows from the first step on ([D8]'s wait is over). The policy learns at
+       `online_learning_rate`.
 """
 
 import copy
@@ -75,7 +76,7 @@ class DiffCPSConfig:
     temperature: float = 1.0  # of the softmax, in units of Q
     solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
     solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    online_learning_rate: float = 3e-5  # policy, constant
+    online_learning_rate: float = 3e-5  # policy, constant [O4]
     online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O3]
     online_halflife: int | None = 20_000  # environment steps in which target_kl doubles, None: it stays [O2]
     reward_transform: str = "none"  # "cql_antmaze" on AntMaze

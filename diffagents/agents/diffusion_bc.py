@@ -10,7 +10,8 @@ Details
   [D3] Adam at 3e-4, constant and without clipping: what the official runner passes. Its class alone has 2e-4.
 Online (a design of ours: cloning alone improves nothing)
   [O1] It clones the data and the best of its own episodes: `online_top` of those that ended, by return, chosen anew every 1000
-       environment steps. This is the one place where rewards are read. It acts by its own samples.
+       environment steps. This is the one place where rewards are read. It acts by its own samples, and learns at
+       `online_learning_rate`.
 """
 
 import copy
@@ -39,7 +40,7 @@ class DiffusionBCConfig:
 
     n_diffusion_steps: int = 5  # T
     ema_tau: float | None = None  # share of the network in its lagged copy, every step; None: the network itself acts [D2]
-    online_learning_rate: float = 3e-5  # policy, constant
+    online_learning_rate: float = 3e-5  # policy, constant [O1]
     online_top: float = 0.25  # in (0, 1], share of its own episodes that it clones online [O1]
     learning_rate: float = 3e-4  # [D3]; 1e-3 on one AntMaze task, 3e-5 on adroit
     batch_size: int = 256

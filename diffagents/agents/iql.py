@@ -17,11 +17,13 @@ Details
   [D7] L_Q is the mean of the twins' squared errors, as in that port; the official code adds them, which under Adam is the same
        but for its epsilon.
 Online (official fine-tuning; the paper's section 5.3)
-  [O1] The same update on new data too, one for each environment step, at a constant learning rate ([D4] is over). It acts by
-       sampling its Gaussian and clipping; nothing is loosened: better actions enter by being found and weighed.
+  [O1] The same update on new data too, one for each environment step. It acts by sampling its Gaussian and clipping; nothing is
+       loosened: better actions enter by being found and weighed.
   [O2] Batches are uniform from one buffer that begins with the data (official), `offline_ratio="uniform"`. Half of each from
        the first few thousand steps, as the others have it, broke the policy on hopper: few, bad and steep samples, repeated.
-  [O3] A well-known port goes on stepping the cosine of its actor, which climbs back from 0 by accident.
+  [O3] Learning rates are constant ([D4] is over), the policy's `online_learning_rate`. The official 3e-4 goes with an offline
+       phase without decay; back at it after a cosine, a settled policy is thrown off. (A well-known port goes on stepping the
+       cosine, which climbs back from 0 by accident.)
 """
 
 import dataclasses
@@ -55,7 +57,7 @@ class IQLConfig:
     tau: float = 0.005  # share of the online critic in its lagged copy, every step
     learning_rate: float = 3e-4  # critic, and policy at first [D4]
     batch_size: int = 256
-    online_learning_rate: float = 3e-5  # policy, constant
+    online_learning_rate: float = 3e-5  # policy, constant [O3]
     reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
     normalize_obs: bool = False
     train_steps: int | None = None  # None: the `default:` block of zoo/iql.yml; paper 1M

@@ -25,8 +25,8 @@ Online (a design of ours; neither paper nor code has one)
        its updates are the dearest, and what it models moves slowly.
   [O2] It acts by pi plus Gaussian noise of `online_noise`, clipped: mu(.|s) around pi(s) would be the wider the worse it fits.
   [O3] The constraint loosens: beta doubles every `online_halflife` environment steps, 16-fold at most.
-  [O4] Learning rates are constant, that of critic and behaviour at its initial value, the policy's smaller ([D6] is over): back at
-       the offline stage's first rate, after a cosine that ended at 0, a policy that had settled is thrown off its gait.
+  [O4] Learning rates are constant, the policy's `online_learning_rate` ([D6] is over): back at the first rate of a cosine that
+       had ended at 0, a settled policy is thrown off.
 Details of the critic stage: iql_critic.py. The official code trains an IQL policy beside the critic, to watch it; left out.
 """
 

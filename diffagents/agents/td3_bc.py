@@ -16,7 +16,7 @@ Details
        problems a learning rate above the paper's invites that.
 Online (the usual recipe; the authors publish none)
   [O1] TD3 goes on on old and new data, and the cloning term fades: halved every `online_halflife` environment steps, to a
-       16th at most. It acts with Gaussian noise of `online_noise` (TD3's 0.1).
+       16th at most. It acts with Gaussian noise of `online_noise` (TD3's 0.1). The policy learns at `online_learning_rate`.
 """
 
 import copy
@@ -49,7 +49,7 @@ class TD3BCConfig:
     tau: float = 0.005  # share of the online networks in their lagged copies, on policy steps [D3]
     learning_rate: float = 3e-4  # policy and critic
     batch_size: int = 256
-    online_learning_rate: float = 3e-5  # policy, constant
+    online_learning_rate: float = 3e-5  # policy, constant [O1]
     online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O1]
     online_halflife: int | None = 20_000  # environment steps in which the cloning term halves, None: it stays [O1]
     reward_transform: str = "none"  # normalize.REWARD_TRANSFORMS; a port (CORL) takes "iql_antmaze" on AntMaze
