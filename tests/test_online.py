@@ -582,3 +582,19 @@ def test_calibration_in_a_run_and_where_it_is_refused() -> None:
         offline("SRPO").learn_online(40, pendulum(), data(), calibrate=True)
     with pytest.raises(ValueError, match="takes its floors from dataset="):
         offline("TD3BC").learn_online(40, pendulum(), calibrate=True)
+
+
+# ---- learning ----------------------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:.*another environment than the dataset", "ignore:.*is not the environment stored")
+@pytest.mark.parametrize("name", ["TD3BC", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SRPO", "DiffusionQL"))])
+def test_it_gets_better_online(name: str) -> None:
+    """From a random policy's falls (5 steps an episode) offline learning makes some tens, and the live environment more."""
+    steps = {"SRPO": (900, {"behavior_width": 32, "net_arch": [32, 32]})}.get(name, (300, {"net_arch": [32, 32]}))
+    fast = {"learning_rate": 1e-3, "online_learning_rate": 1e-3, "online_halflife": 500, "batch_size": 64, "gamma": 0.97}
+    cls = getattr(diffagents, name)
+    env = gym.make("InvertedPendulum-v5", max_episode_steps=200)
+    agent = cls(seed=0, verbose=0, device="cpu", policy_kwargs=steps[1], **fast).learn(data(), steps[0])
+    before = agent.evaluate(env, 10).mean_return
+    agent.learn_online(1500, gym.make("InvertedPendulum-v5", max_episode_steps=200), data(), learning_starts=100)
+    after = agent.evaluate(env, 10).mean_return
+    assert after > 1.3 * before > 1.3 * data().info["mean_return"], (before, after)
