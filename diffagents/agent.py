@@ -7,6 +7,7 @@ import functools
 import pathlib
 import secrets
 import types
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -112,6 +113,7 @@ class Agent(ABC):
         self._numpy_policy: NumpyPolicy | None = None
         self._compiled: dict[Any, compiling.Compiled] = {}  # by number of observations, deterministic, config
         self._pristine = True  # no weight has been trained or loaded yet
+        self._exploring = False  # `learn_online` is running
         self._policy_missing = False  # an official checkpoint has no policy
         self._env: VecEnv | None = None
         self._stub: VecEnv | None = None
@@ -197,19 +199,20 @@ class Agent(ABC):
         offline_ratio: float | str | None = None,
         learning_starts: int | None = None,
         utd: float = 1.0,
-        buffer_size: int = 1_000_000,
+        buffer_size: int | None = None,
         calibrate: bool = False,
     ) -> Self:
         """Go on learning in a live environment, from where `learn` or `load` left the agent, and return self.
 
         total_timesteps: environment steps to take, in addition to all before (of n environments: rounded up to n). None
-        finishes an interrupted run with its own settings; saved agents need `load_replay_buffer` first.
+        finishes an interrupted run on the same dataset, by its own settings; saved agents need `load_replay_buffer` first.
         env: an id, a Gymnasium Env or an SB3 VecEnv; None: the agent's own, else the one stored with its dataset.
         dataset: old data to mix in, anything that `learn` takes; None: what happens from now on is all there is.
         offline_ratio: the dataset's share of each batch, in [0, 1], or "uniform" over dataset and replay buffer together; None:
         what the algorithm's file says: half, for IQL "uniform".
-        learning_starts: steps before the first update, less what the buffer holds; None: 1000 with a dataset, 5000 without.
-        Only an agent that never learnt acts at random in them. utd: updates per environment step. buffer_size: what is kept.
+        learning_starts: steps before the first update, less what the buffer holds; None: 1000 with a dataset, 5000
+        without, at most a fifth of the run. Only an agent that never learnt acts at random in them. utd: updates per step of
+        one environment. buffer_size: how many transitions are kept, None: as many as so far, else a million.
         calibrate: no target of Q for the dataset's transitions is below the return that followed them there, as in Cal-QL: an
         offline Q that is too low is not unlearnt first. Only DiffusionQL, DiffCPS, BDPO and TD3BC; the others need it not.
         How each algorithm explores and loosens its constraint is told at the top of its file, and set by its `online_*` knobs.
@@ -284,6 +287,8 @@ class Agent(ABC):
         stored = (self.dataset_info or {}).get("env_spec")
         if env is not None and stored is not None:
             warn_of_another_env(env, stored, kwargs.get("env_kwargs"))
+        if self._exploring and (env is self._env or (env is None and stored is None)):
+            raise ValueError("learn_online is acting in this environment: evaluate in another, env=...")
         if env is None and stored is None and self._env is None:
             raise ValueError("no environment is stored with this agent's dataset: pass env=, an id or an environment")
         return evaluate(policy, env if env is not None else (stored or self._env), n_episodes, **kwargs)
@@ -312,7 +317,10 @@ class Agent(ABC):
         self.replay_buffer = Replay.load(path, self.spec, self.device, self._moment())
 
     def _moment(self) -> dict[str, int]:
-        return {"environment steps": self.n_env_steps, "updates": self.n_updates}
+        """What tells the agents apart whose buffer this could be: the rows are in the learner's units."""
+        units = [repr(self.reward_transform), *(x.tolist() for x in (self.obs_normalizer.mean, self.obs_normalizer.std))]
+        identity = zlib.crc32(repr([self.seed, units]).encode())
+        return {"environment steps": self.n_env_steps, "updates": self.n_updates, "units": identity}
 
     def save_pretrained(
         self,

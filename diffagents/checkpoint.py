@@ -142,7 +142,7 @@ def need_learner(agent: Any) -> None:
     whole = unpack(type(agent), source, agent.device, {})
     _load_named(agent, _named(whole, agent.LEARNER), agent.LEARNER, ())
     agent.has_learner = True
-    if whole.plan is not None and agent.n_updates == whole.n_updates:
+    if (whole.plan is not None or whole.online is not None) and agent.n_updates == whole.n_updates:
         _load_optimizer_side(agent, _optimizer_side(whole), (), generators=False)
         if agent.seed == whole.seed:  # `predict` has gone on with its own meanwhile
             agent.generator.set_state(whole.generator.get_state())

@@ -234,7 +234,7 @@ class OnlineSettings:
     offline_ratio: float | str | None = None  # None: the algorithm's own
     learning_starts: int | None = None
     utd: float = 1.0
-    buffer_size: int = 1_000_000
+    buffer_size: int | None = None  # None: what there is, else a million
     calibrate: bool = False
 
 
@@ -246,6 +246,8 @@ class OnlineRun:
     settings: OnlineSettings
     starts: int  # environment steps before the first update
     random: bool = False  # in these, actions are drawn uniformly: the agent has learnt nothing yet
+    settled: bool = True  # whether there is an offline policy, which is to be changed slowly
+    data: str | None = None  # sha256 of the offline data; None: there are none
     done: int = 0
     n_updates: int = 0
     n_episodes: int = 0  # finished, those of earlier runs included
@@ -263,10 +265,12 @@ class OnlineRun:
         """What `to_json` gave. Raises KeyError, TypeError, ValueError where it is malformed."""
         run = cls(**{**data, "settings": OnlineSettings(**data["settings"])})
         settings, ratio = run.settings, run.settings.offline_ratio
-        counts = [run.total, run.starts, run.done, run.n_updates, run.n_episodes, settings.learning_starts or 0]
+        counts = [run.total, run.starts, run.done, run.n_updates, run.n_episodes]
+        sizes = [settings.learning_starts or 0, 1 if settings.buffer_size is None else settings.buffer_size]
         shares: list[Any] = [settings.utd, 0.0 if ratio in (None, "uniform") else ratio]
-        sound = all(type(n) is int and 0 <= n < 2**53 for n in [*counts, settings.buffer_size]) and settings.buffer_size > 0
-        flags = (run.random, settings.calibrate)
+        sound = all(type(n) is int and 0 <= n < 2**53 for n in [*counts, *sizes]) and sizes[1] > 0
+        sound = sound and (run.data is None or type(run.data) is str)
+        flags = (run.random, run.settled, settings.calibrate)
         if (
             not sound
             or not all(type(flag) is bool for flag in flags)

@@ -170,6 +170,7 @@ def _run_stage(
         watches.append(Watch(agent, name, length, 0))
         samplers.append(sampler if stage.prepare is None else stage.prepare(sampler, training.stage_generator(agent, stage)))
         watches[-1].limit_q(samplers[-1])
+        watches[-1].restart_clock()
         agent._pristine = False
     mode = plans[0].modes[name]
     many = make_many_runner(members, position, samplers, tensors, mode)

@@ -1,10 +1,10 @@
 """What `learn_online` does: act, keep what happened, update on a mixture of old and new data. Nothing about any algorithm.
 
 Every environment step: the updates that are owed, one action, its outcome into the replay buffer, the callback. Saved inside
-the callback (or after Ctrl-C), agent and buffer together are the whole state: the resumed run does what this one would.
+the callback (or after Ctrl-C), agent and buffer together are the whole state: the resumed run does what this one would, but for
+algorithms that prepare tables, which are made anew.
 """
 
-import copy
 import json
 import warnings
 from typing import Any
@@ -18,32 +18,39 @@ from diffagents.datasets import load_dataset
 from diffagents.engine import OnlineRun, OnlineSettings, Runner, Stage
 from diffagents.environments import env_id_of
 from diffagents.knobs import check_choice, check_number, whole_number
-from diffagents.normalize import RewardTransform, fit_reward_transform
+from diffagents.normalize import fit_reward_transform
 from diffagents.replay import Mixture, Replay
 from diffagents.sb3 import check_same_spaces, make_callback, make_logger
 from diffagents.transitions import Sampler
 from diffagents.values import lambda_returns
 from diffagents.watch import Watch
+from diffagents.world import World, explore
 
 MAX_LOOSENING = 16.0
 """The most that `loosening` grows to: by then the constraint hardly binds, and beyond it only floats overflow."""
 
 
-def check_settings(settings: OnlineSettings) -> None:
-    """Raises ValueError for what a run cannot be."""
+def checked(settings: OnlineSettings) -> OnlineSettings:
+    """The settings with whole numbers as int. Raises ValueError for what a run cannot be."""
     if isinstance(ratio := settings.offline_ratio, str):
         check_choice("offline_ratio", ratio, ("uniform",))
     elif ratio is not None:
         check_number("offline_ratio", ratio, 'must lie in [0, 1], or be "uniform"', lambda x: 0 <= x <= 1)
     check_number("utd", settings.utd, "must be positive, at most 1000 updates per environment step", lambda x: 0 < x <= 1000)
-    if settings.learning_starts is not None:
-        whole_number("learning_starts", settings.learning_starts, 0, " of environment steps")
-    whole_number("buffer_size", settings.buffer_size, 1, " of transitions")
+    check_choice("calibrate", settings.calibrate, (True, False))
+    starts, size = settings.learning_starts, settings.buffer_size
+    return OnlineSettings(
+        ratio if ratio is None or isinstance(ratio, str) else float(ratio),
+        None if starts is None else whole_number("learning_starts", starts, 0, " of environment steps"),
+        float(settings.utd),
+        None if size is None else whole_number("buffer_size", size, 1, " of transitions"),
+        bool(settings.calibrate),
+    )
 
 
 def begin(agent: Any, total: int | None, env: Any, dataset: Any, settings: OnlineSettings) -> tuple[OnlineRun, Sampler | None]:
     """Check everything, before anything is done: (the run, the offline data in the learner's units). Raises ValueError, ..."""
-    check_settings(settings)
+    settings = checked(settings)
     if total is not None:
         total = whole_number("total_timesteps", total, 1, " of environment steps")
     if agent._policy_missing:
@@ -51,6 +58,10 @@ def begin(agent: Any, total: int | None, env: Any, dataset: Any, settings: Onlin
             f'this {type(agent).__name__} has no policy yet: learn(data, stages=("{agent.POLICY_STAGE}",)) first'
         )
     checkpoint.need_learner(agent)
+    stages = list(agent.STAGE_SHARES)
+    needed = stages[: stages.index(agent.POLICY_STAGE) + 1]
+    if any(agent.stage_steps.values()) and (missing := [name for name in needed if agent.stage_steps[name] == 0]):
+        raise ValueError(f"the stage {missing[0]!r} was never trained: learn(data, stages=({missing[0]!r},)) first")
     if env is not None:
         agent.set_env(env)
     data = None
@@ -70,7 +81,7 @@ def begin(agent: Any, total: int | None, env: Any, dataset: Any, settings: Onlin
         )
     if agent.reward_transform is None:
         _start_without_data(agent)
-    run = _make_run(agent, total, settings, data is not None)
+    run = _make_run(agent, total, settings, None if data is None else str(data.info["sha256"]))
     sampler = data.sampler(agent.device, agent.reward_transform, agent.obs_normalizer) if data is not None else None
     if run.settings.calibrate:
         if not agent.CALIBRATES or sampler is None:
@@ -79,7 +90,7 @@ def begin(agent: Any, total: int | None, env: Any, dataset: Any, settings: Onlin
                 f"(DiffusionQL, DiffCPS, BDPO, TD3BC), not for {type(agent).__name__}{'' if agent.CALIBRATES else ' at all'}"
             )
         sampler = sampler.beside(floor=floors(sampler, agent.config.gamma))
-    if data is None and settings.offline_ratio == 1:
+    if data is None and run.settings.offline_ratio == 1:
         raise ValueError("offline_ratio=1 learns from the dataset alone: pass dataset=, or a ratio below 1")
     return run, sampler
 
@@ -127,11 +138,11 @@ def _spec_json(env: Any) -> str | None:
         return None
 
 
-def _make_run(agent: Any, total: int | None, settings: OnlineSettings, with_data: bool) -> OnlineRun:
+def _make_run(agent: Any, total: int | None, settings: OnlineSettings, data: str | None) -> OnlineRun:
     """The run to go on with (total None), or a new one on the buffer that there is."""
     run: OnlineRun | None = agent.online
     if total is None:
-        if run is None or run.done >= run.total:
+        if run is None or (run.done >= run.total and run.owed <= 0):
             raise ValueError("no online run is unfinished: say total_timesteps, the environment steps to take")
         if settings not in (OnlineSettings(), run.settings):
             raise ValueError(f"the unfinished run goes on with {run.settings}: leave these arguments out, or begin another")
@@ -140,135 +151,39 @@ def _make_run(agent: Any, total: int | None, settings: OnlineSettings, with_data
                 f"the unfinished run has a replay buffer of its {run.done:,} steps, which is not here: load what "
                 "save_replay_buffer(path) wrote with load_replay_buffer(path), or begin another with total_timesteps"
             )
+        if run.data is not None and data is None:
+            raise ValueError("the unfinished run learns from a dataset too: pass the same dataset=")
+        if run.data != data:
+            warnings.warn("these are other data than those that the unfinished run began with", stacklevel=5)
         return run
-    n_before = 0 if agent.replay_buffer is None else len(agent.replay_buffer)
+    if data not in (None, agent.dataset_info["sha256"]):
+        warnings.warn(f"these are other data than {agent.dataset_info['id']}, whose transform is kept", stacklevel=5)
+    kept = agent.replay_buffer is not None and settings.buffer_size in (None, agent.replay_buffer.capacity)
     starts = settings.learning_starts
     if starts is None:
-        starts = 1000 if with_data else 5000
-    starts = min(max(0, starts - n_before), total)
+        starts = min(5000 if data is None else 1000, total // 5)
+    starts = max(0, starts - (len(agent.replay_buffer) if kept else 0))
+    if starts >= total:
+        warnings.warn(f"learning_starts={starts} leaves no update to a run of {total} steps: it only collects", stacklevel=5)
     n_episodes = 0 if run is None else run.n_episodes + 1  # the unfinished one is not walked again
     random = bool(agent._pristine)
-    return OnlineRun(total, settings, starts, random, n_episodes=n_episodes)
+    # Where no stage was trained, the networks came from files, or there was nothing before the first online run.
+    settled = agent.stage_steps[agent.POLICY_STAGE] > 0 or (not random and (run is None or run.settled))
+    return OnlineRun(total, settings, starts, random, settled, data, n_episodes=n_episodes)
 
 
 def start(agent: Any, run: OnlineRun) -> None:
     """Make `run` the agent's, with a buffer to go with it."""
     new = run is not agent.online
     if new:
-        if agent.replay_buffer is None or agent.replay_buffer.capacity != run.settings.buffer_size:
-            if agent.replay_buffer is not None:
+        size, old = run.settings.buffer_size, agent.replay_buffer
+        if old is None or size not in (None, old.capacity):
+            if old is not None:
                 warnings.warn("another buffer_size: the replay buffer of the last online run is dropped", stacklevel=4)
-            agent.replay_buffer = Replay(agent.obs_dim, agent.act_dim, run.settings.buffer_size, agent.device)
+            agent.replay_buffer = Replay(agent.obs_dim, agent.act_dim, size or 1_000_000, agent.device)
         agent.replay_buffer.cut()
         agent.provenance = provenance.begin(agent.provenance, agent.device, reset=False)
     agent.online = run
-
-
-class World:
-    """The environments, and where they are: n of them stepped together. With one, episodes are seeded one by one.
-
-    So the k-th episode of a seed is the same in every run, and a resumed run can walk its unfinished one again.
-    """
-
-    def __init__(self, agent: Any, run: OnlineRun) -> None:
-        self.agent, self.run, self.env, self.spec = agent, run, agent._env, agent.spec
-        self.n = self.env.num_envs
-        self.replay: Replay = agent.replay_buffer
-        self.normalizer = copy.deepcopy(agent.obs_normalizer).cpu()
-        self.transform: RewardTransform = agent.reward_transform
-        self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
-        self.finished: list[tuple[float, int]] = []  # (return, length) since the last look
-        self.obs = self._begin()
-
-    def _normalized(self, obs: Any) -> Tensor:
-        flat, _ = self.spec.flatten_obs(obs)
-        with torch.no_grad():
-            out: Tensor = self.normalizer(torch.from_numpy(flat))
-        return out
-
-    def _reset(self) -> Any:
-        words = np.random.SeedSequence([self.agent.seed, self.run.n_episodes]).generate_state(1)
-        self.env.seed(int(words[0] % 2**31))
-        return self.env.reset()
-
-    def _begin(self) -> Tensor:
-        if self.n > 1:  # other episodes than the ones that stopped
-            self.replay.cut()
-            return self._normalized(self._reset())
-        actions, replay = list(self.replay.running), self.replay
-        obs, ended = self._reset(), False
-        for action in actions:  # a resumed run
-            obs, rew, dones, _ = self.env.step(action[None])
-            ended = bool(dones[0])
-            self.returns[0] += float(rew[0])
-            self.lengths[0] += 1
-            if ended:
-                break
-        now = self._normalized(obs)
-        if actions and (ended or not torch.equal(now[0], replay.last_next_obs().cpu())):
-            warnings.warn(
-                "the environment did not come back to where the run stopped: it goes on with a new episode", stacklevel=5
-            )
-            self.returns[:], self.lengths[:] = 0.0, 0
-            replay.cut()
-            self.run.n_episodes += 1
-            now = self._normalized(self._reset())
-        return now
-
-    def step(self, act: np.ndarray) -> dict[str, Any]:
-        """Take the actions (n, A) in [-1, 1] and keep what follows. Returns what callbacks may look at."""
-        action = self.spec.unscale_action(act)
-        obs, rew, dones, infos = self.env.step(action)
-        rew, dones = np.asarray(rew, np.float32), np.asarray(dones, bool)
-        new_obs = self._normalized(obs)
-        next_obs, terminated = new_obs.clone(), dones.copy()
-        for i in np.flatnonzero(dones).tolist():
-            if infos[i].get("terminal_observation") is not None:
-                next_obs[i] = self._normalized(infos[i]["terminal_observation"])[0]
-            terminated[i] = not infos[i].get("TimeLimit.truncated", False)  # a time-out is not an end
-        if not np.isfinite(rew).all():
-            raise ValueError(f"the environment gave the rewards {rew} at step {self.agent.n_env_steps + 1}: mend it first")
-        self.replay.add(
-            self.obs,
-            torch.from_numpy(self.spec.scale_action(action)),
-            self.transform(torch.from_numpy(rew)),
-            torch.from_numpy(terminated.astype(np.float32)),
-            next_obs,
-            dones,
-        )
-        self.returns += rew
-        self.lengths += 1
-        for i in np.flatnonzero(dones).tolist():
-            self.finished.append((float(self.returns[i]), int(self.lengths[i])))
-            self.returns[i], self.lengths[i] = 0.0, 0
-        self.run.n_episodes += int(dones.sum())
-        if self.n == 1:
-            self.replay.running.append(action[0].copy())
-            if dones[0]:
-                self.replay.running = []
-                new_obs = self._normalized(self._reset())
-        self.obs = new_obs
-        return {"new_obs": obs, "rewards": rew, "dones": dones, "infos": infos, "actions": action}
-
-
-def explore(agent: Any, obs: Tensor, random: bool) -> np.ndarray:
-    """What the agent does to learn: its random policy, plus Gaussian noise of `online_noise` where it has that knob.
-
-    obs (n, S) normalised -> (n, A) in [-1, 1]. All randomness is from the generator for training: evaluating changes nothing.
-    """
-    shape, generator = (len(obs), agent.act_dim), agent.generator
-    if random:
-        act = 2.0 * torch.rand(shape, generator=generator, device=agent.device) - 1.0
-    else:
-        with torch.no_grad():
-            draws = agent.draw_act(len(obs), False, agent.config, generator)
-            act = agent.act(obs.to(agent.device), draws, agent.config)
-            if noise := getattr(agent.config, "online_noise", 0.0):
-                act = act + noise * torch.randn(shape, generator=generator, device=agent.device)
-    out: np.ndarray = act.clamp(-1.0, 1.0).cpu().numpy()
-    if not np.isfinite(out).all():
-        raise FloatingPointError("the policy's actions are not finite numbers")
-    return out
 
 
 def loosening(agent: Any) -> float:
@@ -316,28 +231,26 @@ def learn_online(
 def _run(
     agent: Any, run: OnlineRun, stage: Stage, mixture: Mixture, tick: Any, local: dict[str, Any], look: int | None, stop: Any
 ) -> None:
-    from_data = not run.random and agent.dataset_info["kind"] != "online"  # else there is no settled policy to be careful of
     for name, optimizer in agent.optimizers.items():  # constant from here on, whatever the offline schedule ended with
         optimizer.start_schedule(0)
-        if name == "policy" and from_data:
+        if name == "policy" and run.settled:
             optimizer.lr.fill_(getattr(agent.config, "online_learning_rate", optimizer.learning_rate))
     world = World(agent, run)
     watch = Watch(agent, stage.name, run.total, run.done)
     interval = look or max(1, min(1000, run.total // 20))
     runner: Runner | None = None
     prepared_at = -stage.refresh
+    agent._exploring = True
     try:
         while True:
-            while run.owed > 0:
+            while run.owed > 0 and not stop.is_set():
                 if runner is None or (stage.prepare is not None and run.done - prepared_at >= stage.refresh):
                     sampler = mixture if stage.prepare is None else stage.prepare(mixture, agent.generator)
                     prepared_at = run.done
                     if sampler is None:  # nothing to learn from yet
                         run.starts = max(run.starts, run.done + stage.refresh)
                         break
-                    if runner is None:
-                        runner = Runner(stage, sampler, agent.generator)
-                        watch.limit_q(mixture)
+                    runner = runner or Runner(stage, sampler, agent.generator)
                     runner.sampler = sampler
                 agent._pristine = agent._policy_missing = False
                 agent.loosening = loosening(agent)
@@ -357,19 +270,19 @@ def _run(
             agent.n_env_steps += world.n
             before, run.done = run.done, run.done + world.n
             if run.done // interval > before // interval and run.done < run.total:
-                _look(agent, watch, run, runner, world)
+                _look(agent, watch, run, runner, world, mixture)
             if tick is not None:
                 tick.update_locals(local)
                 go_on = tick.on_step()
                 tick.on_rollout_end()
                 if not go_on:
                     break
-        _look(agent, watch, run, runner, world)
+        _look(agent, watch, run, runner, world, mixture)
     finally:
-        agent.loosening = 1.0
+        agent.loosening, agent._exploring = 1.0, False
 
 
-def _look(agent: Any, watch: Watch, run: OnlineRun, runner: Runner | None, world: World) -> None:
+def _look(agent: Any, watch: Watch, run: OnlineRun, runner: Runner | None, world: World, mixture: Mixture) -> None:
     """Metrics of the updates, and the return of the episodes that ended since the last look: `train_return`, exploring."""
     means = {} if runner is None else runner.means()
     if world.finished:
@@ -379,6 +292,7 @@ def _look(agent: Any, watch: Watch, run: OnlineRun, runner: Runner | None, world
             agent._logger.record("rollout/ep_rew_mean", returns)
             agent._logger.record("rollout/ep_len_mean", lengths)
         world.finished = []
+    watch.limit_q(mixture)  # rewards that were not met before widen it
     watch.look(run.done, means)
 
 

@@ -36,7 +36,7 @@ class Replay:
         n_rows, self.n_added, self.max_abs_reward = min(_FIRST_ROWS, capacity), 0, 0.0
         self._rows = torch.empty(n_rows, 2 * obs_dim + act_dim + 2, device=device)
         self._env = np.zeros(n_rows, np.int32)  # which of the environments
-        self._ended = np.zeros(n_rows, bool)  # whether its episode ended here, by termination, time-out or a cut
+        self._ended = np.zeros(n_rows, np.uint8)  # 1: its episode ended here, by termination or time-out; 2: it was cut here
         self.running: list[np.ndarray] = []
 
     def __len__(self) -> int:
@@ -79,7 +79,8 @@ class Replay:
         order = self._order()
         if len(order):
             env = self._env[order]
-            self._ended[order[np.append(env[1:] != env[:-1], True)]] = True
+            last = order[np.append(env[1:] != env[:-1], True)]
+            self._ended[last] = np.where(self._ended[last] == 1, 1, 2)
         self.running = []
 
     def last_next_obs(self) -> Tensor:
@@ -93,19 +94,26 @@ class Replay:
         return by_age[np.argsort(self._env[by_age], kind="stable")]
 
     def episodes(self, whole: bool) -> Sampler | None:
-        """A copy in episodes, one after the other; whole: only those that ended. None where there is no row."""
+        """A copy in episodes, one after the other; whole: only those of which all is here. None where there is no row."""
         order = self._order()
-        env, ended = self._env[order], self._ended[order].copy()
-        last = np.append(env[1:] != env[:-1], True)[: len(order)]
-        if whole:  # a row counts where an end follows in its own environment
-            follows, kept = False, np.zeros(len(order), bool)
+        env, how = self._env[order], self._ended[order]
+        ended = (how > 0) | np.append(env[1:] != env[:-1], True)[: len(order)]
+        if whole:  # from the last row backwards: an episode counts where it ended by itself
+            kept, counts = np.zeros(len(order), bool), False
             for i in range(len(order) - 1, -1, -1):
-                follows = bool(ended[i]) or (follows and not last[i])
-                kept[i] = follows
-            order, ended, last = order[kept], ended[kept], last[kept]
+                counts = bool(how[i] == 1) if ended[i] else counts
+                kept[i] = counts
+            if self.n_added > len(order):  # the oldest one of each environment has lost its head
+                first = np.append(True, env[1:] != env[:-1])
+                headless = False
+                for i in range(len(order)):
+                    headless = headless or bool(first[i])
+                    kept[i] &= not headless
+                    headless = headless and not ended[i]
+            order, ended = order[kept], ended[kept]
         if len(order) == 0:
             return None
-        ends = torch.from_numpy(np.flatnonzero(ended | last) + 1)
+        ends = torch.from_numpy(np.flatnonzero(ended) + 1)
         return Sampler(self._rows[torch.from_numpy(order).to(self.device)], self.obs_dim, self.act_dim, ends)
 
     # ---- files -----------------------------------------------------------------------------------------------------
@@ -146,14 +154,15 @@ class Replay:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("diffagents", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-            found, (obs_dim, act_dim, capacity) = header.get("format"), header["sizes"]
+            found = header.get("format", REPLAY_FORMAT)
             if found != REPLAY_FORMAT:
                 raise ArtifactError(f"{path} is a replay buffer of format {found}, this version reads {REPLAY_FORMAT}")
+            obs_dim, act_dim, capacity = header["sizes"]
             rows, env, ended = tensors["rows"], tensors["env"].numpy(), tensors["ended"].numpy()
             n_added, n = int(header["n_added"]), min(int(header["n_added"]), int(capacity))
             if rows.shape != (n, 2 * obs_dim + act_dim + 2) or len(env) != n or len(ended) != n or rows.dtype != torch.float32:
                 raise ValueError("its sizes disagree")
-            if not bool(rows.isfinite().all()) or env.dtype != np.int32 or ended.dtype != bool:
+            if not bool(rows.isfinite().all()) or env.dtype != np.int32 or ended.dtype != np.uint8:
                 raise ValueError("its rows are not what was written")
         except ArtifactError:
             raise
@@ -185,7 +194,7 @@ def file_of(path: str | PathLike[str]) -> Path:
 
 
 def _words(moment: Any) -> str:
-    return ", ".join(f"{name} {n:,}" for name, n in moment.items()) if isinstance(moment, dict) else "an unknown moment"
+    return ", ".join(f"{name} {n}" for name, n in moment.items()) if isinstance(moment, dict) else "an unknown moment"
 
 
 class Mixture:

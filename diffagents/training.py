@@ -150,7 +150,7 @@ def begin(agent: Any, plan: Plan, data: Transitions, reset: bool) -> None:
         kept = "transform and normaliser" if new else "unfinished plan, transform and normaliser"
         warnings.warn(f"these are other data than {agent.dataset_info['id']}, whose {kept} are kept", stacklevel=3)
     if new and reset:
-        agent.num_timesteps, agent.history = 0, []
+        agent.num_timesteps, agent.n_env_steps, agent.online, agent.history = 0, 0, None, []
     if new:
         agent.provenance = provenance.begin(agent.provenance, agent.device, reset)
     agent.plan = plan
@@ -225,6 +225,7 @@ def _run_stage(
     runner = make_runner(agent, stage, sampler, plan.modes.get(stage.name, "eager"))
     interval = log_interval or max(1, min(1000, length // 20))
     watch.limit_q(sampler)
+    watch.restart_clock()
     agent._pristine = False
 
     while done < length:

@@ -26,6 +26,9 @@ class Watch:
     def limit_q(self, sampler: Any) -> None:
         """No policy earns more than max|r| / (1 - gamma): a mean Q a hundred times beyond has run away."""
         self.q_limit = 100.0 * sampler.max_abs_reward / (1.0 - getattr(self.agent.config, "gamma", 0.0)) + 1.0
+
+    def restart_clock(self) -> None:
+        """Rates are of what is done from now on."""
         self.start = (time.perf_counter(), self.start[1])
 
     def look(self, done: int, means: dict[str, float], put_back: bool = True) -> None:
@@ -59,7 +62,7 @@ def _report(agent: Any, stage: str, done: int, length: int, rate: float, means: 
         agent._logger.record("train/n_updates", agent.n_updates, exclude="tensorboard")
         agent.dump_logs()
     if agent.verbose:
-        left = clock((length - done) / rate)
+        left = clock((length - done) / max(rate, 1e-9))
         print(f"{stage:>8} {done:>9,}/{length:,}  {_numbers(means)}  {rate:,.0f}/s, {left} left", flush=True)
 
 
@@ -77,12 +80,13 @@ def snapshot(agent: Any) -> dict[str, Any]:
 def restore(agent: Any, snapshot: dict[str, Any]) -> None:
     """Put what `snapshot` gave back, in place."""
     checkpoint.load_training_tensors(agent, snapshot["tensors"])
-    agent.num_timesteps, agent.n_env_steps, agent.n_updates, stage_steps = snapshot["counts"]
+    num_timesteps, n_env_steps, agent.n_updates, stage_steps = snapshot["counts"]
+    agent.num_timesteps = num_timesteps + agent.n_env_steps - n_env_steps  # what was lived through stays, in the buffer too
     agent.stage_steps = dict(stage_steps)
     if agent.plan is not None:
         agent.plan.done = dict(snapshot["plan"].done)
     if agent.online is not None:
-        vars(agent.online).update(vars(snapshot["online"]))
+        agent.online.n_updates = snapshot["online"].n_updates
     for name, step in snapshot["steps"].items():
         agent.optimizers[name].n_steps.copy_(step)
 

@@ -31,7 +31,7 @@ GROUPS = [
         "checkpoint",
     },
     {"arrays", "sb3", "minari_hdf5", "watch", "replay"},
-    {"datasets", "training"},
+    {"datasets", "training", "world"},
     {"online"},
     {"agent"},
     {"agents", "agents.*"},  # one paper, one file

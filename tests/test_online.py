@@ -119,7 +119,7 @@ def test_the_first_evaluation_online_is_the_offline_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TABLES])
-@pytest.mark.parametrize("stop", [30, 47])
+@pytest.mark.parametrize("stop", [30, 47, 70])
 def test_a_stopped_run_ends_as_the_uninterrupted_one(name: str, stop: int, tmp_path: pathlib.Path) -> None:
     """Agent and buffer saved in mid-episode, in another environment object: bit for bit, one environment, CPU."""
     whole = offline(name).learn_online(70, pendulum(), data(), learning_starts=20)
@@ -136,6 +136,8 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(name: str, stop: int, tmp_p
     again.load_replay_buffer(tmp_path / "buffer")
     again.learn_online(env=pendulum(), dataset=data())
     assert_same(again, whole)
+    with pytest.raises(ValueError, match="learns from a dataset too: pass the same dataset="):
+        part.learn_online()
     part.learn_online(dataset=data())  # and without a file, in the same process
     assert_same(part, whole)
 
@@ -200,7 +202,7 @@ def columns(agent: Agent) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize(("dies", "limit", "done"), [(4, 9, 1.0), (9, 4, 0.0), (4, 4, 1.0)])
 def test_only_a_termination_ends_a_value(dies: int, limit: int, done: float) -> None:
     agent = line_agent()
-    agent.learn_online(12, Line(dies, limit), learning_starts=12)
+    agent.learn_online(12, Line(dies, limit), learning_starts=11)
     obs, _, _, ended, next_obs = columns(agent)
     at = torch.arange(12) % 4
     expected = torch.where(at == 3, done, 0.0)
@@ -272,8 +274,8 @@ def test_the_ring_keeps_the_last_rows_in_order() -> None:
     assert episodes.episode_ends.tolist() == [3, 7, 10]  # rows 15, 19 ended; 22 is where it is now
     assert float(replay.last_next_obs()) == 23.0
     replay.cut()
-    whole = replay.episodes(whole=True)
-    assert whole is not None and len(whole) == 10 and whole.episode_ends.tolist() == [3, 7, 10]
+    again = replay.episodes(whole=False)
+    assert again is not None and again.episode_ends.tolist() == [3, 7, 10]
 
 
 def test_the_ring_grows_without_losing_anything() -> None:
@@ -293,7 +295,7 @@ def test_buffer_file(tmp_path: pathlib.Path) -> None:
     again.load_replay_buffer(tmp_path / "deep" / "replay_buffer_1.pkl")
     assert_same(agent, again)
     other = offline("TD3BC")
-    with pytest.raises(ArtifactError, match=r"saved at environment steps 50.* agent at environment steps 0"):
+    with pytest.raises(ArtifactError, match=r"saved at environment steps 50, updates 42.* agent at environment steps 0, "):
         other.load_replay_buffer(path)
     with pytest.raises(ArtifactError, match="another agent's"):
         line_agent().load_replay_buffer(path)
@@ -386,9 +388,10 @@ def test_learning_rates_are_constant_online(name: str) -> None:
     for key, optimizer in agent.optimizers.items():
         rate = agent.config.online_learning_rate if key == "policy" else optimizer.learning_rate
         assert float(optimizer.lr) == pytest.approx(rate) and optimizer.horizon == 0, key
-    agent.learn(data(), 20)
-    assert all(float(optimizer.lr) <= optimizer.learning_rate for optimizer in agent.optimizers.values())
-    assert any(float(optimizer.lr) > 0 for optimizer in agent.optimizers.values())
+    agent.learn(data(), 20)  # a new plan: its first rate is the offline one
+    for stage in agent.stages():
+        for optimizer in {o for part in stage.parts for o in part.optimizers if not o.cosine}:
+            assert float(optimizer.lr) == pytest.approx(optimizer.learning_rate)
 
 
 # ---- Stable-Baselines3's side --------------------------------------------------------------------------------------------
@@ -421,7 +424,7 @@ def test_callbacks(tmp_path: pathlib.Path) -> None:
 
 def test_train_return_is_that_of_the_exploring_episodes() -> None:
     agent = line_agent()
-    agent.learn_online(30, Line(5, 9), learning_starts=30, log_interval=10)
+    agent.learn_online(30, Line(5, 9), learning_starts=29, log_interval=10)
     rows = [row["train_return"] for row in agent.history if row["stage"] == "online"]
     assert rows == [10.0, 10.0, 10.0]
 
@@ -440,6 +443,8 @@ def test_nan_stops_with_the_last_good_state() -> None:
         agent.learn_online(60, pendulum(), data(), poison, learning_starts=10, log_interval=10)
     assert np.isfinite(agent.predict(np.zeros(4, np.float32))[0]).all()
     assert all(tensor.isfinite().all() for tensor in agent.policy.parameters())
+    assert agent.replay_buffer is not None and agent.n_env_steps == len(agent.replay_buffer) == 24  # lived through all the same
+    assert agent.online is not None and agent.online.n_updates == 9
 
 
 def test_a_reward_that_is_no_number_is_named() -> None:
@@ -479,6 +484,7 @@ def bad_calls() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "log", {"log_interval": 0}, "log_interval=0 must be"
     yield "only old", {"offline_ratio": 1}, "offline_ratio=1 learns from the dataset alone"
     yield "spaces", {"env": "Pendulum-v1"}, "the agent was built for"
+    yield "flag", {"calibrate": 3}, "calibrate=3; choose from True, False"
     yield "nothing to finish", {"total_timesteps": None}, "no online run is unfinished"
 
 
@@ -598,3 +604,112 @@ def test_it_gets_better_online(name: str) -> None:
     agent.learn_online(1500, gym.make("InvertedPendulum-v5", max_episode_steps=200), data(), learning_starts=100)
     after = agent.evaluate(env, 10).mean_return
     assert after > 1.3 * before > 1.3 * data().info["mean_return"], (before, after)
+
+
+# ---- found by review ---------------------------------------------------------------------------------------------------
+def test_whole_numbers_in_any_dress_can_be_saved(tmp_path: pathlib.Path) -> None:
+    agent = offline("IQL").learn_online(20, pendulum(), data(), learning_starts=5.0, buffer_size=1e4, utd=1, offline_ratio=1)  # type: ignore[arg-type]
+    again: Agent = diffagents.load(agent.save(tmp_path / "a"), verbose=0)
+    assert again.online == agent.online
+
+
+def test_the_default_wait_leaves_something_of_a_short_run() -> None:
+    assert offline("IQL").learn_online(50, pendulum()).n_updates > offline("IQL").n_updates
+    with pytest.warns(UserWarning, match="it only collects"):
+        offline("IQL").learn_online(20, pendulum(), learning_starts=20)
+
+
+def test_rewards_that_come_late_are_no_divergence() -> None:
+    """All zero at first: Q may still grow once there are others."""
+
+    class Late(Line):
+        n = 0
+
+        def step(self, action: Any) -> Any:
+            Late.n += 1
+            obs, _, *rest = super().step(action)
+            return obs, 10.0 if Late.n > 30 else 0.0, *rest
+
+    agent = small("TD3BC", gamma=0.9, learning_rate=1e-2)
+    agent.learn_online(300, Late(5, 9), learning_starts=10, log_interval=50)
+    assert agent.history[-1]["q"] > 1.5
+
+
+def test_only_a_settled_policy_is_changed_slowly() -> None:
+    agent = small("TD3BC").learn_online(20, pendulum(), learning_starts=5)
+    assert float(agent.optimizers["policy"].lr) == pytest.approx(3e-4)
+    agent.learn_online(20, learning_starts=5)
+    assert float(agent.optimizers["policy"].lr) == pytest.approx(3e-4)
+    agent.learn(data(), 5).learn_online(20, learning_starts=5)
+    assert float(agent.optimizers["policy"].lr) == pytest.approx(3e-5)
+
+
+def test_a_dropped_buffer_is_waited_for_again() -> None:
+    agent = offline("TD3BC").learn_online(40, pendulum(), data(), learning_starts=20, buffer_size=100)
+    agent.learn_online(30, dataset=data(), learning_starts=20)  # the same buffer: 100
+    assert agent.online is not None and agent.online.starts == 0 and agent.replay_buffer is not None
+    assert agent.replay_buffer.capacity == 100 and len(agent.replay_buffer) == 70
+    with pytest.warns(UserWarning, match="another buffer_size: the replay buffer of the last online run is dropped"):
+        agent.learn_online(30, dataset=data(), learning_starts=20, buffer_size=50)
+    assert agent.online.starts == 20 and len(agent.replay_buffer) == 30
+
+
+def test_pieces_of_episodes_are_not_whole_ones() -> None:
+    replay = Replay(1, 1, 100, "cpu")
+    fill(replay, 6)  # 0-3 ended, 4-5 running
+    replay.cut()
+    fill(replay, 4)
+    whole = replay.episodes(whole=True)
+    assert whole is not None and whole.episode_ends.tolist() == [4, 8] and whole.obs[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    ring = Replay(1, 1, 10, "cpu")
+    fill(ring, 22, end_every=4)  # rows 12 to 21: 12-15 (its head may be lost), 16-19, 20-21 running
+    whole = ring.episodes(whole=True)
+    assert whole is not None and whole.obs[:, 0].tolist() == [16, 17, 18, 19]
+
+
+def test_several_runs_on_one_and_many_environments_do_not_join_episodes() -> None:
+    from stable_baselines3.common.env_util import make_vec_env
+
+    agent = line_agent()
+    agent.learn_online(
+        60, make_vec_env(lambda: Line(9, 20), 2), callback=lambda a, b: a["self"].n_env_steps < 8, learning_starts=4
+    )
+    agent.set_env(Line(9, 20))
+    agent.learn_online()
+    assert agent.replay_buffer is not None
+    episodes = agent.replay_buffer.episodes(whole=False)
+    assert episodes is not None and episodes.episode_ends[:2].tolist() == [4, 13]
+
+
+def test_evaluating_in_the_environment_that_is_learnt_in_is_refused() -> None:
+    agent = line_agent()
+    with pytest.raises(ValueError, match="is acting in this environment: evaluate in another"):
+        agent.learn_online(9, Line(5, 9), callback=lambda a, b: bool(a["self"].evaluate(n_episodes=1)), learning_starts=4)
+    assert len(agent.evaluate(n_episodes=1).returns) == 1
+
+
+def test_a_stage_that_was_never_trained_is_named() -> None:
+    with pytest.raises(ValueError, match="the stage 'behavior' was never trained"):
+        small("SRPO").learn(data(), stages=("critic",)).learn_online(20, pendulum())
+
+
+def test_another_agents_buffer_is_refused_though_the_counts_agree(tmp_path: pathlib.Path) -> None:
+    one, two = (small("TD3BC", seed=seed).learn(data()).learn_online(10, pendulum(), learning_starts=5) for seed in (0, 1))
+    one.save_replay_buffer(tmp_path / "b")
+    with pytest.raises(ArtifactError, match="load the two that were saved together"):
+        two.load_replay_buffer(tmp_path / "b")
+
+
+def test_vecenvs_time_outs_and_seeded_resets_that_are_not_allowed() -> None:
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.monitor import Monitor
+
+    agent = line_agent()
+    agent.learn_online(16, make_vec_env(lambda: gym.wrappers.TimeLimit(Line(99, 99), 4), 2), learning_starts=15)
+    obs, _, _, done, next_obs = columns(agent)
+    mean, std = agent.obs_normalizer.mean, agent.obs_normalizer.std
+    at = torch.arange(8).repeat_interleave(2) % 4
+    assert torch.equal(done, torch.zeros(16)) and torch.allclose(next_obs * std + mean, at + 1.0, atol=1e-5)
+    assert torch.allclose(obs * std + mean, at.float(), atol=1e-5)
+    with pytest.raises(ValueError, match="allow_early_resets=True"):
+        line_agent().learn_online(16, Monitor(Line(5, 9), allow_early_resets=False), learning_starts=4)
