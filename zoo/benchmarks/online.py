@@ -13,6 +13,7 @@ import argparse
 import json
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -33,8 +34,8 @@ OFFLINE: dict[str, dict[str, Any]] = {
     },
     "IQL": {"train_steps": 50_000},
     "TD3BC": {"train_steps": 30_000},
-    "DiffusionQL": {"train_steps": 30_000},
-    "DiffCPS": {"train_steps": 30_000},
+    "DiffusionQL": {"train_steps": 20_000},
+    "DiffCPS": {"train_steps": 20_000},
     "BDPO": {"behavior_steps": 15_000, "train_steps": 15_000, "n_critics": 2},
 }
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -61,10 +62,13 @@ def main() -> None:
     if args.what == "plot":
         plot(args.out, args.picture)
         return
+    if (args.knobs or args.ratio) and not args.label:
+        parser.error("other settings than the defaults need a --label of their own")
+    commit = version()
     for seed in args.seeds:
         started = time.perf_counter()
         curve = sac(args, seed) if args.algorithm.startswith("SAC") else ours(args, seed)
-        keep(args, {"seed": seed, "seconds": round(time.perf_counter() - started, 1), "curve": curve})
+        keep(args, {"seed": seed, "commit": commit, "seconds": round(time.perf_counter() - started, 1), "curve": curve})
 
 
 def short(dataset: str) -> str:
@@ -139,14 +143,18 @@ def sac(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     return curve.rows
 
 
+def version() -> str:
+    """The commit that runs, marked where the checkout has changes."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
 def keep(args: argparse.Namespace, row: dict[str, Any]) -> None:
     """Put the row into its file, over an older one of the same seed."""
     name = f"{args.algorithm}{args.label}"
     path = args.out / f"online-{short(args.dataset)}-{name.lower()}.json"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     row |= {
-        "command": "python zoo/benchmarks/online.py " + " ".join(sys.argv[1:]),
-        "commit": commit,
+        "command": shlex.join(["python", "zoo/benchmarks/online.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}",
     }
     cell = json.loads(path.read_text()) if path.exists() else {"dataset": args.dataset, "algorithm": name, "runs": []}
