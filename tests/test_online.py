@@ -445,6 +445,7 @@ def test_nan_stops_with_the_last_good_state() -> None:
     assert all(tensor.isfinite().all() for tensor in agent.policy.parameters())
     assert agent.replay_buffer is not None and agent.n_env_steps == len(agent.replay_buffer) == 24  # lived through all the same
     assert agent.online is not None and agent.online.n_updates == 9
+    assert agent.num_timesteps == offline("TD3BC").num_timesteps + 24
 
 
 def test_a_reward_that_is_no_number_is_named() -> None:
@@ -713,3 +714,45 @@ def test_vecenvs_time_outs_and_seeded_resets_that_are_not_allowed() -> None:
     assert torch.allclose(obs * std + mean, at.float(), atol=1e-5)
     with pytest.raises(ValueError, match="allow_early_resets=True"):
         line_agent().learn_online(16, Monitor(Line(5, 9), allow_early_resets=False), learning_starts=4)
+
+
+def test_episodes_are_seeded_one_by_one() -> None:
+    """Each begins elsewhere, and the same seed makes the same ones."""
+
+    def starts(seed: int) -> list[float]:
+        agent = offline("TD3BC", seed=seed).learn_online(60, pendulum(), data(), learning_starts=50)
+        assert agent.replay_buffer is not None
+        episodes = agent.replay_buffer.episodes(whole=False)
+        assert episodes is not None
+        return [float(episodes.obs[at, 0]) for at in [0, *episodes.episode_ends.tolist()[:-1]]]
+
+    first = starts(1)
+    assert len(first) == len(set(first)) > 2
+    assert starts(1) == first and starts(2)[0] != first[0]
+
+
+def test_updates_see_the_loosening_of_their_step() -> None:
+    agent, seen = offline("TD3BC", online_halflife=10), []
+    loss = agent.critic_loss  # type: ignore[attr-defined]
+
+    def watched(batch: Any, draws: Any) -> Any:
+        seen.append((agent.n_env_steps, agent.loosening))
+        return loss(batch, draws)
+
+    agent.critic_loss = watched  # type: ignore[attr-defined]
+    agent.learn_online(30, pendulum(), data(), learning_starts=20)
+    assert seen == [(step, 2.0 ** (step / 10)) for step in range(21, 31)] and agent.loosening == 1.0
+
+
+def test_a_q_that_runs_away_is_caught() -> None:
+    agent = offline("TD3BC")
+
+    def blow_up(local: dict[str, Any], _: Any) -> bool:
+        if agent.n_env_steps == 25:
+            with torch.no_grad():
+                for parameter in agent.critic.parameters():  # type: ignore[attr-defined]
+                    parameter.mul_(1000.0)
+        return True
+
+    with pytest.raises(TrainingDiverged, match="online diverged between its steps 20 and 30"):
+        agent.learn_online(60, pendulum(), data(), blow_up, learning_starts=10, log_interval=10)
