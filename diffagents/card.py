@@ -142,8 +142,8 @@ def _data_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("dataset", data.get("id")),
         ("kind", data.get("kind")),
         *((key.replace("_", " "), made[key]) for key in sorted(made)),
-        ("steps, episodes", f"{data.get('n_steps')}, {data.get('n_episodes')}" if data else None),
-        ("mean return of its episodes", _number(data.get("mean_return"))),
+        ("steps, episodes", f"{data.get('n_steps')}, {data.get('n_episodes')}" if data.get("n_steps") else None),
+        ("mean return of its episodes", _number(data.get("mean_return")) if data.get("n_steps") else None),
         ("sha256 of its arrays", data.get("sha256")),
         ("observation keys", ", ".join(data.get("obs_keys") or ())),
         ("rewards", f"{transform['name']}: {transform['scale']:.6g} r {transform['shift']:+.6g}" if transform else None),
@@ -152,12 +152,15 @@ def _data_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _training_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    came, steps = config.get("provenance") or {}, (config.get("counters") or {}).get("stage_steps") or {}
+    came, counters = config.get("provenance") or {}, config.get("counters") or {}
+    steps = dict(counters.get("stage_steps") or {})
+    if (online := counters.get("n_updates", 0) - sum(steps.values())) > 0 and counters.get("n_env_steps"):
+        steps["online"] = online
     source, others = came.get("source"), came.get("trained_together")
     minutes = f"{came['seconds'] / 60:.1f} minutes" if isinstance(came.get("seconds"), float) else None
     rows = [
         ("gradient steps", ", ".join(f"{stage} {n:,}" for stage, n in steps.items())),
-        ("environment steps", (config.get("counters") or {}).get("n_env_steps") or None),
+        ("environment steps", counters.get("n_env_steps") or None),
         ("seed", config.get("seed")),
         ("preset", config.get("preset")),
         ("time", f"{minutes}, {others} policies together" if minutes and others else minutes),

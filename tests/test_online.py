@@ -756,3 +756,10 @@ def test_a_q_that_runs_away_is_caught() -> None:
 
     with pytest.raises(TrainingDiverged, match="online diverged between its steps 20 and 30"):
         agent.learn_online(60, pendulum(), data(), blow_up, learning_starts=10, log_interval=10)
+
+
+def test_the_card_tells_what_was_learnt_online(tmp_path: pathlib.Path) -> None:
+    agent = small("TD3BC").learn_online(20, pendulum(), learning_starts=5)
+    text = (agent.save_pretrained(tmp_path / "a") / "README.md").read_text()
+    assert "| gradient steps | train 0, online 15 |" in text and "| environment steps | 20 |" in text
+    assert "learned online in InvertedPendulum-v5" in text and "steps, episodes" not in text
