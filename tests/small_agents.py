@@ -34,6 +34,11 @@ def fields(name: str) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(agent_class(name).Config)}
 
 
+def offline_knobs(name: str) -> set[str]:
+    """The knobs that `learn` reads: all but those of `learn_online`."""
+    return {knob for knob in fields(name) if "online" not in knob}
+
+
 def small(name: str, **knobs: Any) -> Agent:
     cls, known = agent_class(name), fields(name)
     settings: dict[str, Any] = {knob: value for knob, value in _SMALL.items() if knob in known}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_agents import offline_knobs
 from toy import line_data
 
 from diffagents import BDPO
@@ -263,7 +264,7 @@ def test_every_option_changes_the_result() -> None:
     results["default"] = run(base)
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same"
-    assert {*other, "temperature", "solver_steps"} == set(BDPO.Config.__dataclass_fields__)
+    assert {*other, "temperature", "solver_steps"} == offline_knobs("BDPO")
 
 
 def run(knobs: dict[str, Any]) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_agents import offline_knobs
 from test_diffusion_ql import official_files
 from toy import line_data
 
@@ -181,7 +182,7 @@ def test_every_option_changes_the_result() -> None:
     results["default"] = run(base)
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same"
-    assert {*other, "n_backup_samples", "lambda_min", "solver_steps"} == set(DiffCPS.Config.__dataclass_fields__)
+    assert {*other, "n_backup_samples", "lambda_min", "solver_steps"} == offline_knobs("DiffCPS")
 
 
 def run(knobs: dict[str, Any]) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_agents import update
+from small_agents import offline_knobs, update
 from torch import Tensor, nn
 from toy import line_data
 
@@ -134,4 +134,4 @@ def test_every_option_changes_the_result() -> None:
         assert not np.array_equal(x, y), f"{a} and {b} give the same policy"
     same = DiffusionBC(**base, reward_transform="normalize").learn(line_data()).predict(OBS)[0]
     assert np.array_equal(same, results["default"])
-    assert {*other, "reward_transform", "solver_steps"} == {f.name for f in DiffusionBC.Config.__dataclass_fields__.values()}
+    assert {*other, "reward_transform", "solver_steps"} == offline_knobs("DiffusionBC")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_agents import update
+from small_agents import offline_knobs, update
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy import line_data
@@ -333,4 +333,4 @@ def test_every_option_changes_the_result() -> None:
         results[name, value] = np.concatenate([agent.predict(obs)[0].ravel(), q])
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same agent"
-    assert {*other, "solver_steps"} == {f.name for f in IDQL.Config.__dataclass_fields__.values()}
+    assert {*other, "solver_steps"} == offline_knobs("IDQL")

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from small_agents import NAMES, small
+from small_agents import NAMES, fields, offline_knobs, small
 
 import diffagents
 from diffagents import load_dataset
@@ -763,3 +763,21 @@ def test_the_card_tells_what_was_learnt_online(tmp_path: pathlib.Path) -> None:
     text = (agent.save_pretrained(tmp_path / "a") / "README.md").read_text()
     assert "| gradient steps | train 0, online 15 |" in text and "| environment steps | 20 |" in text
     assert "learned online in InvertedPendulum-v5" in text and "steps, episodes" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "knob"), [(name, knob) for name in NAMES for knob in sorted(set(fields(name)) - offline_knobs(name))]
+)
+def test_every_online_knob_changes_the_result(name: str, knob: str) -> None:
+    other = {"online_halflife": 5, "online_noise": 0.5, "online_learning_rate": 3e-3, "online_top": 1.0, "n_online_states": 20}
+    results = []
+    for knobs in ({}, {knob: other.get(knob, 3)}):
+        agent = offline(name, **knobs).learn_online(60, pendulum(), data(), learning_starts=30)
+        results.append(
+            {
+                key: tensor
+                for key, tensor in all_tensors(agent).items()
+                if key.partition(".")[0] not in ("generator", "predict_generator")
+            }
+        )
+    assert any(not torch.equal(tensor, results[1][key]) for key, tensor in results[0].items())

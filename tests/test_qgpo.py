@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_agents import offline_knobs
 from torch import Tensor, nn
 from toy import line_data
 
@@ -328,4 +329,4 @@ def test_every_option_changes_the_result() -> None:
     results["energy_loss mse"] = QGPO(**base, energy_loss="mse").learn(data).predict(obs)[0]
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same policy"
-    assert set(other) == {f.name for f in QGPO.Config.__dataclass_fields__.values()}
+    assert set(other) == offline_knobs("QGPO")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from small_agents import offline_knobs
 from torch import Tensor, nn
 from toy import line_data
 
@@ -306,4 +307,4 @@ def test_every_option_changes_the_result() -> None:
         assert not np.array_equal(x, y), f"{a} and {b} give the same agent"
     for name in ("n_candidates", "temperature", "average_top"):  # these act on the choice alone
         assert results[name][-1] == results["default"][-1] and math.isfinite(results[name][-1])
-    assert set(other) == {f.name for f in SfBC.Config.__dataclass_fields__.values()}
+    assert set(other) == offline_knobs("SfBC")

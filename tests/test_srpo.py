@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from small_agents import offline_knobs
 from torch import Tensor, nn
 from toy import line_data
 
@@ -208,4 +209,4 @@ def test_every_option_changes_the_result() -> None:
     results["default"] = SRPO(**base).learn(line_data()).predict(obs)[0]
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same policy"
-    assert set(other) == {f.name for f in SRPO.Config.__dataclass_fields__.values()}
+    assert set(other) == offline_knobs("SRPO")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_agents import update
+from small_agents import offline_knobs, update
 from toy import line_data
 
 from diffagents import TD3BC
@@ -161,4 +161,4 @@ def test_every_option_changes_the_result() -> None:
     results["default"] = TD3BC(**base).learn(line_data()).predict(obs)[0]
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same policy"
-    assert set(other) == {f.name for f in TD3BC.Config.__dataclass_fields__.values()}
+    assert set(other) == offline_knobs("TD3BC")
