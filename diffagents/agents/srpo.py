@@ -26,7 +26,7 @@ Online (a design of ours; neither paper nor code has one)
   [O2] It acts by pi plus Gaussian noise of `online_noise`, clipped: mu(.|s) around pi(s) would be the wider the worse it fits.
   [O3] The constraint loosens: beta doubles every `online_halflife` environment steps, 16-fold at most.
   [O4] Learning rates are constant, the policy's `online_learning_rate` ([D6] is over): back at the first rate of a cosine that
-       had ended at 0, a settled policy is thrown off.
+       had ended at 0, a settled policy is thrown off (seen with IQL).
 Details of the critic stage: iql_critic.py. The official code trains an IQL policy beside the critic, to watch it; left out.
 """
 
