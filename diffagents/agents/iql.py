@@ -19,9 +19,9 @@ Details
 Online (official fine-tuning; the paper's section 5.3)
   [O1] The same update on new data too, one for each environment step. It acts by sampling its Gaussian and clipping; nothing is
        loosened: better actions enter by being found and weighed.
-  [O2] Batches are uniform from one buffer that begins with the data (official), `offline_ratio="uniform"`. With half of each from
-       a short run, as the others have it, the same few transitions are repeated, and their steep advantages come to dominate
-       the weights of Eq. (7).
+  [O2] Batches are uniform from one buffer that begins with the data (official), `offline_ratio="uniform"`. With half of each
+       from a short run, as the others have it, the same few transitions are repeated, and their steep advantages come to
+       dominate the weights of Eq. (7).
   [O3] Learning rates are constant ([D4] is over), the policy's `online_learning_rate`. The official 3e-4 goes with an offline
        phase without decay; back at it after a cosine, a settled policy is thrown off. (A well-known port goes on stepping the
        cosine, which climbs back from 0 by accident.)
