@@ -249,6 +249,8 @@ def _run(
                     prepared_at = run.done
                     if sampler is None:  # nothing to learn from yet
                         run.starts = max(run.starts, run.done + stage.refresh)
+                        if run.starts >= run.total:
+                            warnings.warn("no episode has ended: this run has nothing to learn from", stacklevel=4)
                         break
                     runner = runner or Runner(stage, sampler, agent.generator)
                     runner.sampler = sampler

@@ -758,6 +758,14 @@ def test_a_q_that_runs_away_is_caught() -> None:
         agent.learn_online(60, pendulum(), data(), blow_up, learning_starts=10, log_interval=10)
 
 
+@pytest.mark.parametrize("name", ["DiffusionBC", "SfBC"])
+def test_a_run_without_a_whole_episode_says_that_it_learnt_nothing(name: str) -> None:
+    agent = small(name)
+    with pytest.warns(UserWarning, match="no episode has ended: this run has nothing to learn from"):
+        agent.learn_online(30, Line(99, 99), learning_starts=10)
+    assert agent.n_updates == 0 and agent.n_env_steps == 30
+
+
 def test_the_card_tells_what_was_learnt_online(tmp_path: pathlib.Path) -> None:
     agent = small("TD3BC").learn_online(20, pendulum(), learning_starts=5)
     text = (agent.save_pretrained(tmp_path / "a") / "README.md").read_text()
