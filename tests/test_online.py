@@ -595,16 +595,18 @@ def test_calibration_in_a_run_and_where_it_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*another environment than the dataset", "ignore:.*is not the environment stored")
 @pytest.mark.parametrize("name", ["TD3BC", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SRPO", "DiffusionQL"))])
 def test_it_gets_better_online(name: str) -> None:
-    """From a random policy's falls (5 steps an episode) offline learning makes some tens, and the live environment more."""
-    steps = {"SRPO": (900, {"behavior_width": 32, "net_arch": [32, 32]})}.get(name, (300, {"net_arch": [32, 32]}))
+    """A random policy falls after 5 steps; what is learnt from its data is much improved by the live environment."""
     fast = {"learning_rate": 1e-3, "online_learning_rate": 1e-3, "online_halflife": 500, "batch_size": 64, "gamma": 0.97}
-    cls = getattr(diffagents, name)
+    fast |= {"policy_kwargs": {"net_arch": [32, 32]}, "reward_transform": "none"}
+    steps = 300
+    if name == "SRPO":
+        steps, fast["beta"], fast["policy_kwargs"] = 1800, 0.2, {"net_arch": [32, 32], "behavior_width": 32}
     env = gym.make("InvertedPendulum-v5", max_episode_steps=200)
-    agent = cls(seed=0, verbose=0, device="cpu", policy_kwargs=steps[1], **fast).learn(data(), steps[0])
+    agent = getattr(diffagents, name)(seed=0, verbose=0, device="cpu", **fast).learn(data(), steps)
     before = agent.evaluate(env, 10).mean_return
     agent.learn_online(1500, gym.make("InvertedPendulum-v5", max_episode_steps=200), data(), learning_starts=100)
     after = agent.evaluate(env, 10).mean_return
-    assert after > 1.3 * before > 1.3 * data().info["mean_return"], (before, after)
+    assert after > 1.5 * max(before, data().info["mean_return"]), (before, after)
 
 
 # ---- found by review ---------------------------------------------------------------------------------------------------
