@@ -20,7 +20,7 @@ from diffagents.environments import env_id_of
 from diffagents.knobs import check_choice, check_number, whole_number
 from diffagents.normalize import fit_reward_transform
 from diffagents.replay import Mixture, Replay
-from diffagents.sb3 import check_same_spaces, make_callback, make_logger
+from diffagents.sb3 import make_callback, make_logger
 from diffagents.transitions import Sampler
 from diffagents.values import lambda_returns
 from diffagents.watch import Watch
@@ -73,7 +73,6 @@ def begin(agent: Any, total: int | None, env: Any, dataset: Any, settings: Onlin
         if stored is None:
             raise ValueError("no environment is known: pass env=, an id, a Gymnasium Env or an SB3 VecEnv")
         agent.set_env(stored)
-    check_same_spaces(agent.spec, agent._env.observation_space, agent._env.action_space)
     if agent.get_vec_normalize_env() is not None:
         raise ValueError(
             "the environment is inside a VecNormalize, which would move the observations and rewards that the agent was "
@@ -174,8 +173,7 @@ def _make_run(agent: Any, total: int | None, settings: OnlineSettings, data: str
 
 def start(agent: Any, run: OnlineRun) -> None:
     """Make `run` the agent's, with a buffer to go with it."""
-    new = run is not agent.online
-    if new:
+    if run is not agent.online:
         size, old = run.settings.buffer_size, agent.replay_buffer
         if old is None or size not in (None, old.capacity):
             if old is not None:

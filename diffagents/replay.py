@@ -4,6 +4,7 @@ Both keep to the training device; a batch is a gather or two, and no size depend
 """
 
 import json
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffagents.artifact import ArtifactError
-from diffagents.transitions import Sampler
+from diffagents.artifact import ArtifactError, short
+from diffagents.transitions import Sampler, batch_of
 from diffagents.types import Batch, Spec
 
 REPLAY_FORMAT = 1
@@ -76,40 +77,32 @@ class Replay:
 
     def cut(self) -> None:
         """Nothing follows on what is here: the environments begin anew."""
-        order = self._order()
-        if len(order):
-            env = self._env[order]
-            last = order[np.append(env[1:] != env[:-1], True)]
-            self._ended[last] = np.where(self._ended[last] == 1, 1, 2)
+        order, newest = self._order()
+        last = order[newest]
+        self._ended[last] = np.where(self._ended[last] == 1, 1, 2)
         self.running = []
 
     def last_next_obs(self) -> Tensor:
         """Where the row that was added last led to, (S,)."""
         return self._rows[(self.n_added - 1) % self.capacity, self.obs_dim + self.act_dim + 2 :]
 
-    def _order(self) -> np.ndarray:
-        """The rows, environment after environment, the older first."""
+    def _order(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows, environment after environment, the older first; and which of them is its environment's newest."""
         n = len(self)
         by_age = np.roll(np.arange(n), -(self.n_added % self.capacity) if self.n_added > n else 0)
-        return by_age[np.argsort(self._env[by_age], kind="stable")]
+        order = by_age[np.argsort(self._env[by_age], kind="stable")]
+        return order, np.append(np.diff(self._env[order]) != 0, True)[:n]
 
     def episodes(self, whole: bool) -> Sampler | None:
         """A copy in episodes, one after the other; whole: only those of which all is here. None where there is no row."""
-        order = self._order()
-        env, how = self._env[order], self._ended[order]
-        ended = (how > 0) | np.append(env[1:] != env[:-1], True)[: len(order)]
-        if whole:  # from the last row backwards: an episode counts where it ended by itself
-            kept, counts = np.zeros(len(order), bool), False
-            for i in range(len(order) - 1, -1, -1):
-                counts = bool(how[i] == 1) if ended[i] else counts
-                kept[i] = counts
+        order, newest = self._order()
+        ended = (self._ended[order] > 0) | newest
+        if whole:
+            last = order[ended]  # of each episode
+            complete = self._ended[last] == 1  # it ended by itself
             if self.n_added > len(order):  # the oldest one of each environment has lost its head
-                first = np.append(True, env[1:] != env[:-1])
-                headless = False
-                for i in range(len(order)):
-                    headless = headless or bool(first[i])
-                    kept[i] &= not headless
-                    headless = headless and not ended[i]
+                complete &= np.append(False, np.diff(self._env[last]) == 0)
+            kept = np.repeat(complete, np.diff(np.flatnonzero(ended), prepend=-1))
             order, ended = order[kept], ended[kept]
         if len(order) == 0:
             return None
@@ -167,7 +160,7 @@ class Replay:
         except ArtifactError:
             raise
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path} is not a replay buffer of ours ({' '.join(str(error).split())[:80]})") from None
+            raise ArtifactError(f"{path} is not a replay buffer of ours ({short(error)})") from None
         if (obs_dim, act_dim) != (spec.obs_dim, spec.act_dim):
             raise ArtifactError(
                 f"{path} holds observations of {obs_dim} and actions of {act_dim} numbers, the agent has {spec.obs_dim} and "
@@ -232,22 +225,35 @@ class Mixture:
             index = torch.randint(split + len(online), (n,), generator=generator, device=self.device)
             old, new = index.clamp(max=split - 1), (index - split).clamp(min=0)
             is_old = index < split
-
-            def pick(a: Tensor, b: Tensor) -> Tensor:
-                return torch.where(is_old.view(-1, *[1] * (a.dim() - 1)), a, b)
-
-            matrix = pick(offline.matrix.index_select(0, old), online.matrix.index_select(0, new))
-            beside = {name: pick(_row(offline, name, old), _row(online, name, new)) for name in offline.tables}
-            return _batch(offline, matrix, beside)
-        parts = []
-        for side, count in zip((offline, online), self.counts(n), strict=True):
-            if side is not None and count > 0:
-                parts.append((side, torch.randint(len(side), (count,), generator=generator, device=self.device)))
-        matrix = torch.cat([side.matrix.index_select(0, index) for side, index in parts])
+            matrix = torch.where(is_old[:, None], offline.matrix.index_select(0, old), online.matrix.index_select(0, new))
+            beside = {name: torch.where(is_old, _row(offline, name, old), _row(online, name, new)) for name in offline.tables}
+            return batch_of(matrix, offline.obs_dim, offline.act_dim, beside)
+        drawn = [
+            (side, torch.randint(len(side), (count,), generator=generator, device=self.device))
+            for side, count in zip((offline, online), self.counts(n), strict=True)
+            if side is not None and count > 0
+        ]
+        matrix = torch.cat([side.matrix.index_select(0, index) for side, index in drawn])
         named = offline if offline is not None else online
         names = named.tables if isinstance(named, Sampler) else {}
-        beside = {name: torch.cat([_row(side, name, index) for side, index in parts]) for name in names}
-        return _batch(parts[0][0], matrix, beside)
+        beside = {name: torch.cat([_row(side, name, index) for side, index in drawn]) for name in names}
+        return batch_of(matrix, drawn[0][0].obs_dim, drawn[0][0].act_dim, beside)
+
+    def in_episodes(self, whole: bool) -> "Mixture":
+        """The same with a copy of the buffer in episodes, on which tables can be put (`Replay.episodes`)."""
+        online = self.online.episodes(whole) if isinstance(self.online, Replay) else self.online
+        return Mixture(self.offline, online, self.ratio)
+
+    @property
+    def sides(self) -> list[Sampler]:
+        """What there is of the two, old data first, where both are in episodes."""
+        return [side for side in (self.offline, self.online) if isinstance(side, Sampler)]
+
+    def beside(self, **tables: Sequence[Tensor]) -> "Mixture":
+        """The same with tables beside its `sides`: for each name as many tables (N,), in their order."""
+        tabled = iter([side.beside(**{name: table[i] for name, table in tables.items()}) for i, side in enumerate(self.sides)])
+        old = next(tabled) if self.offline is not None else None
+        return Mixture(old, next(tabled, None), self.ratio)
 
 
 def _row(side: "Replay | Sampler", name: str, index: Tensor) -> Tensor:
@@ -255,15 +261,3 @@ def _row(side: "Replay | Sampler", name: str, index: Tensor) -> Tensor:
     if isinstance(side, Sampler):
         return side.tables[name].index_select(0, index)
     return torch.full(index.shape, -torch.inf, device=index.device)
-
-
-def _batch(side: "Replay | Sampler", matrix: Tensor, beside: dict[str, Tensor]) -> Batch:
-    rew = side.obs_dim + side.act_dim
-    return Batch(
-        obs=matrix[:, : side.obs_dim],
-        act=matrix[:, side.obs_dim : rew],
-        rew=matrix[:, rew],
-        done=matrix[:, rew + 1],
-        next_obs=matrix[:, rew + 2 :],
-        beside=beside,
-    )

@@ -163,7 +163,7 @@ class Sampler:
 
     def all(self) -> Batch:
         """Every transition in order, views."""
-        return self._batch(self.matrix, self.tables)
+        return batch_of(self.matrix, self.obs_dim, self.act_dim, self.tables)
 
     def beside(self, **tables: Tensor) -> "Sampler":
         """The same transitions with a row of each table (N, ...) beside each; the matrix is shared."""
@@ -187,15 +187,17 @@ class Sampler:
     def gather(self, index: Tensor) -> Batch:
         """The transitions at `index` (n,) int64, on the sampler's device."""
         beside = {name: table.index_select(0, index) for name, table in self.tables.items()}
-        return self._batch(self.matrix.index_select(0, index), beside)
+        return batch_of(self.matrix.index_select(0, index), self.obs_dim, self.act_dim, beside)
 
-    def _batch(self, matrix: Tensor, beside: dict[str, Tensor]) -> Batch:
-        rew = self.obs_dim + self.act_dim
-        return Batch(
-            obs=matrix[:, : self.obs_dim],
-            act=matrix[:, self.obs_dim : rew],
-            rew=matrix[:, rew],
-            done=matrix[:, rew + 1],
-            next_obs=matrix[:, rew + 2 :],
-            beside=beside,
-        )
+
+def batch_of(matrix: Tensor, obs_dim: int, act_dim: int, beside: dict[str, Tensor]) -> Batch:
+    """Rows of such a matrix as a Batch of views."""
+    rew = obs_dim + act_dim
+    return Batch(
+        obs=matrix[:, :obs_dim],
+        act=matrix[:, obs_dim:rew],
+        rew=matrix[:, rew],
+        done=matrix[:, rew + 1],
+        next_obs=matrix[:, rew + 2 :],
+        beside=beside,
+    )

@@ -1,6 +1,5 @@
 """Looking at a running stage: its metrics, whether all is finite, and the state to fall back to where it is not."""
 
-import copy
 import math
 import time
 from typing import Any
@@ -71,8 +70,8 @@ def snapshot(agent: Any) -> dict[str, Any]:
     return {
         "tensors": {name: tensor.clone() for name, tensor in checkpoint.training_tensors(agent).items()},
         "counts": (agent.num_timesteps, agent.n_env_steps, agent.n_updates, dict(agent.stage_steps)),
-        "plan": copy.deepcopy(agent.plan),
-        "online": copy.copy(agent.online),
+        "done": {} if agent.plan is None else dict(agent.plan.done),
+        "online": 0 if agent.online is None else agent.online.n_updates,
         "steps": {name: optimizer.n_steps.clone() for name, optimizer in agent.optimizers.items()},
     }
 
@@ -84,9 +83,9 @@ def restore(agent: Any, snapshot: dict[str, Any]) -> None:
     agent.num_timesteps = num_timesteps + agent.n_env_steps - n_env_steps  # what was lived through stays, in the buffer too
     agent.stage_steps = dict(stage_steps)
     if agent.plan is not None:
-        agent.plan.done = dict(snapshot["plan"].done)
+        agent.plan.done = dict(snapshot["done"])
     if agent.online is not None:
-        agent.online.n_updates = snapshot["online"].n_updates
+        agent.online.n_updates = snapshot["online"]
     for name, step in snapshot["steps"].items():
         agent.optimizers[name].n_steps.copy_(step)
 

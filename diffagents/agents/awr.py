@@ -22,6 +22,7 @@ Online (the official algorithm, in rounds)
   [O2] It acts by sampling its Gaussian, whose sigma is learnt ([D4]); nothing is loosened.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, check_number, net_arch
 from diffagents.networks import MLP, GaussianPolicy, TanhPolicy
 from diffagents.normalize import REWARD_TRANSFORMS
-from diffagents.replay import Mixture, Replay
+from diffagents.replay import Mixture
 from diffagents.transitions import Sampler
 from diffagents.types import Batch, Metrics
 from diffagents.values import lambda_returns
@@ -96,20 +97,11 @@ class AWR(Agent):
         parts = tuple(part for stage in self.stages() for part in stage.parts)
         return Stage("online", self.config.batch_size, parts, self.prepare_online)
 
-    def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
+    def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture:
         """The returns and weights of every row, by the last V [O1]."""
-        c = self.config
-        new = mixture.online.episodes(whole=False) if isinstance(mixture.online, Replay) else None
-        sides = [side for side in (mixture.offline, new) if side is not None]
-        goals = [
-            lambda_returns(side.all().rew, side.all().done, self.values(side.next_obs), side.episode_ends, c.gamma, c.td_lambda)
-            for side in sides
-        ]
-        advantages = [goal - self.values(side.obs) for goal, side in zip(goals, sides, strict=True)]
-        std, mean = torch.std_mean(torch.cat(advantages), correction=0)
-        weights = [self.weights(advantage, mean, std) for advantage in advantages]
-        prepared = [side.beside(returns=g, weights=w) for side, g, w in zip(sides, goals, weights, strict=True)]
-        return Mixture(prepared[0] if mixture.offline is not None else None, prepared[-1] if new else None, mixture.ratio)
+        mixture = mixture.in_episodes(whole=False)
+        returns, weights = self.returns_and_weights(mixture.sides)
+        return mixture.beside(returns=returns, weights=weights)
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
@@ -127,17 +119,18 @@ class AWR(Agent):
     # ---- stage 2: policy -------------------------------------------------------------------------------------------
     def prepare_policy(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
         """The weight w of every row [D2] [D3]."""
-        c, data = self.config, sampler.all()
-        value, next_value = self.values(sampler.obs), self.values(sampler.next_obs)
-        goal = lambda_returns(data.rew, data.done, next_value, sampler.episode_ends, c.gamma, c.td_lambda)
-        advantage = goal - value
-        std, mean = torch.std_mean(advantage, correction=0)
-        return sampler.beside(weights=self.weights(advantage, mean, std))
+        _, (weights,) = self.returns_and_weights([sampler])
+        return sampler.beside(weights=weights)
 
-    def weights(self, advantage: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """w of advantages (N,), standardised by their mean and spread."""
-        c = self.config
-        return torch.exp((advantage - mean) / (std + 1e-5) / c.temperature).clamp(max=c.weight_clip)
+    def returns_and_weights(self, sides: Sequence[Sampler]) -> tuple[list[Tensor], list[Tensor]]:
+        """R^lambda and w of every row, (N,) for each of `sides`; A is standardised over all of them."""
+        c, returns, advantages = self.config, [], []
+        for side in sides:
+            data, next_value = side.all(), self.values(side.next_obs)
+            returns.append(lambda_returns(data.rew, data.done, next_value, side.episode_ends, c.gamma, c.td_lambda))
+            advantages.append(returns[-1] - self.values(side.obs))
+        std, mean = torch.std_mean(torch.cat(advantages), correction=0)
+        return returns, [torch.exp((a - mean) / (std + 1e-5) / c.temperature).clamp(max=c.weight_clip) for a in advantages]
 
     @torch.no_grad()
     def values(self, obs: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ Online (a design of ours; neither paper nor code has one)
 """
 
 import copy
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -148,24 +147,25 @@ class BDPO(Agent):
             raise ValueError(
                 f"warmup_steps={warmup} leaves none of the {planned} train steps to the policy: give fewer, or None for 2.5 %"
             )
-        critics = Part(self.critic_losses, self.draw_critics, (opt["critic"], opt["value"]), self.follow_critics)
-        policy = Part(
-            self.policy_loss, self.draw_policy, (opt["policy"],), self.follow_policy, every=c.policy_freq, start=warmup
-        )
         behavior = Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior)
         alone = (behavior, Part(after=self.act_like_behavior)) if self.stage_steps["train"] == 0 else (behavior,)
-        beside = dataclasses.replace(behavior, every=c.policy_freq, start=warmup)
         return [
             Stage("behavior", c.batch_size, alone),
-            Stage("train", c.batch_size, (critics, policy, beside), self.start_from_behavior),
+            Stage("train", c.batch_size, self.train_parts(warmup), self.start_from_behavior),
         ]
 
     def online_stage(self) -> Stage:
+        return Stage("online", self.config.batch_size, self.train_parts(warmup=0))  # [O1]
+
+    def train_parts(self, warmup: int) -> tuple[Part, ...]:
+        """Critics, policy and behaviour; the last two from the `warmup`-th critic step on."""
         c, opt = self.config, self.optimizers
-        behavior = Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior, every=c.policy_freq)
-        critics = Part(self.critic_losses, self.draw_critics, (opt["critic"], opt["value"]), self.follow_critics)
-        policy = Part(self.policy_loss, self.draw_policy, (opt["policy"],), self.follow_policy, every=c.policy_freq)
-        return Stage("online", c.batch_size, (critics, policy, behavior))  # [O1]
+        late: dict[str, int] = {"every": c.policy_freq, "start": warmup}
+        return (
+            Part(self.critic_losses, self.draw_critics, (opt["critic"], opt["value"]), self.follow_critics),
+            Part(self.policy_loss, self.draw_policy, (opt["policy"],), self.follow_policy, **late),
+            Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior, **late),
+        )
 
     # ---- behaviour: alone, and then beside the policy ----------------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:

@@ -28,7 +28,7 @@ from diffagents.chain_policy import ChainPolicy, MLPDenoiser
 from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, check_number, check_solver, net_arch
 from diffagents.normalize import REWARD_TRANSFORMS
-from diffagents.replay import Mixture, Replay
+from diffagents.replay import Mixture
 from diffagents.transitions import Sampler
 from diffagents.types import Batch, Metrics
 from diffagents.values import polyak_update_
@@ -85,17 +85,15 @@ class DiffusionBC(Agent):
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
         """The data, and the best of the episodes that ended [O1]; None while there is neither."""
-        best = None
-        if isinstance(mixture.online, Replay) and (own := mixture.online.episodes(whole=True)) is not None:
-            ends = own.episode_ends.tolist()
-            pieces = [own.all().rew[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-            returns = torch.stack([piece.sum() for piece in pieces])
-            n_best = max(1, round(self.config.online_top * len(ends)))
-            kept = torch.zeros(len(ends), dtype=torch.bool, device=self.device)
-            kept[returns.topk(n_best).indices] = True
-            rows = kept.repeat_interleave(torch.tensor([len(piece) for piece in pieces], device=self.device))
-            best = Sampler(own.matrix[rows], own.obs_dim, own.act_dim)
-        return None if mixture.offline is None and best is None else Mixture(mixture.offline, best, mixture.ratio)
+        mixture = mixture.in_episodes(whole=True)
+        if isinstance(own := mixture.online, Sampler):
+            lengths = torch.diff(own.episode_ends, prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+            returns = torch.stack([rewards.sum() for rewards in torch.split(own.all().rew, lengths)])
+            best = returns.topk(max(1, round(self.config.online_top * len(lengths)))).indices.tolist()
+            pieces = torch.split(own.matrix, lengths)
+            rows = torch.cat([pieces[i] for i in sorted(best)])
+            mixture = Mixture(mixture.offline, Sampler(rows, own.obs_dim, own.act_dim), mixture.ratio)
+        return mixture if mixture.sides else None
 
     def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}

@@ -35,6 +35,7 @@ Online (a design of ours; neither paper nor code has one)
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -146,13 +147,9 @@ class QGPO(Agent):
         ]
 
     def online_stage(self) -> Stage:
-        opt = self.optimizers
-        parts = (
-            Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],)),
-            Part(self.next_critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),
-            Part(self.energy_loss, self.draw_energy, (opt["energy"],)),
-        )
-        return Stage("online", self.config.batch_size, parts, self.prepare_online)
+        (behavior,), (critic,), (energy,) = (stage.parts for stage in self.stages())
+        critic = dataclasses.replace(critic, loss=self.next_critic_loss)
+        return Stage("online", self.config.batch_size, (behavior, critic, energy), self.prepare_online)
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Sampler:
         """Some transitions with actions of the behaviour model at s and at s' beside them [O1]."""

@@ -46,7 +46,7 @@ from diffagents.engine import Draws, Optimizer, Part, Stage
 from diffagents.knobs import check_choice, check_number, net_arch, whole_number
 from diffagents.networks import MLP, UNetDenoiser
 from diffagents.normalize import REWARD_TRANSFORMS
-from diffagents.replay import Mixture, Replay
+from diffagents.replay import Mixture
 from diffagents.solvers import SolverStep, VPBehavior, dpm_solver_steps
 from diffagents.transitions import Sampler
 from diffagents.types import Batch, Metrics
@@ -142,17 +142,14 @@ class SfBC(Agent):
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
         """The returns of every whole episode [O1]; None while there is none."""
-        new = mixture.online.episodes(whole=True) if isinstance(mixture.online, Replay) else None
-        sides = [side for side in (mixture.offline, new) if side is not None]
-        if not sides:
+        mixture = mixture.in_episodes(whole=True)
+        if not mixture.sides:
             return None
-        returns = [planned_returns(side, self.config.gamma) for side in sides]
-        if self.stage_steps["critic"] == 0 and bool(self.critic.std == 1.0) and bool(self.critic.mean == 0.0):  # never fitted
+        returns = [planned_returns(side, self.config.gamma) for side in mixture.sides]
+        if self._pristine:  # there was no fit yet
             self._goals(torch.cat(returns))
         mean, std = self.critic.mean, self.critic.std
-        goals = [(some.float().to(self.device) - mean) / std for some in returns]
-        prepared = [side.beside(goals=goal) for side, goal in zip(sides, goals, strict=True)]
-        return Mixture(prepared[0] if mixture.offline is not None else None, prepared[-1] if new else None, mixture.ratio)
+        return mixture.beside(goals=[(some.float().to(self.device) - mean) / std for some in returns])
 
     # ---- stage 1: behaviour ----------------------------------------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:

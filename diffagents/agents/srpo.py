@@ -30,6 +30,7 @@ Online (a design of ours; neither paper nor code has one)
 Details of the critic stage: iql_critic.py. The official code trains an IQL policy beside the critic, to watch it; left out.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -138,13 +139,9 @@ class SRPO(Agent):
         ]
 
     def online_stage(self) -> Stage:
-        c, opt = self.config, self.optimizers
-        parts = (  # [O1]
-            Part(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),
-            Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), every=c.online_behavior_every),
-            Part(self.policy_loss, self.draw_policy, (opt["policy"],)),
-        )
-        return Stage("online", c.batch_size, parts)
+        (critic,), (behavior,), (policy,) = (stage.parts for stage in self.stages())
+        behavior = dataclasses.replace(behavior, every=self.config.online_behavior_every)
+        return Stage("online", self.config.batch_size, (critic, behavior, policy))  # [O1]
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
     def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
