@@ -356,7 +356,8 @@ class Agent(ABC):
     ) -> "CommitInfo":
         """Publish the policy as a model repository of the Hugging Face Hub, in one commit, and return that.
 
-        eval_env: evaluate in it first (an id, an environment, or True for the dataset's own) and put the score on the card.
+        eval_env: evaluate in it first (an id, an environment, or True for the dataset's own) and put the score on the card;
+        or an Evaluation that was made before.
         video: render an episode; where that fails, a warning. revision: a branch, made where there is none. token: None takes
         the one of `hf auth login` or HF_TOKEN. include_trainer_state: so that others can resume the run itself. license: of
         this policy, as the Hub spells it. Files of an earlier push that the new one has not are deleted.

@@ -67,7 +67,8 @@ def _results(agent: "Agent", eval_env: Any, n_eval_episodes: int) -> dict[str, A
     """What results.json holds: the last policy's score if it is evaluated now, and the best one met in training."""
     results: dict[str, Any] = {}
     if eval_env is not None and eval_env is not False:
-        done: Evaluation = agent.evaluate(None if eval_env is True else eval_env, n_eval_episodes)
+        made = isinstance(eval_env, Evaluation)
+        done: Evaluation = eval_env if made else agent.evaluate(None if eval_env is True else eval_env, n_eval_episodes)
         results = {
             "mean_reward": done.mean_return,
             "std_reward": done.std_return,
