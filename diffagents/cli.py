@@ -1,13 +1,12 @@
-"""The command `diffagents`: train, eval, enjoy, push, pull, list. Each is a thin line over one call of the library.
+"""The command `diffagents`: train, eval, enjoy, push, pull, list; collect, bench, tune, select stand in cli_lab.py. Each is a
+thin line over one call of the library.
 
 Results go to stdout, everything else to stderr, so that commands work in pipes. Exit codes: 0 done, 1 failed (one line says
 why), 2 not understood, 130 interrupted by Ctrl-C, 141 nobody reads the output any more.
 """
 
 import argparse
-import ast
 import contextlib
-import dataclasses
 import inspect
 import json
 import os
@@ -17,14 +16,11 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffagents
-
-if TYPE_CHECKING:
-    from diffagents.agent import Agent
-
-POLICY_HELP = "a folder or .zip of ours, or a Hub id (organisation/name); - reads it from stdin"
+from diffagents import cli_lab
+from diffagents.cli_options import POLICY_HELP, add_hub, add_knobs, add_policy, env_arguments, policy, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed.run(parsed)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return _say("interrupted", 130)
+        return say("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it raises nothing more
         return 141
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         if parsed.traceback:
             traceback.print_exc()
-        return _say(f"error: {error}", 1)
+        return say(f"error: {error}", 1)
     return 0
 
 
@@ -97,15 +93,15 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     one.add_argument("--tensorboard", metavar="FOLDER")
     one.add_argument("--quiet", action="store_true")
     one.add_argument("--device", default="auto")
-    _add_knobs(one, algorithm)
+    add_knobs(one, algorithm)
 
     one = command(eval_, "diffagents eval me/srpo-hopper --episodes 20 --json | jq .mean_return")
-    _add_policy(one)
+    add_policy(one)
     one.add_argument("--n-envs", type=int, default=1, metavar="N", help="episodes played side by side")
     one.add_argument("--json", action="store_true", help="everything measured, as one line of JSON")
 
     one = command(enjoy, "diffagents enjoy me/srpo-hopper --video hopper.mp4")
-    _add_policy(one, episodes=1)
+    add_policy(one, episodes=1)
     one.add_argument("--video", type=Path, metavar="FILE.mp4", help="write one episode here instead of opening a window")
 
     one = command(push, "diffagents push runs/srpo me/srpo-hopper --eval --video")
@@ -124,64 +120,13 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     one = command(pull, "diffagents eval $(diffagents pull me/srpo-hopper --to hopper)")
     one.add_argument("repo_id", metavar="HUB_ID")
     one.add_argument("--to", type=Path, metavar="FOLDER", help="copy it here; default: only into the cache")
-    _add_hub(one)
+    add_hub(one)
 
     one = command(list_, "diffagents list runs")
     one.add_argument("where", nargs="?", metavar="WHERE", help="a folder, or an author or organisation on the Hub")
+    one.add_argument("--zoo", action="store_true", help="the trained policies that lie in zoo/ of this checkout")
+    cli_lab.add_commands(command)
     return top
-
-
-def _add_policy(one: argparse.ArgumentParser, episodes: int = 10) -> None:
-    one.add_argument("policy", metavar="POLICY", help=POLICY_HELP)
-    one.add_argument("--env", metavar="ID", help="default: the environment stored with the dataset")
-    one.add_argument(
-        "--env-arg", action="append", default=[], metavar="NAME=VALUE", help="for the environment; may be repeated"
-    )
-    one.add_argument("--episodes", type=int, default=episodes, metavar="N", help=f"default: {episodes}")
-    one.add_argument("--seed", type=int, default=0, help="of the first episode; default: 0")
-    one.add_argument("--sampled", action="store_true", help="sample actions; default: deterministic ones")
-    one.add_argument("--device", default="auto")
-    _add_hub(one)
-
-
-def _add_hub(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
-    one.add_argument("--offline", action="store_true", help="from the cache alone")
-
-
-def _add_knobs(one: argparse.ArgumentParser, algorithm: str | None) -> None:
-    """Every knob of the algorithm as an option, explained by the comment that stands beside it in the algorithm's file."""
-    if algorithm is None:
-        return
-    config = getattr(diffagents, algorithm).Config
-    try:
-        said = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
-    except OSError:  # installed without its sources
-        said = {}
-    group = one.add_argument_group(f"knobs of {algorithm}")
-    for knob in dataclasses.fields(config):
-        about = f"{said.get(knob.name, '')} (default: {knob.default})".strip().replace("%", "%%")
-        flag, dest = f"--{knob.name.replace('_', '-')}", f"knob {knob.name}"
-        group.add_argument(flag, dest=dest, type=_value, metavar="VALUE", default=argparse.SUPPRESS, help=about)
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
-
-
-def _policy(given: argparse.Namespace) -> "Agent":
-    where = given.policy if given.policy != "-" else sys.stdin.readline().strip()
-    revision, offline = getattr(given, "revision", None), getattr(given, "offline", False)
-    device = getattr(given, "device", "auto")
-    return diffagents.load(where, revision=revision, local_files_only=offline, device=device, verbose=0)
-
-
-def _env_arguments(given: argparse.Namespace) -> dict[str, Any]:
-    pairs = [text.partition("=") for text in given.env_arg]
-    return {name: _value(value) for name, _, value in pairs}
 
 
 # ---- the commands: their docstrings are their --help -----------------------------------------------------------------
@@ -222,7 +167,7 @@ def train(given: argparse.Namespace) -> None:
         except (KeyboardInterrupt, diffagents.TrainingDiverged):
             if agent.spec is not None:
                 agent.save_pretrained(out, include_trainer_state=True)
-                _say(f"what there is lies in {out}; go on with the same command and --resume, knobs left out")
+                say(f"what there is lies in {out}; go on with the same command and --resume, knobs left out")
             raise
         agent.save_pretrained(out, include_trainer_state=True)  # before anything else can fail
         if given.eval or given.video:
@@ -232,13 +177,13 @@ def train(given: argparse.Namespace) -> None:
 
 def eval_(given: argparse.Namespace) -> None:
     """Play whole episodes and print the return, with its interval, the D4RL scale and the success rate where there are any."""
-    found = _policy(given).evaluate(
+    found = policy(given).evaluate(
         given.env,
         given.episodes,
         seed=given.seed,
         deterministic=not given.sampled,
         n_envs=given.n_envs,
-        env_kwargs=_env_arguments(given) or None,
+        env_kwargs=env_arguments(given) or None,
     )
     print(json.dumps(found.to_json()) if given.json else found)
 
@@ -247,12 +192,12 @@ def enjoy(given: argparse.Namespace) -> None:
     """Watch a policy: in a window, or as a video."""
     from diffagents.environments import make_env
 
-    agent = _policy(given)
+    agent = policy(given)
     env = given.env or (agent.dataset_info or {}).get("env_spec")
     if env is None:
         raise ValueError("no environment is stored with this policy's dataset: give --env ID")
     if given.video is not None:
-        settings: dict[str, Any] = {"seed": given.seed, "deterministic": not given.sampled, "env_kwargs": _env_arguments(given)}
+        settings: dict[str, Any] = {"seed": given.seed, "deterministic": not given.sampled, "env_kwargs": env_arguments(given)}
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             path = diffagents.record_video(agent, env, given.video, **settings)
@@ -260,7 +205,7 @@ def enjoy(given: argparse.Namespace) -> None:
         return
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise ValueError("there is no screen here: give --video FILE.mp4")
-    with contextlib.closing(make_env(env, render_mode="human", **_env_arguments(given))) as window:
+    with contextlib.closing(make_env(env, render_mode="human", **env_arguments(given))) as window:
         print(agent.evaluate(window, given.episodes, seed=given.seed, deterministic=not given.sampled))
 
 
@@ -276,7 +221,7 @@ def push(given: argparse.Namespace) -> None:
 
         print(push_folder(local, given.repo_id, **commit).commit_url)
         return
-    agent = _policy(argparse.Namespace(policy=given.policy))
+    agent = policy(argparse.Namespace(policy=given.policy))
     print(
         agent.push_to_hub(
             given.repo_id,
@@ -298,7 +243,9 @@ def pull(given: argparse.Namespace) -> None:
 
 
 def list_(given: argparse.Namespace) -> None:
-    """List the algorithms; or the policies in a folder; or those of an author on the Hub."""
+    """List the algorithms; or the policies in a folder, or of the zoo; or those of an author on the Hub."""
+    if given.zoo:
+        given.where = _zoo()
     if given.where is None:
         rows: Iterator[Sequence[Any]] = (
             (name, (getattr(diffagents, name).__doc__ or "").partition("\n")[0]) for name in diffagents.AGENTS
@@ -315,7 +262,7 @@ def list_(given: argparse.Namespace) -> None:
     for found, row in enumerate(rows, start=1):  # noqa: B007
         print("\t".join(str(item) for item in row))
     if not found:
-        _say(f"no policy of diffagents in {given.where}")
+        say(f"no policy of diffagents in {given.where}")
 
 
 def _local_policies(folder: Path) -> Iterator[Sequence[Any]]:
@@ -330,22 +277,33 @@ def _local_policies(folder: Path) -> Iterator[Sequence[Any]]:
             yield place, artifact.short(config["algorithm"]), artifact.short((data or {}).get("id", "-")), _score(place)
 
 
+def _zoo() -> Path:
+    """The folder `zoo` of the checkout, as one would type it from here."""
+    folder = Path(diffagents.__file__).resolve().parents[1] / "zoo"
+    if not any(folder.glob("*/config.json")):
+        raise ValueError(
+            "there is no zoo beside this installation: its policies lie in a checkout of the repository, in zoo/; "
+            "published ones are listed by `diffagents list ORGANISATION`"
+        )
+    return Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+
+
 def _score(place: Path) -> str:
     from diffagents import artifact
 
     with contextlib.suppress(diffagents.ArtifactError, OSError, KeyError, TypeError, ValueError):
         results = artifact.read_json(place, "results.json")
-        return f"return {results['mean_reward']:.2f} ± {results['std_reward']:.2f}"
+        told = f"return {results['mean_reward']:.2f} ± {results['std_reward']:.2f}"
+        if results.get("normalized_score") is not None:
+            told += f"; D4RL scale {results['normalized_score']:.1f}"
+        if results.get("success_rate") is not None:
+            told += f"; success {100 * results['success_rate']:.0f} %"
+        return told
     return "not evaluated"
 
 
 def _env_tag(tags: Sequence[str]) -> str:
     return next((tag for tag in tags if re.search(r"-v\d+$", tag)), "-")
-
-
-def _say(text: str, code: int = 0) -> int:
-    print(f"diffagents: {text}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -205,11 +205,17 @@ def push_folder(
     message = commit_message or f"{type(agent).__name__} trained with diffagents"
     with tempfile.TemporaryDirectory(prefix="diffagents-push-") as scratch:
         copy = Path(shutil.copytree(path, Path(scratch) / "policy"))
-        if _hand_written(_readme(copy)) is None:
-            results = artifact.read_json(path, "results.json") if (path / "results.json").is_file() else None
-            pictures = [name for name in artifact.COMPANIONS if (path / name).is_file()]
-            said = re.search(r"^license: (\S+)$", (path / "README.md").read_text() if "README.md" in pictures else "", re.M)
-            license, config = said[1] if said else "mit", artifact.read(path).config
-            text = _card(config, results, name=repo_id, license=license, pictures=pictures)
-            (copy / "README.md").write_text(text)
+        renew_card(copy, repo_id)
         return push.commit(copy, message)
+
+
+def renew_card(folder: Path, name: str) -> None:
+    """Write the README.md of a folder anew, for people who load it as `name`, unless it was written by hand."""
+    if _hand_written(_readme(folder)) is not None:
+        return
+    results = artifact.read_json(folder, "results.json") if (folder / "results.json").is_file() else None
+    pictures = [file for file in artifact.COMPANIONS if (folder / file).is_file()]
+    said = re.search(r"^license: (\S+)$", (folder / "README.md").read_text() if "README.md" in pictures else "", re.M)
+    license, config = said[1] if said else "mit", artifact.read(folder).config
+    text = _card(config, results, name=name, license=license, pictures=pictures)
+    (folder / "README.md").write_text(text)

@@ -157,11 +157,13 @@ def _new_agent(spec: RunSpec, device: str) -> "Agent":
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
-def run_one(spec: RunSpec, root: str | Path, *, device: str = "auto", threads: int | None = None) -> dict[str, Any]:
+def run_one(
+    spec: RunSpec, root: str | Path, *, device: str = "auto", threads: int | None = None, command: str | None = None
+) -> dict[str, Any]:
     """Make one run under `root` unless it is finished, and return what its results.json holds.
 
     Leaves `<root>/<spec.name>/`: results.json, policy/ (the folder that `push_to_hub` uploads) and checkpoint.zip (to go on
-    from). threads: of torch, in this process from now on.
+    from). threads: of torch, in this process from now on. command: what the card shows; None: what started this process.
     Raises Busy where another process is at it; what learning and evaluating raise, kept in error.txt.
     """
     folder = Path(root) / spec.name
@@ -171,7 +173,7 @@ def run_one(spec: RunSpec, root: str | Path, *, device: str = "auto", threads: i
         torch.set_num_threads(threads)
     with _locked(folder):
         try:
-            results = _run(spec, folder, device)
+            results = _run(spec, folder, device, command)
         except Exception:
             _write(folder / ERROR, traceback.format_exc())
             raise
@@ -181,7 +183,7 @@ def run_one(spec: RunSpec, root: str | Path, *, device: str = "auto", threads: i
     return artifact.read_json(folder, RESULTS)
 
 
-def _run(spec: RunSpec, folder: Path, device: str) -> dict[str, Any]:
+def _run(spec: RunSpec, folder: Path, device: str, command: str | None) -> dict[str, Any]:
     from diffagents.datasets import load_dataset
 
     data = load_dataset(spec.dataset, env=spec.env, verbose=0)
@@ -219,6 +221,8 @@ def _run(spec: RunSpec, folder: Path, device: str) -> dict[str, Any]:
     last = evaluate_as(spec, agent, env, spec.episodes)
     if spec.points:  # the last point: the same resets as those before
         _note(agent, float(np.mean(last.returns[: spec.point_episodes])))
+    if command is not None:
+        agent.provenance["commands"] = [command]
     agent.save_pretrained(folder / POLICY, eval_env=last)
     curve = agent.provenance.get("evaluations", [])
     mean = float(data.info["mean_return"])
@@ -265,7 +269,7 @@ def commit() -> str | None:
 
 def _tell_first(folder: Path) -> None:
     if not (folder / PROGRESS).exists():
-        _write(folder / PROGRESS, json.dumps({"step": 0, "total": None, "stage": "starts", "seconds": 0.0, "last": None}))
+        _write(folder / PROGRESS, json.dumps({"step": 0, "total": None, "stage": "starts", "last": None}))
 
 
 def _tell(folder: Path, agent: "Agent") -> None:
@@ -379,8 +383,8 @@ def run_with_ray(
     ray.init(address=address, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": carried})
     try:
         remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(run_one)
-        place = str(Path(root).resolve())
-        running = {remote.remote(spec, place, device=device, threads=threads): spec for spec in specs}
+        place, how = str(Path(root).resolve()), {"device": device, "threads": threads, "command": provenance.command_line()}
+        running = {remote.remote(spec, place, **how): spec for spec in specs}
         while running:
             ready, _ = ray.wait(list(running), timeout=1.0)
             for reference in ready:

@@ -1,0 +1,80 @@
+"""Options and small things that the commands share."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import diffagents
+
+if TYPE_CHECKING:
+    from diffagents.agent import Agent
+
+POLICY_HELP = "a folder or .zip of ours, or a Hub id (organisation/name); - reads it from stdin"
+
+
+def add_policy(one: argparse.ArgumentParser, episodes: int = 10) -> None:
+    """The policy, and where and how it acts."""
+    one.add_argument("policy", metavar="POLICY", help=POLICY_HELP)
+    one.add_argument("--env", metavar="ID", help="default: the environment stored with the dataset")
+    one.add_argument(
+        "--env-arg", action="append", default=[], metavar="NAME=VALUE", help="for the environment; may be repeated"
+    )
+    one.add_argument("--episodes", type=int, default=episodes, metavar="N", help=f"default: {episodes}")
+    one.add_argument("--seed", type=int, default=0, help="of the first episode; default: 0")
+    one.add_argument("--sampled", action="store_true", help="sample actions; default: deterministic ones")
+    one.add_argument("--device", default="auto")
+    add_hub(one)
+
+
+def add_hub(one: argparse.ArgumentParser) -> None:
+    """Which state of a Hub repository."""
+    one.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
+    one.add_argument("--offline", action="store_true", help="from the cache alone")
+
+
+def add_knobs(one: argparse.ArgumentParser, algorithm: str | None) -> None:
+    """Every knob of the algorithm as an option, explained by the comment that stands beside it in the algorithm's file."""
+    if algorithm is None:
+        return
+    config = getattr(diffagents, algorithm).Config
+    try:
+        said = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
+    except OSError:  # installed without its sources
+        said = {}
+    group = one.add_argument_group(f"knobs of {algorithm}")
+    for knob in dataclasses.fields(config):
+        about = f"{said.get(knob.name, '')} (default: {knob.default})".strip().replace("%", "%%")
+        flag, dest = f"--{knob.name.replace('_', '-')}", f"knob {knob.name}"
+        group.add_argument(flag, dest=dest, type=value, metavar="VALUE", default=argparse.SUPPRESS, help=about)
+
+
+def value(text: str) -> Any:
+    """What a word of the command line means: a Python literal, true, false, none, else itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
+
+
+def policy(given: argparse.Namespace) -> "Agent":
+    """The agent that `add_policy` asked for."""
+    where = given.policy if given.policy != "-" else sys.stdin.readline().strip()
+    revision, offline = getattr(given, "revision", None), getattr(given, "offline", False)
+    device = getattr(given, "device", "auto")
+    return diffagents.load(where, revision=revision, local_files_only=offline, device=device, verbose=0)
+
+
+def env_arguments(given: argparse.Namespace) -> dict[str, Any]:
+    """Every --env-arg."""
+    pairs = [text.partition("=") for text in given.env_arg]
+    return {name: value(value) for name, _, value in pairs}
+
+
+def say(text: str, code: int = 0) -> int:
+    """One line on stderr; returns the exit code."""
+    print(f"diffagents: {text}", file=sys.stderr)
+    return code
