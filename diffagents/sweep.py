@@ -41,6 +41,7 @@ RESULTS, PROGRESS, ERROR, CHECKPOINT, POLICY, LOCK = (
     *("results.json", "progress.json", "error.txt", "checkpoint.zip", "policy", ".lock"),
 )
 SAVE_EVERY = 120.0  # seconds between checkpoints: what a kill can lose
+_CARRIED = ("MINARI_DATASETS_PATH", "DIFFAGENTS_CACHE", "MUJOCO_GL", "HF_HOME", "HF_HUB_OFFLINE")  # to a cluster's workers
 _TOP = {"seeds", "settings", "runs", "episodes", "points", "point_episodes", "deterministic"}
 _BLOCK = _TOP - {"runs"} | {"algorithms", "datasets", "steps", "env"}
 
@@ -191,7 +192,7 @@ def _run(spec: RunSpec, folder: Path, device: str, command: str | None) -> dict[
     if env is None:
         raise ValueError(f"no environment is stored with {spec.dataset}: give the block of the grid an `env:`")
     checkpoint = folder / CHECKPOINT
-    cls = getattr(diffagents, spec.algorithm)
+    cls, version = getattr(diffagents, spec.algorithm), commit()
     agent: Agent = cls.load(checkpoint, device=device, verbose=0) if checkpoint.exists() else _new_agent(spec, device)
     saved = told = time.monotonic()
 
@@ -240,7 +241,7 @@ def _run(spec: RunSpec, folder: Path, device: str, command: str | None) -> dict[
         "machine": agent.provenance["machine"],
         "threads": torch.get_num_threads(),
         "versions": {"diffagents": diffagents.__version__, "torch": torch.__version__},
-        "commit": commit(),
+        "commit": version,
     }
 
 
@@ -366,21 +367,11 @@ def run_with_ray(
     except ImportError:
         raise ImportError('the Ray executor needs Ray: pip install "diffagents[sweep]"') from None
 
-    needed = (
-        "MINARI_DATASETS_PATH",
-        "DIFFAGENTS_CACHE",
-        "MUJOCO_GL",
-        "HF_HOME",
-        "HF_HUB_OFFLINE",
-        "OMP_NUM_THREADS",
-        "PYTHONPATH",
-    )
-    carried = {
-        name: os.path.abspath(os.environ[name]) if name.endswith("_PATH") else os.environ[name]
-        for name in needed
-        if name in os.environ
-    }
-    ray.init(address=address, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": carried})
+    carried = {name: os.environ[name] for name in _CARRIED if name in os.environ}
+    elsewhere: dict[str, Any] = (
+        {"runtime_env": {"env_vars": carried}} if address else {}
+    )  # workers started here inherit them anyway
+    ray.init(address=address, include_dashboard=False, log_to_driver=False, **elsewhere)
     try:
         remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(run_one)
         place, how = str(Path(root).resolve()), {"device": device, "threads": threads, "command": provenance.command_line()}

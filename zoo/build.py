@@ -4,8 +4,8 @@
   python zoo/build.py                                     # then this
 
 Copies each cell's policy folder (the exact folder that `push_to_hub` uploads) where the run is new or another seed became the
-median, keeps the results of all runs in zoo/results/zoo/, and writes zoo/README.md, zoo/results.csv and the pictures from these.
-Without .data/zoo it only writes the tables anew. A cell whose folder would be larger than --max-mb goes without
+median, keeps the results of all runs in zoo/results/zoo/, and writes zoo/README.md, zoo/results.csv and the pictures from
+these. Without .data/zoo it only writes the tables anew. A cell whose folder would be larger than --max-mb goes without
 learner.safetensors: it acts, but cannot be trained further.
 """
 
