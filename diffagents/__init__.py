@@ -31,6 +31,7 @@ _LAZY = {
     "HubError": "diffagents.hub",
     "TrainingDiverged": "diffagents.training",
     "learn_many": "diffagents.many",
+    "collect": "diffagents.collecting",
 }
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "HubError",
     "SfBC",
     "TrainingDiverged",
+    "collect",
     "evaluate",
     "learn_many",
     "load",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from diffagents.agents.srpo import SRPO
     from diffagents.agents.td3_bc import TD3BC
     from diffagents.artifact import Artifact, ArtifactError
+    from diffagents.collecting import collect
     from diffagents.datasets import load_dataset
     from diffagents.evaluation import Evaluation, evaluate, record_video
     from diffagents.hub import HubError

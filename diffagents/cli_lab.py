@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffagents.cli_options import say
+import diffagents
+from diffagents.cli_options import POLICY_HELP, add_hub, env_arguments, policy, say
 
 if TYPE_CHECKING:
     from diffagents.sweep import RunSpec
@@ -32,6 +33,21 @@ def add_commands(command: Command) -> None:
     one.add_argument("--device", default="auto")
     one.add_argument("--status", action="store_true", help="show how far the runs are and leave")
     one.add_argument("--report", action="store_true", help="write the tables of what is finished and leave")
+
+    one = command(collect, "diffagents collect me/srpo-hopper --steps 100000 --id me/hopper/srpo-v0 --noise gaussian:0.1")
+    one.add_argument("policy", metavar="POLICY", help=POLICY_HELP)
+    one.add_argument("--id", required=True, metavar="DATASET_ID", help="the new Minari id, namespace/name-v0")
+    one.add_argument("--steps", type=int, default=100_000, metavar="N", help="of the environment; default: 100000")
+    one.add_argument("--env", metavar="ID", help="default: the environment stored with the dataset")
+    one.add_argument(
+        "--env-arg", action="append", default=[], metavar="NAME=VALUE", help="for the environment; may be repeated"
+    )
+    one.add_argument("--noise", metavar="KIND:SIZE", help="gaussian:S, in the units of actions, or uniform:P, a probability")
+    one.add_argument("--deterministic", action="store_true", help="default: the policy draws its actions")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--root", type=Path, metavar="FOLDER", help="of all datasets; default: $MINARI_DATASETS_PATH")
+    one.add_argument("--device", default="auto")
+    add_hub(one)
 
 
 def bench(given: argparse.Namespace) -> None:
@@ -137,3 +153,20 @@ def _live(specs: "Sequence[RunSpec]", root: Path) -> Any:
     console = Console(stderr=True)
     with Live(get_renderable=draw, console=console, refresh_per_second=0.5, redirect_stdout=False):
         yield
+
+
+def collect(given: argparse.Namespace) -> None:
+    """Let a policy act and keep what happens as a Minari dataset, whose id is printed."""
+    agent = policy(given)
+    env = given.env or (agent.dataset_info or {}).get("env_spec")
+    if env is None:
+        raise ValueError("no environment is stored with this policy's dataset: give --env ID")
+    settings: dict[str, Any] = {
+        "seed": given.seed,
+        "noise": given.noise,
+        "deterministic": given.deterministic,
+        "root": given.root,
+    }
+    with contextlib.redirect_stdout(sys.stderr):
+        diffagents.collect(agent, env, given.steps, given.id, env_kwargs=env_arguments(given) or None, verbose=1, **settings)
+    print(given.id)

@@ -14,6 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 _NOT_THE_TASK = {"render_mode", "num_envs", "vectorization_mode"}  # keyword arguments of a window and of make_vec
 
 
+_PUSHT = "gym_pusht/"
 _ROBOTICS = ("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen", "Fetch", "HandReach", "HandManipulate")
 
 
@@ -52,9 +53,14 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> Any:
         try:
             return gym.make(env_id, **kwargs)
         except gym.error.UnregisteredEnv:
-            import gymnasium_robotics
+            if env_id.startswith(_PUSHT):
+                import gym_pusht
 
-            gym.register_envs(gymnasium_robotics)
+                gym.register_envs(gym_pusht)
+            else:
+                import gymnasium_robotics
+
+                gym.register_envs(gymnasium_robotics)
             return gym.make(env_id, **kwargs)
     except gym.error.UnregisteredEnv as error:
         cause: Exception = error
@@ -62,6 +68,8 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> Any:
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         unregistered = isinstance(error.__context__, gym.error.UnregisteredEnv)
         cause = error.__context__ if unregistered else error  # type: ignore[assignment]
+        if unregistered and env_id.startswith(_PUSHT):
+            raise ImportError(f'{env_id} needs gym-pusht: pip install "diffagents[pusht]"') from None
         if unregistered and not env_id.rsplit("/", 1)[-1].startswith(_ROBOTICS):
             cure = 'check the spelling; Gymnasium-Robotics ids need pip install "diffagents[robotics]"'
         elif unregistered:

@@ -31,12 +31,17 @@ GROUPS = [
         "checkpoint",
     },
     {"arrays", "sb3", "minari_hdf5", "watch", "replay"},
-    {"datasets", "training", "world"},
+    {"datasets", "training", "world", "collecting"},
     {"online"},
     {"agent"},
     {"agents", "agents.*"},  # one paper, one file
-    {"official", "export", "many", "publish"},
+    {"official", "export", "many", "publish", "fqe"},
+    {"selection"},
+    {"tuning"},
     {"__init__"},
+    {"sweep", "cli_options"},
+    {"sweep_report"},
+    {"cli_lab"},
     {"cli"},
 ]
 # What module level may import beside the standard library and ours: training from arrays needs no more.

@@ -1,0 +1,399 @@
+"""A policy acts in an environment and what happens becomes a Minari dataset, complete or not at all.
+
+Everything is checked before the first step, kept in memory while the policy acts, written into a hidden folder beside the
+other datasets and moved to its place when it is whole.
+
+Shapes: T steps of an episode; observations have T + 1 rows, everything else T.
+"""
+
+import contextlib
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+
+from diffagents.environments import env_id_of, make_env, one_line
+from diffagents.evaluation import Evaluation
+from diffagents.knobs import whole_number
+from diffagents.rollouts import check_actions, check_spaces, stack
+from diffagents.types import Spec
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
+
+_COLUMNS = ("actions", "rewards", "terminations", "truncations")
+# Minari makes a folder of a malformed id before it refuses it, and every listing of datasets fails on that folder afterwards.
+_ID = re.compile(r"(?:(?P<namespace>[-\w]+(?:/[-\w]+)*)/)?[-\w]+-v(?:0|[1-9]\d*)", re.ASCII)
+_MONITOR = "stable_baselines3.common.monitor:Monitor"  # only records
+Act = Callable[[Any, bool], np.ndarray]
+
+
+def collect(
+    policy: Any,
+    env: Any,
+    n_steps: int,
+    dataset_id: str,
+    *,
+    seed: int = 0,
+    noise: str | None = None,
+    deterministic: bool = False,
+    env_kwargs: Mapping[str, Any] | None = None,
+    root: str | os.PathLike[str] | None = None,
+    algorithm_name: str | None = None,
+    author: str | None = None,
+    description: str | None = None,
+    code_permalink: str | None = None,
+    verbose: int = 0,
+) -> "MinariDataset":
+    """Let `policy` act for `n_steps` steps of `env` and write that as the Minari dataset `dataset_id`, which is returned.
+
+    policy: an agent of ours, an SB3 model or anything with `predict`, which is given batches of one; or a plain callable
+    obs -> action, which is given what the environment gives. A `reset()` that it has is called before every episode.
+    env: an id, a stored spec (`env_kwargs` are for these two) or a Gymnasium Env, which stays open. It must have a spec: that
+    is stored, so that agents are evaluated where their data come from.
+    dataset_id: `(namespace/)name-vN`; it must be new. root: the folder of all datasets; default: $MINARI_DATASETS_PATH, else
+    Minari's own. deterministic: given to `predict`; False lets a policy draw its actions as it does by itself.
+    noise: None; "gaussian:S" adds noise of the standard deviation S, in the units of the action, to each of its numbers;
+    "uniform:P" replaces an action by a uniform one with the probability P.
+
+    Stored are observations as the environment gives them (T+1 an episode), actions as they were executed (clipped to the
+    bounds), rewards, terminations, truncations; what is float becomes float32, actions have the dtype of their space. Episodes
+    are whole but for the last, which is cut at `n_steps` with a truncation. In the metadata: the environment's spec, D4RL's
+    reference returns where there are any (`ref_min_score`, `ref_max_score`), who acted (class, commit on the Hub, dataset that
+    it learnt from), noise, seed, success rate: as words in `description`, as JSON in `collection`.
+
+    Same seed, same data: `seed` goes to the first `env.reset`, to the noise and, for as long as this lasts, to torch's
+    generator and that of an agent of ours. A generator of another policy's own is its own affair.
+    Whatever goes wrong, Ctrl-C included, leaves no dataset behind, not even the finished episodes. verbose=1 prints one line.
+
+    Raises ValueError, TypeError or FileExistsError with the cure before anything is done; later ValueError for actions of
+    a wrong shape or with NaN and for observations or rewards with NaN; and what `make_env`, policy and environment raise.
+    """
+    n_steps = whole_number("n_steps", n_steps, 1, " of environment steps")
+    seed = whole_number("seed", seed, 0)
+    _check_policy(policy)
+    perturb = _noise(noise)
+    place = _new_place(dataset_id, root)
+    with _opened(env, env_kwargs) as (world, env_spec):
+        check_spaces(policy, world.observation_space, world.action_space)
+        started = time.perf_counter()
+        with _seeded(policy, seed):
+            act = _actor(policy, deterministic, world.action_space)
+            episodes, successes = _play(world, act, getattr(policy, "reset", None), perturb, n_steps, seed)
+        took = time.perf_counter() - started
+        facts = _facts(policy, deterministic, noise, seed, successes)
+        words = f"{facts['policy']}, noise {noise or 'none'}, seed {seed}"
+        made = {
+            "algorithm_name": algorithm_name or type_name(policy),
+            "author": author,
+            "description": f"{description.rstrip('. ')}. {words}" if description else words,
+            "code_permalink": code_permalink,
+            "collection": facts,
+        }
+        dataset = _write(episodes, place, dataset_id, world, env_spec, made)
+    if verbose:
+        steps, n = f"{n_steps:,} steps", len(episodes)
+        print(f"{dataset_id}: {steps}, {n} episode{'s' * (n != 1)}, {took:.1f} s; {summary(episodes, env_spec.id, successes)}")
+    return dataset
+
+
+def write_dataset(
+    episodes: Sequence[Mapping[str, Any]],
+    env: Any,
+    dataset_id: str,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    algorithm_name: str,
+    description: str,
+    author: str | None = None,
+    code_permalink: str | None = None,
+) -> "MinariDataset":
+    """Write episodes that were recorded elsewhere as a Minari dataset of the environment `env` (what `make_env` takes).
+
+    Each is a mapping of `observations` (T+1, ...) or a dict of such arrays, `actions` (T, ...), `rewards`, `terminations`,
+    `truncations` (T,), in the environment's units. One without a flag at its end gets a truncation there.
+    Raises ValueError, TypeError or FileExistsError, as `collect`; ValueError for an episode of other shapes.
+    """
+    place = _new_place(dataset_id, root)
+    with _opened(env, None) as (world, env_spec):
+        whole = [_checked(episode, i, world) for i, episode in enumerate(episodes)]
+        if not whole:
+            raise ValueError(f"there are no episodes to write as {dataset_id}")
+        made = {
+            "algorithm_name": algorithm_name,
+            "author": author,
+            "description": description,
+            "code_permalink": code_permalink,
+        }
+        return _write(whole, place, dataset_id, world, env_spec, made)
+
+
+def summary(episodes: Sequence[Mapping[str, Any]], env_id: str, successes: Sequence[bool | None] = ()) -> Evaluation:
+    """What the episodes of a dataset came to; without a last one that was cut before its time."""
+    lengths = [len(episode["rewards"]) for episode in episodes]
+    cut = lengths and lengths[-1] < max(lengths) and not episodes[-1]["terminations"][-1]
+    whole = slice(None, -1 if cut else None)
+    said = [bool(success) for success in successes[whole] if success is not None]
+    return Evaluation(
+        returns=tuple(float(np.sum(episode["rewards"], dtype=np.float64)) for episode in episodes[whole]),
+        lengths=tuple(lengths[whole]),
+        successes=tuple(said) or None,
+        env_id=env_id,
+    )
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_policy(policy: Any) -> None:
+    if isinstance(policy, str | os.PathLike):
+        raise TypeError(f"the policy is the name {str(policy)!r}; load it first, with diffagents.load(...)")
+    if isinstance(policy, type):
+        raise TypeError(f"the policy is the class {policy.__name__}; pass one that was made and trained")
+    if not callable(getattr(policy, "predict", None)) and not callable(policy):
+        raise TypeError(f"the policy, a {type(policy).__name__}, has no predict(obs, ...) and cannot be called with obs either")
+
+
+def _new_place(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
+    """The folder that the dataset will lie in. Raises ValueError, FileExistsError, or OSError where nothing can be written."""
+    found = _ID.fullmatch(dataset_id) if isinstance(dataset_id, str) else None
+    if found is None or len(found["namespace"] or "ab") < 2:  # Minari reads no namespace of one letter
+        raise ValueError(
+            f"{dataset_id!r} is no Minari id: it must look like namespace/name-v0, of letters, digits, - and _, "
+            "with a namespace of two letters or more"
+        )
+    given = root if root is not None else os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
+    folder = Path(given).expanduser().resolve()
+    place = folder / dataset_id
+    if os.path.lexists(place):
+        what = "a dataset" if (place / "data" / "metadata.json").is_file() else "something else"
+        raise FileExistsError(f"{place} exists and is {what}: choose another version, such as -v1, or delete that folder")
+    outer = next((up for up in place.parents if up.is_relative_to(folder) and (up / "data").exists()), None)
+    if outer is not None:
+        raise ValueError(f"{dataset_id!r} would lie inside the dataset {outer}, where Minari never finds it; choose another id")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".collect-"):  # raises what writing would raise hours later
+        return place
+
+
+@contextlib.contextmanager
+def _opened(env: Any, env_kwargs: Mapping[str, Any] | None) -> Iterator[tuple[gym.Env[Any, Any], EnvSpec]]:
+    """The environment and the spec to store with the data. What was made here is closed here."""
+    made = make_env(env, **(env_kwargs or {}))
+    with contextlib.closing(made) if isinstance(env, str | EnvSpec) else contextlib.nullcontext():
+        if not isinstance(made, gym.Env):
+            raise TypeError(f"the environment is a {type(made).__name__}: pass a single one, or its id")
+        if made.spec is None:
+            raise ValueError(f"{made} has no spec to make it again from: register it (gymnasium.register) and pass its id")
+        Spec.from_spaces(made.observation_space, made.action_space)  # raises for what no agent could learn on
+        stored_space(made.observation_space)
+        yield made, _spec_to_store(made.spec)
+
+
+def _spec_to_store(spec: EnvSpec) -> EnvSpec:
+    wrappers = tuple(wrapper for wrapper in spec.additional_wrappers if wrapper.entry_point != _MONITOR)
+    kwargs = {key: value for key, value in spec.kwargs.items() if key != "render_mode"}
+    spec = replace(spec, additional_wrappers=wrappers, kwargs=kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the wrappers: said below, in the words of this moment
+        try:
+            env_id_of(spec.to_json())  # refuses what evaluation would refuse
+        except (TypeError, ValueError) as error:
+            cure = "make it with arguments that are numbers, short names or lists of them"
+            raise ValueError(f"the spec of {spec.id} cannot be stored with the data ({one_line(error)}); {cure}") from None
+    if wrappers:
+        names = [wrapper.name for wrapper in wrappers]
+        warnings.warn(f"evaluation will make {spec.id} without its wrappers {names}: register an id with them", stacklevel=5)
+    return spec
+
+
+def stored_space(space: spaces.Space[Any], name: str = "observation space") -> spaces.Space[Any]:
+    """A Box, or a Dict of them, with float32 for every float. Raises ValueError for another kind of space."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: stored_space(item, f"observation {key!r}") for key, item in space.spaces.items()})
+    if not isinstance(space, spaces.Box):
+        raise ValueError(f"{name} {space} is not a Box; wrap the environment (FilterObservation, FlattenObservation)")
+    if space.dtype.kind != "f":
+        return space
+    with np.errstate(over="ignore"):  # the largest float64 stands for no bound
+        return spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), space.shape, np.float32)
+
+
+# ---- acting ----------------------------------------------------------------------------------------------------------
+
+
+def _noise(noise: str | None) -> Callable[[np.ndarray, spaces.Box, np.random.Generator], np.ndarray]:
+    """What is done to an action before it is clipped. Raises ValueError for noise of no such kind or size."""
+    if noise is None:
+        return lambda action, space, rng: action
+    kind, _, text = str(noise).partition(":")
+    try:
+        size = float(text)
+    except ValueError:
+        size = np.nan
+    if kind == "gaussian" and 0 < size < np.inf:
+        return lambda action, space, rng: action + size * rng.standard_normal(action.shape)
+    if kind == "uniform" and 0 < size <= 1:
+        return lambda action, space, rng: rng.uniform(space.low, space.high) if rng.random() < size else action
+    raise ValueError(f'noise={noise!r} must be None, "gaussian:S" with S > 0 or "uniform:P" with 0 < P <= 1')
+
+
+def _actor(policy: Any, deterministic: bool, space: spaces.Space[Any]) -> Act:
+    """(observation, whether it is the first of an episode) -> one action."""
+    if not callable(predict := getattr(policy, "predict", None)):
+        return lambda obs, first: check_actions(np.asarray(policy(obs))[None], 1, space)[0]
+    state = None
+
+    def act(obs: Any, first: bool) -> np.ndarray:
+        nonlocal state
+        state = None if first else state
+        start = np.array([first])
+        actions, state = predict(stack([obs]), state=state, episode_start=start, deterministic=deterministic)
+        return check_actions(actions, 1, space)[0]
+
+    return act
+
+
+@contextlib.contextmanager
+def _seeded(policy: Any, seed: int) -> Iterator[None]:
+    """In here the policy draws from `seed` on; afterwards its generators are as they were: collecting changes no training."""
+    own = getattr(policy, "predict_generator", None)
+    own = own if isinstance(own, torch.Generator) else torch.Generator()
+    kept, on_gpu = own.get_state(), torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else []):
+        (torch.manual_seed if on_gpu else torch.default_generator.manual_seed)(seed)  # the first would start CUDA's later
+        own.manual_seed(seed)
+        try:
+            yield
+        finally:
+            own.set_state(kept)
+
+
+def _play(
+    env: gym.Env[Any, Any], act: Act, begin: Any, perturb: Any, n_steps: int, seed: int
+) -> tuple[list[dict[str, Any]], list[bool | None]]:
+    """`n_steps` steps as episodes, the last one cut, and whether each succeeded at any step (None: the env never says)."""
+    rng, space, stored = np.random.default_rng(seed), env.action_space, stored_space(env.observation_space)
+    episodes: list[dict[str, Any]] = []
+    successes: list[bool | None] = []
+    while n_steps > 0:
+        if callable(begin):
+            begin()
+        obs, _ = env.reset() if episodes else env.reset(seed=seed)
+        rows: dict[str, list[Any]] = {"observations": [_copied(obs, stored)]} | {name: [] for name in _COLUMNS}
+        success, over = None, False
+        while not over:
+            action = perturb(act(obs, not rows["actions"]), space, rng)
+            action = np.clip(action, space.low, space.high).astype(space.dtype)  # type: ignore[attr-defined]
+            # A copy: what the environment does to its argument is not what it was told to do.
+            obs, reward, terminated, truncated, info = env.step(action.copy())
+            n_steps -= 1
+            over = bool(terminated or truncated or n_steps == 0)
+            rows["observations"].append(_copied(obs, stored))
+            for name, value in zip(_COLUMNS, (action, reward, terminated, truncated), strict=True):
+                rows[name].append(value)
+            for key in ("is_success", "success"):
+                if info.get(key) is not None:
+                    success = bool(success) or bool(np.any(info[key]))
+        observations = rows.pop("observations")
+        episode = {"observations": stack(observations)} | {name: np.asarray(column) for name, column in rows.items()}
+        episodes.append(_checked(episode, len(episodes), env))  # where the budget ends it, truncated
+        successes.append(success)
+    return episodes, successes
+
+
+def _copied(obs: Any, space: spaces.Space[Any]) -> Any:
+    """An observation in the stored dtypes; a copy, as environments may go on writing into theirs."""
+    if isinstance(space, spaces.Dict):
+        return {key: _copied(obs[key], item) for key, item in space.spaces.items()}
+    return np.array(obs, space.dtype)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _checked(episode: Mapping[str, Any], i: int, env: gym.Env[Any, Any]) -> dict[str, Any]:
+    """An episode in the stored dtypes and with a flag at its end. Raises ValueError for a wrong shape or NaN."""
+    n, where = len(episode["rewards"]), f"of episode {i}"
+    found: dict[str, Any] = {
+        "observations": _rows(episode["observations"], n + 1, stored_space(env.observation_space), f"observations {where}"),
+        "actions": _rows(episode["actions"], n, env.action_space, f"actions {where}"),
+        "rewards": _rows(episode["rewards"], n, spaces.Box(-np.inf, np.inf, (), np.float32), f"rewards {where}"),
+    }
+    for name in ("terminations", "truncations"):
+        found[name] = _rows(episode[name], n, spaces.Box(0, 1, (), np.uint8), f"{name} {where}").astype(bool)
+    ends = np.flatnonzero(found["terminations"] | found["truncations"])
+    if n == 0 or (len(ends) and ends[0] != n - 1):
+        raise ValueError(f"episode {i} has {n} steps, but ends at step {ends[0] if len(ends) else 0}: split or drop it")
+    found["truncations"][-1] |= not found["terminations"][-1]
+    return found
+
+
+def _rows(value: Any, n: int, space: spaces.Space[Any], name: str) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: _rows(value[key], n, item, f"{name}[{key!r}]") for key, item in space.spaces.items()}
+    array = np.asarray(value, space.dtype)
+    if array.shape != (n, *(space.shape or ())):
+        raise ValueError(f"the {name} have the shape {array.shape}, expected {(n, *(space.shape or ()))} by the spaces of env")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        step = int(np.argmin(np.isfinite(array.reshape(n, -1)).all(axis=1)))
+        raise ValueError(f"the {name} hold NaN or infinity at step {step}: nothing could learn from that; mend the environment")
+    return array
+
+
+def _write(
+    episodes: Iterable[Mapping[str, Any]], place: Path, dataset_id: str, env: gym.Env[Any, Any], env_spec: EnvSpec, made: Any
+) -> "MinariDataset":
+    """The dataset, made in a hidden folder, which Minari does not look into, and moved to `place` at the end."""
+    import minari
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+    from minari.dataset.minari_storage import MinariStorage
+
+    metadata = {key: value for key, value in made.items() if value is not None}
+    if "author" in metadata:
+        metadata["author"] = {metadata["author"]}
+    reference = summary([], env_spec.id).score_reference
+    if reference is not None:
+        _, metadata["ref_min_score"], metadata["ref_max_score"] = reference
+    namespaces = [place.parents[i] for i in range(dataset_id.count("/"))]
+    root = place.parents[len(namespaces)]
+    with tempfile.TemporaryDirectory(dir=root, prefix=".collect-") as hidden:
+        data = Path(hidden) / "set" / "data"
+        data.mkdir(parents=True)
+        storage = MinariStorage.new(data, stored_space(env.observation_space), env.action_space, env_spec, jpeg_encoding=False)
+        storage.update_metadata({"dataset_id": dataset_id, "minari_version": minari.__version__, **metadata})
+        storage.update_episodes(EpisodeBuffer(id=i, infos={}, **episode) for i, episode in enumerate(episodes))
+        for namespace in namespaces:
+            namespace.mkdir(parents=True, exist_ok=True)
+            if not (namespace / "namespace_metadata.json").exists():
+                (namespace / "namespace_metadata.json").write_text("{}")
+        os.rename(data.parent, place)  # fails where another has made the same dataset meanwhile
+    return minari.MinariDataset(place / "data")
+
+
+def type_name(policy: Any) -> str:
+    """The class of a policy; of a plain function its own name."""
+    return str(getattr(policy, "__name__", type(policy).__name__))
+
+
+def _facts(policy: Any, deterministic: bool, noise: str | None, seed: int, successes: Sequence[bool | None]) -> dict[str, Any]:
+    """How the data came to be, as JSON: who acted (class, where it is from, what it learnt on: as far as it says), ..."""
+    origin, data = getattr(policy, "origin", None), getattr(policy, "dataset_info", None)
+    learnt = data.get("id") if isinstance(data, Mapping) else None
+    asked = callable(getattr(policy, "predict", None))  # a plain callable is not told how to act
+    how = ", deterministic actions" if deterministic else ", actions drawn by itself"
+    parts = [f" from {origin}" if origin else "", f" learnt on {learnt}" if learnt else "", how if asked else ""]
+    said = [success for success in successes if success is not None]
+    facts = {"policy": type_name(policy) + "".join(parts), "noise": noise, "seed": seed}
+    return facts | {"success_rate": float(np.mean(said)) if said else None}

@@ -1,0 +1,432 @@
+"""Grids of runs: what a file means, that a run is made once and goes on where it was cut, Ray, and the tables."""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hub_server import Hub
+
+import diffagents
+from diffagents import cli, sweep, sweep_report
+from diffagents.sweep import RunSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "examples" / "data"
+REACHER = "diffagents/reacher/replay-v0"
+SMALL: dict[str, Any] = {"train_steps": 40, "batch_size": 16, "policy_kwargs": {"net_arch": [16, 16]}}
+
+
+@pytest.fixture(autouse=True)
+def _shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(SHIPPED))
+    monkeypatch.chdir(tmp_path)
+
+
+def spec(algorithm: str = "IQL", seed: int = 0, **changes: Any) -> RunSpec:
+    values: dict[str, Any] = {"settings": SMALL, "episodes": 3, "points": 2, "point_episodes": 2, **changes}
+    return RunSpec(algorithm, REACHER, seed, **values)
+
+
+def grid(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "grid.yml"
+    path.write_text(text)
+    return path
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+TWO_BLOCKS = f"""
+seeds: [0, 1]
+episodes: 3
+points: 1
+settings:
+  IQL: {{train_steps: 30, beta: 2.0}}
+  TD3BC: {{train_steps: 20}}
+runs:
+  - {{algorithms: [IQL, TD3BC], datasets: [{REACHER}, other/data-v0]}}
+  - {{algorithms: IQL, datasets: {REACHER}, seeds: 7, steps: 50, settings: {{IQL: {{beta: 5.0}}}}}}
+"""
+
+
+def test_a_grid_is_read_in_its_order_and_settings_of_a_block_win(tmp_path: Path) -> None:
+    specs = sweep.read_grid(grid(tmp_path, TWO_BLOCKS))
+    told = [(s.seed, s.dataset, s.algorithm) for s in specs]
+    first = [(seed, data, name) for seed in (0, 1) for data in (REACHER, "other/data-v0") for name in ("IQL", "TD3BC")]
+    assert told == [*first, (7, REACHER, "IQL")]
+    assert specs[0].settings == {"train_steps": 30, "beta": 2.0} and specs[1].settings == {"train_steps": 20}
+    assert specs[-1].settings == {"train_steps": 30, "beta": 5.0} and specs[-1].steps == 50
+    assert {(s.episodes, s.points) for s in specs} == {(3, 1)}
+    assert specs[0].cell == "iql-reacher-replay-v0" and specs[2].cell == "iql-other-data-v0"
+
+
+def test_a_run_that_is_asked_for_twice_is_one(tmp_path: Path) -> None:
+    text = "settings: {IQL: {train_steps: 9}}\nruns:\n" + 2 * f"  - {{algorithms: IQL, datasets: {REACHER}}}\n"
+    assert len(sweep.read_grid(grid(tmp_path, text))) == 1
+
+
+def test_everything_that_decides_a_result_is_in_the_name() -> None:
+    changed = {"seed": 1, "steps": 7, "env": "Reacher-v5", "episodes": 4, "points": 3, "point_episodes": 1}
+    changed |= {"deterministic": False, "settings": {**SMALL, "beta": 1.0}, "dataset": "a/b-v0", "algorithm": "AWR"}
+    assert set(changed) == {field.name for field in dataclasses.fields(RunSpec)}
+    names = {spec().name, *(dataclasses.replace(spec(), **{key: value}).name for key, value in changed.items())}
+    assert len(names) == len(changed) + 1
+    assert spec().name == spec().name and spec(seed=3).cell == spec().cell
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("runs: [", "is not YAML"),
+        ("seeds: [0]", "list `runs:`"),
+        ("runs: [7]", "block 1 of runs must be a mapping"),
+        ("sedes: [0]\nruns: []", "sedes"),
+        (f"runs:\n  - {{algorithms: IQL, dataset: {REACHER}}}", "dataset"),
+        ("runs:\n  - {algorithms: IQL}", "needs datasets"),
+        (f"runs:\n  - {{algorithms: IQQL, datasets: {REACHER}}}", "IQQL"),
+        (f"settings: {{IQL: {{betta: 3}}}}\nruns:\n  - {{algorithms: IQL, datasets: {REACHER}}}", "betta"),
+        (f"settings: {{IQL: {{beta: -3}}}}\nruns:\n  - {{algorithms: IQL, datasets: {REACHER}}}", "beta"),
+        (f"runs:\n  - {{algorithms: IQL, datasets: {REACHER}, seeds: [a]}}", "seeds"),
+        (f"runs:\n  - {{algorithms: IQL, datasets: {REACHER}, seeds: [-1]}}", "seed"),
+        (f"episodes: 0\nruns:\n  - {{algorithms: IQL, datasets: {REACHER}}}", "episodes"),
+        (f"runs:\n  - {{algorithms: IQL, datasets: {REACHER}, steps: 1.5}}", "steps"),
+    ],
+)
+def test_a_bad_grid_is_refused_with_its_place(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"grid\.yml") as error:
+        sweep.read_grid(grid(tmp_path, text))
+    assert said in str(error.value)
+
+
+def test_the_shipped_grids_can_be_read() -> None:
+    for path in (ROOT / "zoo" / "grids").glob("*.yml"):
+        assert sweep.read_grid(path)
+
+
+# ---- one run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_results_and_a_policy_that_acts_so(tmp_path: Path) -> None:
+    found = sweep.run_one(spec(), tmp_path)
+    folder = tmp_path / spec().name
+    assert found == json.loads((folder / "results.json").read_text())
+    assert found["stage_steps"] == {"train": 40} and found["data"]["id"] == REACHER and found["seconds"] > 0
+    assert [row["num_timesteps"] for row in found["curve"]] == [20, 40]
+    assert found["best"] == {key: max(found["curve"], key=lambda row: row["mean_return"])[key] for key in found["best"]}
+    agent = diffagents.load(folder / "policy", device="cpu", verbose=0)
+    again = sweep.evaluate_as(spec(), agent, agent.dataset_info["env_spec"], 3)  # type: ignore[index]
+    assert list(again.returns) == found["last"]["returns"] and again.seed == 1000
+    assert found["curve"][-1]["mean_return"] == pytest.approx(np.mean(again.returns[:2]))  # the first of the same resets
+    card = json.loads((folder / "policy" / "results.json").read_text())
+    assert card["mean_reward"] == found["last"]["mean_return"] and card["n_eval_episodes"] == 3
+    assert sweep.status(spec(), tmp_path)["state"] == "done" and not (folder / "progress.json").exists()
+
+
+def test_a_finished_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sweep.run_one(spec(), tmp_path)
+    monkeypatch.setattr(sweep, "_run", lambda *_: pytest.fail("trained again"))
+    assert sweep.run_one(spec(), tmp_path) == first
+
+
+@pytest.mark.parametrize("algorithm", ["IQL", "SRPO"])
+def test_a_run_that_was_cut_ends_as_if_it_had_not_been(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"batch_size": 16, "policy_kwargs": {"net_arch": [16, 16]}}
+    if algorithm == "SRPO":
+        settings |= {"critic_steps": 20, "behavior_steps": 10, "policy_steps": 30, "behavior_batch_size": 16}
+        settings["policy_kwargs"] = {"net_arch": [16, 16], "behavior_width": 16}
+    else:
+        settings["train_steps"] = 30
+    one = spec(algorithm, settings=settings, points=3)
+    whole = sweep.run_one(one, tmp_path / "whole")
+    evaluate, calls = sweep.evaluate_as, []
+
+    def cut_at_the_second_point(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(sweep, "evaluate_as", cut_at_the_second_point)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_one(one, tmp_path / "cut")
+    assert sweep.status(one, tmp_path / "cut")["state"] == "cut"
+    monkeypatch.setattr(sweep, "evaluate_as", evaluate)
+    trained = len(calls)
+    resumed = sweep.run_one(one, tmp_path / "cut")
+    assert trained == 2 and resumed["stage_steps"] == whole["stage_steps"]
+    assert resumed["last"] == whole["last"]
+    tensors = [diffagents.load(tmp_path / at / one.name / "policy", verbose=0).get_parameters() for at in ("whole", "cut")]
+    for name, module in tensors[0].items():
+        for key, tensor in module.items():
+            assert torch.equal(tensor, tensors[1][name][key]), (name, key)
+
+
+def test_checkpoints_are_written_on_the_way_and_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "SAVE_EVERY", 0.0)
+    whole = sweep.run_one(spec(points=0), tmp_path / "whole")
+    real, steps = diffagents.IQL.save, []
+
+    def killed(agent: Any, path: Any, *rest: Any) -> Any:
+        saved = real(agent, path, *rest)
+        steps.append(agent.num_timesteps)
+        if agent.num_timesteps == 25:
+            raise MemoryError("killed")
+        return saved
+
+    monkeypatch.setattr(diffagents.IQL, "save", killed)
+    with pytest.raises(MemoryError):
+        sweep.run_one(spec(points=0), tmp_path / "cut")
+    assert (tmp_path / "cut" / spec(points=0).name / "error.txt").read_text().endswith("MemoryError: killed\n")
+    assert sweep.status(spec(points=0), tmp_path / "cut")["state"] == "failed"
+    assert sweep.run_one(spec(points=0), tmp_path / "cut")["last"] == whole["last"]
+    assert steps == [*range(1, 26), *range(26, 41), 40]  # nothing twice
+    assert not (tmp_path / "cut" / spec(points=0).name / "error.txt").exists()
+
+
+def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path: Path) -> None:
+    bad = dataclasses.replace(spec(), dataset="diffagents/nowhere/none-v0")
+    told: list[tuple[str, BaseException | None]] = []
+    sweep.run_serially([bad, spec()], tmp_path, lambda s, e: told.append((s.name, e)), device="cpu", threads=1)
+    assert [name for name, _ in told] == [bad.name, spec().name] and told[1][1] is None
+    assert "nowhere" in str(told[0][1]) and "nowhere" in (tmp_path / bad.name / "error.txt").read_text()
+    assert sweep.status(bad, tmp_path)["state"] == "failed"
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom diffagents import sweep\n"
+        "with sweep._locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    held = tmp_path / spec().name
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(held)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert other.stdin is not None and other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    assert sweep.status(spec(), tmp_path)["state"] == "running"
+    with pytest.raises(sweep.Busy, match="another process"):
+        sweep.run_one(spec(), tmp_path)
+    other.stdin.close()
+    assert other.wait(20) == 0
+    assert sweep.status(spec(), tmp_path)["state"] == "waiting"
+
+
+def test_a_dataset_without_an_environment_is_refused_before_training(tmp_path: Path) -> None:
+    from toy import line_data
+
+    np.savez(tmp_path / "line.npz", **line_data())
+    with pytest.raises(ValueError, match="`env:`"):
+        sweep.run_one(dataclasses.replace(spec(), dataset=str(tmp_path / "line.npz")), tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_ray_makes_the_same_runs(tmp_path: Path) -> None:
+    """In a process of its own, as a shell would start it: two runs and one that fails, side by side."""
+    bad = "  - {algorithms: IQL, datasets: diffagents/nowhere/none-v0}\n"
+    text = f"episodes: 2\npoints: 0\nsettings: {{IQL: {json.dumps(SMALL)}}}\nruns:\n{bad}"
+    path = grid(tmp_path, text + f"  - {{algorithms: IQL, datasets: {REACHER}, seeds: [0, 1]}}\n")
+    command = [sys.executable, "-m", "diffagents.cli", "bench", str(path), "--root", str(tmp_path / "ray"), "--executor", "ray"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}, timeout=540
+    )
+    assert done.returncode == 1 and "1 of 3 runs failed" in done.stderr and "nowhere" in done.stderr, done.stderr
+    for one in sweep.read_grid(path)[1:]:
+        theirs = json.loads((tmp_path / "ray" / one.name / "results.json").read_text())
+        assert theirs["last"] == sweep.run_one(one, tmp_path / "serial", threads=1)["last"]
+        card = json.loads((tmp_path / "ray" / one.name / "policy" / "config.json").read_text())
+        assert "default_worker" not in json.dumps(card["provenance"])  # Ray's own command line says nothing to a reader
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def run(algorithm: str, seed: int, mean: float, *, dataset: str = "a/one-v0", best: float | None = None, **changes: Any) -> Any:
+    one = RunSpec(algorithm, dataset, seed)
+    curve = [
+        {"num_timesteps": 5, "mean_return": best if best is not None else mean, "score": best if best is not None else mean}
+    ]
+    last = {"mean_return": 10 * mean, "score": mean, "success_rate": None, "mean_length": 5.0}
+    made = {"name": one.name, "cell": one.cell, "spec": dataclasses.asdict(one), "last": last, "best": curve[0], "curve": curve}
+    made |= {"data": {"sha256": "x", "mean_return": 300.0, "score": 30.0}, "stage_steps": {"train": 9}, "seconds": 60.0}
+    return made | {"machine": "m", "commit": "c"} | changes
+
+
+def test_interquartile_mean_by_hand() -> None:
+    assert sweep_report.interquartile_mean([100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -50.0]) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    assert sweep_report.interquartile_mean([1.0, 2.0, 6.0]) == pytest.approx(3.0)  # a quarter of three: nothing is dropped
+    assert sweep_report.interquartile_mean([[0.0, 1.0, 2.0, 9.0], [4.0, 4.0, 4.0, 4.0]]).tolist() == [1.5, 4.0]
+
+
+def test_the_interval_redraws_seeds_within_each_task() -> None:
+    middle, low, high = sweep_report.iqm_interval([[10.0, 10.0, 10.0], [90.0, 90.0, 90.0]])
+    assert (middle, low, high) == (50.0, 50.0, 50.0)  # redrawn over all six, tasks would change their weight
+    middle, low, high = sweep_report.iqm_interval([[0.0, 10.0, 20.0], [80.0, 90.0, 100.0]])
+    assert low < middle < high
+    assert sweep_report.mean_interval([4.0]) == (4.0, 4.0, 4.0)
+    mean, low, high = sweep_report.mean_interval([0.0, 3.0, 6.0])
+    assert mean == 3.0 and low == 0.0 and high == 6.0
+
+
+def test_the_median_seed() -> None:
+    members = [run("IQL", seed, mean) for seed, mean in enumerate([50.0, 10.0, 30.0])]
+    assert sweep_report.median_run(members)["spec"]["seed"] == 2
+    assert sweep_report.median_run(members[:2])["spec"]["seed"] == 1  # of two, the lower
+
+
+def test_runs_of_different_settings_are_no_cell() -> None:
+    one, other = run("IQL", 0, 1.0), run("IQL", 1, 2.0)
+    other["spec"]["settings"] = {"beta": 1.0}
+    with pytest.raises(ValueError, match="more than their seeds"):
+        sweep_report.cells_of([one, other])
+    with pytest.raises(ValueError, match="same seed"):
+        sweep_report.cells_of([one, run("IQL", 0, 3.0)])
+    with pytest.raises(ValueError, match="more than their seeds"):
+        sweep_report.cells_of([one, run("IQL", 1, 3.0, data={"sha256": "other", "mean_return": 1.0, "score": 1.0})])
+
+
+def test_the_report_says_what_there_is_and_what_is_not(tmp_path: Path) -> None:
+    runs = [run("SRPO", seed, mean, best=95.0) for seed, mean in enumerate([40.0, 70.0, 70.0])]
+    runs += [run("DiffusionBC", 0, 45.0), run("IQL", 0, 20.0)]
+    specs = [RunSpec("SRPO", "a/one-v0", 0), RunSpec("BDPO", "a/one-v0", 4), RunSpec("BDPO", "a/one-v0", 5)]
+    path = sweep_report.write_report(runs, tmp_path / "report", specs=specs, command="make CELL", title="T")
+    text = path.read_text()
+    assert "| `a/one-v0` | D4RL scale | 30.0 | 45.0 (1) | 20.0 (1) | **60.0 [40.0, 70.0]** |" in text
+    assert "| `srpo-a-one-v0` | 3 | 600.0 [400.0, 700.0] | 60.0 [40.0, 70.0] | 40.0, (70.0), 70.0 | 95.0 [95.0, 95.0] |" in text
+    assert (
+        "IQL (20.0) does not beat the data's mean (30.0) or DiffusionBC (45.0)" in text and "SRPO (60.0) does not" not in text
+    )
+    assert "* `bdpo-a-one-v0`: seeds 4, 5" in text and "make CELL" in text
+    rows = list(csv.DictReader((path.parent / "results.csv").open()))
+    assert [(row["cell"], row["seed"], row["last_score"]) for row in rows[2:]] == [
+        ("srpo-a-one-v0", "0", "40.0"),
+        ("srpo-a-one-v0", "1", "70.0"),
+        ("srpo-a-one-v0", "2", "70.0"),
+    ]
+    assert all((path.parent / name).stat().st_size > 5000 for name in ("curves.png", "iqm.png"))
+
+
+def test_success_and_plain_returns_have_their_units() -> None:
+    maze = run("IQL", 0, 0.0)
+    maze["last"] = {"mean_return": 0.8, "score": None, "success_rate": 0.8, "mean_length": 9.0}
+    maze["data"] = {"sha256": "x", "mean_return": 0.95, "score": None}
+    assert sweep_report.value_of(maze) == pytest.approx(80.0) and sweep_report.data_value(maze) == pytest.approx(95.0)
+    assert sweep_report.unit_of(maze) == "success %"
+    plain = run("IQL", 0, 0.0)
+    plain["last"] |= {"score": None, "mean_return": -7.0}
+    assert sweep_report.value_of(plain) == -7.0 and sweep_report.unit_of(plain) == "return"
+
+
+def test_tasks_that_algorithms_share() -> None:
+    covered = {"hopper": {"SRPO", "IQL", "BDPO"}, "walker": {"SRPO", "IQL"}, "cheetah": {"IQL", "SRPO"}}
+    assert sweep_report.shared_tasks(covered) == (["IQL", "SRPO"], ["hopper", "walker", "cheetah"])
+    assert sweep_report.shared_tasks({}) == ([], [])
+
+
+# ---- the command and the zoo's scripts -------------------------------------------------------------------------------
+
+
+def shell(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=settings, timeout=120)
+
+
+def small_grid(tmp_path: Path, seeds: str = "[0, 1, 2]") -> Path:
+    text = f"episodes: 2\npoints: 0\nseeds: {seeds}\nsettings: {{IQL: {json.dumps(SMALL)}, TD3BC: {json.dumps(SMALL)}}}\n"
+    return grid(tmp_path, text + f"runs:\n  - {{algorithms: [IQL, TD3BC], datasets: {REACHER}}}\n")
+
+
+def test_the_command_makes_runs_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = small_grid(tmp_path, "[0]")
+    assert cli.main(["bench", str(path), "--root", "out", "--only", "iql"]) == 0
+    told = capsys.readouterr()
+    assert told.out == f"{Path('out/README.md')}\n" and "iql-reacher-replay-v0-seed0" in told.err and "td3bc" not in told.err
+    assert "`td3bc-reacher-replay-v0`: seed 0" in Path("out/README.md").read_text()  # not reached
+    assert cli.main(["bench", str(path), "--root", "out", "--status"]) == 0
+    states = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["done", "waiting"]
+    assert cli.main(["bench", str(path), "--root", "out", "--only", "nothing"]) == 1
+    assert "no run of" in capsys.readouterr().err
+    assert cli.main(["bench", str(path), "--root", "elsewhere", "--report"]) == 1
+    assert "no finished run" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_the_commands_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"settings: {{IQL: {json.dumps(SMALL)}}}\nepisodes: 2\npoints: 0\nruns:\n"
+    path = grid(tmp_path, text + f"  - {{algorithms: IQL, datasets: [diffagents/nowhere/none-v0, {REACHER}]}}\n")
+    assert cli.main(["bench", str(path), "--root", "out"]) == 1
+    told = capsys.readouterr().err
+    assert "1 of 2 runs failed" in told and "nowhere" in told and "error.txt" in told
+    assert Path("out/README.md").exists()  # of what went well
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts of zoo/ beside a linked package, so that they write there and not into ours; with six finished runs."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "zoo" / "grids").mkdir(parents=True)
+    for name in ("build.py", "publish.py"):
+        shutil.copyfile(ROOT / "zoo" / name, folder / "zoo" / name)
+    os.symlink(ROOT / "diffagents", folder / "diffagents")
+    os.replace(small_grid(folder), folder / "zoo" / "grids" / "zoo.yml")
+    os.environ["MINARI_DATASETS_PATH"] = str(SHIPPED)
+    for one in sweep.read_grid(folder / "zoo" / "grids" / "zoo.yml"):
+        sweep.run_one(one, folder / ".data" / "zoo")
+    return folder
+
+
+def test_the_zoo_is_built_of_median_seeds(checkout: Path) -> None:
+    (checkout / "zoo" / "of-another-grid").mkdir()
+    (checkout / "zoo" / "of-another-grid" / "config.json").write_text("{}")
+    done = shell([str(checkout / "zoo" / "build.py")])
+    assert done.returncode == 0, done.stderr
+    assert "2 policies" in done.stdout and not (checkout / "zoo" / "of-another-grid").exists()
+    runs = [json.loads(path.read_text()) for path in (checkout / "zoo" / "results" / "zoo").glob("*.json")]
+    assert len(runs) == 6
+    for cell, members in sweep_report.cells_of(runs).items():
+        kept = sweep_report.median_run(members)
+        agent = diffagents.load(checkout / "zoo" / cell, device="cpu", verbose=0)
+        assert agent.seed == kept["spec"]["seed"] and agent.has_learner
+        card = (checkout / "zoo" / cell / "README.md").read_text()
+        assert f'from_pretrained("zoo/{cell}")' in card and f"{kept['last']['mean_return']:.1f}"[:4] in card
+    before = (checkout / "zoo" / "README.md").read_text()
+    assert "zoo/grids/zoo.yml" in before
+    small = shell([str(checkout / "zoo" / "build.py"), "--max-mb", "0.001"])
+    assert "which is left out" in small.stdout
+    agent = diffagents.load(checkout / "zoo" / "iql-reacher-replay-v0", device="cpu", verbose=0)
+    assert not agent.has_learner and agent.predict(np.zeros(agent.obs_dim, np.float32))[0].shape == (2,)
+    assert shell([str(checkout / "zoo" / "build.py"), "--root", str(checkout / "nowhere")]).returncode == 0
+    assert (checkout / "zoo" / "README.md").read_text() == before  # of the results that are kept
+
+
+def test_the_zoo_is_published_when_asked_and_only_then(checkout: Path, tmp_path: Path) -> None:
+    assert shell([str(checkout / "zoo" / "build.py")]).returncode == 0
+    with Hub("lfs", tmp_path / "hub") as hub:
+        environment = {**hub.environment(), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        dry = shell([str(checkout / "zoo" / "publish.py"), "org"], **environment)
+        assert dry.returncode == 0, dry.stderr
+        assert (
+            "would push iql-reacher-replay-v0 to org/iql-reacher-replay-v0" in dry.stdout
+            and "nothing was uploaded" in dry.stdout
+        )
+        assert not hub.repositories
+        done = shell([str(checkout / "zoo" / "publish.py"), "org", "--upload", "--only", "td3bc"], **environment)
+        assert done.returncode == 0, done.stderr
+        files = hub.files("org/td3bc-reacher-replay-v0")
+        assert {"config.json", "model.safetensors", "README.md", "results.json"} <= set(files)
+        assert b'from_pretrained("org/td3bc-reacher-replay-v0")' in files["README.md"]
+        (checkout / "zoo" / "iql-reacher-replay-v0" / "model.safetensors").write_bytes(b"broken")
+        half = shell([str(checkout / "zoo" / "publish.py"), "org", "--upload"], **environment)
+        assert half.returncode == 1 and "org/iql-reacher-replay-v0" in half.stderr  # and the other one is there
