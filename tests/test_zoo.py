@@ -1,0 +1,117 @@
+"""The policies that lie in zoo/: each loads, acts in its environment, and is as good as its card says."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import diffagents
+from diffagents import artifact, cli, sweep, sweep_report
+from diffagents.environments import make_env
+
+ROOT = Path(__file__).resolve().parents[1]
+ZOO = ROOT / "zoo"
+CELLS = sorted(path.parent.name for path in ZOO.glob("*/config.json"))
+QUICK = [cell for cell in CELLS if cell in ("srpo-hopper-medium-expert-v0", "td3bc-hopper-medium-expert-v0")]
+MOST_MB = 80
+
+
+def runs() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((ZOO / "results" / "zoo").glob("*.json"))]
+
+
+def test_there_is_a_zoo_and_it_is_small() -> None:
+    files = [path for cell in CELLS for path in (ZOO / cell).iterdir()]
+    assert len(CELLS) >= 10
+    assert sum(path.stat().st_size for path in files) < MOST_MB * 1e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".png", ".mp4"}  # no pickle
+    assert all((ZOO / cell / name).is_file() for cell in CELLS for name in ("README.md", "results.json", "model.safetensors"))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_policy_loads_from_a_checkout_and_acts_in_its_environment(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    agent = diffagents.load(f"zoo/{cell}", device="cpu", verbose=0)
+    assert type(agent).from_pretrained(f"zoo/{cell}", device="cpu", verbose=0).seed == agent.seed
+    env = make_env((agent.dataset_info or {})["env_spec"])
+    obs, _ = env.reset(seed=0)
+    action, _ = agent.predict(obs, deterministic=True)
+    assert env.action_space.contains(action)
+    env.step(action)
+    env.close()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_policy_is_the_median_seed_of_its_runs(cell: str) -> None:
+    members = [run for run in runs() if run["cell"] == cell]
+    kept = sweep_report.median_run(members)
+    config, results = (artifact.read_json(ZOO / cell, name) for name in ("config.json", "results.json"))
+    assert config["seed"] == kept["spec"]["seed"] and config["dataset"]["sha256"] == kept["data"]["sha256"]
+    assert results["returns"] == kept["last"]["returns"]
+    assert f"zoo/{cell}" in (ZOO / cell / "README.md").read_text()
+
+
+def test_the_tables_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_report, "draw_curves", lambda *_: False)
+    monkeypatch.setattr(sweep_report, "draw_iqm", lambda *_: False)
+    specs = sweep.read_grid(ZOO / "grids" / "zoo.yml")
+    assert {run["name"] for run in runs()} <= {spec.name for spec in specs}
+    path = sweep_report.write_report(runs(), tmp_path, specs=specs, command="", title="The zoo")
+    shipped = (ZOO / "README.md").read_text()
+    rows = [line for line in path.read_text().splitlines() if line.startswith(("|", "*"))]
+    assert len(rows) > 2 * len(CELLS) // 2 and all(row in shipped for row in rows)
+    assert (tmp_path / "results.csv").read_text() == (ZOO / "results.csv").read_text()
+
+
+def test_list_zoo_shows_every_policy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["list", "--zoo"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == [f"zoo/{cell}" for cell in CELLS]
+    assert all(row[1] in diffagents.AGENTS and row[2].startswith("diffagents/") and "return" in row[3] for row in rows)
+
+
+def reaches_its_card(cell: str, n_episodes: int) -> None:
+    """New episodes are within what as many of the card's own would give, in 998 of 1000 cases."""
+    agent = diffagents.load(ZOO / cell, device="cpu", verbose=0)
+    card = np.array(artifact.read_json(ZOO / cell, "results.json")["returns"])
+    found = diffagents.evaluate(agent, (agent.dataset_info or {})["env_spec"], n_episodes, seed=1000, n_envs=n_episodes)
+    draws = np.random.default_rng(0).choice(card, (20_000, n_episodes)).mean(axis=1)
+    low, high = np.quantile(draws, [0.001, 0.999])
+    slack = 0.01 * np.ptp(card) + 1e-6 * abs(card).max()
+    assert low - slack <= found.mean_return <= high + slack, f"{found.mean_return:.1f} is outside [{low:.1f}, {high:.1f}]"
+
+
+@pytest.mark.parametrize("cell", QUICK)
+def test_a_policy_reaches_its_cards_score(cell: str) -> None:
+    reaches_its_card(cell, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_policy_reaches_its_cards_score(cell: str) -> None:
+    reaches_its_card(cell, 10)
+
+
+def test_a_ruined_policy_does_not_reach_its_card() -> None:
+    """What the check above is worth: the card of one policy, the actions of nobody."""
+    cell = QUICK[0]
+    agent = diffagents.load(ZOO / cell, device="cpu", verbose=0)
+    card = artifact.read_json(ZOO / cell, "results.json")
+    for parameter in agent.policy.parameters():
+        parameter.data.mul_(0.0)
+    found = diffagents.evaluate(agent, "Hopper-v5", 4, seed=1000, n_envs=4)
+    assert found.mean_return < min(card["returns"])
+
+
+@pytest.mark.slow
+def test_one_cell_is_made_anew_within_its_interval(tmp_path: Path) -> None:
+    """A cell drawn anew each time: the same seed, this machine. Needs the datasets of zoo/recipes."""
+    run = random.choice([run for run in runs() if run["seconds"] < 600])
+    spec = next(spec for spec in sweep.read_grid(ZOO / "grids" / "zoo.yml") if spec.name == run["name"])
+    found = sweep.run_one(spec, tmp_path, threads=1)
+    low, high = run["last"]["interval"]
+    assert low <= found["last"]["mean_return"] <= high, (spec.name, low, found["last"]["mean_return"], high)
