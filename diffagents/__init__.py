@@ -32,6 +32,10 @@ _LAZY = {
     "TrainingDiverged": "diffagents.training",
     "learn_many": "diffagents.many",
     "collect": "diffagents.collecting",
+    "select": "diffagents.selection",
+    "Selection": "diffagents.selection",
+    "tune": "diffagents.tuning",
+    "TuningReport": "diffagents.tuning",
 }
 
 __all__ = [
@@ -49,14 +53,18 @@ __all__ = [
     "DiffusionQL",
     "Evaluation",
     "HubError",
+    "Selection",
     "SfBC",
     "TrainingDiverged",
+    "TuningReport",
     "collect",
     "evaluate",
     "learn_many",
     "load",
     "load_dataset",
     "record_video",
+    "select",
+    "tune",
 ]
 
 if TYPE_CHECKING:
@@ -78,7 +86,9 @@ if TYPE_CHECKING:
     from diffagents.evaluation import Evaluation, evaluate, record_video
     from diffagents.hub import HubError
     from diffagents.many import learn_many
+    from diffagents.selection import Selection, select
     from diffagents.training import TrainingDiverged
+    from diffagents.tuning import TuningReport, tune
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import sys
@@ -48,6 +49,39 @@ def add_commands(command: Command) -> None:
     one.add_argument("--root", type=Path, metavar="FOLDER", help="of all datasets; default: $MINARI_DATASETS_PATH")
     one.add_argument("--device", default="auto")
     add_hub(one)
+
+    one = command(select, "diffagents push $(diffagents select runs/* --dataset mujoco/hopper/medium-v0) me/hopper")
+    one.add_argument("policies", nargs="+", metavar="POLICY", help="folders, .zip files or Hub ids")
+    one.add_argument("--dataset", required=True, metavar="DATASET", help="best the data that they were trained on")
+    one.add_argument("--gamma", type=float, default=0.99, help="discount of the estimate; default: 0.99")
+    one.add_argument("--fqe-steps", type=int, default=10_000, metavar="N", help="default: 10000")
+    one.add_argument(
+        "--n-seeds", type=int, default=2, metavar="N", help="fits for each policy; pessimistic from 2 on (default)"
+    )
+    one.add_argument("--max-transitions", type=int, default=20_000, metavar="N", help="of the data; default: 20000")
+    one.add_argument("--episodes", type=int, default=0, metavar="N", help="also play N episodes with each of the --top best")
+    one.add_argument("--top", type=int, default=3, metavar="N", help="default: 3")
+    one.add_argument("--env", metavar="ID", help="of the episodes; default: the dataset's own")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--device", default="auto")
+    one.add_argument("--json", action="store_true", help="the whole report as one line of JSON")
+
+    one = command(tune, "diffagents tune SRPO mujoco/hopper/medium-v0 --trials 8 --storage srpo.log --out runs/tuned")
+    one.add_argument("algorithm", choices=diffagents.AGENTS, metavar="ALGORITHM")
+    one.add_argument("dataset", metavar="DATASET", help="as for train")
+    one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the best policy; must be new")
+    one.add_argument("--trials", type=int, default=10, metavar="N", help="in all, those in --storage included; default: 10")
+    one.add_argument("--knob", help="default: the algorithm's main knob, on its published range")
+    one.add_argument("--low", type=float, help="of the range")
+    one.add_argument("--high", type=float, help="of the range")
+    one.add_argument("--objective", choices=("fqe", "return"), default="fqe", help="fqe: no environment; return: play episodes")
+    one.add_argument("--episodes", type=int, default=10, metavar="N", help="of each trial with --objective return")
+    one.add_argument("--steps", type=int, metavar="N", help="gradient steps of one agent")
+    one.add_argument("--preset", help="as for train")
+    one.add_argument("--env", metavar="ID", help="gives the true spaces, and the place of --objective return")
+    one.add_argument("--storage", metavar="FILE", help="a file or sqlite:///URL; the same command goes on there")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--device", default="auto")
 
 
 def bench(given: argparse.Namespace) -> None:
@@ -170,3 +204,49 @@ def collect(given: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         diffagents.collect(agent, env, given.steps, given.id, env_kwargs=env_arguments(given) or None, verbose=1, **settings)
     print(given.id)
+
+
+def select(given: argparse.Namespace) -> None:
+    """Order policies by what data say of them, without an environment; print the best (the table goes to stderr)."""
+    with contextlib.redirect_stdout(sys.stderr):
+        found = diffagents.select(
+            given.policies,
+            given.dataset,
+            gamma=given.gamma,
+            fqe_steps=given.fqe_steps,
+            n_seeds=given.n_seeds,
+            max_transitions=given.max_transitions,
+            n_episodes=given.episodes,
+            top=given.top,
+            env=given.env,
+            seed=given.seed,
+            device=given.device,
+        )
+        print(found)
+    print(json.dumps(found.to_json()) if given.json else found.best)
+
+
+def tune(given: argparse.Namespace) -> None:
+    """Search an algorithm's main knob, without an environment; write the best policy as a folder, whose path is printed."""
+    if given.out.exists():
+        raise FileExistsError(f"{given.out} exists: give another --out")
+    with contextlib.redirect_stdout(sys.stderr):
+        report = diffagents.tune(
+            given.algorithm,
+            given.dataset,
+            n_trials=given.trials,
+            knob=given.knob,
+            low=given.low,
+            high=given.high,
+            objective=given.objective,
+            n_episodes=given.episodes,
+            steps=given.steps,
+            env=given.env,
+            storage=given.storage,
+            seed=given.seed,
+            device=given.device,
+            preset=given.preset,
+        )
+        report.agent.save_pretrained(given.out, include_trainer_state=True)
+        print(report)
+    print(given.out)

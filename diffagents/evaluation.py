@@ -68,7 +68,7 @@ def _scores(env_id: str | None, returns: Sequence[float]) -> np.ndarray | None:
     return 100.0 * (values - low) / (high - low)
 
 
-def _bootstrap(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def bootstrap(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean; the same values give the same interval."""
     array = np.asarray(values, np.float64)
     picks = np.random.default_rng(0).integers(0, len(array), (2000, len(array)))
@@ -103,7 +103,7 @@ class Evaluation:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % bootstrap interval of `mean_return`: of the episodes only; it knows nothing of other training seeds."""
-        return _bootstrap(self.returns)
+        return bootstrap(self.returns)
 
     @property
     def mean_length(self) -> float:
@@ -123,7 +123,7 @@ class Evaluation:
     def score_interval(self) -> tuple[float, float] | None:
         """95 % bootstrap interval of `score`."""
         scores = _scores(self.env_id, self.returns)
-        return None if scores is None else _bootstrap(scores)
+        return None if scores is None else bootstrap(scores)
 
     @property
     def score_reference(self) -> tuple[str, float, float] | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from diffagents.agents.sfbc import ReturnCritic
 from diffagents.datasets import load_dataset
-from diffagents.evaluation import Evaluation, _bootstrap, evaluate
+from diffagents.evaluation import Evaluation, bootstrap, evaluate
 from diffagents.fqe import FQE, FQEConfig, FQEResult, discounted_returns, some_rows
 from diffagents.iql_critic import IQLCritic
 from diffagents.knobs import find_device, whole_number
@@ -266,7 +266,7 @@ def rate(policies: Mapping[str, Any], data: Transitions, fqe: FQE, verbose: int 
     neighbours = _Neighbours(data, rows, fqe.config.seed)
     for k, (name, found, distance) in enumerate(zip(actions, fqe.fit(next_act, start_act), distances, strict=True)):
         values = found.values.double().mean(0).numpy()  # of each first state
-        interval = _bootstrap(values)
+        interval = bootstrap(values)
         off_data = neighbours.off_data(act[k])
         trusted, notes = _judge(found, interval, off_data, fqe.config)
         own = _own_q(policies[name], data, rows, actions[name][-len(rows) :])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffagents import artifact
+from diffagents.evaluation import bootstrap
 from diffagents.sweep import RESULTS, RunSpec
 
 Run = Mapping[str, Any]
@@ -83,10 +84,7 @@ def cells_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high): 95 % percentile bootstrap interval of the mean over seeds; of one seed, nothing but its value."""
-    array = np.asarray(values, np.float64)
-    picks = np.random.default_rng(0).integers(0, len(array), (_REPEATS, len(array)))
-    low, high = np.percentile(array[picks].mean(axis=1), (2.5, 97.5))
-    return float(array.mean()), float(low), float(high)
+    return float(np.mean(values)), *bootstrap(values)
 
 
 def interquartile_mean(values: Any) -> np.ndarray:

@@ -252,6 +252,45 @@ def test_push_pull_list_and_eval_by_a_hub_id(trained: Path, here: Path) -> None:
         assert nobody.returncode == 1 and "hf auth login" in nobody.stderr and nobody.stderr.count("\n") == 1
 
 
+def test_collect_makes_a_dataset_that_train_takes(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"collect {trained} --id me/reacher/td3bc-v0 --steps 120 --root {here / 'sets'} --noise gaussian:0.1 --device cpu"
+    assert cli.main(shlex.split(words)) == 0
+    told = capsys.readouterr()
+    assert told.out == "me/reacher/td3bc-v0\n" and "120 steps" in told.err
+    os.environ["MINARI_DATASETS_PATH"] = str(here / "sets")  # put back by the fixture
+    data = diffagents.load_dataset("me/reacher/td3bc-v0", verbose=0)
+    assert len(data) == 120 and "gaussian:0.1" in data.info["made"]["description"]
+    assert cli.main(shlex.split(words)) == 1
+    assert "me/reacher/td3bc-v0" in capsys.readouterr().err  # it exists
+
+
+def test_select_prints_the_best_for_a_pipe_and_the_table_beside_it(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = here / "other"
+    assert cli.main(shlex.split(f"train DiffusionBC {REACHER} --steps 20 {SMALL} --out {other}")) == 0
+    capsys.readouterr()
+    words = f"select {trained} {other} --dataset {REACHER} --fqe-steps 30 --max-transitions 300 --n-seeds 1 --device cpu"
+    assert cli.main(shlex.split(words)) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() in (str(trained), str(other)) and "0 environment episodes used" in told.err
+    assert cli.main(shlex.split(f"{words} --json --episodes 2 --top 1")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["n_env_episodes"] == 2 and sorted(found["order"]) == sorted([str(trained), str(other)])
+    assert cli.main(shlex.split(f"select {trained} {here / 'nothing'} --dataset {REACHER}")) == 1
+
+
+def test_tune_leaves_the_best_policy(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("optuna")
+    words = f"tune TD3BC {REACHER} --steps 20 --trials 2 --objective return --episodes 1 --out {here / 'best'} --device cpu"
+    assert cli.main(shlex.split(words)) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() == str(here / "best") and "2 environment episodes" in told.err
+    assert type(diffagents.load(here / "best", verbose=0)).__name__ == "TD3BC"
+    assert cli.main(shlex.split(words)) == 1
+    assert "exists" in capsys.readouterr().err
+
+
 def test_the_command_is_installed() -> None:
     import tomllib
 
