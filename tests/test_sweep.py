@@ -376,9 +376,10 @@ def test_a_failed_run_is_the_commands_failure(tmp_path: Path, capsys: pytest.Cap
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scripts of zoo/ beside a linked package, so that they write there and not into ours; with six finished runs."""
     folder = tmp_path_factory.mktemp("checkout")
-    (folder / "zoo" / "grids").mkdir(parents=True)
+    for name in ("grids", "tools"):
+        (folder / "zoo" / name).mkdir(parents=True)
     for name in ("build.py", "publish.py"):
-        shutil.copyfile(ROOT / "zoo" / name, folder / "zoo" / name)
+        shutil.copyfile(ROOT / "zoo" / "tools" / name, folder / "zoo" / "tools" / name)
     os.symlink(ROOT / "diffagents", folder / "diffagents")
     os.replace(small_grid(folder), folder / "zoo" / "grids" / "zoo.yml")
     os.environ["MINARI_DATASETS_PATH"] = str(SHIPPED)
@@ -390,7 +391,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_zoo_is_built_of_median_seeds(checkout: Path) -> None:
     (checkout / "zoo" / "of-another-grid").mkdir()
     (checkout / "zoo" / "of-another-grid" / "config.json").write_text("{}")
-    done = shell([str(checkout / "zoo" / "build.py")])
+    done = shell([str(checkout / "zoo" / "tools" / "build.py")])
     assert done.returncode == 0, done.stderr
     assert "2 policies" in done.stdout and not (checkout / "zoo" / "of-another-grid").exists()
     runs = [json.loads(path.read_text()) for path in (checkout / "zoo" / "results" / "zoo").glob("*.json")]
@@ -403,30 +404,30 @@ def test_the_zoo_is_built_of_median_seeds(checkout: Path) -> None:
         assert f'from_pretrained("zoo/{cell}")' in card and f"{kept['last']['mean_return']:.1f}"[:4] in card
     before = (checkout / "zoo" / "README.md").read_text()
     assert "zoo/grids/zoo.yml" in before
-    small = shell([str(checkout / "zoo" / "build.py"), "--max-mb", "0.001"])
+    small = shell([str(checkout / "zoo" / "tools" / "build.py"), "--max-mb", "0.001"])
     assert "which is left out" in small.stdout
     agent = diffagents.load(checkout / "zoo" / "iql-reacher-replay-v0", device="cpu", verbose=0)
     assert not agent.has_learner and agent.predict(np.zeros(agent.obs_dim, np.float32))[0].shape == (2,)
-    assert shell([str(checkout / "zoo" / "build.py"), "--root", str(checkout / "nowhere")]).returncode == 0
+    assert shell([str(checkout / "zoo" / "tools" / "build.py"), "--root", str(checkout / "nowhere")]).returncode == 0
     assert (checkout / "zoo" / "README.md").read_text() == before  # of the results that are kept
 
 
 def test_the_zoo_is_published_when_asked_and_only_then(checkout: Path, tmp_path: Path) -> None:
-    assert shell([str(checkout / "zoo" / "build.py")]).returncode == 0
+    assert shell([str(checkout / "zoo" / "tools" / "build.py")]).returncode == 0
     with Hub("lfs", tmp_path / "hub") as hub:
         environment = {**hub.environment(), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        dry = shell([str(checkout / "zoo" / "publish.py"), "org"], **environment)
+        dry = shell([str(checkout / "zoo" / "tools" / "publish.py"), "org"], **environment)
         assert dry.returncode == 0, dry.stderr
         assert (
             "would push iql-reacher-replay-v0 to org/iql-reacher-replay-v0" in dry.stdout
             and "nothing was uploaded" in dry.stdout
         )
         assert not hub.repositories
-        done = shell([str(checkout / "zoo" / "publish.py"), "org", "--upload", "--only", "td3bc"], **environment)
+        done = shell([str(checkout / "zoo" / "tools" / "publish.py"), "org", "--upload", "--only", "td3bc"], **environment)
         assert done.returncode == 0, done.stderr
         files = hub.files("org/td3bc-reacher-replay-v0")
         assert {"config.json", "model.safetensors", "README.md", "results.json"} <= set(files)
         assert b'from_pretrained("org/td3bc-reacher-replay-v0")' in files["README.md"]
         (checkout / "zoo" / "iql-reacher-replay-v0" / "model.safetensors").write_bytes(b"broken")
-        half = shell([str(checkout / "zoo" / "publish.py"), "org", "--upload"], **environment)
+        half = shell([str(checkout / "zoo" / "tools" / "publish.py"), "org", "--upload"], **environment)
         assert half.returncode == 1 and "org/iql-reacher-replay-v0" in half.stderr  # and the other one is there

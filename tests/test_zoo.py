@@ -63,6 +63,8 @@ def test_the_tables_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Mo
     shipped = (ZOO / "README.md").read_text()
     rows = [line for line in path.read_text().splitlines() if line.startswith(("|", "*"))]
     assert len(rows) > 2 * len(CELLS) // 2 and all(row in shipped for row in rows)
+    front = sweep_report.overview(sweep_report.cells_of(runs()))
+    assert front in shipped and front in (ROOT / "README.md").read_text()
     assert (tmp_path / "results.csv").read_text() == (ZOO / "results.csv").read_text()
 
 

@@ -1,7 +1,7 @@
 """Publish every policy of the zoo under one Hub organisation: each folder of zoo/ as <organisation>/<folder's name>.
 
-  python zoo/publish.py my-org              # shows what it would do, and whether every folder would load: uploads nothing
-  python zoo/publish.py my-org --upload     # does it, one commit a repository; `hf auth login` or HF_TOKEN first
+  python zoo/tools/publish.py my-org              # shows what it would do, and whether every folder would load: uploads nothing
+  python zoo/tools/publish.py my-org --upload     # does it, one commit a repository; `hf auth login` or HF_TOKEN first
 
 A repository that has the same files gets no new commit, so the command can be given again after a failure.
 """
@@ -10,7 +10,7 @@ import argparse
 import pathlib
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import diffagents  # noqa: E402

@@ -1,7 +1,7 @@
 """From finished runs to the zoo: the median seed's policy of every cell as zoo/<cell>, the runs' results, and the tables.
 
   diffagents bench zoo/grids/zoo.yml --root .data/zoo     # hours; makes only what is missing
-  python zoo/build.py                                     # then this
+  python zoo/tools/build.py                                     # then this
 
 Copies each cell's policy folder (the exact folder that `push_to_hub` uploads) where the run is new or another seed became the
 median, keeps the results of all runs in zoo/results/zoo/, and writes zoo/README.md, zoo/results.csv and the pictures from
@@ -16,7 +16,7 @@ import shutil
 import sys
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from diffagents import publish, sweep, sweep_report  # noqa: E402
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=pathlib.Path, default=ROOT / "zoo" / "grids" / "zoo.yml")
     parser.add_argument("--root", type=pathlib.Path, default=ROOT / ".data" / "zoo", help="of `diffagents bench`")
-    parser.add_argument("--max-mb", type=float, default=2.5, help="of one folder with its learner")
+    parser.add_argument("--max-mb", type=float, default=4.0, help="of one folder with its learner")
     args = parser.parse_args()
 
     specs = {spec.name: spec for spec in sweep.read_grid(args.grid)}
@@ -47,10 +47,23 @@ def main() -> None:
     for folder in (ROOT / "zoo").glob("*/config.json"):
         if folder.parent.name not in {run["cell"] for run in runs}:
             shutil.rmtree(folder.parent)
-    command = f"diffagents bench {args.grid.resolve().relative_to(ROOT)} --root .data/zoo --only CELL && python zoo/build.py"
+    command = (
+        f"diffagents bench {args.grid.resolve().relative_to(ROOT)} --root .data/zoo --only CELL && python zoo/tools/build.py"
+    )
     print(sweep_report.write_report(runs, ROOT / "zoo", specs=list(specs.values()), command=command, title="The zoo"))
+    put_into_readme(sweep_report.overview(sweep_report.cells_of(runs)))
     size = sum(path.stat().st_size for folder in (ROOT / "zoo").glob("*/config.json") for path in folder.parent.iterdir())
     print(f"{len(sweep_report.cells_of(runs))} policies, {size / 1e6:.1f} MB")
+
+
+def put_into_readme(table: str) -> None:
+    """The overview again, on the front page between its two marks."""
+    path = ROOT / "README.md"
+    text = path.read_text() if path.exists() else ""
+    before, mark, rest = text.partition("<!-- zoo table: written by zoo/tools/build.py -->\n")
+    _, end, after = rest.partition("<!-- end of the zoo table -->")
+    if mark and end:
+        path.write_text(f"{before}{mark}{table}{end}{after}")
 
 
 def ship(cell: str, run: dict[str, Any], args: argparse.Namespace) -> None:

@@ -1,0 +1,61 @@
+"""Draw the zoo at work: one row a policy, frames of its first episode from left to right.
+
+python zoo/tools/picture.py srpo-hopper-medium-expert-v0 diffusionbc-pusht-human-v0 ...     # writes docs/images/zoo.png
+"""
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import diffagents  # noqa: E402
+from diffagents.environments import make_env, prefer_egl  # noqa: E402
+
+SIDE = 150  # pixels of a frame
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="+", metavar="NAME", help="of a folder in zoo/")
+    parser.add_argument("--frames", type=int, default=6)
+    parser.add_argument("--every", type=int, default=12, help="steps between frames, from step 60 on")
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "images" / "zoo.png")
+    args = parser.parse_args()
+    prefer_egl()
+    rows = [row(cell, args) for cell in args.cells]
+    picture = Image.new("RGB", (SIDE * args.frames, (SIDE + 16) * len(rows)), "white")
+    for i, (cell, frames) in enumerate(zip(args.cells, rows, strict=True)):
+        ImageDraw.Draw(picture).text((3, i * (SIDE + 16) + 2), f"zoo/{cell}", fill="black")
+        for k, frame in enumerate(frames):
+            picture.paste(Image.fromarray(frame).resize((SIDE, SIDE)), (SIDE * k, i * (SIDE + 16) + 16))
+    picture.quantize(192).save(args.out, optimize=True)
+    print(args.out)
+
+
+def row(cell: str, args: argparse.Namespace) -> list[np.ndarray]:
+    agent = diffagents.load(ROOT / "zoo" / cell, device="cpu", verbose=0)
+    env = make_env((agent.dataset_info or {})["env_spec"], render_mode="rgb_array")
+    obs, _ = env.reset(seed=args.seed)
+    frames: list[Any] = []
+    # Mazes end at the goal: their frames begin at once.
+    first = 0 if isinstance(obs, dict) or "pusht" in cell else 60
+    for step in range(first + args.every * (args.frames - 1) + 1):
+        if step >= first and (step - first) % args.every == 0:
+            frames.append(np.asarray(env.render()))
+        action, _ = agent.predict(obs, deterministic=True)
+        obs, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            break
+    env.close()
+    return frames
+
+
+if __name__ == "__main__":
+    main()
