@@ -174,8 +174,8 @@ def _live(specs: "Sequence[RunSpec]", root: Path) -> Any:
     from rich.table import Table
 
     def draw() -> Table:
-        table = Table("run", "state", "done", "stage", "newest return (D4RL scale)")
-        rows = _rows(specs, root)
+        table = Table("run", "state", "done", "stage", "return (D4RL scale)")
+        rows = [(name.rpartition("-")[0], *rest) for name, *rest in _rows(specs, root)]  # without the hash
         order = ("running", "failed", "cut", "done", "waiting")
         console_rows = max(5, console.size.height - 6)
         for row in sorted(rows, key=lambda row: order.index(row[1]))[:console_rows]:

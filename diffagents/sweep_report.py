@@ -30,10 +30,13 @@ def read_runs(root: str | Path) -> list[dict[str, Any]]:
     return [artifact.read_json(path.parent, RESULTS) for path in found]
 
 
-def write_report(runs: Sequence[Run], folder: str | Path, *, specs: Sequence[RunSpec] = (), command: str, title: str) -> Path:
+def write_report(
+    runs: Sequence[Run], folder: str | Path, *, specs: Sequence[RunSpec] = (), command: str, title: str, remarks: str = ""
+) -> Path:
     """Write the tables and pictures of `runs` into `folder` and return the path of its README.md.
 
-    specs: the grid, whose runs that are missing are named. command: what makes a cell anew, `CELL` standing for its name.
+    specs: the grid, whose runs that are missing are named. remarks: to stand above the tables. command: what makes a cell anew,
+    `CELL` standing for its name.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +53,7 @@ def write_report(runs: Sequence[Run], folder: str | Path, *, specs: Sequence[Run
     parts = [
         f"# {title}\n",
         "Generated from the runs' results: do not edit. One row of [results.csv](results.csv) is one run.\n",
+        *([f"{remarks}\n"] if remarks else []),
         "## Scores\n",
         overview(cells),
         *pictures,
