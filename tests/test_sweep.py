@@ -378,7 +378,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("grids", "tools"):
         (folder / "zoo" / name).mkdir(parents=True)
-    for name in ("build.py", "publish.py"):
+    for name in ("build.py", "publish.py", "remarks.md"):
         shutil.copyfile(ROOT / "zoo" / "tools" / name, folder / "zoo" / "tools" / name)
     os.symlink(ROOT / "diffagents", folder / "diffagents")
     os.replace(small_grid(folder), folder / "zoo" / "grids" / "zoo.yml")

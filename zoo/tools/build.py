@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from diffagents import publish, sweep, sweep_report  # noqa: E402
 
+REMARKS = pathlib.Path(__file__).parent / "remarks.md"  # what stands above the tables
 RUNS = ROOT / "zoo" / "results" / "zoo"
 
 
@@ -50,7 +51,16 @@ def main() -> None:
     command = (
         f"diffagents bench {args.grid.resolve().relative_to(ROOT)} --root .data/zoo --only CELL && python zoo/tools/build.py"
     )
-    print(sweep_report.write_report(runs, ROOT / "zoo", specs=list(specs.values()), command=command, title="The zoo"))
+    print(
+        sweep_report.write_report(
+            runs,
+            ROOT / "zoo",
+            specs=list(specs.values()),
+            command=command,
+            title="The zoo",
+            remarks=REMARKS.read_text().strip(),
+        )
+    )
     put_into_readme(sweep_report.overview(sweep_report.cells_of(runs)))
     size = sum(path.stat().st_size for folder in (ROOT / "zoo").glob("*/config.json") for path in folder.parent.iterdir())
     print(f"{len(sweep_report.cells_of(runs))} policies, {size / 1e6:.1f} MB")
