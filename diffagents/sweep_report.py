@@ -112,30 +112,29 @@ def median_run(members: Sequence[Run]) -> Run:
     return sorted(members, key=lambda run: run["last"]["mean_return"])[(len(members) - 1) // 2]
 
 
-def value_of(run: Run, which: str = "last") -> float:
-    """What tables compare: the D4RL-scale score, else the success rate in percent, else the raw return. `which`: last, best."""
-    if which == "best":
-        best = run["best"] or {"mean_return": run["last"]["mean_return"]}
-        scores = [row["score"] for row in run["curve"] if row["num_timesteps"] == best.get("num_timesteps")]
-        return float(scores[0] if scores and scores[0] is not None else best["mean_return"])
+def unit_of(run: Run) -> str:
+    """Of `value_of` and `data_value`: the D4RL scale; where returns count successes, as in mazes, these; else the return."""
     last = run["last"]
     if last["score"] is not None:
-        return float(last["score"])
-    return float(last["mean_return"] if last["success_rate"] is None else 100.0 * last["success_rate"])
+        return "D4RL scale"
+    counts = last["success_rate"] is not None and abs(last["mean_return"] - last["success_rate"]) < 1e-6
+    return "success %" if counts and 0.0 <= run["data"]["mean_return"] <= 1.0 else "return"
+
+
+def value_of(run: Run, which: str = "last") -> float:
+    """What tables compare, in `unit_of`. which: the "last" policy, or the "best" evaluation on the way."""
+    rows = [row for row in run["curve"] if run["best"] and row["num_timesteps"] == run["best"]["num_timesteps"]]
+    row = rows[0] if which == "best" and rows else run["last"]
+    return _in_units(row, unit_of(run))
 
 
 def data_value(run: Run) -> float:
-    """The mean of the data's episodes in the unit of `value_of`; a maze's return of 1 is a success."""
-    data = run["data"]
-    if data["score"] is not None:
-        return float(data["score"])
-    return float(data["mean_return"]) * (1.0 if run["last"]["success_rate"] is None else 100.0)
+    """The mean of the data's episodes."""
+    return _in_units(run["data"], unit_of(run))
 
 
-def unit_of(run: Run) -> str:
-    """Of `value_of`."""
-    last = run["last"]
-    return "D4RL scale" if last["score"] is not None else "return" if last["success_rate"] is None else "success %"
+def _in_units(row: Mapping[str, Any], unit: str) -> float:
+    return float(row["score"] if unit == "D4RL scale" else row["mean_return"] * (100.0 if unit == "success %" else 1.0))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -215,8 +214,7 @@ def details(cells: Mapping[str, Sequence[Run]], command: str) -> str:
     for cell, members in cells.items():
         kept = median_run(members)
         by_seed = ", ".join(f"({value_of(run):.1f})" if run is kept else f"{value_of(run):.1f}" for run in members)
-        scored = members[0]["last"]["score"] is not None
-        best = _said([value_of(run, "best") for run in members]) + ("" if scored else " (return)")
+        best = _said([value_of(run, "best") for run in members])
         steps = ", ".join(f"{stage} {count:,}" for stage, count in members[0]["stage_steps"].items())
         minutes = ", ".join(f"{run['seconds'] / 60:.0f}" for run in members)
         lines.append(

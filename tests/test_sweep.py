@@ -319,14 +319,18 @@ def test_the_report_says_what_there_is_and_what_is_not(tmp_path: Path) -> None:
 
 
 def test_success_and_plain_returns_have_their_units() -> None:
-    maze = run("IQL", 0, 0.0)
+    maze = run("IQL", 0, 0.0, best=0.9)
     maze["last"] = {"mean_return": 0.8, "score": None, "success_rate": 0.8, "mean_length": 9.0}
     maze["data"] = {"sha256": "x", "mean_return": 0.95, "score": None}
+    maze["curve"][0]["score"] = None
     assert sweep_report.value_of(maze) == pytest.approx(80.0) and sweep_report.data_value(maze) == pytest.approx(95.0)
-    assert sweep_report.unit_of(maze) == "success %"
-    plain = run("IQL", 0, 0.0)
-    plain["last"] |= {"score": None, "mean_return": -7.0}
-    assert sweep_report.value_of(plain) == -7.0 and sweep_report.unit_of(plain) == "return"
+    assert sweep_report.value_of(maze, "best") == pytest.approx(90.0) and sweep_report.unit_of(maze) == "success %"
+    pushed = run("IQL", 0, 0.0)  # knows success, but its return counts something else
+    pushed["last"] = {"mean_return": 18.0, "score": None, "success_rate": 0.0, "mean_length": 9.0}
+    pushed["data"] = {"sha256": "x", "mean_return": 36.0, "score": None}
+    assert (sweep_report.value_of(pushed), sweep_report.data_value(pushed)) == (18.0, 36.0)
+    assert sweep_report.unit_of(pushed) == "return"
+    assert sweep_report.unit_of(run("IQL", 0, 5.0)) == "D4RL scale" and sweep_report.value_of(run("IQL", 0, 5.0)) == 5.0
 
 
 def test_tasks_that_algorithms_share() -> None:
