@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffagents
 from diffagents.cli_options import POLICY_HELP, add_hub, env_arguments, policy, say
+from diffagents.provenance import plain
 
 if TYPE_CHECKING:
     from diffagents.sweep import RunSpec
@@ -28,7 +29,7 @@ def add_commands(command: Command) -> None:
     one.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="runs whose name contains one of these")
     one.add_argument("--executor", choices=("serial", "ray"), default="serial", help="ray: side by side")
     one.add_argument("--cpus", type=float, default=1, metavar="N", help="of a run under ray; default: 1")
-    one.add_argument("--gpus", type=float, default=0, metavar="N", help="of a run under ray; 0.25 puts four on a card")
+    one.add_argument("--gpus", type=float, metavar="N", help="of a run under ray; 0.25 puts four on a card; default: 1, if any")
     one.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster; --root must then be a shared folder")
     one.add_argument("--threads", type=int, default=1, metavar="N", help="of a run, on the CPU; default: 1")
     one.add_argument("--device", default="auto")
@@ -50,7 +51,7 @@ def add_commands(command: Command) -> None:
     one.add_argument("--device", default="auto")
     add_hub(one)
 
-    one = command(select, "diffagents push $(diffagents select runs/* --dataset mujoco/hopper/medium-v0) me/hopper")
+    one = command(select, "diffagents push $(diffagents select runs/zoo/*/policy --dataset mujoco/hopper/medium-v0) me/hopper")
     one.add_argument("policies", nargs="+", metavar="POLICY", help="folders, .zip files or Hub ids")
     one.add_argument("--dataset", required=True, metavar="DATASET", help="best the data that they were trained on")
     one.add_argument("--gamma", type=float, default=0.99, help="discount of the estimate; default: 0.99")
@@ -102,12 +103,11 @@ def bench(given: argparse.Namespace) -> None:
     failed: list[str] = []
     if not given.report:
         failed = _make(given, chosen, root)
-    runs = sweep_report.read_runs(root)
     wanted = {spec.name for spec in specs}
-    command = f"diffagents bench {shlex.quote(str(given.grid))} --only CELL"
-    finished = [run for run in runs if run["name"] in wanted]
+    finished = [run for run in sweep_report.read_runs(root) if run["name"] in wanted]
     if not finished:
-        raise FileNotFoundError(f"no run of {given.grid} is finished in {root}" + "".join(f"; {text}" for text in failed[:1]))
+        raise RuntimeError(f"no run of {given.grid} is finished in {root}" + "".join(f"; {text}" for text in failed[:1]))
+    command = f"diffagents bench {shlex.quote(plain(str(given.grid)))} --root {shlex.quote(plain(str(root)))} --only CELL"
     print(sweep_report.write_report(finished, root, specs=specs, command=command, title=given.grid.stem))
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(chosen)} runs failed, the first: {failed[0]}")
@@ -115,7 +115,7 @@ def bench(given: argparse.Namespace) -> None:
 
 def _make(given: argparse.Namespace, specs: "Sequence[RunSpec]", root: Path) -> list[str]:
     """Run them, showing how far they are; returns what failed and why."""
-    from diffagents import sweep
+    from diffagents import sweep, sweep_executors
     from diffagents.environments import one_line
 
     failed: list[str] = []
@@ -135,9 +135,9 @@ def _make(given: argparse.Namespace, specs: "Sequence[RunSpec]", root: Path) -> 
     how = {"device": given.device, "threads": given.threads}
     with _live(specs, root):
         if given.executor == "ray":
-            sweep.run_with_ray(specs, root, done, cpus=given.cpus, gpus=given.gpus, address=given.address, **how)
+            sweep_executors.run_with_ray(specs, root, done, cpus=given.cpus, gpus=given.gpus, address=given.address, **how)
         else:
-            sweep.run_serially(specs, root, done, **how)
+            sweep_executors.run_serially(specs, root, done, **how)
     return failed
 
 
@@ -223,6 +223,10 @@ def select(given: argparse.Namespace) -> None:
             device=given.device,
         )
         print(found)
+    if not found[found.best].trusted:
+        raise ValueError(
+            "the data tell nothing reliable about any of these policies: play episodes (--episodes), or take other data"
+        )
     print(json.dumps(found.to_json()) if given.json else found.best)
 
 

@@ -71,7 +71,7 @@ def policy(given: argparse.Namespace) -> "Agent":
 def env_arguments(given: argparse.Namespace) -> dict[str, Any]:
     """Every --env-arg."""
     pairs = [text.partition("=") for text in given.env_arg]
-    return {name: value(value) for name, _, value in pairs}
+    return {name: value(text) for name, _, text in pairs}
 
 
 def say(text: str, code: int = 0) -> int:

@@ -48,6 +48,15 @@ def d4rl_score(env_id: str | None, returns: Sequence[float]) -> float | None:
     return None if scores is None else float(scores.mean())
 
 
+def d4rl_score_of_mean(env_id: str | None, mean_return: float) -> float | None:
+    """`d4rl_score` where only the mean of the returns is at hand; of AntMaze right where each is 0 or 1, as by its rules."""
+    name = _reference_name(env_id)
+    if name is None:
+        return None
+    low, high = D4RL_REFERENCE[name]
+    return 100.0 * (mean_return - low) / (high - low)
+
+
 def _reference_name(env_id: str | None) -> str | None:
     name = (env_id or "").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     base, dash, version = name.rpartition("-v")

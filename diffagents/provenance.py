@@ -15,6 +15,9 @@ import torch
 
 MAX_EVALUATIONS, MAX_COMMANDS = 1000, 20
 _TOKEN = re.compile(r"\bhf_\w+")
+_ADDRESS = re.compile(
+    r"\b(?!hf://)[a-z][\w+.-]*://\S*|\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?"
+)  # with the password that may be in it
 
 
 def begin(before: dict[str, Any], device: torch.device, reset: bool) -> dict[str, Any]:
@@ -69,12 +72,13 @@ def command_line() -> str | None:
     script = sys.argv[0] if sys.argv else ""
     if not script or script == "-c" or "ipykernel" in script or not Path(script).exists():
         return None
-    program = ["python", _plain(script)] if script.endswith(".py") else [Path(script).name]
-    return _TOKEN.sub("hf_***", shlex.join([*program, *map(_plain, sys.argv[1:])]))
+    program = ["python", plain(script)] if script.endswith(".py") else [Path(script).name]
+    return _TOKEN.sub("hf_***", shlex.join([*program, *map(plain, sys.argv[1:])]))
 
 
-def _plain(argument: str) -> str:
-    """An absolute path relative to here, or by its name alone: whose machine this is is nobody's business."""
+def plain(argument: str) -> str:
+    """An absolute path relative to here, or by its name alone, and no address: whose machine this is is nobody's business."""
+    argument = _ADDRESS.sub("***", argument)
     head, sign, path = argument.rpartition("=")
     if not os.path.isabs(path):
         return argument

@@ -12,6 +12,7 @@ All are of the deterministic policy. They are for ranking: no number here is wha
 """
 
 import dataclasses
+import json
 import math
 import time
 import warnings
@@ -102,7 +103,7 @@ class Selection:
         return next(row for row in self.rows if row.name == name)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain JSON types."""
+        """Everything as plain JSON types; null for numbers that are none."""
         rows = [
             {
                 **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(row).items()},
@@ -112,7 +113,8 @@ class Selection:
             for row in self.rows
         ]
         config = {**dataclasses.asdict(self.config), "hidden": list(self.config.hidden)}
-        return {**vars(self), "best": self.best, "order": self.order, "config": config, "rows": rows}
+        told = {**vars(self), "best": self.best, "order": self.order, "config": config, "rows": rows}
+        return json.loads(json.dumps(told, default=list), parse_constant=lambda _: None)
 
     def __str__(self) -> str:
         heads = ["policy", "fqe", "95 % interval", "off_data", "bc_loss", "q_mean", "data_return", "q_ratio", "return"]

@@ -8,7 +8,8 @@
       - {algorithms: [SRPO, IQL], datasets: [mujoco/hopper/medium-v0], steps: 100000}
       - {algorithms: [DiffusionQL], datasets: [mujoco/hopper/medium-v0], seeds: [0], settings: {DiffusionQL: {eta: 0.5}}}
 
-Every run has a folder of its own, whose name holds a hash of all that decides its result. A finished run is never made
+Two settings of one algorithm on one dataset are told apart by a `label:` of their blocks. Every run has a folder of its own,
+whose name holds a hash of all that stands here for it (of the dataset the name only). A finished run is never made
 again, one that was cut goes on where it was (bit for bit on a CPU), and a run that another process is at is left to it: the
 same command may be started in several shells, or on several machines with a shared folder.
 """
@@ -21,17 +22,16 @@ import re
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 import diffagents
 from diffagents import artifact, provenance
-from diffagents.evaluation import Evaluation, d4rl_score, evaluate
+from diffagents.evaluation import Evaluation, d4rl_score_of_mean, evaluate
 from diffagents.knobs import check_choice
 
 if TYPE_CHECKING:
@@ -40,10 +40,9 @@ if TYPE_CHECKING:
 RESULTS, PROGRESS, ERROR, CHECKPOINT, POLICY, LOCK = (
     *("results.json", "progress.json", "error.txt", "checkpoint.zip", "policy", ".lock"),
 )
-SAVE_EVERY = 120.0  # seconds between checkpoints: what a kill can lose
-_CARRIED = ("MINARI_DATASETS_PATH", "DIFFAGENTS_CACHE", "MUJOCO_GL", "HF_HOME", "HF_HUB_OFFLINE")  # to a cluster's workers
+SAVE_EVERY = 60.0  # seconds between checkpoints: what a kill, or Ctrl-C, can lose
 _TOP = {"seeds", "settings", "runs", "episodes", "points", "point_episodes", "deterministic"}
-_BLOCK = _TOP - {"runs"} | {"algorithms", "datasets", "steps", "env"}
+_BLOCK = _TOP - {"runs"} | {"algorithms", "datasets", "steps", "env", "label"}
 
 
 class Busy(RuntimeError):
@@ -57,7 +56,7 @@ class RunSpec:
     settings: arguments of the algorithm's class, but for the seed. steps: `total_timesteps` of `learn`; None: the `*_steps`
     in the settings. env: where to evaluate; None: the dataset's own. episodes: of the evaluation of the last policy, resets
     seeded 1000, 1001, ... points, point_episodes: how many evaluations on the way, evenly over the stage that makes the policy
-    (the last one comes at its end), and their episodes, the first of the same resets.
+    (the last of them is the evaluation of the last policy), and their episodes, the first of the same resets.
     """
 
     algorithm: str
@@ -70,17 +69,21 @@ class RunSpec:
     points: int = 5
     point_episodes: int = 5
     deterministic: bool = True
+    label: str = ""
 
     @property
     def cell(self) -> str:
         """Algorithm and dataset, as a name: `srpo-hopper-medium-v0`. Runs of a cell differ in their seeds."""
         data = self.dataset.removeprefix("hf://").removeprefix("diffagents/")
-        return re.sub(r"[^-.\w]+", "-", f"{self.algorithm}-{data}").lower()
+        if data.endswith((".npz", ".hdf5", ".h5")):
+            data = Path(data).stem
+        return re.sub(r"[^-.\w]+", "-", "-".join(filter(None, (self.algorithm, self.label, data)))).lower()
 
     @property
     def name(self) -> str:
         """The folder's name."""
-        told = json.dumps(dataclasses.asdict(self), sort_keys=True, default=list)
+        said = {key: value for key, value in dataclasses.asdict(self).items() if key != "label" or value}
+        told = json.dumps(said, sort_keys=True, default=list)
         return f"{self.cell}-seed{self.seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
@@ -99,6 +102,7 @@ def read_grid(path: str | Path) -> list[RunSpec]:
         raise ValueError(f"{path} must be a mapping with a list `runs:` of blocks")
     _only_known(grid, _TOP, str(path))
     specs: dict[str, RunSpec] = {}
+    cells: dict[str, tuple[RunSpec, str]] = {}
     for number, block in enumerate(grid["runs"], start=1):
         where = f"{path}, block {number} of runs"
         if not isinstance(block, dict):
@@ -113,13 +117,16 @@ def read_grid(path: str | Path) -> list[RunSpec]:
             for dataset in datasets:
                 for algorithm in algorithms:
                     check_choice(f"algorithms ({where})", algorithm, diffagents.AGENTS)
-                    settings = {
-                        name: value
-                        for table in (grid.get("settings"), block.get("settings"))
-                        for name, value in ((table or {}).get(algorithm) or {}).items()
-                    }
+                    settings = _settings(algorithm, grid.get("settings"), str(path)) | _settings(
+                        algorithm, block.get("settings"), where
+                    )
                     spec = RunSpec(algorithm, dataset, seed, settings, **rest)
                     _check(spec, where)
+                    first, its_place = cells.setdefault(spec.cell, (spec, where))
+                    if dataclasses.replace(first, seed=seed) != spec:
+                        raise ValueError(
+                            f"{where} and {its_place} both make {spec.cell}, but not in the same way: give one a `label:`"
+                        )
                     specs.setdefault(spec.name, spec)
     return list(specs.values())
 
@@ -127,6 +134,20 @@ def read_grid(path: str | Path) -> list[RunSpec]:
 def _only_known(table: Mapping[str, Any], known: set[str], where: str) -> None:
     if unknown := set(table) - known:
         raise ValueError(f"{where} has {sorted(map(str, unknown))}; it may have {sorted(known)}")
+
+
+def _settings(algorithm: str, table: Any, where: str) -> dict[str, Any]:
+    """What `settings:` says for one algorithm; whole numbers for knobs that are none become so: 3 and 3.0 are one setting."""
+    if table is None:
+        return {}
+    if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
+        raise ValueError(f"{where}: settings must be a mapping of an algorithm to a mapping of its arguments")
+    _only_known(table, set(diffagents.AGENTS), f"{where}, settings")
+    defaults = {field.name: field.default for field in dataclasses.fields(getattr(diffagents, algorithm).Config)}
+    return {
+        name: float(value) if type(value) is int and isinstance(defaults.get(name), float) else value
+        for name, value in table.get(algorithm, {}).items()
+    }
 
 
 def _listed(block: Mapping[str, Any], name: str, kind: type, where: str) -> list[Any]:
@@ -147,6 +168,11 @@ def _check(spec: RunSpec, where: str) -> None:
         value = getattr(spec, name)
         if not (name == "steps" and value is None) and (type(value) is not int or value < least):
             raise ValueError(f"{where}: {name} must be a whole number, at least {least}, not {value!r}")
+    if spec.point_episodes > spec.episodes:
+        raise ValueError(f"{where}: point_episodes={spec.point_episodes} must not be more than episodes={spec.episodes}")
+    for name, kind in (("deterministic", bool), ("env", str | None), ("label", str)):
+        if not isinstance(getattr(spec, name), kind):
+            raise ValueError(f"{where}: {name} cannot be {getattr(spec, name)!r}")
 
 
 def _new_agent(spec: RunSpec, device: str) -> "Agent":
@@ -172,7 +198,10 @@ def run_one(
         return artifact.read_json(folder, RESULTS)
     if threads is not None:
         torch.set_num_threads(threads)
-    with _locked(folder):
+    with _locked(folder, timeout=5.0):  # whoever only looks how far it is lets go at once
+        if (folder / RESULTS).exists():
+            return artifact.read_json(folder, RESULTS)
+        (folder / ERROR).unlink(missing_ok=True)
         try:
             results = _run(spec, folder, device, command)
         except Exception:
@@ -187,14 +216,21 @@ def run_one(
 def _run(spec: RunSpec, folder: Path, device: str, command: str | None) -> dict[str, Any]:
     from diffagents.datasets import load_dataset
 
-    data = load_dataset(spec.dataset, env=spec.env, verbose=0)
+    checkpoint, version = folder / CHECKPOINT, commit()
+    cls = getattr(diffagents, spec.algorithm)
+    agent: Agent = cls.load(checkpoint, device=device, verbose=0) if checkpoint.exists() else _new_agent(spec, device)
+    data = load_dataset(spec.dataset, env=spec.env, obs_keys=agent.obs_keys, verbose=0)
+    if agent.dataset_info is not None and agent.dataset_info["sha256"] != data.info["sha256"]:
+        raise ValueError(f"{spec.dataset} is not what {checkpoint} began to learn from: delete that file to begin anew")
     env = spec.env or data.info.get("env_spec")
     if env is None:
         raise ValueError(f"no environment is stored with {spec.dataset}: give the block of the grid an `env:`")
-    checkpoint = folder / CHECKPOINT
-    cls, version = getattr(diffagents, spec.algorithm), commit()
-    agent: Agent = cls.load(checkpoint, device=device, verbose=0) if checkpoint.exists() else _new_agent(spec, device)
+    seconds, started = float(agent.provenance.get("seconds", 0.0)), time.perf_counter()
     saved = told = time.monotonic()
+
+    def save() -> None:
+        agent.provenance["seconds"] = seconds + time.perf_counter() - started  # those of sessions before and of this one
+        agent.save(checkpoint)
 
     def on_step(local: dict[str, Any], _: dict[str, Any]) -> bool:
         nonlocal saved, told
@@ -205,7 +241,7 @@ def _run(spec: RunSpec, folder: Path, device: str, command: str | None) -> dict[
             _note(agent, evaluate_as(spec, agent, env, spec.point_episodes).mean_return)
         now = time.monotonic()
         if now - saved > SAVE_EVERY:
-            agent.save(checkpoint)
+            save()
             saved = now
         if now - told > 2:
             _tell(folder, agent)
@@ -213,15 +249,12 @@ def _run(spec: RunSpec, folder: Path, device: str, command: str | None) -> dict[
         return True
 
     _tell_first(folder)
-    try:
-        agent.learn(data, None if checkpoint.exists() else spec.steps, on_step, reset_num_timesteps=not checkpoint.exists())
-    except KeyboardInterrupt:
-        agent.save(checkpoint)
-        raise
-    agent.save(checkpoint)
+    # Ctrl-C saves nothing more: it may come in the middle of an update.
+    agent.learn(data, None if checkpoint.exists() else spec.steps, on_step, reset_num_timesteps=not checkpoint.exists())
+    save()
     last = evaluate_as(spec, agent, env, spec.episodes)
-    if spec.points:  # the last point: the same resets as those before
-        _note(agent, float(np.mean(last.returns[: spec.point_episodes])))
+    if spec.points:
+        _note(agent, last.mean_return)
     if command is not None:
         agent.provenance["commands"] = [command]
     agent.save_pretrained(folder / POLICY, eval_env=last)
@@ -232,10 +265,9 @@ def _run(spec: RunSpec, folder: Path, device: str, command: str | None) -> dict[
         "cell": spec.cell,
         "spec": dataclasses.asdict(spec),
         "last": last.to_json(),
-        "best": max(curve, key=lambda row: row["mean_return"]) if curve else None,
-        "curve": [row | {"score": d4rl_score(last.env_id, [row["mean_return"]])} for row in curve],
+        "curve": [row | {"score": d4rl_score_of_mean(last.env_id, row["mean_return"])} for row in curve],
         "data": {name: data.info[name] for name in ("id", "sha256", "n_steps", "n_episodes", "mean_return")}
-        | {"score": d4rl_score(last.env_id, [mean])},
+        | {"score": d4rl_score_of_mean(last.env_id, mean)},
         "stage_steps": agent.stage_steps,
         "seconds": agent.provenance["seconds"],
         "machine": agent.provenance["machine"],
@@ -259,13 +291,18 @@ def _note(agent: "Agent", mean_return: float) -> None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this code lies in, marked where it has changes; None where it is installed."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    """The commit of the checkout that this code is in, marked where it has changes; None where it is installed."""
+    here = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=here, check=True).stdout.strip()
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
+            return None  # installed inside another project's checkout
+        return git("describe", "--always", "--abbrev=12", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
 
 
 def _tell_first(folder: Path) -> None:
@@ -289,13 +326,13 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Any:
+def _locked(folder: Path, timeout: float = 0.0) -> Any:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, blocking=False)
+    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire()
+        lock.acquire(timeout=timeout)
     except Timeout:
         raise Busy(f"another process is at {folder.name}") from None
     try:
@@ -327,65 +364,3 @@ def status(spec: RunSpec, root: str | Path) -> dict[str, Any]:
     except Busy:
         state = "running"
     return {"state": state, **told}
-
-
-# ---- all of them -----------------------------------------------------------------------------------------------------
-
-Done = Callable[[RunSpec, BaseException | None], None]
-
-
-def run_serially(specs: Sequence[RunSpec], root: str | Path, done: Done, *, device: str, threads: int | None) -> None:
-    """One after the other, in this process. `done` is told of each; a failed one stops no other, Ctrl-C all."""
-    for spec in specs:
-        try:
-            run_one(spec, root, device=device, threads=threads)
-        except Exception as error:
-            done(spec, error)
-        else:
-            done(spec, None)
-
-
-def run_with_ray(
-    specs: Sequence[RunSpec],
-    root: str | Path,
-    done: Done,
-    *,
-    device: str,
-    threads: int | None,
-    cpus: float = 1,
-    gpus: float = 0,
-    address: str | None = None,
-) -> None:
-    """Side by side on all that Ray has: this machine, or the cluster at `address` (then `root` must be a folder all share).
-
-    cpus, gpus: what a run takes, so that gpus=0.25 puts four on a card. A run whose worker dies is started again, and goes
-    on from its checkpoint. Raises ImportError without Ray.
-    """
-    try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-    except ImportError:
-        raise ImportError('the Ray executor needs Ray: pip install "diffagents[sweep]"') from None
-
-    carried = {name: os.environ[name] for name in _CARRIED if name in os.environ}
-    elsewhere: dict[str, Any] = (
-        {"runtime_env": {"env_vars": carried}} if address else {}
-    )  # workers started here inherit them anyway
-    ray.init(address=address, include_dashboard=False, log_to_driver=False, **elsewhere)
-    try:
-        remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(run_one)
-        place, how = str(Path(root).resolve()), {"device": device, "threads": threads, "command": provenance.command_line()}
-        running = {remote.remote(spec, place, **how): spec for spec in specs}
-        while running:
-            ready, _ = ray.wait(list(running), timeout=1.0)
-            for reference in ready:
-                spec, error = running.pop(reference), None
-                try:
-                    ray.get(reference)
-                except ray.exceptions.RayTaskError as raised:
-                    error = raised.cause if isinstance(raised.cause, Exception) else raised
-                except ray.exceptions.RayError as raised:
-                    error = raised
-                done(spec, error)
-    finally:
-        ray.shutdown()

@@ -4,7 +4,7 @@ import csv
 import html
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ Run = Mapping[str, Any]
 _REPEATS = 2000  # of every bootstrap
 COLUMNS = (
     *("cell", "algorithm", "dataset", "seed", "name", "steps", "last_return", "last_score", "last_success", "last_length"),
-    *("best_return", "best_score", "best_at", "data_return", "data_score", "seconds", "machine", "commit"),
+    *("best_return", "best_score", "best_at", "data_return", "data_score", "data_sha256", "seconds", "machine", "commit"),
 )
 
 
 def read_runs(root: str | Path) -> list[dict[str, Any]]:
-    """The results of every finished run under `root`, sorted by name. Raises FileNotFoundError where there is none."""
+    """The results of every finished run under `root`, sorted by name. Raises ValueError for one of another version."""
     found = sorted(Path(root).glob(f"*/{RESULTS}"))
-    if not found:
-        raise FileNotFoundError(f"there is no finished run in {root}")
-    return [artifact.read_json(path.parent, RESULTS) for path in found]
+    runs = [artifact.read_json(path.parent, RESULTS) for path in found]
+    for path, run in zip(found, runs, strict=True):
+        if not {"name", "cell", "spec", "last", "curve", "data", "stage_steps", "seconds", "machine", "commit"} <= set(run):
+            raise ValueError(f"{path} was not written by this version: delete its folder, and the run is made anew")
+    return runs
 
 
 def write_report(
@@ -78,7 +80,7 @@ def cells_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in sorted(runs, key=lambda run: (run["cell"], run["spec"]["seed"])):
         cells[run["cell"]].append(run)
     for cell, members in cells.items():
-        without_seed = [{name: value for name, value in run["spec"].items() if name != "seed"} for run in members]
+        without_seed = [{"label": "", **run["spec"], "seed": None} for run in members]
         if any(spec != without_seed[0] for spec in without_seed) or len({run["data"]["sha256"] for run in members}) > 1:
             raise ValueError(f"the runs of {cell} differ in more than their seeds: keep those of one setting and one dataset")
         if len({run["spec"]["seed"] for run in members}) < len(members):
@@ -99,12 +101,17 @@ def interquartile_mean(values: Any) -> np.ndarray:
 
 
 def iqm_interval(by_task: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """(interquartile mean over all runs of all tasks, low, high); stratified bootstrap: seeds are redrawn within each task."""
+    """(interquartile mean over all runs of all tasks, low, high); stratified bootstrap: seeds are redrawn within each task.
+
+    Every task has the same number of seeds, else one would weigh more than another (ValueError).
+    """
     rng = np.random.default_rng(0)
-    arrays = [np.asarray(scores, np.float64) for scores in by_task]
-    drawn = np.concatenate([scores[rng.integers(0, len(scores), (_REPEATS, len(scores)))] for scores in arrays], axis=1)
+    scores = np.asarray([list(task) for task in by_task], np.float64)  # (tasks, seeds)
+    tasks, seeds = scores.shape
+    picks = rng.integers(0, seeds, (_REPEATS, tasks, seeds))
+    drawn = np.take_along_axis(scores[None], picks, axis=2).reshape(_REPEATS, -1)
     low, high = np.percentile(interquartile_mean(drawn), (2.5, 97.5))
-    return float(interquartile_mean(np.concatenate(arrays))), float(low), float(high)
+    return float(interquartile_mean(scores.reshape(-1))), float(low), float(high)
 
 
 def median_run(members: Sequence[Run]) -> Run:
@@ -112,29 +119,33 @@ def median_run(members: Sequence[Run]) -> Run:
     return sorted(members, key=lambda run: run["last"]["mean_return"])[(len(members) - 1) // 2]
 
 
-def unit_of(run: Run) -> str:
-    """Of `value_of` and `data_value`: the D4RL scale; where returns count successes, as in mazes, these; else the return."""
-    last = run["last"]
-    if last["score"] is not None:
+def unit_of(runs: Iterable[Run]) -> str:
+    """What the runs on a dataset are compared in: the D4RL scale; where returns count successes (mazes), these; the return."""
+    members = list(runs)
+    if all(run["last"]["score"] is not None for run in members):
         return "D4RL scale"
-    counts = last["success_rate"] is not None and abs(last["mean_return"] - last["success_rate"]) < 1e-6
-    return "success %" if counts and 0.0 <= run["data"]["mean_return"] <= 1.0 else "return"
+    return "success %" if all(map(_counts_successes, members)) else "return"
 
 
-def value_of(run: Run, which: str = "last") -> float:
-    """What tables compare, in `unit_of`. which: the "last" policy, or the "best" evaluation on the way."""
-    rows = [row for row in run["curve"] if run["best"] and row["num_timesteps"] == run["best"]["num_timesteps"]]
-    row = rows[0] if which == "best" and rows else run["last"]
-    return _in_units(row, unit_of(run))
+def _counts_successes(run: Run) -> bool:
+    last, data = run["last"], run["data"]["mean_return"]
+    return last["success_rate"] is not None and abs(last["mean_return"] - last["success_rate"]) < 1e-6 and 0.0 <= data <= 1.0
 
 
-def data_value(run: Run) -> float:
-    """The mean of the data's episodes."""
-    return _in_units(run["data"], unit_of(run))
-
-
-def _in_units(row: Mapping[str, Any], unit: str) -> float:
+def value_of(row: Mapping[str, Any], unit: str) -> float:
+    """One of the `last`, `data` or curve rows of a run in a unit."""
     return float(row["score"] if unit == "D4RL scale" else row["mean_return"] * (100.0 if unit == "success %" else 1.0))
+
+
+def curve_of(run: Run) -> list[dict[str, Any]]:
+    """Evaluations on the way, and at their end that of the last policy with all its episodes."""
+    last = {key: run["last"][key] for key in ("mean_return", "score")}
+    return [*run["curve"][:-1], *({**row, **last} for row in run["curve"][-1:])]
+
+
+def best_of(run: Run) -> dict[str, Any]:
+    """The row of `curve_of` with the highest return; of a run that was not evaluated on the way, its last policy."""
+    return max(curve_of(run) or [run["last"]], key=lambda row: row["mean_return"])
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -146,31 +157,33 @@ def as_csv(runs: Sequence[Run]) -> str:
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
     for run in sorted(runs, key=lambda run: (run["cell"], run["spec"]["seed"])):
-        last, best, data = run["last"], run["best"] or {}, run["data"]
+        last, best, data = run["last"], best_of(run), run["data"]
         row = {"cell": run["cell"], "name": run["name"], **{key: run["spec"][key] for key in ("algorithm", "dataset", "seed")}}
         row |= {"steps": " ".join(f"{stage}={steps}" for stage, steps in run["stage_steps"].items())}
         row |= {"last_return": last["mean_return"], "last_score": last["score"], "last_success": last["success_rate"]}
-        row |= {
-            "last_length": last["mean_length"],
-            "best_return": best.get("mean_return"),
-            "best_at": best.get("num_timesteps"),
-        }
-        row |= {"best_score": value_of(run, "best") if best and last["score"] is not None else None}
-        row |= {"data_return": data["mean_return"], "data_score": data["score"], "seconds": round(run["seconds"], 1)}
+        row |= {"last_length": last["mean_length"], "best_return": best["mean_return"], "best_score": best["score"]}
+        row |= {"best_at": best.get("num_timesteps"), "data_return": data["mean_return"], "data_score": data["score"]}
+        row |= {"data_sha256": data["sha256"], "seconds": round(run["seconds"], 1)}
         table.writerow(row | {"machine": run["machine"], "commit": run["commit"]})
     return text.getvalue()
 
 
+def _column(members: Sequence[Run]) -> str:
+    """The algorithm, and the label of its settings."""
+    return " ".join(filter(None, (members[0]["spec"]["algorithm"], members[0]["spec"].get("label", ""))))
+
+
 def _by_dataset(cells: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Sequence[Run]]]:
-    """dataset -> algorithm -> runs"""
+    """dataset -> algorithm (and label) -> runs"""
     found: dict[str, dict[str, Sequence[Run]]] = defaultdict(dict)
     for members in cells.values():
-        found[members[0]["spec"]["dataset"]][members[0]["spec"]["algorithm"]] = members
+        found[members[0]["spec"]["dataset"]][_column(members)] = members
     return {dataset: found[dataset] for dataset in sorted(found)}
 
 
-def _algorithms(cells: Mapping[str, Sequence[Run]]) -> list[str]:
-    return sorted({members[0]["spec"]["algorithm"] for members in cells.values()})
+def _units(cells: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """dataset -> `unit_of` all its runs"""
+    return {dataset: unit_of(run for members in row.values() for run in members) for dataset, row in _by_dataset(cells).items()}
 
 
 def _said(values: Sequence[float]) -> str:
@@ -178,9 +191,13 @@ def _said(values: Sequence[float]) -> str:
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]" if len(values) > 1 else f"{mean:.1f}"
 
 
+def _lasts(members: Sequence[Run], unit: str) -> list[float]:
+    return [value_of(run["last"], unit) for run in members]
+
+
 def overview(cells: Mapping[str, Sequence[Run]]) -> str:
     """One row a dataset, one column an algorithm: the last policies' mean over seeds and its interval."""
-    algorithms = _algorithms(cells)
+    algorithms, units = sorted({_column(members) for members in cells.values()}), _units(cells)
     lines = [
         "LAST policy of each run, mean over seeds and its 95 % bootstrap interval (one seed: its value alone); beside it the",
         "mean of the data's own episodes. D4RL scale: 0 is D4RL's random policy, 100 its expert, in mujoco-py; what was made",
@@ -189,43 +206,45 @@ def overview(cells: Mapping[str, Sequence[Run]]) -> str:
         f"|{'---|' * (len(algorithms) + 3)}",
     ]
     for dataset, row in _by_dataset(cells).items():
-        some = next(iter(row.values()))[0]
-        means = {name: mean_interval([value_of(run) for run in members])[0] for name, members in row.items()}
+        unit = units[dataset]
+        means = {name: mean_interval(_lasts(members, unit))[0] for name, members in row.items()}
         said = [
             "-"
             if name not in row
-            else ("**{}**" if means[name] == max(means.values()) else "{}").format(_said([value_of(run) for run in row[name]]))
+            else ("**{}**" if means[name] == max(means.values()) else "{}").format(_said(_lasts(row[name], unit)))
             + ("" if len(row[name]) > 1 else " (1)")
             for name in algorithms
         ]
-        lines.append(f"| `{dataset}` | {unit_of(some)} | {data_value(some):.1f} | {' | '.join(said)} |")
+        data = value_of(next(iter(row.values()))[0]["data"], unit)
+        lines.append(f"| `{dataset}` | {unit} | {data:.1f} | {' | '.join(said)} |")
     return "\n".join([*lines, "", "(1): one seed. -: not reached. Bold: the highest mean, whatever the intervals say.\n"])
 
 
 def details(cells: Mapping[str, Sequence[Run]], command: str) -> str:
     """One row a cell: what it takes to judge it and to make it anew."""
+    specs, units = [members[0]["spec"] for members in cells.values()], _units(cells)
+    episodes, fewer = (", ".join(map(str, sorted({spec[key] for spec in specs}))) for key in ("episodes", "point_episodes"))
     lines = [
-        "The last policy's raw return and score, by seed too (in brackets the median seed, the one that is kept), then the",
-        "best evaluation met on the way. That one is chosen by the episodes it is reported on, so it flatters; it is here to",
-        "compare with papers that report it.\n",
-        "| cell | seeds | raw return | last | last by seed | best on the way | updates | minutes a run | machine | commit |",
-        f"|{'---|' * 10}",
+        "The last policy's raw return, and its value in the unit above, by seed too (in brackets the median seed, the one",
+        f"that is kept): {episodes} episodes a run, resets seeded 1000, 1001, ... Then the run's best evaluation and its step;",
+        f"on the way {fewer} episodes are played. To be chosen by the episodes it is reported on flatters a policy: it is here",
+        "to compare with papers that report it.\n",
+        "| cell | seeds | raw return | last | last by seed | best | at step | updates | minutes a run | machine | commit |",
+        f"|{'---|' * 11}",
     ]
     for cell, members in cells.items():
-        kept = median_run(members)
-        by_seed = ", ".join(f"({value_of(run):.1f})" if run is kept else f"{value_of(run):.1f}" for run in members)
-        best = _said([value_of(run, "best") for run in members])
+        kept, unit = median_run(members), units[members[0]["spec"]["dataset"]]
+        lasts, bests = _lasts(members, unit), [best_of(run) for run in members]
+        by_seed = ", ".join(f"({x:.1f})" if run is kept else f"{x:.1f}" for run, x in zip(members, lasts, strict=True))
         steps = ", ".join(f"{stage} {count:,}" for stage, count in members[0]["stage_steps"].items())
+        at = ", ".join(f"{row['num_timesteps']:,}" if "num_timesteps" in row else "last" for row in bests)
         minutes = ", ".join(f"{run['seconds'] / 60:.0f}" for run in members)
         lines.append(
-            f"| `{cell}` | {len(members)} | {_said([run['last']['mean_return'] for run in members])} "
-            f"| {_said([value_of(run) for run in members])} | {by_seed} | {best} | {steps} | {minutes} "
+            f"| `{cell}` | {len(members)} | {_said([run['last']['mean_return'] for run in members])} | {_said(lasts)} "
+            f"| {by_seed} | {_said([value_of(row, unit) for row in bests])} | {at} | {steps} | {minutes} "
             f"| {_unique(run['machine'] for run in members)} | {_unique(run['commit'] for run in members)} |"
         )
-    settings = sorted({f"{m[0]['spec']['episodes']} episodes" for m in cells.values()})
-    return "\n".join(
-        [*lines, "", f"{', '.join(settings)} a run, resets seeded 1000, 1001, ... A cell anew:\n", f"```sh\n{command}\n```\n"]
-    )
+    return "\n".join([*lines, "", f"A cell anew:\n\n```sh\n{command}\n```\n"])
 
 
 def _unique(values: Any) -> str:
@@ -234,19 +253,27 @@ def _unique(values: Any) -> str:
 
 def verdicts(cells: Mapping[str, Sequence[Run]], baseline: str = "DiffusionBC") -> str:
     """Where an algorithm does not beat the data's mean, or cloning it, in the mean over seeds."""
-    lines = []
+    lines, units, alone = [], _units(cells), []
     for dataset, row in _by_dataset(cells).items():
+        if baseline not in row:
+            alone.append(f"`{dataset}`")
         for name, members in row.items():
-            mean = mean_interval([value_of(run) for run in members])[0]
-            bars = {"the data's mean": data_value(members[0])}
+            mean = mean_interval(_lasts(members, units[dataset]))[0]
+            bars = {"the data's mean": value_of(members[0]["data"], units[dataset])}
             if baseline in row and name != baseline:
-                bars[baseline] = mean_interval([value_of(run) for run in row[baseline]])[0]
+                bars[baseline] = mean_interval(_lasts(row[baseline], units[dataset]))[0]
             below = [f"{bar} ({value:.1f})" for bar, value in bars.items() if mean <= value]
             if name != baseline and below:
-                lines.append(f"* `{dataset}`: {name} ({mean:.1f}) does not beat {' or '.join(below)}")
-    if not lines:
-        return f"Every algorithm beats the data's mean and {baseline} wherever it was run.\n"
-    return "\n".join([f"Where an algorithm beats neither, or only one of, the data's mean and {baseline}:\n", *lines, ""])
+                seeds = f"{len(members)} seed{'s' * (len(members) > 1)}"
+                lines.append(f"* `{dataset}`: {name} ({mean:.1f}, {seeds}) does not beat {' or '.join(below)}")
+    lines = lines or [
+        f"* nowhere: every algorithm beats the data's mean{'' if alone else f' and {baseline}'} wherever it was run"
+    ]
+    if alone:
+        lines.append(f"* {baseline} was not run on {', '.join(alone)}: only compared with the data there")
+    return "\n".join(
+        [f"Where an algorithm's mean is not above the data's mean, or not above that of {baseline}:\n", *lines, ""]
+    )
 
 
 def missing(runs: Sequence[Run], specs: Sequence[RunSpec]) -> str | None:
@@ -272,27 +299,24 @@ def draw_curves(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
     rows = {dataset: row for dataset, row in _by_dataset(cells).items() if any(m[0]["curve"] for m in row.values())}
     if not rows:
         return False
-    columns = min(3, len(rows))
+    columns, units = min(3, len(rows)), _units(cells)
     height = -(-len(rows) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.1 * height), layout="constrained")
-    colors = {name: f"C{i}" for i, name in enumerate(_algorithms(cells))}
+    names = sorted({name for row in rows.values() for name in row})
     for i, (dataset, row) in enumerate(rows.items()):
-        axes = figure.add_subplot(height, columns, i + 1)
+        axes, unit = figure.add_subplot(height, columns, i + 1), units[dataset]
         for name, members in row.items():
-            curves = [run["curve"] for run in members if len(run["curve"]) == len(members[0]["curve"])]
+            curves = [curve_of(run) for run in members if len(run["curve"]) == len(members[0]["curve"])]
             if not curves[0]:
                 continue
-            y = np.array([[_height(point) for point in curve] for curve in curves])
-            x = np.linspace(0, 1, len(curves[0]) + 1)[1:]
-            axes.plot(x, y.mean(0), label=name, color=colors[name], marker=".")
-            axes.fill_between(x, y.min(0), y.max(0), color=colors[name], alpha=0.15, linewidth=0)
-        some = next(iter(row.values()))[0]
-        scored = some["last"]["score"] is not None
-        axes.axhline(
-            some["data"]["score"] if scored else some["data"]["mean_return"], color="gray", linestyle=":", label="the data"
-        )
+            y = np.array([[value_of(point, unit) for point in curve] for curve in curves])
+            x, color = np.linspace(0, 1, len(curves[0]) + 1)[1:], f"C{names.index(name)}"
+            axes.plot(x, y.mean(0), label=name, color=color, marker=".")
+            axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
+        data = next(iter(row.values()))[0]["data"]
+        axes.axhline(value_of(data, unit), color="gray", linestyle=":", label="the data")
         axes.set_title(dataset, fontsize=9)
-        axes.set_ylabel("D4RL scale" if scored else "return", fontsize=8)
+        axes.set_ylabel(unit, fontsize=8)
         axes.set_xlabel("share of the stage that makes the policy", fontsize=8)
         axes.tick_params(labelsize=7)
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -301,28 +325,26 @@ def draw_curves(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
     return True
 
 
-def _height(point: Mapping[str, Any]) -> float:
-    return float(point["mean_return"] if point["score"] is None else point["score"])
-
-
 def draw_iqm(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
-    """Interquartile mean of the D4RL-scale scores over all seeds of the datasets that all drawn algorithms share."""
-    scored = {
-        dataset: row for dataset, row in _by_dataset(cells).items() if next(iter(row.values()))[0]["last"]["score"] is not None
-    }
+    """Interquartile mean of the D4RL scale over the datasets that all drawn algorithms share, as many seeds of each."""
+    units = _units(cells)
+    scored = {dataset: row for dataset, row in _by_dataset(cells).items() if units[dataset] == "D4RL scale"}
     names, datasets = shared_tasks({dataset: set(row) for dataset, row in scored.items()})
     if len(names) < 2:
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 0.8 + 0.35 * len(names)), layout="constrained")
+    seeds = min(len(scored[dataset][name]) for dataset in datasets for name in names)
+    figure = Figure(figsize=(7, 1.0 + 0.35 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     for i, name in enumerate(names):
-        middle, low, high = iqm_interval([[value_of(run) for run in scored[dataset][name]] for dataset in datasets])
+        middle, low, high = iqm_interval([_lasts(scored[dataset][name], "D4RL scale")[:seeds] for dataset in datasets])
         axes.barh(i, high - low, left=low, height=0.6, color=f"C{i}", alpha=0.45)
         axes.plot([middle, middle], [i - 0.3, i + 0.3], color="black")
     axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel(f"interquartile mean of the D4RL scale over {', '.join(datasets)}", fontsize=8)
+    axes.set_xlabel(f"interquartile mean of the D4RL scale over {', '.join(datasets)}", fontsize=7)
+    each = f"the first {seeds} seeds of each" if seeds > 1 else "one seed of each: no interval"
+    axes.set_title(f"{len(datasets)} datasets, {each}", fontsize=8)
     figure.savefig(path, dpi=110)
     return True
 

@@ -277,26 +277,30 @@ def estimate(agent: Any, plan: Plan, sampler: Sampler) -> dict[str, float]:
     if max(lefts.values()) < 100:
         return seconds
     before = snapshot(agent)
-    for stage in agent.stages():
-        left = lefts.get(stage.name, 0)
-        if left < 100:
-            continue
-        some = sampler
-        if stage.prepare is not None:  # on a few rows
-            start, few = time.perf_counter(), sampler.head(256)
-            some = stage.prepare(few, stage_generator(agent, stage))
-            seconds[stage.name] = (time.perf_counter() - start) * min(len(sampler), stage.n_prepared or len(sampler)) / len(few)
-        for part in stage.parts:
-            for n in (1, 3):  # the first only warms up
-                start = time.perf_counter()
-                for _ in range(n):
-                    batch = some.sample(stage.batch_size, agent.generator)
-                    part.update(batch, part.draw(stage.batch_size, agent.generator))
-                if agent.device.type == "cuda":
-                    torch.cuda.synchronize(agent.device)
-            first = agent.stage_steps[stage.name]
-            seconds[stage.name] += part.times(first, first + left) * (time.perf_counter() - start) / 3
-    restore(agent, before)
+    try:
+        for stage in agent.stages():
+            left = lefts.get(stage.name, 0)
+            if left < 100:
+                continue
+            some = sampler
+            if stage.prepare is not None:  # on a few rows
+                start, few = time.perf_counter(), sampler.head(256)
+                some = stage.prepare(few, stage_generator(agent, stage))
+                seconds[stage.name] = (
+                    (time.perf_counter() - start) * min(len(sampler), stage.n_prepared or len(sampler)) / len(few)
+                )
+            for part in stage.parts:
+                for n in (1, 3):  # the first only warms up
+                    start = time.perf_counter()
+                    for _ in range(n):
+                        batch = some.sample(stage.batch_size, agent.generator)
+                        part.update(batch, part.draw(stage.batch_size, agent.generator))
+                    if agent.device.type == "cuda":
+                        torch.cuda.synchronize(agent.device)
+                first = agent.stage_steps[stage.name]
+                seconds[stage.name] += part.times(first, first + left) * (time.perf_counter() - start) / 3
+    finally:  # Ctrl-C, too, leaves the agent as it was
+        restore(agent, before)
     return seconds
 
 

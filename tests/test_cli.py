@@ -252,6 +252,12 @@ def test_push_pull_list_and_eval_by_a_hub_id(trained: Path, here: Path) -> None:
         assert nobody.returncode == 1 and "hf auth login" in nobody.stderr and nobody.stderr.count("\n") == 1
 
 
+def test_arguments_of_the_environment_reach_it(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"eval {trained} --episodes 1 --device cpu --json"
+    assert cli.main(shlex.split(f"{words} --env-arg max_episode_steps=7 --env-arg render_mode=none")) == 0
+    assert json.loads(capsys.readouterr().out)["mean_length"] == 7
+
+
 def test_collect_makes_a_dataset_that_train_takes(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"collect {trained} --id me/reacher/td3bc-v0 --steps 120 --root {here / 'sets'} --noise gaussian:0.1 --device cpu"
     assert cli.main(shlex.split(words)) == 0

@@ -40,7 +40,7 @@ GROUPS = [
     {"tuning"},
     {"__init__"},
     {"sweep", "cli_options"},
-    {"sweep_report"},
+    {"sweep_report", "sweep_executors"},
     {"cli_lab"},
     {"cli"},
 ]

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from hub_server import Hub
 
 import diffagents
-from diffagents import cli, sweep, sweep_report
+from diffagents import cli, sweep, sweep_executors, sweep_report
 from diffagents.sweep import RunSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,12 +50,13 @@ TWO_BLOCKS = f"""
 seeds: [0, 1]
 episodes: 3
 points: 1
+point_episodes: 2
 settings:
   IQL: {{train_steps: 30, beta: 2.0}}
   TD3BC: {{train_steps: 20}}
 runs:
   - {{algorithms: [IQL, TD3BC], datasets: [{REACHER}, other/data-v0]}}
-  - {{algorithms: IQL, datasets: {REACHER}, seeds: 7, steps: 50, settings: {{IQL: {{beta: 5.0}}}}}}
+  - {{algorithms: IQL, datasets: {REACHER}, seeds: 7, steps: 50, label: b5, settings: {{IQL: {{beta: 5}}}}}}
 """
 
 
@@ -65,7 +67,8 @@ def test_a_grid_is_read_in_its_order_and_settings_of_a_block_win(tmp_path: Path)
     assert told == [*first, (7, REACHER, "IQL")]
     assert specs[0].settings == {"train_steps": 30, "beta": 2.0} and specs[1].settings == {"train_steps": 20}
     assert specs[-1].settings == {"train_steps": 30, "beta": 5.0} and specs[-1].steps == 50
-    assert {(s.episodes, s.points) for s in specs} == {(3, 1)}
+    assert type(specs[-1].settings["beta"]) is float and specs[-1].cell == "iql-b5-reacher-replay-v0"
+    assert {(s.episodes, s.points, s.point_episodes) for s in specs} == {(3, 1, 2)}
     assert specs[0].cell == "iql-reacher-replay-v0" and specs[2].cell == "iql-other-data-v0"
 
 
@@ -76,7 +79,13 @@ def test_a_run_that_is_asked_for_twice_is_one(tmp_path: Path) -> None:
 
 def test_everything_that_decides_a_result_is_in_the_name() -> None:
     changed = {"seed": 1, "steps": 7, "env": "Reacher-v5", "episodes": 4, "points": 3, "point_episodes": 1}
-    changed |= {"deterministic": False, "settings": {**SMALL, "beta": 1.0}, "dataset": "a/b-v0", "algorithm": "AWR"}
+    changed |= {
+        "label": "x",
+        "deterministic": False,
+        "settings": {**SMALL, "beta": 1.0},
+        "dataset": "a/b-v0",
+        "algorithm": "AWR",
+    }
     assert set(changed) == {field.name for field in dataclasses.fields(RunSpec)}
     names = {spec().name, *(dataclasses.replace(spec(), **{key: value}).name for key, value in changed.items())}
     assert len(names) == len(changed) + 1
@@ -99,6 +108,16 @@ def test_everything_that_decides_a_result_is_in_the_name() -> None:
         (f"runs:\n  - {{algorithms: IQL, datasets: {REACHER}, seeds: [-1]}}", "seed"),
         (f"episodes: 0\nruns:\n  - {{algorithms: IQL, datasets: {REACHER}}}", "episodes"),
         (f"runs:\n  - {{algorithms: IQL, datasets: {REACHER}, steps: 1.5}}", "steps"),
+        (f"settings: {{IQQL: {{beta: 3}}}}\nruns:\n  - {{algorithms: IQL, datasets: {REACHER}}}", "IQQL"),
+        (f"settings: {{IQL: 3}}\nruns:\n  - {{algorithms: IQL, datasets: {REACHER}}}", "mapping of an algorithm"),
+        (f"settings: [IQL]\nruns:\n  - {{algorithms: IQL, datasets: {REACHER}}}", "mapping of an algorithm"),
+        (f"deterministic: 'no'\nruns:\n  - {{algorithms: IQL, datasets: {REACHER}}}", "deterministic"),
+        (f"episodes: 3\nruns:\n  - {{algorithms: IQL, datasets: {REACHER}}}", "point_episodes=5"),
+        (
+            f"runs:\n  - {{algorithms: IQL, datasets: {REACHER}}}\n"
+            f"  - {{algorithms: IQL, datasets: {REACHER}, seeds: 1, settings: {{IQL: {{beta: 1}}}}}}",
+            "give one a `label:`",
+        ),
     ],
 )
 def test_a_bad_grid_is_refused_with_its_place(text: str, said: str, tmp_path: Path) -> None:
@@ -121,11 +140,10 @@ def test_a_run_leaves_its_results_and_a_policy_that_acts_so(tmp_path: Path) -> N
     assert found == json.loads((folder / "results.json").read_text())
     assert found["stage_steps"] == {"train": 40} and found["data"]["id"] == REACHER and found["seconds"] > 0
     assert [row["num_timesteps"] for row in found["curve"]] == [20, 40]
-    assert found["best"] == {key: max(found["curve"], key=lambda row: row["mean_return"])[key] for key in found["best"]}
     agent = diffagents.load(folder / "policy", device="cpu", verbose=0)
     again = sweep.evaluate_as(spec(), agent, agent.dataset_info["env_spec"], 3)  # type: ignore[index]
     assert list(again.returns) == found["last"]["returns"] and again.seed == 1000
-    assert found["curve"][-1]["mean_return"] == pytest.approx(np.mean(again.returns[:2]))  # the first of the same resets
+    assert found["curve"][-1]["mean_return"] == pytest.approx(again.mean_return)
     card = json.loads((folder / "policy" / "results.json").read_text())
     assert card["mean_reward"] == found["last"]["mean_return"] and card["n_eval_episodes"] == 3
     assert sweep.status(spec(), tmp_path)["state"] == "done" and not (folder / "progress.json").exists()
@@ -156,6 +174,7 @@ def test_a_run_that_was_cut_ends_as_if_it_had_not_been(algorithm: str, tmp_path:
         return evaluate(*arguments)
 
     monkeypatch.setattr(sweep, "evaluate_as", cut_at_the_second_point)
+    monkeypatch.setattr(sweep, "SAVE_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
         sweep.run_one(one, tmp_path / "cut")
     assert sweep.status(one, tmp_path / "cut")["state"] == "cut"
@@ -163,14 +182,15 @@ def test_a_run_that_was_cut_ends_as_if_it_had_not_been(algorithm: str, tmp_path:
     trained = len(calls)
     resumed = sweep.run_one(one, tmp_path / "cut")
     assert trained == 2 and resumed["stage_steps"] == whole["stage_steps"]
-    assert resumed["last"] == whole["last"]
+    assert resumed["last"] == whole["last"] and resumed["curve"] == whole["curve"]
     tensors = [diffagents.load(tmp_path / at / one.name / "policy", verbose=0).get_parameters() for at in ("whole", "cut")]
     for name, module in tensors[0].items():
         for key, tensor in module.items():
             assert torch.equal(tensor, tensors[1][name][key]), (name, key)
 
 
-def test_checkpoints_are_written_on_the_way_and_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", [25, 40])
+def test_checkpoints_are_written_on_the_way_and_gone_on_from(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "SAVE_EVERY", 0.0)
     whole = sweep.run_one(spec(points=0), tmp_path / "whole")
     real, steps = diffagents.IQL.save, []
@@ -178,7 +198,8 @@ def test_checkpoints_are_written_on_the_way_and_gone_on_from(tmp_path: Path, mon
     def killed(agent: Any, path: Any, *rest: Any) -> Any:
         saved = real(agent, path, *rest)
         steps.append(agent.num_timesteps)
-        if agent.num_timesteps == 25:
+        if agent.num_timesteps == at and steps.count(at) == 1:
+            agent.provenance["seconds"] = 0.0  # what is in memory is lost
             raise MemoryError("killed")
         return saved
 
@@ -187,15 +208,17 @@ def test_checkpoints_are_written_on_the_way_and_gone_on_from(tmp_path: Path, mon
         sweep.run_one(spec(points=0), tmp_path / "cut")
     assert (tmp_path / "cut" / spec(points=0).name / "error.txt").read_text().endswith("MemoryError: killed\n")
     assert sweep.status(spec(points=0), tmp_path / "cut")["state"] == "failed"
-    assert sweep.run_one(spec(points=0), tmp_path / "cut")["last"] == whole["last"]
-    assert steps == [*range(1, 26), *range(26, 41), 40]  # nothing twice
+    kept = diffagents.load(tmp_path / "cut" / spec(points=0).name / "checkpoint.zip", verbose=0).provenance["seconds"]
+    resumed = sweep.run_one(spec(points=0), tmp_path / "cut")
+    assert resumed["last"] == whole["last"] and resumed["seconds"] > kept > 0
+    assert steps == [*range(1, 41), 40]  # nothing twice
     assert not (tmp_path / "cut" / spec(points=0).name / "error.txt").exists()
 
 
 def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path: Path) -> None:
     bad = dataclasses.replace(spec(), dataset="diffagents/nowhere/none-v0")
     told: list[tuple[str, BaseException | None]] = []
-    sweep.run_serially([bad, spec()], tmp_path, lambda s, e: told.append((s.name, e)), device="cpu", threads=1)
+    sweep_executors.run_serially([bad, spec()], tmp_path, lambda s, e: told.append((s.name, e)), device="cpu", threads=1)
     assert [name for name, _ in told] == [bad.name, spec().name] and told[1][1] is None
     assert "nowhere" in str(told[0][1]) and "nowhere" in (tmp_path / bad.name / "error.txt").read_text()
     assert sweep.status(bad, tmp_path)["state"] == "failed"
@@ -224,6 +247,52 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
     assert sweep.status(spec(), tmp_path)["state"] == "waiting"
 
 
+def test_looking_how_far_a_run_is_never_keeps_it_from_being_made(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            sweep.status(spec(), tmp_path)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        for k in range(3):
+            sweep.run_one(spec(seed=0, points=k), tmp_path)
+    finally:
+        stop.set()
+        looker.join()
+
+
+def test_who_waited_for_a_run_takes_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sweep.run_one(spec(), tmp_path)
+    path = tmp_path / spec().name / "results.json"
+    text, exists = path.read_text(), Path.exists
+    looks = []
+
+    def not_yet(self: Path, **how: Any) -> bool:
+        looks.append(self == path)
+        return False if self == path and looks.count(True) == 1 else exists(self, **how)
+
+    monkeypatch.setattr(Path, "exists", not_yet)
+    monkeypatch.setattr(sweep, "_run", lambda *_: pytest.fail("made again"))
+    assert sweep.run_one(spec(), tmp_path) == found and path.read_text() == text
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toy import line_data
+
+    np.savez(tmp_path / "line.npz", **line_data(obs_dim=3, act_dim=1))
+    one = dataclasses.replace(spec(), dataset=str(tmp_path / "line.npz"), env="Pendulum-v1", points=0)
+    assert one.cell == "iql-line"
+    monkeypatch.setattr(sweep, "evaluate_as", lambda *_: (_ for _ in ()).throw(OSError("cut")))
+    with pytest.raises(OSError, match="cut"):
+        sweep.run_one(one, tmp_path)
+    np.savez(tmp_path / "line.npz", **line_data(obs_dim=3, act_dim=1, seed=1))
+    with pytest.raises(ValueError, match=r"checkpoint\.zip began to learn from"):
+        sweep.run_one(one, tmp_path)
+
+
 def test_a_dataset_without_an_environment_is_refused_before_training(tmp_path: Path) -> None:
     from toy import line_data
 
@@ -236,7 +305,7 @@ def test_a_dataset_without_an_environment_is_refused_before_training(tmp_path: P
 def test_ray_makes_the_same_runs(tmp_path: Path) -> None:
     """In a process of its own, as a shell would start it: two runs and one that fails, side by side."""
     bad = "  - {algorithms: IQL, datasets: diffagents/nowhere/none-v0}\n"
-    text = f"episodes: 2\npoints: 0\nsettings: {{IQL: {json.dumps(SMALL)}}}\nruns:\n{bad}"
+    text = f"episodes: 2\npoint_episodes: 1\npoints: 0\nsettings: {{IQL: {json.dumps(SMALL)}}}\nruns:\n{bad}"
     path = grid(tmp_path, text + f"  - {{algorithms: IQL, datasets: {REACHER}, seeds: [0, 1]}}\n")
     command = [sys.executable, "-m", "diffagents.cli", "bench", str(path), "--root", str(tmp_path / "ray"), "--executor", "ray"]
     done = subprocess.run(
@@ -254,12 +323,11 @@ def test_ray_makes_the_same_runs(tmp_path: Path) -> None:
 
 
 def run(algorithm: str, seed: int, mean: float, *, dataset: str = "a/one-v0", best: float | None = None, **changes: Any) -> Any:
-    one = RunSpec(algorithm, dataset, seed)
-    curve = [
-        {"num_timesteps": 5, "mean_return": best if best is not None else mean, "score": best if best is not None else mean}
-    ]
+    """What results.json holds; scores are a tenth of returns. best: the score of the first of two evaluations on the way."""
+    one, first = RunSpec(algorithm, dataset, seed), best if best is not None else mean
+    curve = [{"num_timesteps": at, "mean_return": 10 * x, "score": x} for at, x in ((5, first), (9, mean))]
     last = {"mean_return": 10 * mean, "score": mean, "success_rate": None, "mean_length": 5.0}
-    made = {"name": one.name, "cell": one.cell, "spec": dataclasses.asdict(one), "last": last, "best": curve[0], "curve": curve}
+    made = {"name": one.name, "cell": one.cell, "spec": dataclasses.asdict(one), "last": last, "curve": curve}
     made |= {"data": {"sha256": "x", "mean_return": 300.0, "score": 30.0}, "stage_steps": {"train": 9}, "seconds": 60.0}
     return made | {"machine": "m", "commit": "c"} | changes
 
@@ -275,6 +343,8 @@ def test_the_interval_redraws_seeds_within_each_task() -> None:
     assert (middle, low, high) == (50.0, 50.0, 50.0)  # redrawn over all six, tasks would change their weight
     middle, low, high = sweep_report.iqm_interval([[0.0, 10.0, 20.0], [80.0, 90.0, 100.0]])
     assert low < middle < high
+    with pytest.raises(ValueError, match="shape"):
+        sweep_report.iqm_interval([[90.0, 90.0, 90.0], [10.0]])  # one task would weigh three times the other
     assert sweep_report.mean_interval([4.0]) == (4.0, 4.0, 4.0)
     mean, low, high = sweep_report.mean_interval([0.0, 3.0, 6.0])
     assert mean == 3.0 and low == 0.0 and high == 6.0
@@ -304,10 +374,11 @@ def test_the_report_says_what_there_is_and_what_is_not(tmp_path: Path) -> None:
     path = sweep_report.write_report(runs, tmp_path / "report", specs=specs, command="make CELL", title="T")
     text = path.read_text()
     assert "| `a/one-v0` | D4RL scale | 30.0 | 45.0 (1) | 20.0 (1) | **60.0 [40.0, 70.0]** |" in text
-    assert "| `srpo-a-one-v0` | 3 | 600.0 [400.0, 700.0] | 60.0 [40.0, 70.0] | 40.0, (70.0), 70.0 | 95.0 [95.0, 95.0] |" in text
     assert (
-        "IQL (20.0) does not beat the data's mean (30.0) or DiffusionBC (45.0)" in text and "SRPO (60.0) does not" not in text
+        "| `srpo-a-one-v0` | 3 | 600.0 [400.0, 700.0] | 60.0 [40.0, 70.0] | 40.0, (70.0), 70.0 | 95.0 [95.0, 95.0] | 5, 5, 5 |"
+        in text
     )
+    assert "IQL (20.0, 1 seed) does not beat the data's mean (30.0) or DiffusionBC (45.0)" in text and "SRPO (60.0" not in text
     assert "* `bdpo-a-one-v0`: seeds 4, 5" in text and "make CELL" in text
     rows = list(csv.DictReader((path.parent / "results.csv").open()))
     assert [(row["cell"], row["seed"], row["last_score"]) for row in rows[2:]] == [
@@ -319,18 +390,42 @@ def test_the_report_says_what_there_is_and_what_is_not(tmp_path: Path) -> None:
 
 
 def test_success_and_plain_returns_have_their_units() -> None:
-    maze = run("IQL", 0, 0.0, best=0.9)
-    maze["last"] = {"mean_return": 0.8, "score": None, "success_rate": 0.8, "mean_length": 9.0}
-    maze["data"] = {"sha256": "x", "mean_return": 0.95, "score": None}
-    maze["curve"][0]["score"] = None
-    assert sweep_report.value_of(maze) == pytest.approx(80.0) and sweep_report.data_value(maze) == pytest.approx(95.0)
-    assert sweep_report.value_of(maze, "best") == pytest.approx(90.0) and sweep_report.unit_of(maze) == "success %"
-    pushed = run("IQL", 0, 0.0)  # knows success, but its return counts something else
-    pushed["last"] = {"mean_return": 18.0, "score": None, "success_rate": 0.0, "mean_length": 9.0}
-    pushed["data"] = {"sha256": "x", "mean_return": 36.0, "score": None}
-    assert (sweep_report.value_of(pushed), sweep_report.data_value(pushed)) == (18.0, 36.0)
-    assert sweep_report.unit_of(pushed) == "return"
-    assert sweep_report.unit_of(run("IQL", 0, 5.0)) == "D4RL scale" and sweep_report.value_of(run("IQL", 0, 5.0)) == 5.0
+    def maze(mean: float, success: float) -> Any:
+        last = {"mean_return": mean, "score": None, "success_rate": success, "mean_length": 9.0}
+        return run("IQL", 0, 0.0, last=last, data={"sha256": "x", "mean_return": 0.95, "score": None})
+
+    assert sweep_report.unit_of([maze(0.8, 0.8)]) == "success %"
+    assert sweep_report.value_of(maze(0.8, 0.8)["last"], "success %") == pytest.approx(80.0)
+    assert sweep_report.unit_of([maze(0.8, 0.8), maze(1.5, 0.9)]) == "return"  # one that goes on after the goal: for all
+    assert sweep_report.unit_of([run("IQL", 0, 5.0)]) == "D4RL scale"
+    assert sweep_report.value_of(run("IQL", 0, 5.0)["last"], "D4RL scale") == 5.0
+
+
+def test_the_best_evaluation_counts_the_last_policy_with_all_its_episodes() -> None:
+    one = run("IQL", 0, 50.0, best=40.0)
+    one["curve"][-1] |= {"mean_return": 1.0, "score": 0.1}  # fewer episodes, as an older version noted it
+    assert sweep_report.best_of(one) == {"num_timesteps": 9, "mean_return": 500.0, "score": 50.0}
+    assert sweep_report.best_of(run("IQL", 0, 50.0, best=60.0))["num_timesteps"] == 5
+    assert sweep_report.best_of(run("IQL", 0, 50.0, curve=[]))["mean_return"] == 500.0
+
+
+def test_verdicts_without_a_baseline_say_so() -> None:
+    text = sweep_report.verdicts(sweep_report.cells_of([run("IQL", 0, 50.0)]))
+    assert "DiffusionBC was not run on `a/one-v0`" in text and "and DiffusionBC wherever" not in text
+
+
+def test_two_settings_of_an_algorithm_are_two_columns() -> None:
+    labelled = run("IQL", 0, 50.0)
+    labelled["spec"]["label"], labelled["cell"] = "b5", "iql-b5-a-one-v0"
+    assert "| IQL | IQL b5 |" in sweep_report.overview(sweep_report.cells_of([run("IQL", 0, 20.0), labelled]))
+
+
+def test_the_commit_is_ours_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "other" / "site-packages" / "diffagents"
+    site.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", str(tmp_path / "other")], check=True)
+    monkeypatch.setattr(sweep, "__file__", str(site / "sweep.py"))
+    assert sweep.commit() is None
 
 
 def test_tasks_that_algorithms_share() -> None:
@@ -348,7 +443,8 @@ def shell(words: list[str], **environment: str) -> subprocess.CompletedProcess[s
 
 
 def small_grid(tmp_path: Path, seeds: str = "[0, 1, 2]") -> Path:
-    text = f"episodes: 2\npoints: 0\nseeds: {seeds}\nsettings: {{IQL: {json.dumps(SMALL)}, TD3BC: {json.dumps(SMALL)}}}\n"
+    settings = f"settings: {{IQL: {json.dumps(SMALL)}, TD3BC: {json.dumps(SMALL)}}}"
+    text = f"episodes: 2\npoint_episodes: 1\npoints: 0\nseeds: {seeds}\n{settings}\n"
     return grid(tmp_path, text + f"runs:\n  - {{algorithms: [IQL, TD3BC], datasets: {REACHER}}}\n")
 
 
@@ -364,14 +460,15 @@ def test_the_command_makes_runs_and_tables(tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["bench", str(path), "--root", "out", "--only", "nothing"]) == 1
     assert "no run of" in capsys.readouterr().err
     assert cli.main(["bench", str(path), "--root", "elsewhere", "--report"]) == 1
-    assert "no finished run" in capsys.readouterr().err
+    assert "is finished in elsewhere" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_the_commands_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = f"settings: {{IQL: {json.dumps(SMALL)}}}\nepisodes: 2\npoints: 0\nruns:\n"
+    text = f"settings: {{IQL: {json.dumps(SMALL)}}}\nepisodes: 2\npoint_episodes: 1\npoints: 0\nruns:\n"
     path = grid(tmp_path, text + f"  - {{algorithms: IQL, datasets: [diffagents/nowhere/none-v0, {REACHER}]}}\n")
     assert cli.main(["bench", str(path), "--root", "out"]) == 1
     told = capsys.readouterr().err
+    assert "--root out --only CELL" in Path("out/README.md").read_text()
     assert "1 of 2 runs failed" in told and "nowhere" in told and "error.txt" in told
     assert Path("out/README.md").exists()  # of what went well
 
@@ -397,7 +494,9 @@ def test_the_zoo_is_built_of_median_seeds(checkout: Path) -> None:
     (checkout / "zoo" / "of-another-grid" / "config.json").write_text("{}")
     done = shell([str(checkout / "zoo" / "tools" / "build.py")])
     assert done.returncode == 0, done.stderr
-    assert "2 policies" in done.stdout and not (checkout / "zoo" / "of-another-grid").exists()
+    assert "2 policies" in done.stdout and "left alone without --prune: of-another-grid" in done.stdout
+    assert shell([str(checkout / "zoo" / "tools" / "build.py"), "--prune"]).returncode == 0
+    assert not (checkout / "zoo" / "of-another-grid").exists()
     runs = [json.loads(path.read_text()) for path in (checkout / "zoo" / "results" / "zoo").glob("*.json")]
     assert len(runs) == 6
     for cell, members in sweep_report.cells_of(runs).items():
@@ -414,6 +513,9 @@ def test_the_zoo_is_built_of_median_seeds(checkout: Path) -> None:
     assert not agent.has_learner and agent.predict(np.zeros(agent.obs_dim, np.float32))[0].shape == (2,)
     assert shell([str(checkout / "zoo" / "tools" / "build.py"), "--root", str(checkout / "nowhere")]).returncode == 0
     assert (checkout / "zoo" / "README.md").read_text() == before  # of the results that are kept
+    shutil.rmtree(checkout / "zoo" / "iql-reacher-replay-v0")
+    lost = shell([str(checkout / "zoo" / "tools" / "build.py"), "--root", str(checkout / "nowhere")])
+    assert lost.returncode == 1 and "iql-reacher-replay-v0" in lost.stderr
 
 
 def test_the_zoo_is_published_when_asked_and_only_then(checkout: Path, tmp_path: Path) -> None:

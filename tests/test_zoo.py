@@ -80,7 +80,7 @@ def reaches_its_card(cell: str, n_episodes: int) -> None:
     """New episodes are within what as many of the card's own would give, in 998 of 1000 cases."""
     agent = diffagents.load(ZOO / cell, device="cpu", verbose=0)
     card = np.array(artifact.read_json(ZOO / cell, "results.json")["returns"])
-    found = diffagents.evaluate(agent, (agent.dataset_info or {})["env_spec"], n_episodes, seed=1000, n_envs=n_episodes)
+    found = diffagents.evaluate(agent, (agent.dataset_info or {})["env_spec"], n_episodes, seed=5000, n_envs=n_episodes)
     draws = np.random.default_rng(0).choice(card, (20_000, n_episodes)).mean(axis=1)
     low, high = np.quantile(draws, [0.001, 0.999])
     slack = 0.01 * np.ptp(card) + 1e-6 * abs(card).max()
@@ -111,7 +111,7 @@ def test_a_ruined_policy_does_not_reach_its_card() -> None:
 
 @pytest.mark.slow
 def test_one_cell_is_made_anew_within_its_interval(tmp_path: Path) -> None:
-    """A cell drawn anew each time: the same seed, this machine. Needs the datasets of zoo/recipes."""
+    """A cell drawn anew each time, on this machine. Needs the datasets of zoo/recipes in $MINARI_DATASETS_PATH."""
     run = random.choice([run for run in runs() if run["seconds"] < 600])
     spec = next(spec for spec in sweep.read_grid(ZOO / "grids" / "zoo.yml") if spec.name == run["name"])
     found = sweep.run_one(spec, tmp_path, threads=1)

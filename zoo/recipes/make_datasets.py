@@ -110,7 +110,7 @@ def wanted(names: Any, only: str, root: Path) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(".data/minari"), help="the folder of all datasets")
-    parser.add_argument("--steps", type=int, default=200_000, help="of a dataset (mazes and door: a share of it)")
+    parser.add_argument("--steps", type=int, default=100_000, help="of a dataset (mazes and door: a share of it)")
     parser.add_argument("--only", default="", help="beginnings of names, as in hopper,pointmaze/umaze")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

@@ -3,9 +3,9 @@
   diffagents bench zoo/grids/zoo.yml --root .data/zoo     # hours; makes only what is missing
   python zoo/tools/build.py                                     # then this
 
-Copies each cell's policy folder (the exact folder that `push_to_hub` uploads) where the run is new or another seed became the
-median, keeps the results of all runs in zoo/results/zoo/, and writes zoo/README.md, zoo/results.csv and the pictures from
-these. Without .data/zoo it only writes the tables anew. A cell whose folder would be larger than --max-mb goes without
+Copies each cell's policy folder (the exact folder that `push_to_hub` uploads), keeps the results of all runs in
+zoo/results/zoo/, and writes zoo/README.md, zoo/results.csv and the pictures from these, and the table on the front page.
+Without .data/zoo it only writes the tables anew. A cell whose folder would be larger than --max-mb goes without
 learner.safetensors: it acts, but cannot be trained further.
 """
 
@@ -14,6 +14,7 @@ import json
 import pathlib
 import shutil
 import sys
+import tempfile
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--grid", type=pathlib.Path, default=ROOT / "zoo" / "grids" / "zoo.yml")
     parser.add_argument("--root", type=pathlib.Path, default=ROOT / ".data" / "zoo", help="of `diffagents bench`")
     parser.add_argument("--max-mb", type=float, default=4.0, help="of one folder with its learner")
+    parser.add_argument("--prune", action="store_true", help="delete results and policies that the grid does not have")
     args = parser.parse_args()
 
     specs = {spec.name: spec for spec in sweep.read_grid(args.grid)}
@@ -37,19 +39,24 @@ def main() -> None:
     for path in args.root.glob(f"*/{sweep.RESULTS}"):
         if path.parent.name in specs:
             shutil.copyfile(path, RUNS / f"{path.parent.name}.json")
-    runs = []
-    for path in sorted(RUNS.glob("*.json")):
-        if path.stem in specs:
-            runs.append(json.loads(path.read_text()))
-        else:
-            path.unlink()  # of settings that the grid does not have any more
-    for cell, members in sweep_report.cells_of(runs).items():
-        ship(cell, sweep_report.median_run(members), args)
-    for folder in (ROOT / "zoo").glob("*/config.json"):
-        if folder.parent.name not in {run["cell"] for run in runs}:
-            shutil.rmtree(folder.parent)
+    others = [path for path in sorted(RUNS.glob("*.json")) if path.stem not in specs]
+    cells_kept = {spec.cell for spec in specs.values()}
+    others += [path.parent for path in sorted((ROOT / "zoo").glob("*/config.json")) if path.parent.name not in cells_kept]
+    for path in others if args.prune else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if others and not args.prune:
+        print(f"not of this grid, and left alone without --prune: {', '.join(path.name for path in others)}")
+    runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json")) if path.stem in specs]
+    wrong = [cell for cell, members in sweep_report.cells_of(runs).items() if not ship(cell, members, args)]
+    if wrong:
+        sys.exit(
+            f"no policy of the median seed in {args.root} or zoo/ for {', '.join(wrong)}: the tables would not fit the zoo"
+        )
     command = (
-        f"diffagents bench {args.grid.resolve().relative_to(ROOT)} --root .data/zoo --only CELL && python zoo/tools/build.py"
+        "export MINARI_DATASETS_PATH=.data/minari\n"
+        "python zoo/recipes/make_datasets.py --root .data/minari   # and human.py, for pusht\n"
+        f"diffagents bench {args.grid.resolve().relative_to(ROOT)} --root .data/zoo --only CELL\n"
+        "python zoo/tools/build.py"
     )
     print(
         sweep_report.write_report(
@@ -76,20 +83,24 @@ def put_into_readme(table: str) -> None:
         path.write_text(f"{before}{mark}{table}{end}{after}")
 
 
-def ship(cell: str, run: dict[str, Any], args: argparse.Namespace) -> None:
-    source, target = args.root / run["name"] / sweep.POLICY, ROOT / "zoo" / cell
+def ship(cell: str, members: list[dict[str, Any]], args: argparse.Namespace) -> bool:
+    """Put the median seed's policy into zoo/<cell>; False where neither --root nor zoo/ has it."""
+    run, target = sweep_report.median_run(members), ROOT / "zoo" / cell
+    source = args.root / run["name"] / sweep.POLICY
     if not source.is_dir():
-        if not target.is_dir():
-            print(f"{cell}: the policy of {run['name']} is not in {args.root}, so zoo/{cell} is missing")
-        return
-    if target.is_dir():
-        shutil.rmtree(target)
-    shutil.copytree(source, target)
-    publish.renew_card(target, f"zoo/{cell}")
-    size = sum(path.stat().st_size for path in target.iterdir()) / 1e6
-    if size > args.max_mb:
-        (target / "learner.safetensors").unlink(missing_ok=True)
-        print(f"{cell}: {size:.1f} MB with its learner, which is left out")
+        there = (target / "results.json").is_file()
+        return there and json.loads((target / "results.json").read_text()).get("returns") == run["last"]["returns"]
+    with tempfile.TemporaryDirectory(dir=ROOT / "zoo") as scratch:
+        made = pathlib.Path(shutil.copytree(source, pathlib.Path(scratch) / cell))
+        size = sum(path.stat().st_size for path in made.iterdir()) / 1e6
+        if size > args.max_mb:
+            (made / "learner.safetensors").unlink(missing_ok=True)
+            print(f"{cell}: {size:.1f} MB with its learner, which is left out")
+        publish.renew_card(made, f"zoo/{cell}")
+        if target.is_dir():
+            shutil.rmtree(target)
+        made.rename(target)
+    return True
 
 
 if __name__ == "__main__":
