@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import diffagents
 from diffagents.cli_options import POLICY_HELP, add_hub, env_arguments, policy, say
-from diffagents.provenance import plain
 
 if TYPE_CHECKING:
     from diffagents.sweep import RunSpec
@@ -91,6 +90,7 @@ def bench(given: argparse.Namespace) -> None:
     Finished runs are not made again, cut ones go on. Start the same command in another shell, and both share the work.
     """
     from diffagents import sweep, sweep_report
+    from diffagents.provenance import plain
 
     specs = sweep.read_grid(given.grid)
     chosen = [spec for spec in specs if not given.only or any(text in spec.name for text in given.only)]

@@ -18,7 +18,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from diffagents.environments import env_id_of, make_env
-from diffagents.evaluation import Evaluation, d4rl_score, evaluate, record_video
+from diffagents.evaluation import Evaluation, d4rl_score, d4rl_score_of_mean, evaluate, record_video
 
 SHORT, LONG = 2, 17
 
@@ -623,3 +623,9 @@ print(record_video(Still(), "PointMaze_UMaze-v3", {str(tmp_path / "a.mp4")!r}, m
 """
     assert run_python(code).splitlines()[-1] == f"{tmp_path / 'a.mp4'} egl"
     assert (tmp_path / "a.mp4").stat().st_size > 0
+
+
+def test_the_score_of_a_mean_is_the_mean_of_the_scores() -> None:
+    assert d4rl_score_of_mean("AntMaze_UMaze-v5", 0.2) == pytest.approx(d4rl_score("AntMaze_UMaze-v5", [0, 0, 1, 0, 0]))
+    assert d4rl_score_of_mean("Hopper-v5", 1000.0) == pytest.approx(d4rl_score("Hopper-v5", [500.0, 1500.0]))
+    assert d4rl_score_of_mean("Pendulum-v1", 1.0) is None
