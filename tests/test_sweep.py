@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -247,21 +248,19 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
     assert sweep.status(spec(), tmp_path)["state"] == "waiting"
 
 
-def test_looking_how_far_a_run_is_never_keeps_it_from_being_made(tmp_path: Path) -> None:
-    stop = threading.Event()
+def test_looking_how_far_a_run_is_does_not_keep_it_from_being_made(tmp_path: Path) -> None:
+    held = threading.Event()
 
-    def look() -> None:
-        while not stop.is_set():
-            sweep.status(spec(), tmp_path)
+    def look() -> None:  # as `status` does, only longer
+        with sweep._locked(tmp_path / spec().name):
+            held.set()
+            time.sleep(0.5)
 
     looker = threading.Thread(target=look)
     looker.start()
-    try:
-        for k in range(3):
-            sweep.run_one(spec(seed=0, points=k), tmp_path)
-    finally:
-        stop.set()
-        looker.join()
+    held.wait()
+    assert sweep.run_one(spec(), tmp_path)["cell"] == spec().cell
+    looker.join()
 
 
 def test_who_waited_for_a_run_takes_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
