@@ -1,7 +1,7 @@
 """`tune`: an algorithm's one main knob, searched by Optuna over a published range, with or without an environment.
 
-The default of the knob is always the first trial, so what is found is never worse than it by the search's own measure. Stages
-in which the knob does nothing are trained once, and every trial goes on from there (on a CPU to the bit as if alone). A search
+The default of the knob is the first trial, unless `low` and `high` leave it out, so what is found is never worse than it by the
+search's own measure. Stages in which the knob does nothing are trained once, and every trial goes on from there (on a CPU to the bit as if alone). A search
 in a `storage` goes on where it stopped, and proposes what it would have proposed uninterrupted.
 """
 
@@ -57,7 +57,7 @@ MAIN_KNOB: dict[str, Knob] = {
     "SfBC": Knob("alpha", 1.0, 100.0, True, "official code: 20 everywhere; the range is ours", ("planning",)),
     "IDQL": Knob("n_candidates", 16, 256, True, "arXiv:2304.10573: its sweep 16, 64, 256", ()),
     "IQL": Knob("beta", 0.5, 10.0, True, "official code: adroit and kitchen .5, locomotion 3, AntMaze 10", ("train",)),
-    "TD3BC": Knob("alpha", 1.0, 4.0, False, "arXiv:2106.06860: its ablation around 2.5", ("train",)),
+    "TD3BC": Knob("alpha", 1.0, 4.0, False, "arXiv:2106.06860: 2.5 everywhere; the range is ours", ("train",)),
     "AWR": Knob("temperature", 0.1, 10.0, True, "official code: 1; the range is ours", ("policy",)),
 }
 """Algorithm -> its main knob. DiffusionBC has none."""
