@@ -1,8 +1,9 @@
 """`tune`: an algorithm's one main knob, searched by Optuna over a published range, with or without an environment.
 
-The default of the knob is the first trial, unless `low` and `high` leave it out, so what is found is never worse than it by the
-search's own measure. Stages in which the knob does nothing are trained once, and every trial goes on from there (on a CPU to the
-bit as if alone). A search in a `storage` goes on where it stopped, and proposes what it would have proposed uninterrupted.
+The default of the knob is the first trial, unless `low` and `high` leave it out, so what is found is never worse than it by
+the search's own measure. Stages in which the knob does nothing are trained once, and every trial goes on from there (on a CPU
+to the bit as if alone). A search in a `storage` goes on where it stopped, and proposes what it would have proposed
+uninterrupted.
 """
 
 import dataclasses
