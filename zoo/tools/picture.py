@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import diffagents  # noqa: E402
+from diffagents import artifact  # noqa: E402
 from diffagents.environments import make_env, prefer_egl  # noqa: E402
 
 SIDE = 150  # pixels of a frame
@@ -24,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="+", metavar="NAME", help="of a folder in zoo/")
     parser.add_argument("--frames", type=int, default=6)
-    parser.add_argument("--every", type=int, default=12, help="steps between frames, from step 60 on")
+    parser.add_argument("--every", type=int, default=12, help="steps between frames; 4 for what runs, from step 60")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "images" / "zoo.png")
     args = parser.parse_args()
@@ -41,15 +42,18 @@ def main() -> None:
 
 def row(cell: str, args: argparse.Namespace) -> list[np.ndarray]:
     agent = diffagents.load(ROOT / "zoo" / cell, device="cpu", verbose=0)
-    env = make_env((agent.dataset_info or {})["env_spec"], render_mode="rgb_array")
+    deterministic = artifact.read_json(ROOT / "zoo" / cell, "results.json")["is_deterministic"]  # as it was evaluated
+    runs = any(name in cell for name in ("hopper", "halfcheetah", "walker2d"))  # away from a camera that stands still
+    env = make_env(
+        (agent.dataset_info or {})["env_spec"], render_mode="rgb_array", **({"camera_name": "track"} if runs else {})
+    )
     obs, _ = env.reset(seed=args.seed)
     frames: list[Any] = []
-    # Mazes end at the goal: their frames begin at once.
-    first = 0 if isinstance(obs, dict) or "pusht" in cell else 60
-    for step in range(first + args.every * (args.frames - 1) + 1):
-        if step >= first and (step - first) % args.every == 0:
+    first, every = (60, 4) if runs else (0, args.every)
+    for step in range(first + every * (args.frames - 1) + 1):
+        if step >= first and (step - first) % every == 0:
             frames.append(np.asarray(env.render()))
-        action, _ = agent.predict(obs, deterministic=True)
+        action, _ = agent.predict(obs, deterministic=deterministic)
         obs, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
             break
