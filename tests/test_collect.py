@@ -435,7 +435,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "error", "words"), BAD, ids=[str(row[0])[:50] for row in BAD])
+@pytest.mark.parametrize(("change", "error", "words"), BAD, ids=[f"{k}-{next(iter(row[0]))}" for k, row in enumerate(BAD)])
 def test_bad_input_is_refused_before_anything_is_done(
     change: dict[str, Any], error: type[Exception], words: str, root: Path
 ) -> None:
