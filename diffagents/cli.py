@@ -20,7 +20,17 @@ from typing import Any
 
 import diffagents
 from diffagents import cli_lab
-from diffagents.cli_options import POLICY_HELP, add_hub, add_knobs, add_policy, env_arguments, policy, say
+from diffagents.cli_options import (
+    POLICY_HELP,
+    add_episodes,
+    add_hub,
+    add_knobs,
+    add_policy,
+    env_arguments,
+    environment,
+    policy,
+    say,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,11 +107,13 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     one = command(eval_, "diffagents eval me/srpo-hopper --episodes 20 --json | jq .mean_return")
     add_policy(one)
+    add_episodes(one)
     one.add_argument("--n-envs", type=int, default=1, metavar="N", help="episodes played side by side")
     one.add_argument("--json", action="store_true", help="everything measured, as one line of JSON")
 
     one = command(enjoy, "diffagents enjoy me/srpo-hopper --video hopper.mp4")
-    add_policy(one, episodes=1)
+    add_policy(one)
+    add_episodes(one, episodes=1)
     one.add_argument("--video", type=Path, metavar="FILE.mp4", help="write one episode here instead of opening a window")
 
     one = command(push, "diffagents push runs/srpo me/srpo-hopper --eval --video")
@@ -193,9 +205,7 @@ def enjoy(given: argparse.Namespace) -> None:
     from diffagents.environments import make_env
 
     agent = policy(given)
-    env = given.env or (agent.dataset_info or {}).get("env_spec")
-    if env is None:
-        raise ValueError("no environment is stored with this policy's dataset: give --env ID")
+    env = environment(given, agent)
     if given.video is not None:
         settings: dict[str, Any] = {"seed": given.seed, "deterministic": not given.sampled, "env_kwargs": env_arguments(given)}
         with warnings.catch_warnings():
@@ -285,7 +295,7 @@ def _zoo() -> Path:
             "there is no zoo beside this installation: its policies lie in a checkout of the repository, in zoo/; "
             "published ones are listed by `diffagents list ORGANISATION`"
         )
-    return Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _score(place: Path) -> str:

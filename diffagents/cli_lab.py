@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffagents
-from diffagents.cli_options import POLICY_HELP, add_hub, env_arguments, policy, say
+from diffagents.cli_options import add_policy, env_arguments, environment, policy, say
 
 if TYPE_CHECKING:
     from diffagents.sweep import RunSpec
@@ -36,19 +36,13 @@ def add_commands(command: Command) -> None:
     one.add_argument("--report", action="store_true", help="write the tables of what is finished and leave")
 
     one = command(collect, "diffagents collect me/srpo-hopper --steps 100000 --id me/hopper/srpo-v0 --noise gaussian:0.1")
-    one.add_argument("policy", metavar="POLICY", help=POLICY_HELP)
+    add_policy(one)
     one.add_argument("--id", required=True, metavar="DATASET_ID", help="the new Minari id, namespace/name-v0")
     one.add_argument("--steps", type=int, default=100_000, metavar="N", help="of the environment; default: 100000")
-    one.add_argument("--env", metavar="ID", help="default: the environment stored with the dataset")
-    one.add_argument(
-        "--env-arg", action="append", default=[], metavar="NAME=VALUE", help="for the environment; may be repeated"
-    )
     one.add_argument("--noise", metavar="KIND:SIZE", help="gaussian:S, in the units of actions, or uniform:P, a probability")
     one.add_argument("--deterministic", action="store_true", help="default: the policy draws its actions")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--root", type=Path, metavar="FOLDER", help="of all datasets; default: $MINARI_DATASETS_PATH")
-    one.add_argument("--device", default="auto")
-    add_hub(one)
 
     one = command(select, "diffagents push $(diffagents select runs/zoo/*/policy --dataset mujoco/hopper/medium-v0) me/hopper")
     one.add_argument("policies", nargs="+", metavar="POLICY", help="folders, .zip files or Hub ids")
@@ -59,7 +53,14 @@ def add_commands(command: Command) -> None:
         "--n-seeds", type=int, default=2, metavar="N", help="fits for each policy; pessimistic from 2 on (default)"
     )
     one.add_argument("--max-transitions", type=int, default=20_000, metavar="N", help="of the data; default: 20000")
-    one.add_argument("--episodes", type=int, default=0, metavar="N", help="also play N episodes with each of the --top best")
+    one.add_argument(
+        "--episodes",
+        dest="n_episodes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also play N episodes with each of the --top best",
+    )
     one.add_argument("--top", type=int, default=3, metavar="N", help="default: 3")
     one.add_argument("--env", metavar="ID", help="of the episodes; default: the dataset's own")
     one.add_argument("--seed", type=int, default=0)
@@ -70,12 +71,16 @@ def add_commands(command: Command) -> None:
     one.add_argument("algorithm", choices=diffagents.AGENTS, metavar="ALGORITHM")
     one.add_argument("dataset", metavar="DATASET", help="as for train")
     one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the best policy; must be new")
-    one.add_argument("--trials", type=int, default=10, metavar="N", help="in all, those in --storage included; default: 10")
+    one.add_argument(
+        "--trials", dest="n_trials", type=int, default=10, metavar="N", help="in all, those in --storage included; default: 10"
+    )
     one.add_argument("--knob", help="default: the algorithm's main knob, on its published range")
     one.add_argument("--low", type=float, help="of the range")
     one.add_argument("--high", type=float, help="of the range")
     one.add_argument("--objective", choices=("fqe", "return"), default="fqe", help="fqe: no environment; return: play episodes")
-    one.add_argument("--episodes", type=int, default=10, metavar="N", help="of each trial with --objective return")
+    one.add_argument(
+        "--episodes", dest="n_episodes", type=int, default=10, metavar="N", help="of each trial with --objective return"
+    )
     one.add_argument("--steps", type=int, metavar="N", help="gradient steps of one agent")
     one.add_argument("--preset", help="as for train")
     one.add_argument("--env", metavar="ID", help="gives the true spaces, and the place of --objective return")
@@ -192,36 +197,17 @@ def _live(specs: "Sequence[RunSpec]", root: Path) -> Any:
 def collect(given: argparse.Namespace) -> None:
     """Let a policy act and keep what happens as a Minari dataset, whose id is printed."""
     agent = policy(given)
-    env = given.env or (agent.dataset_info or {}).get("env_spec")
-    if env is None:
-        raise ValueError("no environment is stored with this policy's dataset: give --env ID")
-    settings: dict[str, Any] = {
-        "seed": given.seed,
-        "noise": given.noise,
-        "deterministic": given.deterministic,
-        "root": given.root,
-    }
+    how = _handed_on(given, "seed", "noise", "deterministic", "root") | {"env_kwargs": env_arguments(given) or None}
     with contextlib.redirect_stdout(sys.stderr):
-        diffagents.collect(agent, env, given.steps, given.id, env_kwargs=env_arguments(given) or None, verbose=1, **settings)
+        diffagents.collect(agent, environment(given, agent), given.steps, given.id, verbose=1, **how)
     print(given.id)
 
 
 def select(given: argparse.Namespace) -> None:
     """Order policies by what data say of them, without an environment; print the best (the table goes to stderr)."""
+    how = _handed_on(given, "gamma", "fqe_steps", "n_seeds", "max_transitions", "n_episodes", "top", "env", "seed", "device")
     with contextlib.redirect_stdout(sys.stderr):
-        found = diffagents.select(
-            given.policies,
-            given.dataset,
-            gamma=given.gamma,
-            fqe_steps=given.fqe_steps,
-            n_seeds=given.n_seeds,
-            max_transitions=given.max_transitions,
-            n_episodes=given.episodes,
-            top=given.top,
-            env=given.env,
-            seed=given.seed,
-            device=given.device,
-        )
+        found = diffagents.select(given.policies, given.dataset, **how)
         print(found)
     if not found[found.best].trusted:
         raise ValueError(
@@ -234,23 +220,15 @@ def tune(given: argparse.Namespace) -> None:
     """Search an algorithm's main knob, without an environment; write the best policy as a folder, whose path is printed."""
     if given.out.exists():
         raise FileExistsError(f"{given.out} exists: give another --out")
+    search = _handed_on(given, "n_trials", "knob", "low", "high", "objective", "n_episodes", "storage")
+    how = _handed_on(given, "steps", "env", "seed", "device", "preset")
     with contextlib.redirect_stdout(sys.stderr):
-        report = diffagents.tune(
-            given.algorithm,
-            given.dataset,
-            n_trials=given.trials,
-            knob=given.knob,
-            low=given.low,
-            high=given.high,
-            objective=given.objective,
-            n_episodes=given.episodes,
-            steps=given.steps,
-            env=given.env,
-            storage=given.storage,
-            seed=given.seed,
-            device=given.device,
-            preset=given.preset,
-        )
+        report = diffagents.tune(given.algorithm, given.dataset, **search, **how)
         report.agent.save_pretrained(given.out, include_trainer_state=True)
         print(report)
     print(given.out)
+
+
+def _handed_on(given: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options that the library's call takes under the same name."""
+    return {name: getattr(given, name) for name in names}

@@ -16,18 +16,22 @@ if TYPE_CHECKING:
 POLICY_HELP = "a folder or .zip of ours, or a Hub id (organisation/name); - reads it from stdin"
 
 
-def add_policy(one: argparse.ArgumentParser, episodes: int = 10) -> None:
-    """The policy, and where and how it acts."""
+def add_policy(one: argparse.ArgumentParser) -> None:
+    """The policy, and where it acts."""
     one.add_argument("policy", metavar="POLICY", help=POLICY_HELP)
     one.add_argument("--env", metavar="ID", help="default: the environment stored with the dataset")
     one.add_argument(
         "--env-arg", action="append", default=[], metavar="NAME=VALUE", help="for the environment; may be repeated"
     )
+    one.add_argument("--device", default="auto")
+    add_hub(one)
+
+
+def add_episodes(one: argparse.ArgumentParser, episodes: int = 10) -> None:
+    """Which episodes it plays, and how."""
     one.add_argument("--episodes", type=int, default=episodes, metavar="N", help=f"default: {episodes}")
     one.add_argument("--seed", type=int, default=0, help="of the first episode; default: 0")
     one.add_argument("--sampled", action="store_true", help="sample actions; default: deterministic ones")
-    one.add_argument("--device", default="auto")
-    add_hub(one)
 
 
 def add_hub(one: argparse.ArgumentParser) -> None:
@@ -66,6 +70,14 @@ def policy(given: argparse.Namespace) -> "Agent":
     revision, offline = getattr(given, "revision", None), getattr(given, "offline", False)
     device = getattr(given, "device", "auto")
     return diffagents.load(where, revision=revision, local_files_only=offline, device=device, verbose=0)
+
+
+def environment(given: argparse.Namespace, agent: "Agent") -> Any:
+    """What --env names, else what is stored with the agent's dataset. Raises ValueError where there is neither."""
+    env = given.env or (agent.dataset_info or {}).get("env_spec")
+    if env is None:
+        raise ValueError("no environment is stored with this policy's dataset: give --env ID")
+    return env
 
 
 def env_arguments(given: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from gymnasium.envs.registration import EnvSpec
 from diffagents.environments import env_id_of, make_env, one_line
 from diffagents.evaluation import Evaluation
 from diffagents.knobs import whole_number
-from diffagents.rollouts import check_actions, check_spaces, stack
+from diffagents.rollouts import check_actions, check_spaces, stack, succeeded
 from diffagents.types import Spec
 
 if TYPE_CHECKING:
@@ -292,7 +292,8 @@ def _play(
             begin()
         obs, _ = env.reset() if episodes else env.reset(seed=seed)
         rows: dict[str, list[Any]] = {"observations": [_copied(obs, stored)]} | {name: [] for name in _COLUMNS}
-        success, over = None, False
+        success: bool | None = None
+        over = False
         while not over:
             action = perturb(act(obs, not rows["actions"]), space, rng)
             action = np.clip(action, space.low, space.high).astype(space.dtype)  # type: ignore[attr-defined]
@@ -303,9 +304,7 @@ def _play(
             rows["observations"].append(_copied(obs, stored))
             for name, value in zip(_COLUMNS, (action, reward, terminated, truncated), strict=True):
                 rows[name].append(value)
-            for key in ("is_success", "success"):
-                if info.get(key) is not None:
-                    success = bool(success) or bool(np.any(info[key]))
+            success = succeeded(info, success)
         observations = rows.pop("observations")
         episode = {"observations": stack(observations)} | {name: np.asarray(column) for name, column in rows.items()}
         episodes.append(_checked(episode, len(episodes), env))  # where the budget ends it, truncated

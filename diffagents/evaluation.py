@@ -51,10 +51,7 @@ def d4rl_score(env_id: str | None, returns: Sequence[float]) -> float | None:
 def d4rl_score_of_mean(env_id: str | None, mean_return: float) -> float | None:
     """`d4rl_score` where only the mean of the returns is at hand; of AntMaze right where each is 0 or 1, as by its rules."""
     name = _reference_name(env_id)
-    if name is None:
-        return None
-    low, high = D4RL_REFERENCE[name]
-    return 100.0 * (mean_return - low) / (high - low)
+    return None if name is None else float(_scaled(name, np.float64(mean_return)))
 
 
 def _reference_name(env_id: str | None) -> str | None:
@@ -70,10 +67,14 @@ def _scores(env_id: str | None, returns: Sequence[float]) -> np.ndarray | None:
     name = _reference_name(env_id)
     if name is None:
         return None
-    low, high = D4RL_REFERENCE[name]
     values = np.asarray(returns, np.float64)
     if name == "AntMaze":
         values = (values > 0).astype(np.float64)
+    return _scaled(name, values)
+
+
+def _scaled(name: str, values: Any) -> Any:
+    low, high = D4RL_REFERENCE[name]
     return 100.0 * (values - low) / (high - low)
 
 

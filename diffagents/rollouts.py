@@ -163,9 +163,7 @@ def play(
             total[i] += step.rew[i]
             length[i] += 1
             info = step.infos[i]
-            for key in ("is_success", "success"):
-                if info.get(key) is not None:
-                    success[i] = bool(success[i]) or bool(np.any(info[key]))
+            success[i] = succeeded(info, success[i])
             if length[i] > MAX_EPISODE_STEPS:
                 raise ValueError(
                     f"an episode did not end in {MAX_EPISODE_STEPS} steps; "
@@ -184,6 +182,12 @@ def play(
             total[i], length[i], success[i] = 0.0, 0, None
         obs, first = step.obs, step.first
     return [finished[k] for k in range(n_episodes)]
+
+
+def succeeded(info: Mapping[str, Any], before: bool | None) -> bool | None:
+    """Whether an episode has succeeded by the step of `info` or `before` it; None while the environment never said."""
+    said = [bool(np.any(info[key])) for key in ("is_success", "success") if info.get(key) is not None]
+    return bool(before) or any(said) if said else before
 
 
 def check_actions(actions: Any, n: int, space: spaces.Space[Any]) -> np.ndarray:

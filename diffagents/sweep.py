@@ -37,9 +37,8 @@ from diffagents.knobs import check_choice
 if TYPE_CHECKING:
     from diffagents.agent import Agent
 
-RESULTS, PROGRESS, ERROR, CHECKPOINT, POLICY, LOCK = (
-    *("results.json", "progress.json", "error.txt", "checkpoint.zip", "policy", ".lock"),
-)
+RESULTS, PROGRESS, ERROR = "results.json", "progress.json", "error.txt"
+CHECKPOINT, POLICY, LOCK = "checkpoint.zip", "policy", ".lock"
 SAVE_EVERY = 60.0  # seconds between checkpoints: what a kill, or Ctrl-C, can lose
 _TOP = {"seeds", "settings", "runs", "episodes", "points", "point_episodes", "deterministic"}
 _BLOCK = _TOP - {"runs"} | {"algorithms", "datasets", "steps", "env", "label"}

@@ -62,7 +62,7 @@ def test_the_tables_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.Mo
     path = sweep_report.write_report(runs(), tmp_path, specs=specs, command="", title="The zoo")
     shipped = (ZOO / "README.md").read_text()
     rows = [line for line in path.read_text().splitlines() if line.startswith(("|", "*"))]
-    assert len(rows) > 2 * len(CELLS) // 2 and all(row in shipped for row in rows)
+    assert len(rows) > len(CELLS) and all(row in shipped for row in rows)
     front = sweep_report.overview(sweep_report.cells_of(runs()))
     assert front in shipped and front in (ROOT / "README.md").read_text()
     assert (tmp_path / "results.csv").read_text() == (ZOO / "results.csv").read_text()
