@@ -13,10 +13,8 @@ import argparse
 import json
 import pathlib
 import platform
-import shlex
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,9 @@ import torch
 
 import diffagents
 from diffagents import evaluate, load_dataset
+from diffagents.environments import make_env
+from diffagents.provenance import command_line
+from diffagents.sweep import commit
 
 # Offline budgets for one slow CPU core: minutes each.
 OFFLINE: dict[str, dict[str, Any]] = {
@@ -64,11 +65,11 @@ def main() -> None:
         return
     if (args.knobs or args.ratio) and not args.label:
         parser.error("other settings than the defaults need a --label of their own")
-    commit = version()
+    version = commit()
     for seed in args.seeds:
         started = time.perf_counter()
         curve = sac(args, seed) if args.algorithm.startswith("SAC") else ours(args, seed)
-        keep(args, {"seed": seed, "commit": commit, "seconds": round(time.perf_counter() - started, 1), "curve": curve})
+        keep(args, {"seed": seed, "commit": version, "seconds": round(time.perf_counter() - started, 1), "curve": curve})
 
 
 def short(dataset: str) -> str:
@@ -88,6 +89,16 @@ class Curve:
         self.rows.append({"env_steps": env_steps, **{key: getattr(found, key) for key in keys}})
         print(f"{self.name} at {env_steps:>6,}: {found}", flush=True)
 
+    def every(self, policy: Any, env_steps: Callable[[], int]) -> Callable[[Any, Any], bool]:
+        """A callback that looks at every --every-th environment step."""
+
+        def on_step(local: Any, outer: Any) -> bool:
+            if env_steps() % self.args.every == 0:
+                self.look(policy, env_steps())
+            return True
+
+        return on_step
+
 
 def ours(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     data = load_dataset(args.dataset)
@@ -99,24 +110,16 @@ def ours(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     agent = kind.load(init, verbose=1, **args.knobs)
     curve = Curve(args, data.info["env_spec"], f"{args.algorithm} {seed}")
     curve.look(agent, 0)
-
-    def every(local: dict[str, Any], _: Any) -> bool:
-        if agent.n_env_steps % args.every == 0:
-            curve.look(agent, agent.n_env_steps)
-        return True
-
     ratio = float(args.ratio) if args.ratio not in (None, "uniform") else args.ratio
-    agent.learn_online(args.steps, dataset=data, offline_ratio=ratio, callback=every)
+    agent.learn_online(args.steps, dataset=data, offline_ratio=ratio, callback=curve.every(agent, lambda: agent.n_env_steps))
     return curve.rows
 
 
 def sac(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
-    from gymnasium import make
     from stable_baselines3 import SAC
 
     data = load_dataset(args.dataset)
-    spec = json.loads(data.info["env_spec"])
-    env = make(spec["id"], **{k: v for k, v in (spec.get("kwargs") or {}).items() if k != "render_mode"})
+    env = make_env(data.info["env_spec"])
     preload = args.algorithm == "SAC+data"
     policy = "MultiInputPolicy" if data.spec.obs_keys else "MlpPolicy"
     model = SAC(policy, env, seed=seed, buffer_size=len(data) + args.steps, learning_starts=0 if preload else 100, device="cpu")
@@ -133,20 +136,8 @@ def sac(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         buffer.pos = n
     curve = Curve(args, data.info["env_spec"], f"{args.algorithm} {seed}")
     curve.look(model, 0)
-
-    def every(local: dict[str, Any], _: Any) -> bool:
-        if model.num_timesteps % args.every == 0:
-            curve.look(model, model.num_timesteps)
-        return True
-
-    model.learn(args.steps, callback=every)
+    model.learn(args.steps, callback=curve.every(model, lambda: model.num_timesteps))
     return curve.rows
-
-
-def version() -> str:
-    """The commit that runs, marked where the checkout has changes."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 
 def keep(args: argparse.Namespace, row: dict[str, Any]) -> None:
@@ -154,7 +145,7 @@ def keep(args: argparse.Namespace, row: dict[str, Any]) -> None:
     name = f"{args.algorithm}{args.label}"
     path = args.out / f"online-{short(args.dataset)}-{name.lower()}.json"
     row |= {
-        "command": shlex.join(["python", "zoo/benchmarks/online.py", *sys.argv[1:]]),
+        "command": command_line(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}",
     }
     cell = json.loads(path.read_text()) if path.exists() else {"dataset": args.dataset, "algorithm": name, "runs": []}
