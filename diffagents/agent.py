@@ -16,17 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffagents import artifact, checkpoint, compiling, hub, online, presets, training
-from diffagents.datasets import load_dataset
-from diffagents.engine import MODES, Draws, OnlineRun, OnlineSettings, Optimizer, Plan, Stage
-from diffagents.environments import warn_of_another_env
-from diffagents.evaluation import Evaluation, evaluate
-from diffagents.knobs import check_arguments, check_choice, choose, find_device, make_config, signature, whole_number
-from diffagents.networks import TanhPolicy
-from diffagents.normalize import ObsNormalizer, RewardTransform
-from diffagents.numpy_policy import NumpyPolicy, numpy_action
-from diffagents.replay import Replay
-from diffagents.sb3 import as_vec_env, check_same_spaces, make_callback, make_logger, stub_env, with_history
+from diffagents.config import presets
+from diffagents.config.checks import check_arguments, check_choice, find_device, whole_number
+from diffagents.config.hyperparameters import choose, make_config, signature
+from diffagents.data.load import load_dataset
+from diffagents.data.normalize import ObsNormalizer, RewardTransform
+from diffagents.data.replay_buffer import Replay
+from diffagents.deploy import compiled_policy
+from diffagents.deploy.numpy_policy import NumpyPolicy, numpy_action
+from diffagents.envs.make import warn_of_another_env
+from diffagents.envs.vec_env import as_vec_env, check_same_spaces, stub_env
+from diffagents.evaluation.evaluate import Evaluation, evaluate
+from diffagents.networks.mlp import TanhPolicy
+from diffagents.storage import artifact, checkpoint, hub
+from diffagents.training import compiled, offline, online, prepare
+from diffagents.training.callbacks import make_callback, make_logger, with_history
+from diffagents.training.plan import MODES, OnlineRun, OnlineSettings, Plan
+from diffagents.training.state import load_state
+from diffagents.training.updates import Draws, Optimizer, Stage
 from diffagents.types import Spec
 
 if TYPE_CHECKING:
@@ -111,7 +118,7 @@ class Agent(ABC):
         self.origin: hub.Origin | None = None  # the commit on the Hub that the agent was pulled from
         self.has_learner = True  # False: loaded without critics and behaviour model, to act only
         self._numpy_policy: NumpyPolicy | None = None
-        self._compiled: dict[Any, compiling.Compiled] = {}  # by number of observations, deterministic, config
+        self._compiled: dict[Any, compiled.Compiled] = {}  # by number of observations, deterministic, config
         self._pristine = True  # no weight has been trained or loaded yet
         self._exploring = False  # `learn_online` is running
         self._policy_missing = False  # an official checkpoint has no policy
@@ -167,23 +174,23 @@ class Agent(ABC):
         Raises ValueError (bad data or arguments) before any work, TrainingDiverged on NaN, KeyboardInterrupt after the
         running update; in all cases the agent can be saved, and a plan be finished later.
         """
-        training.check_arguments(self, total_timesteps, stages, log_interval)
+        prepare.check_arguments(self, total_timesteps, stages, log_interval)
         data = load_dataset(dataset, env=self._env, obs_keys=self.obs_keys, verbose=self.verbose)
-        with training.nothing_if_refused(self):
-            plan, data = training.accept(self, data, total_timesteps, reset_num_timesteps, stages)
+        with prepare.nothing_if_refused(self):
+            plan, data = prepare.accept(self, data, total_timesteps, reset_num_timesteps, stages)
             if plan is None:
                 return self
             tick = make_callback(self, callback, progress_bar)
-        training.begin(self, plan, data, reset_num_timesteps)
+        prepare.begin(self, plan, data, reset_num_timesteps)
         if self.tensorboard_log is not None:
             name = tb_log_name or type(self).__name__
             self._logger = make_logger(self, name, reset_num_timesteps)
         sampler = data.sampler(self.device, self.reward_transform, self.obs_normalizer)
-        seconds = training.estimate(self, plan, sampler) if self.verbose or self.compile == "auto" else {}
-        training.choose_modes(self, plan, seconds)
+        seconds = offline.estimate(self, plan, sampler) if self.verbose or self.compile == "auto" else {}
+        offline.choose_modes(self, plan, seconds)
         if self.verbose:
-            training.announce(self, plan, seconds)
-        training.run(self, plan, sampler, tick, log_interval, tb_log_name)
+            offline.announce(self, plan, seconds)
+        offline.run(self, plan, sampler, tick, log_interval, tb_log_name)
         return self
 
     def learn_online(
@@ -257,7 +264,7 @@ class Agent(ABC):
         self._need_networks()
         config = choose(self, choice) if choice else self.config
         for kind in (False, True) if deterministic is None else (deterministic,):
-            self._compiled[n_obs, kind, config] = compiling.compiled_act(self, n_obs, kind, config)
+            self._compiled[n_obs, kind, config] = compiled_policy.compiled_act(self, n_obs, kind, config)
         return self
 
     def point_policy(self, deterministic: bool) -> TanhPolicy | None:
@@ -295,7 +302,7 @@ class Agent(ABC):
 
     def export(self, path: str | pathlib.Path, format: str = "onnx", **choice: Any) -> pathlib.Path:
         """Write the deterministic policy as one file that runs without diffagents, "onnx" or "torch_export" (`export.py`)."""
-        from diffagents.export import export
+        from diffagents.deploy.export import export
 
         return export(self, path, format, **choice)
 
@@ -335,7 +342,7 @@ class Agent(ABC):
         """Write a folder as `push_to_hub` uploads it: the artifact, README.md (the card), and what there is of results.json,
         curves.png and replay.mp4. A README.md written by hand stays. Arguments as there.
         """
-        from diffagents import publish
+        from diffagents.storage import publish
 
         how = publish.How(include_trainer_state, eval_env, n_eval_episodes, video, license)
         return publish.save_pretrained(self, folder, how)
@@ -364,7 +371,7 @@ class Agent(ABC):
         Raises ValueError (no such id), HubError: no access, no connection, somebody else pushed meanwhile. Then nothing is
         changed on the Hub, but for a new repository staying empty, and a folder that was evaluated is kept and named.
         """
-        from diffagents import publish
+        from diffagents.storage import publish
 
         how = publish.How(include_trainer_state, eval_env, n_eval_episodes, video, license)
         return publish.push_to_hub(self, repo_id, how, private, revision, commit_message, token)
@@ -389,7 +396,7 @@ class Agent(ABC):
         Raises FileNotFoundError, HubError (no such repository, no access, no connection), ArtifactError (not a policy of this
         class, damaged, from a newer version).
         """
-        from diffagents import publish
+        from diffagents.storage import publish
 
         how = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         load = {"env": env, "device": device, **overrides}
@@ -438,8 +445,8 @@ class Agent(ABC):
         wrong = set(parameters) - set(networks) | (set(networks) - set(parameters) if exact_match else set())
         if wrong:
             raise ValueError(f"parameters name {sorted(parameters)}, the agent has {sorted(networks)}")
-        for name, state in parameters.items():
-            checkpoint.load_state(networks[name], state)
+        for name, tensors in parameters.items():
+            load_state(networks[name], tensors)
         self._pristine = False
         if "policy" in parameters:
             self._policy_missing = False

@@ -92,3 +92,16 @@ def select_action(actions: Tensor, q: Tensor, select: str, temperature: float, n
         return actions[:, 0]
     best = (q / temperature + noise if select == "softmax" and noise is not None else q).argmax(-1, keepdim=True)
     return actions.gather(1, best[..., None].expand(-1, 1, actions.shape[-1])).squeeze(1)
+
+
+def perturb(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x_t = alpha_t x + sigma_t eps; x and eps (B, A), alpha and sigma (B,)."""
+    return alpha[:, None] * x + sigma[:, None] * eps
+
+
+def eps_loss(predicted: Tensor, eps: Tensor) -> Tensor:
+    """Batch mean of the squared error SUMMED over the A dimensions, (B, A) both (SRPO official `loss_fn`).
+
+    Diffusion-QL, DiffCPS and BDPO take the mean over the dimensions too: `torch.nn.functional.mse_loss`.
+    """
+    return (predicted - eps).square().sum(-1).mean()

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from diffagents import SRPO
-from diffagents.diffusion import vp_alpha_sigma
-from diffagents.engine import Draws
+from diffagents.diffusion.sde import vp_alpha_sigma
+from diffagents.training.updates import Draws
 
 HERE = pathlib.Path(__file__).resolve().parent
 TASKS = [name for name in bandits.TASKS if name != "circle"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffagents.agents.diffcps import DiffCPS
 from diffagents.agents.diffusion_ql import DiffusionQL
-from diffagents.official import chain_actor_state, chain_critic_state
+from diffagents.storage.official_checkpoints import chain_actor_state, chain_critic_state
 from diffagents.types import Batch, Metrics
 
 ChainAgent = TypeVar("ChainAgent", DiffusionQL, DiffCPS)

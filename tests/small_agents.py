@@ -6,7 +6,7 @@ from typing import Any
 
 import diffagents
 from diffagents.agent import Agent
-from diffagents.engine import Draws
+from diffagents.training.updates import Draws
 from diffagents.types import Batch, Metrics
 
 NAMES = list(diffagents.AGENTS)

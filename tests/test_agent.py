@@ -597,6 +597,6 @@ def test_official_checkpoint_without_policy(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_a_card_tells_no_address_and_no_password(argument: str, kept: str) -> None:
-    from diffagents import provenance
+    from diffagents.training import provenance
 
     assert provenance.plain(argument) == kept

@@ -16,10 +16,10 @@ from toy import line_data
 import diffagents
 from diffagents import load_dataset
 from diffagents.agent import Agent
-from diffagents.checkpoint import training_tensors
-from diffagents.engine import Plan
-from diffagents.presets import load_presets
-from diffagents.training import announce, choose_modes, estimate
+from diffagents.config.presets import load_presets
+from diffagents.training.offline import announce, choose_modes, estimate
+from diffagents.training.plan import Plan
+from diffagents.training.state import training_tensors
 
 DATA = line_data()
 OBS = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffagents.values import action_gradient, expectile_loss, polyak_update_, td_target
+from diffagents.functional import action_gradient, expectile_loss, polyak_update_, td_target
 
 
 def test_half_expectile_is_half_the_mse() -> None:

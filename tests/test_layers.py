@@ -217,7 +217,7 @@ print(agent.predict(np.zeros(3))[0].shape)
         ("values", "import math, torch.nn", ""),
         ("values", "if TYPE_CHECKING:\n    import minari", ""),
         ("values", "if TYPE_CHECKING:\n    from diffagents.agent import Agent", "imports agent of group "),
-        ("values", "from diffagents.diffusion import perturb", "imports diffusion of group "),
+        ("values", "from diffagents.diffusion.chain import perturb", "imports diffusion of group "),
         ("values", "from . import diffusion", "imports diffusion of group "),
         ("values", "from diffagents import networks", "imports networks of group "),
         ("values", "from diffagents import SRPO", "imports __init__ of group "),
@@ -242,7 +242,7 @@ def test_the_chain_test_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = {
         "types": "class A(nn.Module): ...",
         "values": "from diffagents.types import A as Base\nclass B(Base): ...\nclass A: ...",
-        "agent": "import diffagents.values\nfrom diffagents import values\ndef f():\n    class C(values.B, dict): ...",
+        "agent": "import diffagents.functional\nfrom diffagents import values\ndef f():\n    class C(values.B, dict): ...",
     }
     for module, source in sources.items():
         monkeypatch.setitem(TREES, module, ast.parse(source))

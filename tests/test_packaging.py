@@ -55,7 +55,8 @@ def test_unpacked_wheel_finds_its_presets(wheel: Path, tmp_path: Path) -> None:
     """Away from the checkout, where zoo/ is no neighbour of the package."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "import diffagents.presets as p; print(p.__file__); print(p.resolve_preset('SRPO', None, None)[1]['policy_steps'] > 0)"
+        "import diffagents.config.presets as p; print(p.__file__); "
+        "print(p.resolve_preset('SRPO', None, None)[1]['policy_steps'] > 0)"
     )
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)

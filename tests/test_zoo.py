@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import diffagents
-from diffagents import artifact, cli, sweep, sweep_report
-from diffagents.environments import make_env
+from diffagents.cli import main
+from diffagents.envs.make import make_env
+from diffagents.experiments import grid, report
+from diffagents.storage import artifact
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT / "zoo"
@@ -47,7 +49,7 @@ def test_a_policy_loads_from_a_checkout_and_acts_in_its_environment(cell: str, m
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_policy_is_the_median_seed_of_its_runs(cell: str) -> None:
     members = [run for run in runs() if run["cell"] == cell]
-    kept = sweep_report.median_run(members)
+    kept = report.median_run(members)
     config, results = (artifact.read_json(ZOO / cell, name) for name in ("config.json", "results.json"))
     assert config["seed"] == kept["spec"]["seed"] and config["dataset"]["sha256"] == kept["data"]["sha256"]
     assert results["returns"] == kept["last"]["returns"]
@@ -55,22 +57,22 @@ def test_a_policy_is_the_median_seed_of_its_runs(cell: str) -> None:
 
 
 def test_the_tables_are_those_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_report, "draw_curves", lambda *_: False)
-    monkeypatch.setattr(sweep_report, "draw_iqm", lambda *_: False)
-    specs = sweep.read_grid(ZOO / "grids" / "zoo.yml")
+    monkeypatch.setattr(report, "draw_curves", lambda *_: False)
+    monkeypatch.setattr(report, "draw_iqm", lambda *_: False)
+    specs = grid.read_grid(ZOO / "grids" / "zoo.yml")
     assert {run["name"] for run in runs()} <= {spec.name for spec in specs}
-    path = sweep_report.write_report(runs(), tmp_path, specs=specs, command="", title="The zoo")
+    path = report.write_report(runs(), tmp_path, specs=specs, command="", title="The zoo")
     shipped = (ZOO / "README.md").read_text()
     rows = [line for line in path.read_text().splitlines() if line.startswith(("|", "*"))]
     assert len(rows) > len(CELLS) and all(row in shipped for row in rows)
-    front = sweep_report.overview(sweep_report.cells_of(runs()))
+    front = report.overview(report.cells_of(runs()))
     assert front in shipped and front in (ROOT / "README.md").read_text()
     assert (tmp_path / "results.csv").read_text() == (ZOO / "results.csv").read_text()
 
 
 def test_list_zoo_shows_every_policy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert cli.main(["list", "--zoo"]) == 0
+    assert main.main(["list", "--zoo"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows] == [f"zoo/{cell}" for cell in CELLS]
     assert all(row[1] in diffagents.AGENTS and row[2].startswith("diffagents/") and "return" in row[3] for row in rows)
@@ -117,7 +119,7 @@ def test_a_ruined_policy_does_not_reach_its_card() -> None:
 def test_one_cell_is_made_anew_within_its_interval(tmp_path: Path) -> None:
     """A cell drawn anew each time, on this machine. Needs the datasets of zoo/recipes in $MINARI_DATASETS_PATH."""
     run = random.choice([run for run in runs() if run["seconds"] < 600])
-    spec = next(spec for spec in sweep.read_grid(ZOO / "grids" / "zoo.yml") if spec.name == run["name"])
-    found = sweep.run_one(spec, tmp_path, threads=1)
+    spec = next(spec for spec in grid.read_grid(ZOO / "grids" / "zoo.yml") if spec.name == run["name"])
+    found = grid.run_one(spec, tmp_path, threads=1)
     low, high = run["last"]["interval"]
     assert low <= found["last"]["mean_return"] <= high, (spec.name, low, found["last"]["mean_return"], high)

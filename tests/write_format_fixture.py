@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from small_agents import NAMES, small
 
-from diffagents.artifact import FORMAT
+from diffagents.storage.artifact import FORMAT
 
 FOLDER = Path(__file__).parent / "data" / f"format{FORMAT}"
 LARGE = ("SRPO", "BDPO", "QGPO", "SfBC", "IDQL")  # half a megabyte and more with their optimisers

@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from diffagents.agent import Agent
-from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, net_arch
-from diffagents.networks import MLP, GaussianPolicy, TanhPolicy
-from diffagents.normalize import REWARD_TRANSFORMS
-from diffagents.replay import Mixture
-from diffagents.transitions import Sampler
+from diffagents.config.checks import check_choice, check_number, net_arch
+from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.data.replay_buffer import Mixture
+from diffagents.data.sampler import Sampler
+from diffagents.functional import lambda_returns
+from diffagents.networks.mlp import MLP, GaussianPolicy, TanhPolicy
+from diffagents.training.updates import Draws, Optimizer, Part, Stage
 from diffagents.types import Batch, Metrics
-from diffagents.values import lambda_returns
 
 ROWS_AT_ONCE = 65_536
 """Of the whole data through V: bounds the memory of hidden layers."""

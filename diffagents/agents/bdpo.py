@@ -30,22 +30,23 @@ Online (a design of ours; neither paper nor code has one)
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.chain_policy import ChainPolicy, PositionalDenoiser
-from diffagents.diffusion import reverse_mean
-from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, check_solver, net_arch
-from diffagents.networks import EnsembleMLP, StepValue, mish, orthogonal_
-from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.diffusion.chain import reverse_mean
+from diffagents.functional import SELECT, polyak_update_, select_action, td_target
+from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, _on_states
+from diffagents.networks.mlp import MLP, EnsembleMLP, Mish, mish, orthogonal_, sinusoids
+from diffagents.training.updates import Draws, Optimizer, Part, Stage
 from diffagents.types import Batch, Metrics
-from diffagents.values import SELECT, polyak_update_, select_action, td_target
 
 AGGREGATIONS = ("lcb", "min", "mean", "convex", "random_convex")
 
@@ -311,3 +312,62 @@ class BDPO(Agent):
             return actions[:, 0]
         q = self.critic_target.on_parts(obs[:, None], actions).mean(0)
         return select_action(actions, q, c.select, c.temperature, draws.get("gumbel"))
+
+
+class PositionalDenoiser(nn.Module):
+    """Noise predictor eps(a_n, s, n) of BDPO: the backbone of its policy and behaviour in the official code.
+
+    Time: 64 sinusoids [cos, sin] of n = i + 1, two Linear 64 with Mish after both. Input [a_n, time, s]; layers with Mish;
+    Linear to A. Orthogonal start.
+    """
+
+    TIME_DIM = 64
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.time_mlp = nn.Sequential(MLP(self.TIME_DIM, (self.TIME_DIM,), self.TIME_DIM, Mish), Mish())
+        self.trunk = MLP(act_dim + self.TIME_DIM + obs_dim, hidden, act_dim, Mish)
+        orthogonal_(self)
+
+    def forward(self, a_n: Tensor, obs: Tensor, i: Tensor) -> Tensor:
+        """`a_n` (..., A); `obs` (..., S) and the step `i` (...,), counted from 0, may have sizes of 1 to expand."""
+        lead = a_n.shape[:-1]
+        out: Tensor = self.trunk(torch.cat([a_n, self.time_features(i).expand(*lead, -1), obs.expand(*lead, -1)], -1))
+        return out
+
+    def time_features(self, i: Tensor) -> Tensor:
+        """i (...,) -> (..., TIME_DIM)."""
+        sin, cos = sinusoids(i + 1, self.TIME_DIM)
+        time: Tensor = self.time_mlp(torch.cat([cos, sin], -1))
+        return time
+
+    def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
+        return _on_states(self.trunk[0], self.trunk.rest, self.time_features, obs, n_steps)
+
+
+class StepValue(nn.Module):
+    """E values V_n(s, a_n) of BDPO for the steps n = 1..T of a chain, with LayerNorm: (B, S), (B, ..., A), (B,) -> (E, B, ...).
+
+    Time, for each member: 64 sinusoids [cos, sin] of n, Linear 64-128, Mish, Linear 128-64, Mish. Input [s, a_n, time].
+    """
+
+    positions: Tensor
+
+    def __init__(self, n_members: int, obs_dim: int, act_dim: int, n_steps: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = [obs_dim, act_dim, 64]
+        sin, cos = sinusoids(torch.arange(1, n_steps + 1), 64)
+        self.register_buffer("positions", torch.cat([cos, sin], -1), persistent=False)
+        self.time_mlp = EnsembleMLP(n_members, 64, (128,), mish, out_dim=64)
+        self.trunk = EnsembleMLP(n_members, sum(self.sizes), hidden, mish, layer_norm=True)
+        orthogonal_(self)
+
+    def forward(self, obs: Tensor, a_n: Tensor, i: Tensor) -> Tensor:
+        """`i` = n - 1 counts from 0. The first layer takes each of the T times once, and each state, whatever the rest."""
+        n_members, rows = self.trunk.n_members, a_n.flatten(0, -2)
+        of_state, of_act, of_time = self.trunk.weights[0].split(self.sizes, 1)
+        time = torch.baddbmm(self.trunk.biases[0], mish(self.time_mlp(self.positions)), of_time)  # (E, T, H)
+        shared = torch.bmm(obs.expand(n_members, *obs.shape), of_state) + time[:, i]  # (E, B, H)
+        h = torch.bmm(rows.expand(n_members, *rows.shape), of_act).view(n_members, len(obs), -1, shared.shape[-1])
+        out: Tensor = self.trunk.rest((h + shared[:, :, None]).flatten(1, 2))
+        return out.view(n_members, *a_n.shape[:-1])

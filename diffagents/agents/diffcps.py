@@ -40,13 +40,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.chain_policy import ChainPolicy, MLPDenoiser
-from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, check_solver, net_arch
-from diffagents.networks import EnsembleMLP, mish
-from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.functional import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
+from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
+from diffagents.networks.mlp import EnsembleMLP, mish
+from diffagents.training.updates import Draws, Optimizer, Part, Stage
 from diffagents.types import Batch, Metrics
-from diffagents.values import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,6 @@ class DiffCPS(Agent):
         They hold no lagged copies and no multiplier: those start equal and at lambda_init, with one warning.
         Raises FileNotFoundError, ValueError.
         """
-        from diffagents.official import chain_from_official
+        from diffagents.storage.official_checkpoints import chain_from_official
 
         return chain_from_official(cls, actor, critic, **kwargs)

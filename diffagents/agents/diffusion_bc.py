@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.chain_policy import ChainPolicy, MLPDenoiser
-from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, check_solver, net_arch
-from diffagents.normalize import REWARD_TRANSFORMS
-from diffagents.replay import Mixture
-from diffagents.transitions import Sampler
+from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.data.replay_buffer import Mixture
+from diffagents.data.sampler import Sampler
+from diffagents.functional import polyak_update_
+from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
+from diffagents.training.updates import Draws, Optimizer, Part, Stage
 from diffagents.types import Batch, Metrics
-from diffagents.values import polyak_update_
 
 
 @dataclass(frozen=True)

@@ -31,22 +31,24 @@ Online (the released fine-tuning loop)
 
 import copy
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.chain_policy import ChainPolicy, ResidualDenoiser
-from diffagents.diffusion import eps_loss
-from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.iql_critic import IQLCritic
-from diffagents.knobs import check_choice, check_number, check_solver, net_arch
-from diffagents.networks import dropout_masks, xavier_
-from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.agents.srpo import ResidualBlock
+from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.functional import SELECT, eps_loss, polyak_update_, select_action
+from diffagents.networks.critics import IQLCritic
+from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, _on_states
+from diffagents.networks.mlp import MLP, dropout_masks, xavier_
+from diffagents.training.updates import Draws, Optimizer, Part, Stage
 from diffagents.types import Batch, Metrics
-from diffagents.values import SELECT, polyak_update_, select_action
 
 
 @dataclass(frozen=True)
@@ -181,3 +183,45 @@ def implicit_choice(actions: Tensor, advantage: Tensor, expectile: float, noise:
     weights = torch.where(advantage > 0, expectile, 1.0 - expectile)
     drawn = (weights.log() + noise).argmax(-1, keepdim=True)
     return actions.gather(1, drawn[..., None].expand(-1, 1, actions.shape[-1])).squeeze(1)
+
+
+class ResidualDenoiser(nn.Module):
+    """Noise predictor eps(a_t, s, i) of IDQL: `DDPM` around `MLPResNet` in its official code.
+
+    Time: 64 learnt frequencies W, first N(0, 0.2^2), features [cos, sin](2 pi W i), Linear 128-256, SiLU, Linear 256-256.
+    Input [a_t, s, time]; Linear to `width`; residual blocks with SiLU; SiLU; Linear to A. All but the blocks: `xavier_`.
+    """
+
+    N_FREQUENCIES, TIME_DIM = 64, 256
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
+        super().__init__()
+        self.width, self.n_blocks = width, n_blocks
+        self.frequencies = nn.Parameter(0.2 * torch.randn(self.N_FREQUENCIES))
+        self.time_mlp = MLP(2 * self.N_FREQUENCIES, (self.TIME_DIM,), self.TIME_DIM, nn.SiLU)
+        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width, F.silu) for _ in range(n_blocks))
+        self.output = nn.Linear(width, act_dim)
+        for layers in (self.time_mlp, self.input, self.output):
+            xavier_(layers)
+
+    def forward(self, a_t: Tensor, obs: Tensor, i: Tensor, masks: Tensor | None = None) -> Tensor:
+        """As `MLPDenoiser`; `masks` (n_blocks, ..., width) are dropout masks, None in use."""
+        lead = a_t.shape[:-1]
+        h = self.input(torch.cat([a_t, obs.expand(*lead, -1), self.time_features(i).expand(*lead, -1)], -1))
+        return self.rest(h, masks)
+
+    def time_features(self, i: Tensor) -> Tensor:
+        """i (...,) -> (..., TIME_DIM)."""
+        phase = 2.0 * math.pi * i[..., None] * self.frequencies
+        time: Tensor = self.time_mlp(torch.cat([torch.cos(phase), torch.sin(phase)], -1))
+        return time
+
+    def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
+        return _on_states(self.input, self.rest, self.time_features, obs, n_steps, state_before_time=True)
+
+    def rest(self, h: Tensor, masks: Tensor | None = None) -> Tensor:
+        for k, block in enumerate(self.blocks):
+            h = block(h, None if masks is None else masks[k])
+        out: Tensor = self.output(F.silu(h))
+        return out

@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 
 from diffagents.agent import Agent
-from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.iql_critic import IQLCritic
-from diffagents.knobs import check_choice, check_number, net_arch
-from diffagents.networks import GaussianPolicy, TanhPolicy, dropout_masks
-from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.config.checks import check_choice, check_number, net_arch
+from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.networks.critics import IQLCritic
+from diffagents.networks.mlp import GaussianPolicy, TanhPolicy, dropout_masks
+from diffagents.training.updates import Draws, Optimizer, Part, Stage
 from diffagents.types import Batch, Metrics
 
 MAX_WEIGHT = 100.0

@@ -44,16 +44,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.diffusion import perturb, vp_alpha_sigma
-from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, net_arch, whole_number
-from diffagents.networks import MLP, EnsembleMLP, FourierTime, UNetDenoiser
-from diffagents.normalize import REWARD_TRANSFORMS
-from diffagents.replay import Mixture
-from diffagents.solvers import SolverStep, VPBehavior, dpm_solve, dpm_solver_steps
-from diffagents.transitions import Sampler
+from diffagents.config.checks import check_choice, check_number, net_arch, whole_number
+from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.data.replay_buffer import Mixture
+from diffagents.data.sampler import Sampler
+from diffagents.diffusion.sde import SolverStep, dpm_solve, dpm_solver_steps, vp_alpha_sigma
+from diffagents.functional import action_gradient, perturb, polyak_update_, td_target
+from diffagents.networks.mlp import MLP, EnsembleMLP
+from diffagents.networks.score_model import FourierTime, UNetDenoiser, VPBehavior
+from diffagents.training.updates import Draws, Optimizer, Part, Stage
 from diffagents.types import Batch, Metrics
-from diffagents.values import action_gradient, polyak_update_, td_target
 
 ENERGY_LOSSES = ("cep", "mse", "emse")
 

@@ -38,19 +38,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, net_arch, whole_number
-from diffagents.networks import MLP, UNetDenoiser
-from diffagents.normalize import REWARD_TRANSFORMS
-from diffagents.replay import Mixture
-from diffagents.solvers import SolverStep, VPBehavior, dpm_solver_steps
-from diffagents.transitions import Sampler
+from diffagents.config.checks import check_choice, check_number, net_arch, whole_number
+from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.data.replay_buffer import Mixture
+from diffagents.data.sampler import Sampler
+from diffagents.diffusion.sde import SolverStep, dpm_solver_steps
+from diffagents.functional import gumbel
+from diffagents.networks.critics import ReturnCritic
+from diffagents.networks.score_model import UNetDenoiser, VPBehavior
+from diffagents.training.updates import Draws, Optimizer, Part, Stage
 from diffagents.types import Batch, Metrics
-from diffagents.values import gumbel
 
 
 @dataclass(frozen=True)
@@ -81,25 +82,6 @@ class SfBCConfig:
         whole_number("average_top", self.average_top, 1)
         whole_number("solver_steps", self.solver_steps, 1)
         check_number("solver_steps", self.solver_steps, "must be at most 1000", lambda n: n <= 1000)
-
-
-class ReturnCritic(nn.Module):
-    """Q(s, a) in standard deviations from the mean return, and the two numbers that this means [D1]."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: tuple[int, ...]) -> None:
-        super().__init__()
-        self.net = MLP(obs_dim + act_dim, hidden, 1, nn.SiLU)
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("std", torch.ones(()))
-
-    def forward(self, obs: Tensor, act: Tensor) -> Tensor:
-        """act (..., A), obs (..., S) with sizes of 1 to expand -> (...,)."""
-        pairs = torch.cat([obs.expand(*act.shape[:-1], -1), act], -1)
-        q: Tensor = self.net(pairs)
-        return q.squeeze(-1)
 
 
 class SfBC(Agent):

@@ -31,6 +31,8 @@ Details of the critic stage: iql_critic.py. The official code trains an IQL poli
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,17 +40,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffagents import checkpoint
 from diffagents.agent import Agent
-from diffagents.diffusion import eps_loss, perturb, vp_alpha_sigma
-from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.iql_critic import IQLCritic
-from diffagents.knobs import check_choice, check_number, net_arch
-from diffagents.networks import ResidualScoreNet, TanhPolicy, dropout_masks
-from diffagents.normalize import REWARD_TRANSFORMS
-from diffagents.solvers import dpm_solve, dpm_solver_steps
+from diffagents.config.checks import check_choice, check_number, net_arch
+from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
+from diffagents.functional import action_gradient, eps_loss, perturb
+from diffagents.networks.critics import IQLCritic
+from diffagents.networks.mlp import Mish, TanhPolicy, dropout_masks, mish
+from diffagents.storage import checkpoint
+from diffagents.training.updates import Draws, Optimizer, Part, Stage
 from diffagents.types import Batch, Metrics
-from diffagents.values import action_gradient
 
 WEIGHTS = ("sigma2", "constant", "alpha_over_sigma")
 Q_GRAD_NORMS = (None, "l2", "rms")
@@ -216,7 +217,7 @@ class SRPO(Agent):
         The official code never saves the policy: without `policy`, `predict` raises until
         `learn(data, stages=("policy",))` has extracted one. kwargs as the constructor's. Raises FileNotFoundError, ValueError.
         """
-        from diffagents.official import srpo_from_official
+        from diffagents.storage.official_checkpoints import srpo_from_official
 
         return srpo_from_official(behavior, critic, policy, **kwargs)
 
@@ -242,3 +243,53 @@ class BehaviorPolicy:
             return agent.behavior.sample(obs, noise, self._n_evals)
 
         return agent.predict_with(act, observation), state
+
+
+class ResidualBlock(nn.Module):
+    """x + W2 f(W1 LayerNorm(dropout(x))), width d -> 4d -> d, f Mish; the skip carries the un-normalised input."""
+
+    def __init__(self, width: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
+        super().__init__()
+        self.activation = activation
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.project = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = x if mask is None else x * mask
+        out: Tensor = x + self.project(self.activation(self.expand(self.norm(h))))
+        return out
+
+
+class ResidualScoreNet(nn.Module):
+    """Noise predictor eps(a_t, s, t) of SRPO's behaviour model: `ScoreNet` in the official code, (B, A) -> (B, A).
+
+    Time: 32 fixed random frequencies W ~ N(0, 30^2), features [sin, cos](2 pi W t), then Linear 64-128, Mish,
+    Linear 128-128. Input [a_t, s, time]; Linear to `width`; residual blocks; Mish; Linear to A. The official code also
+    allocates three 256x256 shortcut layers that no input ever reaches; they are left out.
+    """
+
+    frequencies: Tensor
+    N_FREQUENCIES, FREQUENCY_SCALE, TIME_DIM = 32, 30.0, 128
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
+        super().__init__()
+        self.width, self.n_blocks = width, n_blocks
+        self.register_buffer("frequencies", torch.randn(self.N_FREQUENCIES) * self.FREQUENCY_SCALE)
+        self.time_mlp = nn.Sequential(
+            nn.Linear(2 * self.N_FREQUENCIES, self.TIME_DIM), Mish(), nn.Linear(self.TIME_DIM, self.TIME_DIM)
+        )
+        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(n_blocks))
+        self.output = nn.Linear(width, act_dim)
+
+    def forward(self, a_t: Tensor, obs: Tensor, t: Tensor, masks: Tensor | None = None) -> Tensor:
+        """`a_t` (B, A), `obs` (B, S), `t` (B,) in (0, 1]; `masks` (n_blocks, B, width) are dropout masks, None in use."""
+        # Phases reach 600 radians, where float32 rounds at 3e-5: the order of the products is the official one.
+        phase = t[:, None] * self.frequencies * 2.0 * math.pi
+        time = self.time_mlp(torch.cat([torch.sin(phase), torch.cos(phase)], -1))
+        h = self.input(torch.cat([a_t, obs, time], -1))
+        for i, block in enumerate(self.blocks):
+            h = block(h, None if masks is None else masks[i])
+        out: Tensor = self.output(mish(h))
+        return out

@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.engine import Draws, Optimizer, Part, Stage
-from diffagents.knobs import check_choice, check_number, net_arch
-from diffagents.networks import EnsembleMLP, TanhPolicy
-from diffagents.normalize import REWARD_TRANSFORMS
+from diffagents.config.checks import check_choice, check_number, net_arch
+from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.functional import polyak_update_, td_target
+from diffagents.networks.mlp import EnsembleMLP, TanhPolicy
+from diffagents.training.updates import Draws, Optimizer, Part, Stage
 from diffagents.types import Batch, Metrics
-from diffagents.values import polyak_update_, td_target
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffagents
-from diffagents.cli_options import add_policy, env_arguments, environment, policy, say
+from diffagents.cli.options import add_policy, env_arguments, environment, policy, say
 
 if TYPE_CHECKING:
-    from diffagents.sweep import RunSpec
+    from diffagents.experiments.grid import RunSpec
 
 Command = Callable[[Any, str], argparse.ArgumentParser]
 
@@ -94,10 +94,10 @@ def bench(given: argparse.Namespace) -> None:
 
     Finished runs are not made again, cut ones go on. Start the same command in another shell, and both share the work.
     """
-    from diffagents import sweep, sweep_report
-    from diffagents.provenance import plain
+    from diffagents.experiments import grid, report
+    from diffagents.training.provenance import plain
 
-    specs = sweep.read_grid(given.grid)
+    specs = grid.read_grid(given.grid)
     chosen = [spec for spec in specs if not given.only or any(text in spec.name for text in given.only)]
     if not chosen:
         raise ValueError(f"no run of {given.grid} has {' or '.join(given.only)} in its name, e.g. {specs[0].name}")
@@ -109,50 +109,50 @@ def bench(given: argparse.Namespace) -> None:
     if not given.report:
         failed = _make(given, chosen, root)
     wanted = {spec.name for spec in specs}
-    finished = [run for run in sweep_report.read_runs(root) if run["name"] in wanted]
+    finished = [run for run in report.read_runs(root) if run["name"] in wanted]
     if not finished:
         raise RuntimeError(f"no run of {given.grid} is finished in {root}" + "".join(f"; {text}" for text in failed[:1]))
     command = f"diffagents bench {shlex.quote(plain(str(given.grid)))} --root {shlex.quote(plain(str(root)))} --only CELL"
-    print(sweep_report.write_report(finished, root, specs=specs, command=command, title=given.grid.stem))
+    print(report.write_report(finished, root, specs=specs, command=command, title=given.grid.stem))
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(chosen)} runs failed, the first: {failed[0]}")
 
 
 def _make(given: argparse.Namespace, specs: "Sequence[RunSpec]", root: Path) -> list[str]:
     """Run them, showing how far they are; returns what failed and why."""
-    from diffagents import sweep, sweep_executors
-    from diffagents.environments import one_line
+    from diffagents.errors import one_line
+    from diffagents.experiments import executors, grid
 
     failed: list[str] = []
     started = time.monotonic()
 
     def done(spec: "RunSpec", error: BaseException | None) -> None:
         if error is None:
-            now = sweep.status(spec, root)
+            now = grid.status(spec, root)
             text = f"return {now['last']:.2f}" + (f", D4RL scale {now['score']:.1f}" if now["score"] is not None else "")
-        elif isinstance(error, sweep.Busy):
+        elif isinstance(error, grid.Busy):
             text = "left to another process, which is at it"
         else:
-            failed.append(f"{spec.name}: {one_line(error)} ({root / spec.name / sweep.ERROR})")
+            failed.append(f"{spec.name}: {one_line(error)} ({root / spec.name / grid.ERROR})")
             text = f"failed: {one_line(error)}"
         say(f"{spec.name}: {text} ({(time.monotonic() - started) / 60:.1f} min)")
 
     how = {"device": given.device, "threads": given.threads}
     with _live(specs, root):
         if given.executor == "ray":
-            sweep_executors.run_with_ray(specs, root, done, cpus=given.cpus, gpus=given.gpus, address=given.address, **how)
+            executors.run_with_ray(specs, root, done, cpus=given.cpus, gpus=given.gpus, address=given.address, **how)
         else:
-            sweep_executors.run_serially(specs, root, done, **how)
+            executors.run_serially(specs, root, done, **how)
     return failed
 
 
 def _rows(specs: "Sequence[RunSpec]", root: Path) -> list[tuple[str, ...]]:
     """(run, state, progress, stage, newest return) of each."""
-    from diffagents import sweep
+    from diffagents.experiments import grid
 
     rows: list[tuple[str, ...]] = []
     for spec in specs:
-        now = sweep.status(spec, root)
+        now = grid.status(spec, root)
         share = f"{100 * now['step'] / now['total']:.0f} %" if now.get("total") else ""
         last = now.get("last")
         newest = "" if last is None else f"{last:.2f}"

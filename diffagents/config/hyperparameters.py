@@ -3,16 +3,10 @@
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-
-MOST = 10**7
-"""The most of anything that is counted: a batch, critics, samples."""
-N_FIXED = 256
-"""How many fixed noises an artifact holds for deterministic actions: the most candidates there can be."""
+from diffagents.config.checks import MOST, N_FIXED, check_number, whole_number
 
 
 def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
@@ -58,96 +52,6 @@ def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
     return kind(**knobs)
 
 
-def whole_number(name: str, value: Any, least: int, unit: str = "") -> int:
-    """`value` as an int (16.0 counts). Raises ValueError unless it is a whole number from `least` to 2**53."""
-    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not (real and abs(float(value)) <= 2**53 and int(value) == value and value >= least):
-        kind = "a positive whole number" if least == 1 else "zero or a positive whole number"
-        raise ValueError(f"{name}={str(value)[:40] if real else repr(value)} must be {kind}{unit}")
-    return int(value)
-
-
-def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
-    """Raises ValueError, naming the knob and the rule, unless `value` is a finite number for which `holds` is true."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise ValueError(f"{name}={value!r} must be a number")
-    if not abs(float(value)) < 1e38:  # what float32 holds
-        raise ValueError(f"{name}={str(value)[:20]} must be finite")
-    if not holds(float(value)):
-        raise ValueError(f"{name}={value!r} {rule}")
-
-
-def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-    """Raises ValueError, listing the choices, unless `value` is one of them."""
-    choices = list(choices)  # a list compares where a dict would hash
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")
-
-
-SOLVERS = ("ddpm", "ddim")
-"""Samplers of a discrete chain: the chain itself, and its deterministic one, which may skip steps."""
-
-
-def check_solver(solver: Any, solver_steps: int | None, n_diffusion_steps: int) -> None:
-    """Raises ValueError where a chain of T steps cannot be sampled so."""
-    if solver not in SOLVERS:
-        raise ValueError(
-            f"solver={solver!r}; choose from {', '.join(map(repr, SOLVERS))}: the network knows the chain's "
-            f"{n_diffusion_steps} steps only, so a solver in continuous time (DPM-Solver, EDM) would ask what it never learnt"
-        )
-    if solver_steps is None:
-        return
-    whole_number("solver_steps", solver_steps, 1)
-    if solver_steps > n_diffusion_steps:
-        raise ValueError(f"solver_steps={solver_steps} is more than the chain's n_diffusion_steps={n_diffusion_steps}")
-    if solver == "ddpm" and solver_steps < n_diffusion_steps:
-        raise ValueError(
-            f'solver_steps={solver_steps} skips some of the chain\'s {n_diffusion_steps} steps, which solver="ddpm" cannot: '
-            'use solver="ddim"'
-        )
-
-
-def net_arch(
-    policy_kwargs: dict[str, Any], default: dict[str, Sequence[int]], extra: dict[str, int] | None = None
-) -> dict[str, Any]:
-    """`policy_kwargs` -> hidden sizes for each part of `default` and the integers of `extra`, checked.
-
-    `net_arch` may be a list (for all parts) or a dict by part, as in SB3; "vf" follows "qf" where only that is given.
-    Raises TypeError for an unknown key.
-    """
-    parts, extra = list(default), extra or {}
-    if not isinstance(policy_kwargs, dict):
-        raise TypeError(f"policy_kwargs must be a dict, not {type(policy_kwargs).__name__}")
-    unknown = set(policy_kwargs) - {"net_arch", *extra}
-    if unknown:
-        raise TypeError(f"policy_kwargs has no {sorted(unknown)[0]!r}; valid: {', '.join(['net_arch', *extra])}")
-    arch = policy_kwargs.get("net_arch", dict(default))
-    sizes_of = arch.values() if isinstance(arch, dict) else [arch]
-    if not all(isinstance(sizes, (list, tuple)) for sizes in sizes_of):
-        raise ValueError(f"net_arch={arch!r} must be a list of layer sizes, or a dict of such lists by part")
-    by_part: dict[str, Any] = dict(arch) if isinstance(arch, dict) else dict.fromkeys(parts, arch)
-    if set(by_part) - set(parts):
-        raise TypeError(f"net_arch names {sorted(set(by_part) - set(parts))[0]!r}; its parts are {', '.join(parts)}")
-    if "vf" in parts and "qf" in by_part:
-        by_part.setdefault("vf", by_part["qf"])
-    sizes: dict[str, Any] = {part: tuple(by_part.get(part, default[part])) for part in parts}
-    sizes |= {name: policy_kwargs.get(name, value) for name, value in extra.items()}
-    flat = [n for size in sizes.values() for n in (size if isinstance(size, tuple) else (size,))]
-    if not all(isinstance(n, int) and n > 0 for n in flat):
-        raise ValueError(f"policy_kwargs {policy_kwargs} must hold positive whole numbers")
-    return sizes
-
-
-def check_arguments(policy: Any, obs_keys: Any, policy_kwargs: Any) -> None:
-    """Raises ValueError or TypeError for what no agent's constructor takes."""
-    if policy not in ("MlpPolicy", "MultiInputPolicy"):
-        raise ValueError(f'policy={policy!r}; the only policy is "MlpPolicy" (pass an environment as env=...)')
-    if policy_kwargs is not None and not isinstance(policy_kwargs, dict):
-        raise TypeError(f"policy_kwargs must be a dict, not {type(policy_kwargs).__name__}")
-    if isinstance(obs_keys, str):
-        raise TypeError(f"obs_keys={obs_keys!r} must be a sequence of names: obs_keys=({obs_keys!r},)")
-
-
 def choose(agent: Any, choice: dict[str, Any]) -> Any:
     """The agent's configuration for one call of `predict`. Raises TypeError for what is no choice of its, ValueError."""
     name = type(agent).__name__
@@ -166,15 +70,3 @@ def signature(init: Callable[..., None], config: type[Any]) -> inspect.Signature
         for f in dataclasses.fields(config)
     ]
     return inspect.Signature([*base, *knobs])
-
-
-def find_device(device: str | torch.device) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises ValueError where the device cannot be used."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'device={device!r} is not usable here: {str(error).splitlines()[0]}; try device="auto"') from None
-    return found

@@ -15,13 +15,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from diffagents.knobs import make_config
-
 BLOCKS = ("default", "paper", "official_code")
 _NEEDED = BLOCKS[:2]
-_HERE = Path(__file__).resolve().parent
-# In the installed package the build has put the presets beside this file; in a checkout they lie beside the package.
-_FOLDERS = (_HERE / "zoo", _HERE.parent / "zoo")
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In the installed package the build has put the presets into it; in a checkout they lie beside it.
+_FOLDERS = (_PACKAGE / "zoo", _PACKAGE.parent / "zoo")
 
 
 def load_presets(algorithm: str) -> dict[str, dict[str, Any]]:
@@ -121,20 +119,3 @@ def _check(table: Any, path: Path) -> None:
         for key, value in entries.items():
             if isinstance(value, str) and key != "source" and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.I):
                 raise ValueError(f"{where}: YAML reads {key}: {value} as text; write it with a point, as 3.0e-4")
-
-
-def apply_preset(agent: Any, dataset_id: str | None) -> None:
-    """Put the values of the agent's preset under the explicit knobs; done again on data whose id may name a row."""
-    if agent.preset is None:
-        return
-    applied, values = resolve_preset(agent.presets_name(), agent.preset, dataset_id)
-    kwargs = values.pop("policy_kwargs", {})
-    values = {name: value for name, value in values.items() if name not in agent._explicit}
-    agent.config = make_config(agent.Config, type(agent).__name__, {**values, **agent._explicit})
-    if agent._pristine:  # networks that hold something keep their shape
-        agent.policy_kwargs = {**kwargs, **agent.policy_kwargs}
-        if agent.spec is not None:
-            agent._set_up(agent.spec)
-    if agent.verbose:
-        row = "" if applied and applied[-1] not in BLOCKS else ", no row for this dataset"
-        print(f"preset {agent.preset!r}: {', '.join(applied) or 'defaults'}{row}; {values} {agent.policy_kwargs or ''}")

@@ -17,8 +17,8 @@ import torch
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from diffagents import dataset_checks as check
-from diffagents.transitions import Transitions
+from diffagents.data import validation as check
+from diffagents.data.transitions import Transitions
 from diffagents.types import Spec
 
 D4RL_NAMES = {"terminals": "terminations", "timeouts": "truncations"}

@@ -23,10 +23,11 @@ import torch
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from diffagents.environments import env_id_of, make_env, one_line
-from diffagents.evaluation import Evaluation
-from diffagents.knobs import whole_number
-from diffagents.rollouts import check_actions, check_spaces, stack, succeeded
+from diffagents.config.checks import whole_number
+from diffagents.envs.make import env_id_of, make_env
+from diffagents.errors import one_line
+from diffagents.evaluation.episodes import check_actions, check_spaces, stack, succeeded
+from diffagents.evaluation.evaluate import Evaluation
 from diffagents.types import Spec
 
 if TYPE_CHECKING:

@@ -4,11 +4,23 @@ Minari's own iterator spends most of its time on the objects that h5py's high-le
 episode; this reads the same arrays in less than half (zoo/benchmarks/data_loading.py prints both). Infos are not read.
 """
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
+
+from diffagents.data.arrays import Keys, from_episodes
+from diffagents.data.cache import _cached, _stamp
+from diffagents.data.transitions import Transitions
+from diffagents.errors import one_line
+from diffagents.types import Spec
 
 _COLUMNS = (b"observations", b"actions", b"rewards", b"terminations", b"truncations")
 
@@ -32,3 +44,128 @@ def read_episodes(folder: Path, indices: Iterable[int]) -> Iterator[dict[str, An
         for index in indices:
             group = h5py.h5g.open(file.id, f"episode_{index}".encode())
             yield {name.decode(): read(group, name) for name in _COLUMNS}
+
+
+_MADE = ("algorithm_name", "description", "code_permalink", "author", "minari_version")  # how a Minari set came to be
+_MINARI_ID = re.compile(r"(?:[-\w][-\w/]*[-\w]/)?[-\w]+-v\d+")
+
+
+# ---- Minari ----------------------------------------------------------------------------------------------------------
+
+
+def _local_minari(source: str, download: bool) -> Path:
+    """The folder that holds metadata.json of a Minari set, downloaded if need be."""
+    remote, identity = None, source
+    if "://" in source:  # minari.load_dataset would look for a folder of that name
+        scheme, _, rest = source.partition("://")
+        owner, _, identity = rest.partition("/")
+        remote = f"{scheme}://{owner}"
+    if not _MINARI_ID.fullmatch(identity):
+        raise ValueError(
+            f"{source!r} is neither a Minari id, which looks like namespace/name-v0, nor a path that ends in .npz, .hdf5 or .h5"
+        )
+    root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+    path = root / identity / "data"
+    if (path / "metadata.json").is_file():
+        return path
+    if not download:
+        raise FileNotFoundError(
+            f"no Minari set {identity!r} in {root}; pass download=True, or set MINARI_DATASETS_PATH to the folder that holds it"
+        )
+    _download(identity, remote, path)
+    if not (path / "metadata.json").is_file():
+        raise FileNotFoundError(f"downloading {identity!r} left no metadata.json in {path}; delete that and try again")
+    return path
+
+
+def _download(identity: str, remote: str | None, path: Path) -> None:
+    import minari
+    from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
+
+    place = remote or os.environ.get("MINARI_REMOTE", DEFAULT_REMOTE)
+    instead, root = "or set MINARI_DATASETS_PATH to a folder that holds it", path.parents[identity.count("/") + 1]
+    try:
+        storage = get_cloud_storage(remote_path=place)
+        size = storage.get_dataset_metadata(identity).get("dataset_size", "?")
+        print(f"downloading {identity} ({size} MB) from {place}", flush=True)
+        for end in [slash.start() for slash in re.finditer("/", identity)]:  # Minari would ask its default remote for these
+            (root / identity[:end]).mkdir(parents=True, exist_ok=True)
+            if not (root / identity[:end] / "namespace_metadata.json").exists():
+                storage.download_namespace_metadata(identity[:end], root)
+        # A folder without metadata.json is what an interrupted download left behind.
+        minari.download_dataset(f"{place}/{identity}", force_download=path.parent.exists())
+    except ImportError:
+        raise
+    except Exception as error:  # from the hub's, the HTTP library's and Minari's own families of errors
+        kinds = {cls.__name__ for cls in type(error).__mro__}
+        if kinds & {"RepositoryNotFoundError", "RemoteEntryNotFoundError"} or type(error) is ValueError:
+            raise FileNotFoundError(f"{place} has no Minari set {identity!r}; check the id, {instead}") from None
+        deepest: BaseException = error  # wrapped once or more; the innermost says what really happened
+        while (inner := deepest.__cause__ or deepest.__context__) is not None:
+            deepest = inner
+        cause = f"{type(deepest).__name__}: {one_line(deepest)}"
+        raise ConnectionError(
+            f"cannot download {identity!r} from {place} ({cause}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {instead}"
+        ) from None
+
+
+def _read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Transitions:
+    """Read the set in `path`, or the part of it that a (filtered) MinariDataset points to."""
+    try:
+        metadata = json.loads((path / "metadata.json").read_text())
+        stamp = {
+            "minari": metadata["minari_version"],
+            "steps": metadata["total_steps"],
+            "files": _stamp(path.rglob("*")),
+        }
+        n_episodes = metadata["total_episodes"]
+    except (ValueError, KeyError) as error:
+        cause = f"{type(error).__name__}: {one_line(error)}"
+        raise OSError(f"{path / 'metadata.json'} is damaged ({cause}); delete the folder and load the set again") from None
+    chosen = None
+    if dataset is not None and not np.array_equal(dataset.episode_indices, np.arange(n_episodes)):
+        chosen = hashlib.sha256(np.asarray(dataset.episode_indices, np.int64).tobytes()).hexdigest()
+    key = {"path": str(path.resolve()), "obs_keys": keys, "episodes": chosen}
+
+    def read() -> Transitions:
+        return _iterate_minari(path, metadata, keys, dataset)
+
+    if not cache:
+        return read()
+    return _cached(metadata["dataset_id"], key, stamp, read)
+
+
+def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset: Any) -> Transitions:
+    import minari
+
+    name = metadata["dataset_id"]
+    try:
+        dataset = dataset if dataset is not None else minari.MinariDataset(path)
+    except ValueError as error:
+        raise ValueError(f"Minari set {name!r} cannot be opened: {one_line(error)}") from None
+    spec = Spec.from_spaces(dataset.observation_space, dataset.action_space, keys)
+    raw = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    info = {
+        "id": name,
+        "kind": "minari",
+        "made": {key: str(metadata[key]) for key in _MADE if metadata.get(key)},
+        "env_spec": _clean_env_spec(raw) if raw else None,
+        "ref_min_score": metadata.get("ref_min_score"),
+        "ref_max_score": metadata.get("ref_max_score"),
+    }
+    if metadata.get("data_format", "hdf5") == "hdf5":
+        episodes = read_episodes(path, dataset.episode_indices)
+    else:
+        columns = ("observations", "actions", "rewards", "terminations", "truncations")
+        episodes = ({name: getattr(episode, name) for name in columns} for episode in dataset.iterate_episodes())
+    try:
+        return from_episodes(episodes, dataset.total_steps, keys, spec, info)
+    except (OSError, KeyError) as error:
+        cause = one_line(error)
+        raise OSError(f"Minari set {name!r} in {path} is damaged ({cause}); delete the folder and load it again") from None
+
+
+def _clean_env_spec(raw: str) -> str:
+    """The JSON of an EnvSpec without fields that only older Gymnasium versions know."""
+    known = {field.name for field in fields(EnvSpec)}
+    return json.dumps({key: value for key, value in json.loads(raw).items() if key in known})

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffagents.artifact import ArtifactError, short
-from diffagents.transitions import Sampler, batch_of
+from diffagents.data.sampler import Sampler, batch_of
+from diffagents.errors import ArtifactError, short
 from diffagents.types import Batch, Spec
 
 REPLAY_FORMAT = 1

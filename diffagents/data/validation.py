@@ -10,7 +10,8 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
-from diffagents.environments import difference_of_specs, one_line
+from diffagents.envs.make import difference_of_specs
+from diffagents.errors import one_line
 from diffagents.types import Spec
 
 ACTION_TOLERANCE = 1e-4

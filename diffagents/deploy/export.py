@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffagents.knobs import choose
-from diffagents.values import action_gradient
+from diffagents.config.hyperparameters import choose
+from diffagents.functional import action_gradient
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

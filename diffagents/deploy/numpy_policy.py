@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from diffagents.networks import TanhPolicy
-from diffagents.normalize import ObsNormalizer
+from diffagents.data.normalize import ObsNormalizer
+from diffagents.networks.mlp import TanhPolicy
 from diffagents.types import Spec
 
 

@@ -16,28 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BETA_MIN, BETA_MAX = 0.1, 20.0
-"""The VP-SDE's noise rates at t = 0 and t = 1 (SRPO, QGPO and SfBC official code)."""
-
-
-def vp_alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha_t and sigma_t of the VP-SDE, both of the shape of t. log alpha_t = -t^2 (b1 - b0) / 4 - t b0 / 2."""
-    log_alpha = -0.25 * (BETA_MAX - BETA_MIN) * t.square() - 0.5 * BETA_MIN * t
-    return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2.0 * log_alpha))
-
-
-def perturb(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x_t = alpha_t x + sigma_t eps; x and eps (B, A), alpha and sigma (B,)."""
-    return alpha[:, None] * x + sigma[:, None] * eps
-
-
-def eps_loss(predicted: Tensor, eps: Tensor) -> Tensor:
-    """Batch mean of the squared error SUMMED over the A dimensions, (B, A) both (SRPO official `loss_fn`).
-
-    Diffusion-QL, DiffCPS and BDPO take the mean over the dimensions too: `torch.nn.functional.mse_loss`.
-    """
-    return (predicted - eps).square().sum(-1).mean()
-
 
 class Chain(NamedTuple):
     """The constants of a discrete VP chain, each (T,) float32; entry i belongs to the step between x_i+1 and x_i."""

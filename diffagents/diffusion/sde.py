@@ -5,16 +5,12 @@ Shapes: B batch, S observation, A action, M samples of one state; t in (0, 1].
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from diffagents.diffusion import BETA_MAX, BETA_MIN, eps_loss, perturb, vp_alpha_sigma
-from diffagents.knobs import N_FIXED
+from torch import Tensor
 
 
 class SolverCall(NamedTuple):
@@ -127,51 +123,11 @@ def _log_snr(t: float) -> float:
     return _log_alpha(t) - math.log(_sigma(t))
 
 
-class VPBehavior(nn.Module):
-    """mu(a|s) of QGPO and SfBC: a noise predictor `net(a_t, obs, t)`, and the fixed x_1 of its deterministic samples."""
+BETA_MIN, BETA_MAX = 0.1, 20.0
+"""The VP-SDE's noise rates at t = 0 and t = 1 (SRPO, QGPO and SfBC official code)."""
 
-    fixed_noise: Tensor
 
-    def __init__(self, net: nn.Module, act_dim: int) -> None:
-        super().__init__()
-        self.net = net
-        self.register_buffer("fixed_noise", torch.randn(N_FIXED, act_dim))
-
-    def loss(self, act: Tensor, obs: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """E || eps(a_t | s, t) - eps ||^2, act and eps (B, A), t (B,). Song et al. 2021, Eq. (7), weighted by sigma_t^2."""
-        return eps_loss(self.net(perturb(act, eps, *vp_alpha_sigma(t)), obs, t), eps)
-
-    def noise(self, n_obs: int, n: int, deterministic: bool, generator: torch.Generator) -> Tensor:
-        """x_1 for n <= N_FIXED samples of each observation, (n_obs, n, A). deterministic: the fixed ones, (1, n, A)."""
-        if not deterministic:
-            size = (n_obs, n, self.fixed_noise.shape[1])
-            return torch.randn(size, generator=generator, device=self.fixed_noise.device)
-        return self.fixed_noise[None, :n]
-
-    def sample(self, obs: Tensor, noise: Tensor, steps: tuple[SolverStep, ...]) -> Tensor:
-        """a ~ mu(.|s) from x_1 = `noise` (B or 1, M, A), for obs (B, S): (B, M, A), not clipped."""
-        obs = obs[:, None]
-        return dpm_solve(lambda a, t: self.net(a, obs, t), noise.expand(obs.shape[0], -1, -1), steps)
-
-    @torch.no_grad()
-    def support(
-        self, obs: Tensor, n: int, steps: tuple[SolverStep, ...], generator: torch.Generator, name: str | None
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Samples for all of obs (N, S), a few rows at a time: (rows, actions (rows, n, A)).
-
-        name: what to call it in the line that says how long this will take, where that is more than seconds; None is silent.
-        """
-        rows_at_once, start = 256, time.perf_counter()
-        for first in range(0, len(obs), rows_at_once):
-            rows = slice(first, min(first + rows_at_once, len(obs)))
-            yield rows, self.sample(obs[rows], self.noise(rows.stop - rows.start, n, False, generator), steps)
-            if name is not None and first == rows_at_once:  # the very first is slower
-                if obs.is_cuda:
-                    torch.cuda.synchronize(obs.device)
-                seconds = (time.perf_counter() - start) * len(obs) / rows.stop
-                if seconds > 5:
-                    print(
-                        f"{name}: {n} actions of the behaviour model for each of {len(obs):,} states; "
-                        f"about {seconds / 60:.1f} minutes",
-                        flush=True,
-                    )
+def vp_alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha_t and sigma_t of the VP-SDE, both of the shape of t. log alpha_t = -t^2 (b1 - b0) / 4 - t b0 / 2."""
+    log_alpha = -0.25 * (BETA_MAX - BETA_MIN) * t.square() - 0.5 * BETA_MIN * t
+    return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2.0 * log_alpha))

@@ -11,6 +11,8 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
+from diffagents.errors import one_line
+
 _NOT_THE_TASK = {"render_mode", "num_envs", "vectorization_mode"}  # keyword arguments of a window and of make_vec
 
 
@@ -199,8 +201,3 @@ def is_sb3(env: Any) -> bool:
     """Whether it is a Stable-Baselines3 VecEnv, without importing Stable-Baselines3 to find out."""
     module = sys.modules.get("stable_baselines3.common.vec_env")  # whoever has a VecEnv has imported it
     return module is not None and isinstance(env, module.VecEnv)
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception of another library says, as one line."""
-    return " ".join(str(error).split()) or type(error).__name__

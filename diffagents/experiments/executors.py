@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from diffagents import provenance
-from diffagents.sweep import RunSpec, run_one
+from diffagents.experiments.grid import RunSpec, run_one
+from diffagents.training import provenance
 
 _CARRIED = ("MINARI_DATASETS_PATH", "DIFFAGENTS_CACHE", "MUJOCO_GL", "HF_HOME", "HF_HUB_OFFLINE")  # to a cluster's workers
 Done = Callable[[RunSpec, BaseException | None], None]

@@ -25,13 +25,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffagents.engine import Draws, Optimizer, Part, Runner, Stage
-from diffagents.knobs import check_number, whole_number
-from diffagents.networks import EnsembleMLP
-from diffagents.normalize import ObsNormalizer, RewardTransform
-from diffagents.transitions import Sampler, Transitions
+from diffagents.config.checks import check_number, whole_number
+from diffagents.data.normalize import ObsNormalizer, RewardTransform
+from diffagents.data.sampler import Sampler
+from diffagents.data.transitions import Transitions
+from diffagents.functional import lambda_returns, polyak_update_, td_target
+from diffagents.networks.mlp import EnsembleMLP
+from diffagents.training.updates import Draws, Optimizer, Part, Runner, Stage
 from diffagents.types import Batch, Metrics
-from diffagents.values import lambda_returns, polyak_update_, td_target
 
 MAX_STARTS = 2000
 """First states that an estimate is the mean over, at most: more tell little, and a policy may take long for each."""

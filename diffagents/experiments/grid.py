@@ -30,9 +30,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import diffagents
-from diffagents import artifact, provenance
-from diffagents.evaluation import Evaluation, d4rl_score_of_mean, evaluate
-from diffagents.knobs import check_choice
+from diffagents.config.checks import check_choice
+from diffagents.evaluation.d4rl import d4rl_score_of_mean
+from diffagents.evaluation.evaluate import Evaluation, evaluate
+from diffagents.storage import artifact
+from diffagents.training import provenance
 
 if TYPE_CHECKING:
     from diffagents.agent import Agent
@@ -213,7 +215,7 @@ def run_one(
 
 
 def _run(spec: RunSpec, folder: Path, device: str, command: str | None) -> dict[str, Any]:
-    from diffagents.datasets import load_dataset
+    from diffagents.data.load import load_dataset
 
     checkpoint, version = folder / CHECKPOINT, commit()
     cls = getattr(diffagents, spec.algorithm)

@@ -19,15 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffagents import provenance, training
 from diffagents.agent import Agent
-from diffagents.compiling import Compiled, NamedTensors, Networks, gradients_of, trained_names, with_leaves
-from diffagents.cuda_graph import GraphRunner
-from diffagents.datasets import load_dataset
-from diffagents.engine import Draws, Gradients, Part, Plan, Runner, Stage
-from diffagents.transitions import Sampler
+from diffagents.data.load import load_dataset
+from diffagents.data.sampler import Sampler
+from diffagents.errors import TrainingDiverged
+from diffagents.training import offline, prepare, provenance, session
+from diffagents.training.compiled import Compiled, NamedTensors, Networks, gradients_of, trained_names, with_leaves
+from diffagents.training.cuda_graph import GraphRunner
+from diffagents.training.monitor import Watch
+from diffagents.training.plan import Plan
+from diffagents.training.state import restore
+from diffagents.training.updates import Draws, Gradients, Part, Runner, Stage
 from diffagents.types import Batch, Metrics
-from diffagents.watch import TrainingDiverged, Watch, restore
 
 SWITCHES = ("dropout", "gamma")
 """Knobs whose 0 is another computation: without dropout masks, and in BDPO without paths at the next state."""
@@ -55,16 +58,16 @@ def learn_many(
     _check_alike(members)
     first = members[0]
     for agent in members:
-        training.check_arguments(agent, total_timesteps, stages, log_interval)
+        prepare.check_arguments(agent, total_timesteps, stages, log_interval)
     data = load_dataset(dataset, env=first._env, obs_keys=first.obs_keys, verbose=first.verbose)
     plans: list[Plan] = []
     with ExitStack() as stack:
         for agent in members:
-            stack.enter_context(training.nothing_if_refused(agent))
-            adopted = training.adopt(agent, data)
-            plan = training.make_plan(agent, total_timesteps, True, stages)
+            stack.enter_context(prepare.nothing_if_refused(agent))
+            adopted = prepare.adopt(agent, data)
+            plan = prepare.make_plan(agent, total_timesteps, True, stages)
             assert plan is not None
-            training.check_rewards(plan, adopted)
+            prepare.check_rewards(plan, adopted)
             plans.append(plan)
         _check_alike(members)  # presets may have changed knobs
         if any(plan.lengths != plans[0].lengths for plan in plans) or any(a.stage_steps != first.stage_steps for a in members):
@@ -77,18 +80,18 @@ def learn_many(
     if any((agent.dataset_info or {})["sha256"] != data.info["sha256"] for agent in members):
         warnings.warn("these are other data than the agents learned from first, whose transforms are kept", stacklevel=2)
     sampler = adopted.sampler(first.device, first.reward_transform, first.obs_normalizer)
-    seconds = training.estimate(first, plans[0], sampler) if first.verbose or first.compile == "auto" else {}
+    seconds = offline.estimate(first, plans[0], sampler) if first.verbose or first.compile == "auto" else {}
     together = {name: value * len(members) for name, value in seconds.items()}
-    training.choose_modes(first, plans[0], together)
+    offline.choose_modes(first, plans[0], together)
     for plan in plans[1:]:
         plan.modes.update(plans[0].modes)
     if first.verbose:
-        training.announce(first, plans[0], together)
+        offline.announce(first, plans[0], together)
         print(f"{len(members)} agents together", flush=True)
     started = time.perf_counter()
     failures: list[str] = []
     lost: dict[int, dict[str, Any]] = {}  # who diverged, and the state to go back to
-    with stacked(members) as tensors, training.interrupt_between_updates() as interrupted, training.matmul_precision(first):
+    with stacked(members) as tensors, session.interrupt_between_updates() as interrupted, session.matmul_precision(first):
         for position, stage in enumerate(first.stages()):
             if stage.name in plans[0].lengths and not interrupted.is_set():
                 _run_stage(members, position, sampler, tensors, log_interval, failures, lost, interrupted)
@@ -168,7 +171,7 @@ def _run_stage(
             for optimizer in part.optimizers:
                 optimizer.start_schedule(length)
         watches.append(Watch(agent, name, length, 0))
-        samplers.append(sampler if stage.prepare is None else stage.prepare(sampler, training.stage_generator(agent, stage)))
+        samplers.append(sampler if stage.prepare is None else stage.prepare(sampler, offline.stage_generator(agent, stage)))
         watches[-1].limit_q(samplers[-1])
         watches[-1].restart_clock()
         agent._pristine = False

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from diffagents import artifact
-from diffagents.evaluation import bootstrap
-from diffagents.sweep import RESULTS, RunSpec
+from diffagents.evaluation.statistics import bootstrap
+from diffagents.experiments.grid import RESULTS, RunSpec
+from diffagents.storage import artifact
 
 Run = Mapping[str, Any]
 _REPEATS = 2000  # of every bootstrap

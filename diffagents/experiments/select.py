@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffagents.agents.sfbc import ReturnCritic
-from diffagents.datasets import load_dataset
-from diffagents.evaluation import Evaluation, bootstrap, evaluate
-from diffagents.fqe import FQE, FQEConfig, FQEResult, discounted_returns, some_rows
-from diffagents.iql_critic import IQLCritic
-from diffagents.knobs import find_device, whole_number
-from diffagents.networks import EnsembleMLP
-from diffagents.normalize import ObsNormalizer, RewardTransform
-from diffagents.transitions import Transitions
+from diffagents.config.checks import find_device, whole_number
+from diffagents.data.load import load_dataset
+from diffagents.data.normalize import ObsNormalizer, RewardTransform
+from diffagents.data.transitions import Transitions
+from diffagents.evaluation.evaluate import Evaluation, evaluate
+from diffagents.evaluation.statistics import bootstrap
+from diffagents.experiments.fqe import FQE, FQEConfig, FQEResult, discounted_returns, some_rows
+from diffagents.networks.critics import IQLCritic, ReturnCritic
+from diffagents.networks.mlp import EnsembleMLP
 from diffagents.types import Spec
 
 ROWS_AT_ONCE = 256  # observations in one call of `predict`: a diffusion policy multiplies them by its candidates

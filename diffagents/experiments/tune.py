@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffagents import training
-from diffagents.datasets import load_dataset
-from diffagents.engine import Plan
-from diffagents.evaluation import evaluate
-from diffagents.fqe import FQE, FQEConfig
-from diffagents.knobs import check_choice, check_number, whole_number
-from diffagents.selection import rate
-from diffagents.training import TrainingDiverged
-from diffagents.transitions import Transitions
+from diffagents.config.checks import check_choice, check_number, whole_number
+from diffagents.data.load import load_dataset
+from diffagents.data.transitions import Transitions
+from diffagents.errors import TrainingDiverged
+from diffagents.evaluation.evaluate import evaluate
+from diffagents.experiments.fqe import FQE, FQEConfig
+from diffagents.experiments.select import rate
+from diffagents.training import prepare
+from diffagents.training.plan import Plan
 
 if TYPE_CHECKING:
     import optuna
@@ -221,7 +221,7 @@ class _Trainer:
     def __init__(self, base: "Agent", data: Transitions, knob: Knob) -> None:
         """Raises what the algorithm says of such data, and of the ends of the range."""
         self.base, self.knob = base, knob
-        self.data = training.adopt(base, data)  # and so resolves the preset, which may set the knob
+        self.data = prepare.adopt(base, data)  # and so resolves the preset, which may set the knob
         self.default = getattr(base.config, knob.name)
         for value in (knob.low, knob.high):
             self._clone(base, value)

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffagents.networks import MLP, EnsembleMLP
+from diffagents.functional import expectile_loss, polyak_update_, td_target
+from diffagents.networks.mlp import MLP, EnsembleMLP
 from diffagents.types import Batch, Metrics
-from diffagents.values import expectile_loss, polyak_update_, td_target
 
 
 class IQLCritic(nn.Module):
@@ -57,3 +57,22 @@ class IQLCritic(nn.Module):
     def target_mean(self, obs: Tensor, act: Tensor) -> Tensor:
         """(Qbar_1 + Qbar_2) / 2 at (B, S), (B, A) -> (B,): what SRPO's policy climbs."""
         return self.q_target(torch.cat([act, obs], -1)).mean(0)
+
+
+class ReturnCritic(nn.Module):
+    """Q(s, a) in standard deviations from the mean return, and the two numbers that this means [D1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = MLP(obs_dim + act_dim, hidden, 1, nn.SiLU)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.ones(()))
+
+    def forward(self, obs: Tensor, act: Tensor) -> Tensor:
+        """act (..., A), obs (..., S) with sizes of 1 to expand -> (...,)."""
+        pairs = torch.cat([obs.expand(*act.shape[:-1], -1), act], -1)
+        q: Tensor = self.net(pairs)
+        return q.squeeze(-1)

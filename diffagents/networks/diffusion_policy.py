@@ -5,7 +5,6 @@ begin with a layer that is linear in [action, time, state]; `on_states` uses it 
 once for all candidates and denoising steps.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffagents.diffusion import Chain, perturb, sample_chain, sample_ddim, vp_chain
-from diffagents.knobs import N_FIXED
-from diffagents.networks import MLP, Mish, ResidualBlock, orthogonal_, sinusoids, xavier_
-from diffagents.values import gumbel
+from diffagents.config.checks import N_FIXED
+from diffagents.diffusion.chain import Chain, sample_chain, sample_ddim, vp_chain
+from diffagents.functional import gumbel, perturb
+from diffagents.networks.mlp import MLP, Mish, sinusoids
 
 DenoiserOnStates = Callable[[Tensor, int], Tensor]
 """(a_i (..., A), i) -> noise (..., A), for the states that it was made for."""
@@ -66,79 +65,6 @@ class MLPDenoiser(nn.Module):
 
     def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
         return _on_states(self.trunk[0], self.trunk.rest, self.time_features, obs, n_steps)
-
-
-class PositionalDenoiser(nn.Module):
-    """Noise predictor eps(a_n, s, n) of BDPO: the backbone of its policy and behaviour in the official code.
-
-    Time: 64 sinusoids [cos, sin] of n = i + 1, two Linear 64 with Mish after both. Input [a_n, time, s]; layers with Mish;
-    Linear to A. Orthogonal start.
-    """
-
-    TIME_DIM = 64
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.time_mlp = nn.Sequential(MLP(self.TIME_DIM, (self.TIME_DIM,), self.TIME_DIM, Mish), Mish())
-        self.trunk = MLP(act_dim + self.TIME_DIM + obs_dim, hidden, act_dim, Mish)
-        orthogonal_(self)
-
-    def forward(self, a_n: Tensor, obs: Tensor, i: Tensor) -> Tensor:
-        """`a_n` (..., A); `obs` (..., S) and the step `i` (...,), counted from 0, may have sizes of 1 to expand."""
-        lead = a_n.shape[:-1]
-        out: Tensor = self.trunk(torch.cat([a_n, self.time_features(i).expand(*lead, -1), obs.expand(*lead, -1)], -1))
-        return out
-
-    def time_features(self, i: Tensor) -> Tensor:
-        """i (...,) -> (..., TIME_DIM)."""
-        sin, cos = sinusoids(i + 1, self.TIME_DIM)
-        time: Tensor = self.time_mlp(torch.cat([cos, sin], -1))
-        return time
-
-    def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
-        return _on_states(self.trunk[0], self.trunk.rest, self.time_features, obs, n_steps)
-
-
-class ResidualDenoiser(nn.Module):
-    """Noise predictor eps(a_t, s, i) of IDQL: `DDPM` around `MLPResNet` in its official code.
-
-    Time: 64 learnt frequencies W, first N(0, 0.2^2), features [cos, sin](2 pi W i), Linear 128-256, SiLU, Linear 256-256.
-    Input [a_t, s, time]; Linear to `width`; residual blocks with SiLU; SiLU; Linear to A. All but the blocks: `xavier_`.
-    """
-
-    N_FREQUENCIES, TIME_DIM = 64, 256
-
-    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
-        super().__init__()
-        self.width, self.n_blocks = width, n_blocks
-        self.frequencies = nn.Parameter(0.2 * torch.randn(self.N_FREQUENCIES))
-        self.time_mlp = MLP(2 * self.N_FREQUENCIES, (self.TIME_DIM,), self.TIME_DIM, nn.SiLU)
-        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width, F.silu) for _ in range(n_blocks))
-        self.output = nn.Linear(width, act_dim)
-        for layers in (self.time_mlp, self.input, self.output):
-            xavier_(layers)
-
-    def forward(self, a_t: Tensor, obs: Tensor, i: Tensor, masks: Tensor | None = None) -> Tensor:
-        """As `MLPDenoiser`; `masks` (n_blocks, ..., width) are dropout masks, None in use."""
-        lead = a_t.shape[:-1]
-        h = self.input(torch.cat([a_t, obs.expand(*lead, -1), self.time_features(i).expand(*lead, -1)], -1))
-        return self.rest(h, masks)
-
-    def time_features(self, i: Tensor) -> Tensor:
-        """i (...,) -> (..., TIME_DIM)."""
-        phase = 2.0 * math.pi * i[..., None] * self.frequencies
-        time: Tensor = self.time_mlp(torch.cat([torch.cos(phase), torch.sin(phase)], -1))
-        return time
-
-    def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
-        return _on_states(self.input, self.rest, self.time_features, obs, n_steps, state_before_time=True)
-
-    def rest(self, h: Tensor, masks: Tensor | None = None) -> Tensor:
-        for k, block in enumerate(self.blocks):
-            h = block(h, None if masks is None else masks[k])
-        out: Tensor = self.output(F.silu(h))
-        return out
 
 
 class ChainPolicy(nn.Module):

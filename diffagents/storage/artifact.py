@@ -29,6 +29,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from diffagents.errors import AGAIN, ArtifactError, short
+from diffagents.training.state import bare
+
 LIBRARY, FORMAT = "diffagents", 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Format n -> what turns a config of format n into one of n + 1. Applied by `read`, oldest first."""
@@ -44,17 +47,12 @@ MAX_ZIP_MEMBERS, MAX_ZIP_RATIO = 1000, 100
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8}
 _TENSOR_DTYPES = _FLOATS | _INTEGERS | {torch.bool}
-AGAIN = "save, copy or download it again"
 _GIVE = "give the folder or .zip that save() made"
 _CURES = {
     "model": AGAIN,
     "learner": "this copy can act but not learn on; get the whole artifact",
     "optimizer": "it was saved without its trainer state, so the run cannot be resumed; start a new one",
 }
-
-
-class ArtifactError(ValueError):
-    """A file or folder that cannot be trusted or understood as an artifact; one line says why and what to do."""
 
 
 def write(
@@ -154,11 +152,6 @@ def _encode(
 
 def _dump(value: Mapping[str, Any], where: str) -> bytes:
     return json.dumps(to_json_safe(value, where), indent=1, allow_nan=False).encode()
-
-
-def bare(key: str) -> str:
-    """A state dict's key without what `torch.compile` puts before it."""
-    return key.replace("_orig_mod.", "")
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -378,9 +371,3 @@ def _check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
             raise ArtifactError(f"{where}: {short(key)} has the dtype {tensor.dtype}, which no agent of ours uses")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{where}: {short(key)} holds NaN or infinity: go back to an earlier checkpoint")
-
-
-def short(value: object) -> str:
-    """A value from a stranger's file as at most 80 plain characters on one line."""
-    plain = isinstance(value, str | float | None | Exception) or (isinstance(value, int) and abs(value) < 10**9)
-    return ascii(str(value))[1:-1][:80] if plain else type(value).__name__

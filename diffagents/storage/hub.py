@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffagents import artifact
-from diffagents.artifact import CONFIG, LIBRARY, MAX_BYTES, TENSOR_FILES, TRAINER_STATE, ArtifactError, short
+from diffagents.errors import ArtifactError, HubError, short
+from diffagents.storage import artifact
+from diffagents.storage.artifact import CONFIG, LIBRARY, MAX_BYTES, TENSOR_FILES, TRAINER_STATE
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -31,10 +32,6 @@ _PART = r"(?![.-])(?!\w*\.git$)[\w.-]{1,96}(?<![.-])"
 _REPO_ID = re.compile(rf"(?!.*(--|\.\.)){_PART}/{_PART}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HARMLESS = re.compile(r"\.git\w*|\.?README.*|LICEN[CS]E.*|CITATION.*|.*\.(md|txt|png|jpg|gif|mp4)", re.IGNORECASE)
-
-
-class HubError(OSError):
-    """The Hub, or the way to it, refused; the message says why and what to do. Nothing was left half done."""
 
 
 @dataclass(frozen=True)

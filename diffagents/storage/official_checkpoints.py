@@ -20,9 +20,9 @@ from torch import Tensor
 from diffagents.agents.diffcps import DiffCPS
 from diffagents.agents.diffusion_ql import DiffusionQL
 from diffagents.agents.srpo import SRPO
-from diffagents.checkpoint import load_state
-from diffagents.diffusion import vp_chain
-from diffagents.presets import resolve_preset
+from diffagents.config.presets import resolve_preset
+from diffagents.diffusion.chain import vp_chain
+from diffagents.training.state import load_state
 from diffagents.types import Spec
 
 State = Mapping[str, Tensor]

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffagents import artifact, card, checkpoint, hub
-from diffagents.artifact import ArtifactError, short
-from diffagents.evaluation import Evaluation, record_video
+from diffagents import errors
+from diffagents.errors import ArtifactError, short
+from diffagents.evaluation.evaluate import Evaluation
+from diffagents.evaluation.video import record_video
+from diffagents.storage import artifact, card, checkpoint, hub
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -60,7 +62,7 @@ def _card(*config_and_results: Any, **how: Any) -> str:
     try:
         return card.make_card(*config_and_results, **how)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"no card can be made of config.json or results.json ({short(error)}): {artifact.AGAIN}") from None
+        raise ArtifactError(f"no card can be made of config.json or results.json ({short(error)}): {errors.AGAIN}") from None
 
 
 def _results(agent: "Agent", eval_env: Any, n_eval_episodes: int) -> dict[str, Any] | None:
@@ -170,9 +172,9 @@ def push_to_hub(
             (folder / "policy" / "README.md").write_bytes(theirs)
         commit = push.commit(folder / "policy", commit_message or f"{type(agent).__name__} trained with diffagents")
         keep = False
-    except hub.HubError as error:
+    except errors.HubError as error:
         if keep:
-            raise hub.HubError(
+            raise errors.HubError(
                 f"{error}. The finished folder is kept: diffagents push {folder / 'policy'} {repo_id}"
             ) from error
         raise
@@ -180,33 +182,6 @@ def push_to_hub(
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
     return commit
-
-
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    token: str | bool | None = None,
-) -> "CommitInfo":
-    """Push a folder that `save_pretrained` made, after seeing that it loads; only its card is made anew, with the new name.
-
-    Raises FileNotFoundError, ArtifactError (it would not load), HubError.
-    """
-    import diffagents
-
-    path = Path(folder)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder: push what save_pretrained made, or load a .zip and push the agent")
-    agent = diffagents.load(path, device="cpu", verbose=0)
-    push = hub.begin_push(repo_id, private=private, revision=revision, token=token)
-    message = commit_message or f"{type(agent).__name__} trained with diffagents"
-    with tempfile.TemporaryDirectory(prefix="diffagents-push-") as scratch:
-        copy = Path(shutil.copytree(path, Path(scratch) / "policy"))
-        renew_card(copy, repo_id)
-        return push.commit(copy, message)
 
 
 def renew_card(folder: Path, name: str) -> None:

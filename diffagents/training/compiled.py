@@ -5,7 +5,6 @@ nothing is computed for networks that are frozen in the update. Optimiser steps 
 Random numbers come in as draws, so that the compiled function computes what the eager one does, to float tolerance.
 """
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from diffagents.engine import Draws, Gradients, Part
+from diffagents.training.updates import Draws, Gradients, Part
 from diffagents.types import Batch, Metrics
 
 NamedTensors = dict[str, Tensor]
@@ -129,18 +128,3 @@ class Compiled:
 def compiled_gradients(part: Part, networks: Mapping[str, nn.Module]) -> Callable[[Batch, Draws], tuple[Gradients, Metrics]]:
     """What takes the place of `part.gradients`."""
     return part.gradients if part.loss is None else Compiled(*gradient_program(part, networks), part.gradients)
-
-
-def compiled_act(agent: Any, n_obs: int, deterministic: bool, config: Any) -> Compiled:
-    """`agent.act` at `config` for n_obs observations, compiled."""
-    roof = Networks({name: getattr(agent, name) for name in agent.MODEL}, functools.partial(agent.act, config=config))
-
-    def act(tensors: NamedTensors, obs: Tensor, draws: Draws) -> Tensor:
-        action: Tensor = torch.func.functional_call(roof, tensors, (obs, draws))
-        return action
-
-    compiled = Compiled(roof.tensors(), act, functools.partial(agent.act, config=config))
-    draws = agent.draw_act(n_obs, deterministic, config, torch.Generator(agent.device))
-    with torch.no_grad():
-        compiled(torch.zeros(n_obs, agent.obs_dim, device=agent.device), draws)
-    return compiled

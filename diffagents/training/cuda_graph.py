@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from diffagents.engine import Runner
+from diffagents.training.updates import Runner
 
 WARM_UP = 3
 """Eager steps before a capture: lazy initialisations must not fall into it. They are steps of the training like any other."""

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-from diffagents import checkpoint
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss became NaN or Q exploded; the agent holds its last good state and can be used or saved."""
+from diffagents.errors import TrainingDiverged
+from diffagents.training import state
+from diffagents.training.state import restore, snapshot
 
 
 class Watch:
@@ -35,7 +33,7 @@ class Watch:
 
         Raises TrainingDiverged, after putting that state back (or leaving that to the caller).
         """
-        agent, tensors = self.agent, checkpoint.training_tensors(self.agent).values()
+        agent, tensors = self.agent, state.training_tensors(self.agent).values()
         finite = bool(torch.stack([t.sum() for t in tensors if t.is_floating_point()]).isfinite().all())
         if not finite or not all(map(math.isfinite, means.values())) or abs(means.get("q", 0.0)) > self.q_limit:
             if put_back:
@@ -63,31 +61,6 @@ def _report(agent: Any, stage: str, done: int, length: int, rate: float, means: 
     if agent.verbose:
         left = clock((length - done) / max(rate, 1e-9))
         print(f"{stage:>8} {done:>9,}/{length:,}  {_numbers(means)}  {rate:,.0f}/s, {left} left", flush=True)
-
-
-def snapshot(agent: Any) -> dict[str, Any]:
-    """The whole training state, cloned on the device: what a NaN or a timing run falls back to."""
-    return {
-        "tensors": {name: tensor.clone() for name, tensor in checkpoint.training_tensors(agent).items()},
-        "counts": (agent.num_timesteps, agent.n_env_steps, agent.n_updates, dict(agent.stage_steps)),
-        "done": {} if agent.plan is None else dict(agent.plan.done),
-        "online": 0 if agent.online is None else agent.online.n_updates,
-        "steps": {name: optimizer.n_steps.clone() for name, optimizer in agent.optimizers.items()},
-    }
-
-
-def restore(agent: Any, snapshot: dict[str, Any]) -> None:
-    """Put what `snapshot` gave back, in place."""
-    checkpoint.load_training_tensors(agent, snapshot["tensors"])
-    num_timesteps, n_env_steps, agent.n_updates, stage_steps = snapshot["counts"]
-    agent.num_timesteps = num_timesteps + agent.n_env_steps - n_env_steps  # what was lived through stays, in the buffer too
-    agent.stage_steps = dict(stage_steps)
-    if agent.plan is not None:
-        agent.plan.done = dict(snapshot["done"])
-    if agent.online is not None:
-        agent.online.n_updates = snapshot["online"]
-    for name, step in snapshot["steps"].items():
-        agent.optimizers[name].n_steps.copy_(step)
 
 
 def _numbers(means: dict[str, float]) -> str:

@@ -13,18 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffagents import checkpoint, provenance, training
-from diffagents.datasets import load_dataset
-from diffagents.engine import OnlineRun, OnlineSettings, Runner, Stage
-from diffagents.environments import env_id_of
-from diffagents.knobs import check_choice, check_number, whole_number
-from diffagents.normalize import fit_reward_transform
-from diffagents.replay import Mixture, Replay
-from diffagents.sb3 import make_callback, make_logger
-from diffagents.transitions import Sampler
-from diffagents.values import lambda_returns
-from diffagents.watch import Watch
-from diffagents.world import World, explore
+from diffagents.config.checks import check_choice, check_number, whole_number
+from diffagents.data.load import load_dataset
+from diffagents.data.normalize import fit_reward_transform
+from diffagents.data.replay_buffer import Mixture, Replay
+from diffagents.data.sampler import Sampler
+from diffagents.envs.make import env_id_of
+from diffagents.functional import lambda_returns
+from diffagents.storage import checkpoint
+from diffagents.training import prepare, provenance, session
+from diffagents.training.callbacks import make_callback, make_logger
+from diffagents.training.monitor import Watch
+from diffagents.training.plan import OnlineRun, OnlineSettings
+from diffagents.training.rollout import World, explore
+from diffagents.training.updates import Runner, Stage
 
 MAX_LOOSENING = 16.0
 """The most that `loosening` grows to: by then the constraint hardly binds, and beyond it only floats overflow."""
@@ -67,7 +69,7 @@ def begin(agent: Any, total: int | None, env: Any, dataset: Any, settings: Onlin
     data = None
     if dataset is not None:
         data = load_dataset(dataset, env=agent._env, obs_keys=agent.obs_keys, verbose=agent.verbose)
-        data = training.adopt(agent, data)
+        data = prepare.adopt(agent, data)
     if agent._env is None:
         stored = (agent.dataset_info or {}).get("env_spec")
         if stored is None:
@@ -207,7 +209,7 @@ def learn_online(
     """See `Agent.learn_online`."""
     if log_interval is not None:
         whole_number("log_interval", log_interval, 1, " of environment steps")
-    with training.nothing_if_refused(agent):
+    with prepare.nothing_if_refused(agent):
         run, offline = begin(agent, total, env, dataset, settings)
         tick = make_callback(agent, callback, progress_bar)
         stage = agent.online_stage()
@@ -219,8 +221,8 @@ def learn_online(
     mixture = Mixture(offline, agent.replay_buffer, _ratio(agent, run))
     local = {"self": agent, "total_timesteps": agent.num_timesteps + run.total - run.done, "tb_log_name": tb_log_name}
     local |= {"replay_buffer": agent.replay_buffer, "dones": np.zeros(agent.n_envs, bool), "infos": [{}] * agent.n_envs}
-    with training.timed(agent, tick, local), training.matmul_precision(agent):
-        with training.interrupt_between_updates() as interrupted:
+    with session.timed(agent, tick, local), session.matmul_precision(agent):
+        with session.interrupt_between_updates() as interrupted:
             _run(agent, run, stage, mixture, tick, local, log_interval, interrupted)
         if interrupted.is_set():
             raise KeyboardInterrupt

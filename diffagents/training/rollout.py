@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffagents.engine import OnlineRun
-from diffagents.normalize import RewardTransform
-from diffagents.replay import Replay
+from diffagents.data.normalize import RewardTransform
+from diffagents.data.replay_buffer import Replay
+from diffagents.training.plan import OnlineRun
 
 
 class World:

@@ -11,10 +11,10 @@ from torch import Tensor
 from toy import line_data
 
 from diffagents import AWR
-from diffagents.datasets import load_dataset
-from diffagents.transitions import Sampler
+from diffagents.data.load import load_dataset
+from diffagents.data.sampler import Sampler
+from diffagents.functional import lambda_returns
 from diffagents.types import Batch
-from diffagents.values import lambda_returns
 
 pytestmark = pytest.mark.filterwarnings("ignore:action bounds")
 NONE = torch.Generator()  # AWR prepares without random numbers

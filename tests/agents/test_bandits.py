@@ -14,9 +14,9 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from diffagents import SRPO, evaluate, load_dataset
-from diffagents.diffusion import vp_alpha_sigma
+from diffagents.diffusion.sde import vp_alpha_sigma
 
-EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
 
 def example(name: str) -> types.ModuleType:

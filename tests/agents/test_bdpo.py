@@ -47,7 +47,7 @@ def test_step_weights() -> None:
 def test_penalty_is_the_kl_of_the_two_kernels() -> None:
     """|| mu_pi - mu_nu ||^2 / (2 beta_n), with the means of the unclipped sampler."""
     agent = small(clip_x0=False).learn(DATA, total_timesteps=2)
-    from diffagents.diffusion import reverse_mean
+    from diffagents.diffusion.chain import reverse_mean
 
     chain, generator = agent.policy.chain, torch.Generator().manual_seed(0)
     x, eps, eps_nu = (torch.randn(7, 2, generator=generator) for _ in range(3))

@@ -12,7 +12,7 @@ from test_diffusion_ql import official_files
 from toy import line_data
 
 from diffagents import DiffCPS, DiffusionQL
-from diffagents.diffusion import vp_chain
+from diffagents.diffusion.chain import vp_chain
 
 SMALL: dict[str, Any] = {
     "seed": 0,

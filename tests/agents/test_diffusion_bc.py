@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toy import line_data
 
 from diffagents import DiffusionBC
-from diffagents.diffusion import vp_chain
+from diffagents.diffusion.chain import vp_chain
 from diffagents.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:action bounds")

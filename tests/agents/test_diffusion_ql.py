@@ -12,7 +12,7 @@ from small_agents import offline_knobs
 from toy import line_data
 
 from diffagents import DiffusionQL
-from diffagents.diffusion import vp_chain
+from diffagents.diffusion.chain import vp_chain
 from diffagents.types import Batch
 
 SMALL: dict[str, Any] = {

@@ -13,11 +13,10 @@ from torch.nn import functional as F
 from toy import line_data
 
 from diffagents import IDQL
-from diffagents.agents.idql import implicit_choice
-from diffagents.chain_policy import ResidualDenoiser
-from diffagents.diffusion import sample_chain, vp_chain
+from diffagents.agents.idql import ResidualDenoiser, implicit_choice
+from diffagents.diffusion.chain import sample_chain, vp_chain
+from diffagents.functional import gumbel, select_action
 from diffagents.types import Batch
-from diffagents.values import gumbel, select_action
 
 pytestmark = pytest.mark.filterwarnings("ignore:action bounds")
 OBS = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)

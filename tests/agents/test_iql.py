@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from toy import line_data
 
 from diffagents import IQL
-from diffagents.networks import GaussianPolicy
+from diffagents.networks.mlp import GaussianPolicy
 from diffagents.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:action bounds")

@@ -10,7 +10,7 @@ from diffagents import SRPO, evaluate
 
 
 def own_data_example() -> types.ModuleType:
-    path = pathlib.Path(__file__).resolve().parents[1] / "examples" / "02_your_own_data.py"
+    path = pathlib.Path(__file__).resolve().parents[2] / "examples" / "02_your_own_data.py"
     spec = importlib.util.spec_from_file_location("own_data", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

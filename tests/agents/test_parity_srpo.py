@@ -10,7 +10,7 @@ from small_agents import update
 from torch import Tensor, nn
 
 from diffagents import SRPO
-from diffagents.official import srpo_behavior_state, srpo_critic_state, srpo_policy_state
+from diffagents.storage.official_checkpoints import srpo_behavior_state, srpo_critic_state, srpo_policy_state
 from diffagents.types import Batch
 
 VECTORS, INFO = read_reference("srpo")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from toy import line_data
 
 from diffagents import QGPO
-from diffagents.diffusion import vp_alpha_sigma
-from diffagents.solvers import VPBehavior
-from diffagents.transitions import Sampler
+from diffagents.data.sampler import Sampler
+from diffagents.diffusion.sde import vp_alpha_sigma
+from diffagents.networks.score_model import VPBehavior
 from diffagents.types import Batch
 
 SMALL: dict[str, Any] = {

@@ -15,8 +15,8 @@ from toy import line_data
 
 from diffagents import SfBC
 from diffagents.agents.sfbc import planned_returns
-from diffagents.engine import Plan
-from diffagents.transitions import Sampler
+from diffagents.data.sampler import Sampler
+from diffagents.training.plan import Plan
 from diffagents.types import Batch, Spec
 
 SMALL: dict[str, Any] = {

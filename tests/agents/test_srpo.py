@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toy import line_data
 
 from diffagents import SRPO
-from diffagents.diffusion import vp_alpha_sigma
+from diffagents.diffusion.sde import vp_alpha_sigma
 from diffagents.types import Batch, Spec
 
 MEAN, VAR, BEST = 0.3, 0.04, -0.5  # data N(MEAN, VAR I); Q(s, a) = -|a - BEST|^2

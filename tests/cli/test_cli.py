@@ -16,9 +16,9 @@ from small_agents import NAMES, small
 from toy import line_data
 
 import diffagents
-from diffagents import cli
+from diffagents.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "examples" / "data"
 REACHER = "diffagents/reacher/replay-v0"
 SMALL = "--net-arch 16 16 --batch-size 16 --quiet --device cpu"
@@ -27,7 +27,7 @@ SMALL = "--net-arch 16 16 --batch-size 16 --quiet --device cpu"
 def run(command: str, folder: Path, input: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """`command` after `diffagents`, in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "diffagents.cli", *shlex.split(command)],
+        [sys.executable, "-m", "diffagents", *shlex.split(command)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "MINARI_DATASETS_PATH": str(SHIPPED), **environment},
         input=input,
@@ -55,7 +55,7 @@ def data(here: Path) -> Path:
 @pytest.fixture
 def trained(here: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """A folder as `train` leaves it."""
-    assert cli.main(shlex.split(f"train TD3BC {REACHER} --steps 30 {SMALL} --seed 3")) == 0
+    assert main.main(shlex.split(f"train TD3BC {REACHER} --steps 30 {SMALL} --seed 3")) == 0
     return Path(capsys.readouterr().out.strip())
 
 
@@ -74,7 +74,7 @@ def test_train_prints_its_folder_and_nothing_else_to_stdout(here: Path) -> None:
 
 def test_python_spelling_of_a_knob_and_the_right_types(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"--out x --steps 6 {SMALL} --behavior_batch_size 8 --subtract_noise false --q-grad-norm l2 --learning_rate=1e-3"
-    assert cli.main(shlex.split(f"train SRPO {data} --env Pendulum-v1 {words}")) == 0
+    assert main.main(shlex.split(f"train SRPO {data} --env Pendulum-v1 {words}")) == 0
     config = diffagents.load("x").config
     assert (config.behavior_batch_size, config.subtract_noise, config.q_grad_norm) == (8, False, "l2")
     assert config.learning_rate == 1e-3
@@ -82,7 +82,7 @@ def test_python_spelling_of_a_knob_and_the_right_types(data: Path, capsys: pytes
 
 def test_ctrl_c_keeps_what_there_is_and_resume_ends_where_an_uninterrupted_run_does(here: Path) -> None:
     words = f"train TD3BC {REACHER} --net-arch 16 16 --batch-size 16 --device cpu"
-    command = [sys.executable, "-m", "diffagents.cli", *shlex.split(f"{words} --steps 1500 --out cut")]
+    command = [sys.executable, "-m", "diffagents", *shlex.split(f"{words} --steps 1500 --out cut")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MINARI_DATASETS_PATH": str(SHIPPED)}
     process = subprocess.Popen(command, cwd=here, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -112,10 +112,10 @@ def test_save_every_leaves_a_folder_that_can_be_resumed(here: Path, monkeypatch:
     save = Agent.save_pretrained
     monkeypatch.setattr(Agent, "save_pretrained", killed)
     with pytest.raises(SystemExit, match="killed after writing out"):
-        cli.main(shlex.split(f"train TD3BC {REACHER} --out out --steps 50 --save-every 20 {SMALL}"))
+        main.main(shlex.split(f"train TD3BC {REACHER} --out out --steps 50 --save-every 20 {SMALL}"))
     monkeypatch.setattr(Agent, "save_pretrained", save)
     assert diffagents.load("out").num_timesteps == 20
-    assert cli.main(shlex.split(f"train TD3BC {REACHER} --out out --resume --quiet")) == 0
+    assert main.main(shlex.split(f"train TD3BC {REACHER} --out out --resume --quiet")) == 0
     assert diffagents.load("out").num_timesteps == 50
 
 
@@ -141,7 +141,7 @@ def test_what_fails_says_why_in_one_line_and_exits_with_1(
     words: str, said: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "there").mkdir()
-    assert cli.main(shlex.split(words)) == 1
+    assert main.main(shlex.split(words)) == 1
     out, errors = capsys.readouterr()
     assert out == ""
     assert errors.startswith("diffagents: error: ") and said in errors and errors.count("\n") == 1
@@ -153,13 +153,13 @@ def test_what_fails_says_why_in_one_line_and_exits_with_1(
 )
 def test_what_is_not_understood_exits_with_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(shlex.split(words))
+        main.main(shlex.split(words))
     assert stopped.value.code == 2
     assert "usage: diffagents" in capsys.readouterr().err
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 2
+    assert main.main([]) == 2
     shown = capsys.readouterr().out
     assert all(command in shown for command in ("train", "eval", "enjoy", "push", "pull", "list"))
 
@@ -169,7 +169,7 @@ def test_help_of_train_teaches_every_knob(name: str, capsys: pytest.CaptureFixtu
     import dataclasses
 
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", name, "--help"])
+        main.main(["train", name, "--help"])
     assert stopped.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     for knob in dataclasses.fields(getattr(diffagents, name).Config):
@@ -192,20 +192,20 @@ def test_eval_prints_a_line_or_json_and_reads_the_policy_from_a_pipe(trained: Pa
 
 
 def test_list_in_a_pipe_that_closes(here: Path) -> None:
-    command = f"{sys.executable} -m diffagents.cli list; echo code $? >&2"
+    command = f"{sys.executable} -m diffagents list; echo code $? >&2"
     done = subprocess.run(["bash", "-c", f"({command}) | head -c 1"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "S"
     assert done.stderr in ("code 141\n", "code 0\n")  # 0 where all fitted into the pipe before it closed
 
 
 def test_list_shows_algorithms_folders_and_scores(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["list"]) == 0
+    assert main.main(["list"]) == 0
     assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == NAMES
     diffagents.load(trained).save(here / "runs" / "more" / "zipped.zip")
     diffagents.load(trained).save_pretrained(here / "runs" / "more" / "scored", eval_env=True, n_eval_episodes=1)
     (here / "runs" / "other").mkdir()
     (here / "runs" / "other" / "config.json").write_text('{"library": "another"}')
-    assert cli.main(["list", "runs"]) == 0
+    assert main.main(["list", "runs"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [Path(row[0]).name for row in rows] == ["scored", "zipped.zip", trained.name]
     assert all(row[1:3] == ["TD3BC", REACHER] for row in rows)
@@ -219,9 +219,9 @@ def test_enjoy_writes_a_video_or_wants_a_screen(
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     if sys.platform == "linux":
-        assert cli.main(["enjoy", str(trained)]) == 1
+        assert main.main(["enjoy", str(trained)]) == 1
         assert "no screen" in capsys.readouterr().err
-    if cli.main(["enjoy", str(trained), "--video", "reacher.mp4"]) == 1:  # nothing here can render
+    if main.main(["enjoy", str(trained), "--video", "reacher.mp4"]) == 1:  # nothing here can render
         assert "MUJOCO_GL" in capsys.readouterr().err
     else:
         assert capsys.readouterr().out == "reacher.mp4\n"
@@ -254,19 +254,19 @@ def test_push_pull_list_and_eval_by_a_hub_id(trained: Path, here: Path) -> None:
 
 def test_arguments_of_the_environment_reach_it(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"eval {trained} --episodes 1 --device cpu --json"
-    assert cli.main(shlex.split(f"{words} --env-arg max_episode_steps=7 --env-arg render_mode=none")) == 0
+    assert main.main(shlex.split(f"{words} --env-arg max_episode_steps=7 --env-arg render_mode=none")) == 0
     assert json.loads(capsys.readouterr().out)["mean_length"] == 7
 
 
 def test_collect_makes_a_dataset_that_train_takes(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"collect {trained} --id me/reacher/td3bc-v0 --steps 120 --root {here / 'sets'} --noise gaussian:0.1 --device cpu"
-    assert cli.main(shlex.split(words)) == 0
+    assert main.main(shlex.split(words)) == 0
     told = capsys.readouterr()
     assert told.out == "me/reacher/td3bc-v0\n" and "120 steps" in told.err
     os.environ["MINARI_DATASETS_PATH"] = str(here / "sets")  # put back by the fixture
     data = diffagents.load_dataset("me/reacher/td3bc-v0", verbose=0)
     assert len(data) == 120 and "gaussian:0.1" in data.info["made"]["description"]
-    assert cli.main(shlex.split(words)) == 1
+    assert main.main(shlex.split(words)) == 1
     assert "me/reacher/td3bc-v0" in capsys.readouterr().err  # it exists
 
 
@@ -274,26 +274,26 @@ def test_select_prints_the_best_for_a_pipe_and_the_table_beside_it(
     trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = here / "other"
-    assert cli.main(shlex.split(f"train DiffusionBC {REACHER} --steps 20 {SMALL} --out {other}")) == 0
+    assert main.main(shlex.split(f"train DiffusionBC {REACHER} --steps 20 {SMALL} --out {other}")) == 0
     capsys.readouterr()
     words = f"select {trained} {other} --dataset {REACHER} --fqe-steps 30 --max-transitions 300 --n-seeds 1 --device cpu"
-    assert cli.main(shlex.split(words)) == 0
+    assert main.main(shlex.split(words)) == 0
     told = capsys.readouterr()
     assert told.out.strip() in (str(trained), str(other)) and "0 environment episodes used" in told.err
-    assert cli.main(shlex.split(f"{words} --json --episodes 2 --top 1")) == 0
+    assert main.main(shlex.split(f"{words} --json --episodes 2 --top 1")) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["n_env_episodes"] == 2 and sorted(found["order"]) == sorted([str(trained), str(other)])
-    assert cli.main(shlex.split(f"select {trained} {here / 'nothing'} --dataset {REACHER}")) == 1
+    assert main.main(shlex.split(f"select {trained} {here / 'nothing'} --dataset {REACHER}")) == 1
 
 
 def test_tune_leaves_the_best_policy(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("optuna")
     words = f"tune TD3BC {REACHER} --steps 20 --trials 2 --objective return --episodes 1 --out {here / 'best'} --device cpu"
-    assert cli.main(shlex.split(words)) == 0
+    assert main.main(shlex.split(words)) == 0
     told = capsys.readouterr()
     assert told.out.strip() == str(here / "best") and "2 environment episodes" in told.err
     assert type(diffagents.load(here / "best", verbose=0)).__name__ == "TD3BC"
-    assert cli.main(shlex.split(words)) == 1
+    assert main.main(shlex.split(words)) == 1
     assert "exists" in capsys.readouterr().err
 
 
@@ -301,12 +301,12 @@ def test_the_command_is_installed() -> None:
     import tomllib
 
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"diffagents": "diffagents.cli:main"}
+    assert scripts == {"diffagents": "diffagents.cli.main:main"}
 
 
 def test_importing_the_command_is_quick() -> None:
     """--help and --version must not wait for torch."""
-    code = "import sys, diffagents.cli; print('torch' in sys.modules)"
+    code = "import sys, diffagents.cli.main; print('torch' in sys.modules)"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n", done.stderr
@@ -316,5 +316,5 @@ def test_importing_the_command_is_quick() -> None:
 def test_a_small_agent_of_every_class_can_be_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in NAMES:
         small(name, env="Pendulum-v1").save_pretrained(here / "zoo" / name)
-    assert cli.main(["list", "zoo"]) == 0
+    assert main.main(["list", "zoo"]) == 0
     assert sorted(line.split("\t")[1] for line in capsys.readouterr().out.splitlines()) == sorted(NAMES)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from diffagents import presets
-from diffagents.presets import find_preset, load_presets, resolve_preset
+from diffagents.config import presets
+from diffagents.config.presets import find_preset, load_presets, resolve_preset
 
 # fmt: off
 KNOBS = {
@@ -67,7 +67,7 @@ def test_the_blocks_are_budgets_and_every_entry_says_its_source() -> None:
 
 
 def test_the_file_holds_no_row_twice() -> None:
-    text = (Path(__file__).parents[1] / "zoo" / "srpo.yml").read_text()
+    text = (Path(__file__).parents[2] / "zoo" / "srpo.yml").read_text()
     rows = re.findall(r"^([\w-]+):", text, re.M)
     assert sorted(rows) == sorted(load_presets("srpo"))
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import diffagents
-from diffagents.presets import BLOCKS, find_preset, load_presets, resolve_preset
+from diffagents.config.presets import BLOCKS, find_preset, load_presets, resolve_preset
 
-ZOO = Path(__file__).parents[1] / "zoo"
+ZOO = Path(__file__).parents[2] / "zoo"
 NO_KNOBS = ("aliases", "source", "paper")
 WIDE = {  # what a table's last column stands for
     "-": {},

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from diffagents.datasets import load_dataset
+from diffagents.data.load import load_dataset
 
 N = 20
 Arrays = dict[str, Any]
@@ -327,10 +327,10 @@ def test_doubtful_data_get_a_warning_of_one_line(changes: Arrays, message: str) 
     ],
 )
 def test_a_download_without_network_ends_in_one_line(settings: dict[str, str], cause: str) -> None:
-    code = "from diffagents.datasets import load_dataset; load_dataset('hf://someone/some/set-v0')"
+    code = "from diffagents.data.load import load_dataset; load_dataset('hf://someone/some/set-v0')"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **settings}, check=False,
-        cwd=Path(__file__).resolve().parents[1], timeout=120,
+        cwd=Path(__file__).resolve().parents[2], timeout=120,
     )  # fmt: skip
     last = found.stderr.strip().splitlines()[-1]
     assert last.startswith("ConnectionError: cannot download 'some/set-v0' from hf://someone"), found.stderr

@@ -19,10 +19,10 @@ from hub_server import Hub
 from small_agents import small
 
 import diffagents
-from diffagents import hub
-from diffagents.collecting import collect, write_dataset
+from diffagents.data.collect import collect, write_dataset
+from diffagents.storage import hub
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MAZE = {"continuing_task": False, "max_episode_steps": 40}
 LONG = {"max_episode_steps": 1000}
 

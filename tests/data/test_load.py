@@ -14,9 +14,9 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from diffagents.arrays import D4RL_NAMES
-from diffagents.datasets import load_dataset
-from diffagents.transitions import Transitions
+from diffagents.data.arrays import D4RL_NAMES
+from diffagents.data.load import load_dataset
+from diffagents.data.transitions import Transitions
 
 LENGTHS, TERMINATES = (5, 7, 4, 6), (True, False, True, False)
 OBS_SPACE = spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -556,8 +556,8 @@ def test_the_second_load_comes_from_the_cache_and_is_equal(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("read again in spite of the cache")
 
-    monkeypatch.setattr("diffagents.datasets.from_episodes", fail)
-    monkeypatch.setattr("diffagents.datasets.from_arrays", fail)
+    monkeypatch.setattr("diffagents.data.load.from_episodes", fail)
+    monkeypatch.setattr("diffagents.data.load.from_arrays", fail)
     second = load_dataset(source)
     assert_same(first, second)
     assert second.spec == first.spec
@@ -569,10 +569,10 @@ def test_a_hit_imports_neither_minari_nor_h5py(tmp_path: Path) -> None:
     make_minari(make_episodes())
     load_dataset("test/set-v0")
     code = (
-        "import sys; from diffagents.datasets import load_dataset; print(len(load_dataset('test/set-v0')), "
+        "import sys; from diffagents.data.load import load_dataset; print(len(load_dataset('test/set-v0')), "
         "[m for m in ('minari', 'h5py', 'stable_baselines3') if m in sys.modules])"
     )
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert out.stdout.split("\n")[0] == "22 []"
 
@@ -634,7 +634,7 @@ def test_a_damaged_cache_file_is_made_again_without_a_word(
     make_minari(make_episodes())
     with monkeypatch.context() as patch:
         if damage == "older format":
-            patch.setattr("diffagents.transitions.FILE_FORMAT", 0)
+            patch.setattr("diffagents.data.transitions.FILE_FORMAT", 0)
         first = load_dataset("test/set-v0")
     (file,) = cache_files(tmp_path)
     good = file.read_bytes()
@@ -679,7 +679,7 @@ def test_the_quick_reader_gives_what_minaris_iterator_gives() -> None:
     import minari
     from minari.data_collector.episode_buffer import EpisodeBuffer
 
-    from diffagents.minari_hdf5 import read_episodes
+    from diffagents.data.minari import read_episodes
 
     env = gymnasium.make("Pendulum-v1")
     rng = np.random.default_rng(3)

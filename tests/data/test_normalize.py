@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffagents.normalize import REWARD_TRANSFORMS, ObsNormalizer, RewardTransform, fit_reward_transform
+from diffagents.data.normalize import REWARD_TRANSFORMS, ObsNormalizer, RewardTransform, fit_reward_transform
 
 REWARDS = torch.tensor([1.0, 3.0, 2.0, 2.0])
 RETURNS = torch.tensor([4.0, -1.0, 3.0])

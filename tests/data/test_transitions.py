@@ -7,8 +7,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from diffagents.normalize import ObsNormalizer, RewardTransform
-from diffagents.transitions import Transitions
+from diffagents.data.normalize import ObsNormalizer, RewardTransform
+from diffagents.data.transitions import Transitions
 from diffagents.types import Spec
 
 N, S, A = 40, 3, 2
@@ -89,7 +89,7 @@ def test_sampling_is_uniform_with_replacement_and_repeatable(data: Transitions) 
 
 def test_a_large_set_is_filled_in_parts_without_seams(data: Transitions, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = data.sampler("cpu").matrix
-    monkeypatch.setattr("diffagents.transitions._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("diffagents.data.transitions._ROWS_AT_ONCE", 7)
     assert torch.equal(data.sampler("cpu").matrix, whole)
 
 
@@ -113,7 +113,7 @@ def test_a_file_gives_back_the_same(data: Transitions, tmp_path: Path) -> None:
 
 def test_a_file_of_another_format_is_refused(data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data.save(tmp_path / "d.safetensors")
-    monkeypatch.setattr("diffagents.transitions.FILE_FORMAT", 2)
+    monkeypatch.setattr("diffagents.data.transitions.FILE_FORMAT", 2)
     with pytest.raises(ValueError, match="format 1, expected 2; save it again"):
         Transitions.load(tmp_path / "d.safetensors")
 

@@ -15,12 +15,12 @@ from gymnasium import spaces
 from small_agents import NAMES, small
 
 import diffagents
-from diffagents import export as module
-from diffagents import values
+from diffagents import functional
 from diffagents.agent import Agent
 from diffagents.agents import qgpo
-from diffagents.export import METADATA_FILE, SUFFIXES, export
-from diffagents.sb3 import stub_env
+from diffagents.deploy import export as module
+from diffagents.deploy.export import METADATA_FILE, SUFFIXES, export
+from diffagents.envs.vec_env import stub_env
 from diffagents.types import Spec
 
 logging.getLogger("torch.__trace").setLevel(logging.INFO)  # pytest would record its thousands of lines, which takes time
@@ -188,7 +188,7 @@ def test_exporting_leaves_the_agent_alone(exported: Exported) -> None:
         np.testing.assert_array_equal(predict(agent, obs), predict(fresh, obs))
         assert torch.equal(agent.predict_generator.get_state(), fresh.predict_generator.get_state())
     assert not [name for name, value in sys.modules.items() if name.startswith("diffagents.") and "len" in vars(value)]
-    assert qgpo.action_gradient is values.action_gradient
+    assert qgpo.action_gradient is functional.action_gradient
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -12,7 +12,7 @@ from toy import line_data
 
 import diffagents
 from diffagents.agent import Agent
-from diffagents.sb3 import stub_env
+from diffagents.envs.vec_env import stub_env
 from diffagents.types import Spec
 
 DATA = line_data()

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffagents.chain_policy import MLPDenoiser
-from diffagents.diffusion import Chain, reverse_mean, sample_chain, sample_ddim, vp_chain
-from diffagents.networks import EnsembleMLP
+from diffagents.diffusion.chain import Chain, reverse_mean, sample_chain, sample_ddim, vp_chain
+from diffagents.networks.diffusion_policy import MLPDenoiser
+from diffagents.networks.mlp import EnsembleMLP
 
 # The three samplers in use: standard deviation of a step, and what is clipped to [-1, 1].
 SAMPLERS: dict[str, tuple[str, dict[str, bool]]] = {

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffagents.diffusion import eps_loss, perturb, vp_alpha_sigma
-from diffagents.solvers import dpm_solve, dpm_solver_steps
+from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
+from diffagents.functional import eps_loss, perturb
 
 # t, alpha_t, sigma_t (algorithm specification of the SRPO and QGPO code, six digits)
 SCHEDULE = [

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffagents.diffusion import vp_alpha_sigma
-from diffagents.networks import ConditionedBlock, UNetDenoiser
-from diffagents.solvers import VPBehavior, dpm_solve, dpm_solver_steps
+from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
+from diffagents.networks.score_model import ConditionedBlock, UNetDenoiser, VPBehavior
 
 SOLVERS = {"DPM-Solver-2": (2, False), "DPM-Solver-3": (3, False), "DPM-Solver++ 2": (2, True)}
 every = pytest.mark.parametrize(("order", "data_prediction"), SOLVERS.values(), ids=SOLVERS)
@@ -227,7 +226,7 @@ def test_support_reaches_every_state_and_tells_how_long(
     assert (actions - obs[:, None]).abs().max() < 0.06
     assert capsys.readouterr().out == ""  # it took no time
     clock = iter(range(0, 10_000, 60))
-    monkeypatch.setattr("diffagents.solvers.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("diffagents.diffusion.sde.time.perf_counter", lambda: next(clock))
     for name in (None, "critic"):
         for _ in behavior.support(obs, 3, dpm_solver_steps(4), generator, name):
             pass

@@ -17,8 +17,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
-from diffagents.environments import env_id_of, make_env
-from diffagents.evaluation import Evaluation, d4rl_score, d4rl_score_of_mean, evaluate, record_video
+from diffagents.envs.make import env_id_of, make_env
+from diffagents.evaluation.d4rl import d4rl_score, d4rl_score_of_mean
+from diffagents.evaluation.evaluate import Evaluation, evaluate
+from diffagents.evaluation.video import record_video
 
 SHORT, LONG = 2, 17
 
@@ -463,7 +465,7 @@ BOX = spaces.Box
     ],
 )
 def test_bad_calls(policy: Any, env: Any, arguments: Any, error: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffagents.rollouts.MAX_EPISODE_STEPS", 1000)
+    monkeypatch.setattr("diffagents.evaluation.episodes.MAX_EPISODE_STEPS", 1000)
     with pytest.raises(error, match=message) as caught:
         evaluate(policy, env, **{"n_episodes": 1, **arguments})
     assert "\n" not in str(caught.value)
@@ -506,7 +508,7 @@ def run_python(code: str) -> str:
     """The output of a fresh process without a screen, in which nothing is imported and MUJOCO_GL is not set."""
     dropped = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY", "WAYLAND_DISPLAY")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=kept, cwd=root, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -19,10 +19,11 @@ import torch
 from hub_server import Hub
 
 import diffagents
-from diffagents import cli, sweep, sweep_executors, sweep_report
-from diffagents.sweep import RunSpec
+from diffagents.cli import main
+from diffagents.experiments import executors, grid, report
+from diffagents.experiments.grid import RunSpec
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "examples" / "data"
 REACHER = "diffagents/reacher/replay-v0"
 SMALL: dict[str, Any] = {"train_steps": 40, "batch_size": 16, "policy_kwargs": {"net_arch": [16, 16]}}
@@ -39,7 +40,7 @@ def spec(algorithm: str = "IQL", seed: int = 0, **changes: Any) -> RunSpec:
     return RunSpec(algorithm, REACHER, seed, **values)
 
 
-def grid(tmp_path: Path, text: str) -> Path:
+def grid_file(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "grid.yml"
     path.write_text(text)
     return path
@@ -62,7 +63,7 @@ runs:
 
 
 def test_a_grid_is_read_in_its_order_and_settings_of_a_block_win(tmp_path: Path) -> None:
-    specs = sweep.read_grid(grid(tmp_path, TWO_BLOCKS))
+    specs = grid.read_grid(grid_file(tmp_path, TWO_BLOCKS))
     told = [(s.seed, s.dataset, s.algorithm) for s in specs]
     first = [(seed, data, name) for seed in (0, 1) for data in (REACHER, "other/data-v0") for name in ("IQL", "TD3BC")]
     assert told == [*first, (7, REACHER, "IQL")]
@@ -75,7 +76,7 @@ def test_a_grid_is_read_in_its_order_and_settings_of_a_block_win(tmp_path: Path)
 
 def test_a_run_that_is_asked_for_twice_is_one(tmp_path: Path) -> None:
     text = "settings: {IQL: {train_steps: 9}}\nruns:\n" + 2 * f"  - {{algorithms: IQL, datasets: {REACHER}}}\n"
-    assert len(sweep.read_grid(grid(tmp_path, text))) == 1
+    assert len(grid.read_grid(grid_file(tmp_path, text))) == 1
 
 
 def test_everything_that_decides_a_result_is_in_the_name() -> None:
@@ -123,37 +124,37 @@ def test_everything_that_decides_a_result_is_in_the_name() -> None:
 )
 def test_a_bad_grid_is_refused_with_its_place(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"grid\.yml") as error:
-        sweep.read_grid(grid(tmp_path, text))
+        grid.read_grid(grid_file(tmp_path, text))
     assert said in str(error.value)
 
 
 def test_the_shipped_grids_can_be_read() -> None:
     for path in (ROOT / "zoo" / "grids").glob("*.yml"):
-        assert sweep.read_grid(path)
+        assert grid.read_grid(path)
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_its_results_and_a_policy_that_acts_so(tmp_path: Path) -> None:
-    found = sweep.run_one(spec(), tmp_path)
+    found = grid.run_one(spec(), tmp_path)
     folder = tmp_path / spec().name
     assert found == json.loads((folder / "results.json").read_text())
     assert found["stage_steps"] == {"train": 40} and found["data"]["id"] == REACHER and found["seconds"] > 0
     assert [row["num_timesteps"] for row in found["curve"]] == [20, 40]
     agent = diffagents.load(folder / "policy", device="cpu", verbose=0)
-    again = sweep.evaluate_as(spec(), agent, agent.dataset_info["env_spec"], 3)  # type: ignore[index]
+    again = grid.evaluate_as(spec(), agent, agent.dataset_info["env_spec"], 3)  # type: ignore[index]
     assert list(again.returns) == found["last"]["returns"] and again.seed == 1000
     assert found["curve"][-1]["mean_return"] == pytest.approx(again.mean_return)
     card = json.loads((folder / "policy" / "results.json").read_text())
     assert card["mean_reward"] == found["last"]["mean_return"] and card["n_eval_episodes"] == 3
-    assert sweep.status(spec(), tmp_path)["state"] == "done" and not (folder / "progress.json").exists()
+    assert grid.status(spec(), tmp_path)["state"] == "done" and not (folder / "progress.json").exists()
 
 
 def test_a_finished_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = sweep.run_one(spec(), tmp_path)
-    monkeypatch.setattr(sweep, "_run", lambda *_: pytest.fail("trained again"))
-    assert sweep.run_one(spec(), tmp_path) == first
+    first = grid.run_one(spec(), tmp_path)
+    monkeypatch.setattr(grid, "_run", lambda *_: pytest.fail("trained again"))
+    assert grid.run_one(spec(), tmp_path) == first
 
 
 @pytest.mark.parametrize("algorithm", ["IQL", "SRPO"])
@@ -165,8 +166,8 @@ def test_a_run_that_was_cut_ends_as_if_it_had_not_been(algorithm: str, tmp_path:
     else:
         settings["train_steps"] = 30
     one = spec(algorithm, settings=settings, points=3)
-    whole = sweep.run_one(one, tmp_path / "whole")
-    evaluate, calls = sweep.evaluate_as, []
+    whole = grid.run_one(one, tmp_path / "whole")
+    evaluate, calls = grid.evaluate_as, []
 
     def cut_at_the_second_point(*arguments: Any) -> Any:
         calls.append(1)
@@ -174,14 +175,14 @@ def test_a_run_that_was_cut_ends_as_if_it_had_not_been(algorithm: str, tmp_path:
             raise KeyboardInterrupt
         return evaluate(*arguments)
 
-    monkeypatch.setattr(sweep, "evaluate_as", cut_at_the_second_point)
-    monkeypatch.setattr(sweep, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(grid, "evaluate_as", cut_at_the_second_point)
+    monkeypatch.setattr(grid, "SAVE_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        sweep.run_one(one, tmp_path / "cut")
-    assert sweep.status(one, tmp_path / "cut")["state"] == "cut"
-    monkeypatch.setattr(sweep, "evaluate_as", evaluate)
+        grid.run_one(one, tmp_path / "cut")
+    assert grid.status(one, tmp_path / "cut")["state"] == "cut"
+    monkeypatch.setattr(grid, "evaluate_as", evaluate)
     trained = len(calls)
-    resumed = sweep.run_one(one, tmp_path / "cut")
+    resumed = grid.run_one(one, tmp_path / "cut")
     assert trained == 2 and resumed["stage_steps"] == whole["stage_steps"]
     assert resumed["last"] == whole["last"] and resumed["curve"] == whole["curve"]
     tensors = [diffagents.load(tmp_path / at / one.name / "policy", verbose=0).get_parameters() for at in ("whole", "cut")]
@@ -192,8 +193,8 @@ def test_a_run_that_was_cut_ends_as_if_it_had_not_been(algorithm: str, tmp_path:
 
 @pytest.mark.parametrize("at", [25, 40])
 def test_checkpoints_are_written_on_the_way_and_gone_on_from(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "SAVE_EVERY", 0.0)
-    whole = sweep.run_one(spec(points=0), tmp_path / "whole")
+    monkeypatch.setattr(grid, "SAVE_EVERY", 0.0)
+    whole = grid.run_one(spec(points=0), tmp_path / "whole")
     real, steps = diffagents.IQL.save, []
 
     def killed(agent: Any, path: Any, *rest: Any) -> Any:
@@ -206,11 +207,11 @@ def test_checkpoints_are_written_on_the_way_and_gone_on_from(at: int, tmp_path: 
 
     monkeypatch.setattr(diffagents.IQL, "save", killed)
     with pytest.raises(MemoryError):
-        sweep.run_one(spec(points=0), tmp_path / "cut")
+        grid.run_one(spec(points=0), tmp_path / "cut")
     assert (tmp_path / "cut" / spec(points=0).name / "error.txt").read_text().endswith("MemoryError: killed\n")
-    assert sweep.status(spec(points=0), tmp_path / "cut")["state"] == "failed"
+    assert grid.status(spec(points=0), tmp_path / "cut")["state"] == "failed"
     kept = diffagents.load(tmp_path / "cut" / spec(points=0).name / "checkpoint.zip", verbose=0).provenance["seconds"]
-    resumed = sweep.run_one(spec(points=0), tmp_path / "cut")
+    resumed = grid.run_one(spec(points=0), tmp_path / "cut")
     assert resumed["last"] == whole["last"] and resumed["seconds"] > kept > 0
     assert steps == [*range(1, 41), 40]  # nothing twice
     assert not (tmp_path / "cut" / spec(points=0).name / "error.txt").exists()
@@ -219,10 +220,10 @@ def test_checkpoints_are_written_on_the_way_and_gone_on_from(at: int, tmp_path: 
 def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path: Path) -> None:
     bad = dataclasses.replace(spec(), dataset="diffagents/nowhere/none-v0")
     told: list[tuple[str, BaseException | None]] = []
-    sweep_executors.run_serially([bad, spec()], tmp_path, lambda s, e: told.append((s.name, e)), device="cpu", threads=1)
+    executors.run_serially([bad, spec()], tmp_path, lambda s, e: told.append((s.name, e)), device="cpu", threads=1)
     assert [name for name, _ in told] == [bad.name, spec().name] and told[1][1] is None
     assert "nowhere" in str(told[0][1]) and "nowhere" in (tmp_path / bad.name / "error.txt").read_text()
-    assert sweep.status(bad, tmp_path)["state"] == "failed"
+    assert grid.status(bad, tmp_path)["state"] == "failed"
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
@@ -240,31 +241,31 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
     )
     assert other.stdin is not None and other.stdout is not None
     assert other.stdout.readline() == "held\n"
-    assert sweep.status(spec(), tmp_path)["state"] == "running"
-    with pytest.raises(sweep.Busy, match="another process"):
-        sweep.run_one(spec(), tmp_path)
+    assert grid.status(spec(), tmp_path)["state"] == "running"
+    with pytest.raises(grid.Busy, match="another process"):
+        grid.run_one(spec(), tmp_path)
     other.stdin.close()
     assert other.wait(20) == 0
-    assert sweep.status(spec(), tmp_path)["state"] == "waiting"
+    assert grid.status(spec(), tmp_path)["state"] == "waiting"
 
 
 def test_looking_how_far_a_run_is_does_not_keep_it_from_being_made(tmp_path: Path) -> None:
     held = threading.Event()
 
     def look() -> None:  # as `status` does, only longer
-        with sweep._locked(tmp_path / spec().name):
+        with grid._locked(tmp_path / spec().name):
             held.set()
             time.sleep(0.5)
 
     looker = threading.Thread(target=look)
     looker.start()
     held.wait()
-    assert sweep.run_one(spec(), tmp_path)["cell"] == spec().cell
+    assert grid.run_one(spec(), tmp_path)["cell"] == spec().cell
     looker.join()
 
 
 def test_who_waited_for_a_run_takes_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = sweep.run_one(spec(), tmp_path)
+    found = grid.run_one(spec(), tmp_path)
     path = tmp_path / spec().name / "results.json"
     text, exists = path.read_text(), Path.exists
     looks = []
@@ -274,8 +275,8 @@ def test_who_waited_for_a_run_takes_its_result(tmp_path: Path, monkeypatch: pyte
         return False if self == path and looks.count(True) == 1 else exists(self, **how)
 
     monkeypatch.setattr(Path, "exists", not_yet)
-    monkeypatch.setattr(sweep, "_run", lambda *_: pytest.fail("made again"))
-    assert sweep.run_one(spec(), tmp_path) == found and path.read_text() == text
+    monkeypatch.setattr(grid, "_run", lambda *_: pytest.fail("made again"))
+    assert grid.run_one(spec(), tmp_path) == found and path.read_text() == text
 
 
 def test_other_data_under_the_same_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,12 +285,12 @@ def test_other_data_under_the_same_name_are_refused(tmp_path: Path, monkeypatch:
     np.savez(tmp_path / "line.npz", **line_data(obs_dim=3, act_dim=1))
     one = dataclasses.replace(spec(), dataset=str(tmp_path / "line.npz"), env="Pendulum-v1", points=0)
     assert one.cell == "iql-line"
-    monkeypatch.setattr(sweep, "evaluate_as", lambda *_: (_ for _ in ()).throw(OSError("cut")))
+    monkeypatch.setattr(grid, "evaluate_as", lambda *_: (_ for _ in ()).throw(OSError("cut")))
     with pytest.raises(OSError, match="cut"):
-        sweep.run_one(one, tmp_path)
+        grid.run_one(one, tmp_path)
     np.savez(tmp_path / "line.npz", **line_data(obs_dim=3, act_dim=1, seed=1))
     with pytest.raises(ValueError, match=r"checkpoint\.zip began to learn from"):
-        sweep.run_one(one, tmp_path)
+        grid.run_one(one, tmp_path)
 
 
 def test_a_dataset_without_an_environment_is_refused_before_training(tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_a_dataset_without_an_environment_is_refused_before_training(tmp_path: P
 
     np.savez(tmp_path / "line.npz", **line_data())
     with pytest.raises(ValueError, match="`env:`"):
-        sweep.run_one(dataclasses.replace(spec(), dataset=str(tmp_path / "line.npz")), tmp_path)
+        grid.run_one(dataclasses.replace(spec(), dataset=str(tmp_path / "line.npz")), tmp_path)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
@@ -305,15 +306,25 @@ def test_ray_makes_the_same_runs(tmp_path: Path) -> None:
     """In a process of its own, as a shell would start it: two runs and one that fails, side by side."""
     bad = "  - {algorithms: IQL, datasets: diffagents/nowhere/none-v0}\n"
     text = f"episodes: 2\npoint_episodes: 1\npoints: 0\nsettings: {{IQL: {json.dumps(SMALL)}}}\nruns:\n{bad}"
-    path = grid(tmp_path, text + f"  - {{algorithms: IQL, datasets: {REACHER}, seeds: [0, 1]}}\n")
-    command = [sys.executable, "-m", "diffagents.cli", "bench", str(path), "--root", str(tmp_path / "ray"), "--executor", "ray"]
+    path = grid_file(tmp_path, text + f"  - {{algorithms: IQL, datasets: {REACHER}, seeds: [0, 1]}}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "diffagents",
+        "bench",
+        str(path),
+        "--root",
+        str(tmp_path / "ray"),
+        "--executor",
+        "ray",
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}, timeout=540
     )
     assert done.returncode == 1 and "1 of 3 runs failed" in done.stderr and "nowhere" in done.stderr, done.stderr
-    for one in sweep.read_grid(path)[1:]:
+    for one in grid.read_grid(path)[1:]:
         theirs = json.loads((tmp_path / "ray" / one.name / "results.json").read_text())
-        assert theirs["last"] == sweep.run_one(one, tmp_path / "serial", threads=1)["last"]
+        assert theirs["last"] == grid.run_one(one, tmp_path / "serial", threads=1)["last"]
         card = json.loads((tmp_path / "ray" / one.name / "policy" / "config.json").read_text())
         assert "default_worker" not in json.dumps(card["provenance"])  # Ray's own command line says nothing to a reader
 
@@ -332,45 +343,45 @@ def run(algorithm: str, seed: int, mean: float, *, dataset: str = "a/one-v0", be
 
 
 def test_interquartile_mean_by_hand() -> None:
-    assert sweep_report.interquartile_mean([100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -50.0]) == pytest.approx((2 + 3 + 4 + 5) / 4)
-    assert sweep_report.interquartile_mean([1.0, 2.0, 6.0]) == pytest.approx(3.0)  # a quarter of three: nothing is dropped
-    assert sweep_report.interquartile_mean([[0.0, 1.0, 2.0, 9.0], [4.0, 4.0, 4.0, 4.0]]).tolist() == [1.5, 4.0]
+    assert report.interquartile_mean([100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -50.0]) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    assert report.interquartile_mean([1.0, 2.0, 6.0]) == pytest.approx(3.0)  # a quarter of three: nothing is dropped
+    assert report.interquartile_mean([[0.0, 1.0, 2.0, 9.0], [4.0, 4.0, 4.0, 4.0]]).tolist() == [1.5, 4.0]
 
 
 def test_the_interval_redraws_seeds_within_each_task() -> None:
-    middle, low, high = sweep_report.iqm_interval([[10.0, 10.0, 10.0], [90.0, 90.0, 90.0]])
+    middle, low, high = report.iqm_interval([[10.0, 10.0, 10.0], [90.0, 90.0, 90.0]])
     assert (middle, low, high) == (50.0, 50.0, 50.0)  # redrawn over all six, tasks would change their weight
-    middle, low, high = sweep_report.iqm_interval([[0.0, 10.0, 20.0], [80.0, 90.0, 100.0]])
+    middle, low, high = report.iqm_interval([[0.0, 10.0, 20.0], [80.0, 90.0, 100.0]])
     assert low < middle < high
     with pytest.raises(ValueError, match="shape"):
-        sweep_report.iqm_interval([[90.0, 90.0, 90.0], [10.0]])  # one task would weigh three times the other
-    assert sweep_report.mean_interval([4.0]) == (4.0, 4.0, 4.0)
-    mean, low, high = sweep_report.mean_interval([0.0, 3.0, 6.0])
+        report.iqm_interval([[90.0, 90.0, 90.0], [10.0]])  # one task would weigh three times the other
+    assert report.mean_interval([4.0]) == (4.0, 4.0, 4.0)
+    mean, low, high = report.mean_interval([0.0, 3.0, 6.0])
     assert mean == 3.0 and low == 0.0 and high == 6.0
 
 
 def test_the_median_seed() -> None:
     members = [run("IQL", seed, mean) for seed, mean in enumerate([50.0, 10.0, 30.0])]
-    assert sweep_report.median_run(members)["spec"]["seed"] == 2
-    assert sweep_report.median_run(members[:2])["spec"]["seed"] == 1  # of two, the lower
+    assert report.median_run(members)["spec"]["seed"] == 2
+    assert report.median_run(members[:2])["spec"]["seed"] == 1  # of two, the lower
 
 
 def test_runs_of_different_settings_are_no_cell() -> None:
     one, other = run("IQL", 0, 1.0), run("IQL", 1, 2.0)
     other["spec"]["settings"] = {"beta": 1.0}
     with pytest.raises(ValueError, match="more than their seeds"):
-        sweep_report.cells_of([one, other])
+        report.cells_of([one, other])
     with pytest.raises(ValueError, match="same seed"):
-        sweep_report.cells_of([one, run("IQL", 0, 3.0)])
+        report.cells_of([one, run("IQL", 0, 3.0)])
     with pytest.raises(ValueError, match="more than their seeds"):
-        sweep_report.cells_of([one, run("IQL", 1, 3.0, data={"sha256": "other", "mean_return": 1.0, "score": 1.0})])
+        report.cells_of([one, run("IQL", 1, 3.0, data={"sha256": "other", "mean_return": 1.0, "score": 1.0})])
 
 
 def test_the_report_says_what_there_is_and_what_is_not(tmp_path: Path) -> None:
     runs = [run("SRPO", seed, mean, best=95.0) for seed, mean in enumerate([40.0, 70.0, 70.0])]
     runs += [run("DiffusionBC", 0, 45.0), run("IQL", 0, 20.0)]
     specs = [RunSpec("SRPO", "a/one-v0", 0), RunSpec("BDPO", "a/one-v0", 4), RunSpec("BDPO", "a/one-v0", 5)]
-    path = sweep_report.write_report(runs, tmp_path / "report", specs=specs, command="make CELL", title="T")
+    path = report.write_report(runs, tmp_path / "report", specs=specs, command="make CELL", title="T")
     text = path.read_text()
     assert "| `a/one-v0` | D4RL scale | 30.0 | 45.0 (1) | 20.0 (1) | **60.0 [40.0, 70.0]** |" in text
     assert (
@@ -393,44 +404,44 @@ def test_success_and_plain_returns_have_their_units() -> None:
         last = {"mean_return": mean, "score": None, "success_rate": success, "mean_length": 9.0}
         return run("IQL", 0, 0.0, last=last, data={"sha256": "x", "mean_return": 0.95, "score": None})
 
-    assert sweep_report.unit_of([maze(0.8, 0.8)]) == "success %"
-    assert sweep_report.value_of(maze(0.8, 0.8)["last"], "success %") == pytest.approx(80.0)
-    assert sweep_report.unit_of([maze(0.8, 0.8), maze(1.5, 0.9)]) == "return"  # one that goes on after the goal: for all
-    assert sweep_report.unit_of([run("IQL", 0, 5.0)]) == "D4RL scale"
-    assert sweep_report.value_of(run("IQL", 0, 5.0)["last"], "D4RL scale") == 5.0
+    assert report.unit_of([maze(0.8, 0.8)]) == "success %"
+    assert report.value_of(maze(0.8, 0.8)["last"], "success %") == pytest.approx(80.0)
+    assert report.unit_of([maze(0.8, 0.8), maze(1.5, 0.9)]) == "return"  # one that goes on after the goal: for all
+    assert report.unit_of([run("IQL", 0, 5.0)]) == "D4RL scale"
+    assert report.value_of(run("IQL", 0, 5.0)["last"], "D4RL scale") == 5.0
 
 
 def test_the_best_evaluation_counts_the_last_policy_with_all_its_episodes() -> None:
     one = run("IQL", 0, 50.0, best=40.0)
     one["curve"][-1] |= {"mean_return": 1.0, "score": 0.1}  # fewer episodes, as an older version noted it
-    assert sweep_report.best_of(one) == {"num_timesteps": 9, "mean_return": 500.0, "score": 50.0}
-    assert sweep_report.best_of(run("IQL", 0, 50.0, best=60.0))["num_timesteps"] == 5
-    assert sweep_report.best_of(run("IQL", 0, 50.0, curve=[]))["mean_return"] == 500.0
+    assert report.best_of(one) == {"num_timesteps": 9, "mean_return": 500.0, "score": 50.0}
+    assert report.best_of(run("IQL", 0, 50.0, best=60.0))["num_timesteps"] == 5
+    assert report.best_of(run("IQL", 0, 50.0, curve=[]))["mean_return"] == 500.0
 
 
 def test_verdicts_without_a_baseline_say_so() -> None:
-    text = sweep_report.verdicts(sweep_report.cells_of([run("IQL", 0, 50.0)]))
+    text = report.verdicts(report.cells_of([run("IQL", 0, 50.0)]))
     assert "DiffusionBC was not run on `a/one-v0`" in text and "and DiffusionBC wherever" not in text
 
 
 def test_two_settings_of_an_algorithm_are_two_columns() -> None:
     labelled = run("IQL", 0, 50.0)
     labelled["spec"]["label"], labelled["cell"] = "b5", "iql-b5-a-one-v0"
-    assert "| IQL | IQL b5 |" in sweep_report.overview(sweep_report.cells_of([run("IQL", 0, 20.0), labelled]))
+    assert "| IQL | IQL b5 |" in report.overview(report.cells_of([run("IQL", 0, 20.0), labelled]))
 
 
 def test_the_commit_is_ours_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "other" / "site-packages" / "diffagents"
     site.mkdir(parents=True)
     subprocess.run(["git", "init", "-q", str(tmp_path / "other")], check=True)
-    monkeypatch.setattr(sweep, "__file__", str(site / "sweep.py"))
-    assert sweep.commit() is None
+    monkeypatch.setattr(grid, "__file__", str(site / "sweep.py"))
+    assert grid.commit() is None
 
 
 def test_tasks_that_algorithms_share() -> None:
     covered = {"hopper": {"SRPO", "IQL", "BDPO"}, "walker": {"SRPO", "IQL"}, "cheetah": {"IQL", "SRPO"}}
-    assert sweep_report.shared_tasks(covered) == (["IQL", "SRPO"], ["hopper", "walker", "cheetah"])
-    assert sweep_report.shared_tasks({}) == ([], [])
+    assert report.shared_tasks(covered) == (["IQL", "SRPO"], ["hopper", "walker", "cheetah"])
+    assert report.shared_tasks({}) == ([], [])
 
 
 # ---- the command and the zoo's scripts -------------------------------------------------------------------------------
@@ -444,28 +455,28 @@ def shell(words: list[str], **environment: str) -> subprocess.CompletedProcess[s
 def small_grid(tmp_path: Path, seeds: str = "[0, 1, 2]") -> Path:
     settings = f"settings: {{IQL: {json.dumps(SMALL)}, TD3BC: {json.dumps(SMALL)}}}"
     text = f"episodes: 2\npoint_episodes: 1\npoints: 0\nseeds: {seeds}\n{settings}\n"
-    return grid(tmp_path, text + f"runs:\n  - {{algorithms: [IQL, TD3BC], datasets: {REACHER}}}\n")
+    return grid_file(tmp_path, text + f"runs:\n  - {{algorithms: [IQL, TD3BC], datasets: {REACHER}}}\n")
 
 
 def test_the_command_makes_runs_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = small_grid(tmp_path, "[0]")
-    assert cli.main(["bench", str(path), "--root", "out", "--only", "iql"]) == 0
+    assert main.main(["bench", str(path), "--root", "out", "--only", "iql"]) == 0
     told = capsys.readouterr()
     assert told.out == f"{Path('out/README.md')}\n" and "iql-reacher-replay-v0-seed0" in told.err and "td3bc" not in told.err
     assert "`td3bc-reacher-replay-v0`: seed 0" in Path("out/README.md").read_text()  # not reached
-    assert cli.main(["bench", str(path), "--root", "out", "--status"]) == 0
+    assert main.main(["bench", str(path), "--root", "out", "--status"]) == 0
     states = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert states == ["done", "waiting"]
-    assert cli.main(["bench", str(path), "--root", "out", "--only", "nothing"]) == 1
+    assert main.main(["bench", str(path), "--root", "out", "--only", "nothing"]) == 1
     assert "no run of" in capsys.readouterr().err
-    assert cli.main(["bench", str(path), "--root", "elsewhere", "--report"]) == 1
+    assert main.main(["bench", str(path), "--root", "elsewhere", "--report"]) == 1
     assert "is finished in elsewhere" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_the_commands_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = f"settings: {{IQL: {json.dumps(SMALL)}}}\nepisodes: 2\npoint_episodes: 1\npoints: 0\nruns:\n"
-    path = grid(tmp_path, text + f"  - {{algorithms: IQL, datasets: [diffagents/nowhere/none-v0, {REACHER}]}}\n")
-    assert cli.main(["bench", str(path), "--root", "out"]) == 1
+    path = grid_file(tmp_path, text + f"  - {{algorithms: IQL, datasets: [diffagents/nowhere/none-v0, {REACHER}]}}\n")
+    assert main.main(["bench", str(path), "--root", "out"]) == 1
     told = capsys.readouterr().err
     assert "--root out --only CELL" in Path("out/README.md").read_text()
     assert "1 of 2 runs failed" in told and "nowhere" in told and "error.txt" in told
@@ -483,8 +494,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.symlink(ROOT / "diffagents", folder / "diffagents")
     os.replace(small_grid(folder), folder / "zoo" / "grids" / "zoo.yml")
     os.environ["MINARI_DATASETS_PATH"] = str(SHIPPED)
-    for one in sweep.read_grid(folder / "zoo" / "grids" / "zoo.yml"):
-        sweep.run_one(one, folder / ".data" / "zoo")
+    for one in grid.read_grid(folder / "zoo" / "grids" / "zoo.yml"):
+        grid.run_one(one, folder / ".data" / "zoo")
     return folder
 
 
@@ -498,8 +509,8 @@ def test_the_zoo_is_built_of_median_seeds(checkout: Path) -> None:
     assert not (checkout / "zoo" / "of-another-grid").exists()
     runs = [json.loads(path.read_text()) for path in (checkout / "zoo" / "results" / "zoo").glob("*.json")]
     assert len(runs) == 6
-    for cell, members in sweep_report.cells_of(runs).items():
-        kept = sweep_report.median_run(members)
+    for cell, members in report.cells_of(runs).items():
+        kept = report.median_run(members)
         agent = diffagents.load(checkout / "zoo" / cell, device="cpu", verbose=0)
         assert agent.seed == kept["spec"]["seed"] and agent.has_learner
         card = (checkout / "zoo" / cell / "README.md").read_text()

@@ -13,9 +13,10 @@ from small_agents import NAMES, STEPS, fields, small
 from toy import line_data
 
 import diffagents
-from diffagents import learn_many, many
+from diffagents import learn_many
 from diffagents.agent import Agent
-from diffagents.training import TrainingDiverged
+from diffagents.errors import TrainingDiverged
+from diffagents.experiments import learn_many as learn_many_module
 
 DATA = line_data()
 OBS = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
@@ -189,7 +190,7 @@ def test_refused_before_any_work(make: Any, says: str, monkeypatch: pytest.Monke
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("work had begun")
 
-    monkeypatch.setattr(many, "load_dataset", load)
+    monkeypatch.setattr(learn_many_module, "load_dataset", load)
     with pytest.raises(ValueError, match=says) as caught:
         learn_many(make(), DATA)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300

@@ -14,14 +14,14 @@ from small_agents import NAMES, small
 from toy import line_data
 
 import diffagents
-import diffagents.fqe
+import diffagents.experiments.fqe
 from diffagents import load_dataset
-from diffagents.fqe import FQE, FQEConfig, FQEResult, discounted_returns, first_rows
-from diffagents.normalize import RewardTransform
-from diffagents.selection import actions_of, rate, select
-from diffagents.transitions import Transitions
+from diffagents.data.normalize import RewardTransform
+from diffagents.data.transitions import Transitions
+from diffagents.experiments.fqe import FQE, FQEConfig, FQEResult, discounted_returns, first_rows
+from diffagents.experiments.select import actions_of, rate, select
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:action bounds")
 QUICK: dict[str, Any] = {"fqe_steps": 15, "max_transitions": 100, "verbose": 0}
 GAMMA = 0.8
@@ -135,7 +135,7 @@ def test_with_several_fits_a_target_takes_the_least_of_its_own_policys() -> None
         return rew + 0 * next_value
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffagents.fqe, "td_target", td_target)
+        patch.setattr(diffagents.experiments.fqe, "td_target", td_target)
         fit(one, lambda obs: torch.full((len(obs), 2), 0.5), lambda obs: torch.full((len(obs), 2), -0.5))
     (value,) = goals  # (2 policies * 2 fits, B)
     assert torch.equal(value[0], value[1]) and torch.equal(value[2], value[3]) and not torch.allclose(value[0], value[2])

@@ -12,12 +12,13 @@ from small_agents import NAMES, agent_class, fields, small
 from test_selection import Target
 from toy import line_data
 
-from diffagents import SRPO, TD3BC, load_dataset, tuning
+from diffagents import SRPO, TD3BC, load_dataset
 from diffagents.agent import Agent
-from diffagents.engine import Plan
-from diffagents.selection import Rated
-from diffagents.training import TrainingDiverged
-from diffagents.tuning import MAIN_KNOB, _Trainer, tune
+from diffagents.errors import TrainingDiverged
+from diffagents.experiments import tune as tune_module
+from diffagents.experiments.select import Rated
+from diffagents.experiments.tune import MAIN_KNOB, _Trainer, tune
+from diffagents.training.plan import Plan
 
 optuna = pytest.importorskip("optuna")
 pytestmark = pytest.mark.filterwarnings("ignore:action bounds")
@@ -26,7 +27,7 @@ TINY: dict[str, Any] = {"steps": 4, "verbose": 0, "device": "cpu", "policy_kwarg
 QUICK_FQE = {"steps": 10, "max_transitions": 60}
 
 
-def quick(algorithm: Any = "TD3BC", dataset: Any = None, **arguments: Any) -> tuning.TuningReport:
+def quick(algorithm: Any = "TD3BC", dataset: Any = None, **arguments: Any) -> tune_module.TuningReport:
     return tune(algorithm, DATA if dataset is None else dataset, **{**TINY, "fqe": QUICK_FQE, "n_trials": 3, **arguments})
 
 
@@ -41,11 +42,11 @@ def best_at_3(monkeypatch: pytest.MonkeyPatch) -> list[Agent]:
         score = -((agent.config.alpha - 3.0) ** 2)
         return [Rated(name, score, (score, score), (score,), 0.0, 1.0, 0.0)]
 
-    monkeypatch.setattr(tuning, "rate", rate)
+    monkeypatch.setattr(tune_module, "rate", rate)
     return asked
 
 
-def values(report: tuning.TuningReport) -> list[float]:
+def values(report: tune_module.TuningReport) -> list[float]:
     return [trial.value for trial in report.trials]
 
 
@@ -143,7 +144,7 @@ def test_the_best_agent_is_kept_or_trained_again(monkeypatch: pytest.MonkeyPatch
         asked.append(agent)
         return [Rated(name, float(agent.config.alpha == 2.5), (0, 0), (), 0.0, 1.0, 0.0)]
 
-    monkeypatch.setattr(tuning, "rate", rate)
+    monkeypatch.setattr(tune_module, "rate", rate)
     place = str(tmp_path / "search.log")
     assert quick(n_trials=3, storage=place).agent is asked[0]
     again = quick(n_trials=4, storage=place)
@@ -199,7 +200,7 @@ def test_a_diverged_estimate_is_a_failed_trial(monkeypatch: pytest.MonkeyPatch) 
         wild, notes = agent.config.alpha != 2.5, ("ran away",)
         return [Rated(name, 9.0 if wild else 1.0, (0, 0), (), 0.0, 1.0, 0.0, trusted=not wild, notes=notes if wild else ())]
 
-    monkeypatch.setattr(tuning, "rate", rate)
+    monkeypatch.setattr(tune_module, "rate", rate)
     report = quick(n_trials=3)
     assert report.value == 2.5 and [trial.score for trial in report.trials] == [1.0, None, None]
 
@@ -248,7 +249,7 @@ def test_a_knob_that_only_acting_asks_about_trains_nothing_more(
         ((name, agent),) = policies.items()
         return [Rated(name, -agent.config.n_candidates, (0, 0), (), 0.0, 1.0, 0.0)]
 
-    monkeypatch.setattr(tuning, "rate", rate)
+    monkeypatch.setattr(tune_module, "rate", rate)
     report = quick("IDQL", policy_kwargs={"net_arch": [8, 8], "behavior_width": 8}, n_trials=4)
     assert n_learnt == [1] and values(report)[0] == 64 and report.agent.config.n_candidates == report.value  # type: ignore[attr-defined]
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffagents.iql_critic import IQLCritic
-from diffagents.networks import EnsembleMLP, ResidualBlock, ResidualScoreNet, TanhPolicy, dropout_masks
+from diffagents.agents.srpo import ResidualBlock, ResidualScoreNet
+from diffagents.networks.critics import IQLCritic
+from diffagents.networks.mlp import EnsembleMLP, TanhPolicy, dropout_masks
 
 
 def count(module: nn.Module) -> int:

@@ -21,9 +21,10 @@ import stable_baselines3
 import torch
 from torch import Tensor, nn
 
-from diffagents import artifact
-from diffagents.artifact import ArtifactError, read, to_json_safe, write
-from diffagents.checkpoint import load_optimizer, load_state, optimizer_tensors
+from diffagents.errors import ArtifactError
+from diffagents.storage import artifact
+from diffagents.storage.artifact import read, to_json_safe, write
+from diffagents.training.state import load_optimizer, load_state, optimizer_tensors
 
 CONFIG = {"algorithm": "SRPO", "knobs": {"beta": 0.1, "sizes": (2, 3)}}
 STATE = {"plan": [1, 2], "seed": 2**127 + 1}
@@ -321,7 +322,7 @@ def test_a_disk_that_takes_only_a_part(tmp_path: Path, folder: bool) -> None:
 def test_a_killed_write_leaves_the_old_one(tmp_path: Path, folder: bool) -> None:
     place = write(tmp_path / "a", CONFIG, parts(), folder=folder)
     code = (
-        "import os, signal, sys, torch; from diffagents.artifact import write\n"
+        "import os, signal, sys, torch; from diffagents.storage.artifact import write\n"
         "os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)\n"
         "write(sys.argv[1], {'algorithm': 'SRPO'}, {'model': {'w': torch.ones(9)}})"
     )

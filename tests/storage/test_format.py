@@ -9,9 +9,9 @@ from small_agents import NAMES
 from write_format_fixture import OBS, toy_data
 
 import diffagents
-from diffagents import artifact
+from diffagents.storage import artifact
 
-FORMATS = Path(__file__).parent / "data"
+FORMATS = Path(__file__).parents[1] / "data"
 
 
 @pytest.mark.parametrize("name", NAMES)

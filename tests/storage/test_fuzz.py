@@ -39,8 +39,9 @@ from small_agents import NAMES, agent_class
 from write_format_fixture import FOLDER, LARGE, OBS, toy_data
 
 import diffagents
-from diffagents import ArtifactError, artifact, card
+from diffagents import ArtifactError
 from diffagents.agent import Agent
+from diffagents.storage import artifact, card
 from diffagents.types import Spec
 
 Files = dict[str, bytes]

@@ -16,7 +16,8 @@ from small_agents import NAMES, STEPS, agent_class, small
 from write_format_fixture import OBS, toy_data
 
 import diffagents
-from diffagents import card, publish
+from diffagents import registry
+from diffagents.storage import card
 
 MODES = ("xet", "lfs", "inline")
 RESUMED = ("SRPO", "TD3BC")
@@ -406,7 +407,7 @@ def test_save_pretrained_makes_the_files_that_a_push_uploads(hub: Hub, here: Cli
 
 
 def push_folder(folder: Path, repo_id: str) -> str:
-    oid: str = publish.push_folder(folder, repo_id).oid
+    oid: str = registry.push_folder(folder, repo_id).oid
     return oid
 
 

@@ -19,7 +19,7 @@ from small_agents import agent_class, small
 from write_format_fixture import OBS, toy_data
 
 import diffagents
-from diffagents import publish
+from diffagents import registry
 
 QUIET: dict[str, Any] = {"verbose": 0, "device": "cpu"}
 FAULTY: list[Any] = [500, 403, 404, "drop"]
@@ -507,7 +507,7 @@ def pushed_from(scratch: Path, repo_id: str, **how: Any) -> Any:
 
 
 def push_folder(folder: Path, repo_id: str) -> str:
-    oid: str = publish.push_folder(folder, repo_id).oid
+    oid: str = registry.push_folder(folder, repo_id).oid
     return oid
 
 

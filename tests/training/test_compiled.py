@@ -17,11 +17,13 @@ from torch.utils import _pytree as pytree
 from toy import line_data
 
 import diffagents
-from diffagents import load_dataset, training
+from diffagents import load_dataset
 from diffagents.agent import Agent
-from diffagents.compiling import Compiled, gradient_program
-from diffagents.engine import Plan, Stage
-from diffagents.transitions import Sampler
+from diffagents.data.sampler import Sampler
+from diffagents.training import offline
+from diffagents.training.compiled import Compiled, gradient_program
+from diffagents.training.plan import Plan
+from diffagents.training.updates import Stage
 
 logging.getLogger("torch.__trace").setLevel(logging.INFO)  # pytest would record its thousands of lines, which takes time
 DATA = line_data()
@@ -98,7 +100,7 @@ def samplers(agent: Agent) -> Iterator[tuple[Stage, Sampler]]:
     assert agent.reward_transform is not None
     data = load_dataset(DATA, verbose=0).sampler("cpu", agent.reward_transform, agent.obs_normalizer)
     for stage in agent.stages():
-        yield stage, data if stage.prepare is None else stage.prepare(data, training.stage_generator(agent, stage))
+        yield stage, data if stage.prepare is None else stage.prepare(data, offline.stage_generator(agent, stage))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -269,17 +271,17 @@ def test_bad_modes(trained: dict[str, Agent], tmp_path: pathlib.Path) -> None:
 # ---- which mode, and keeping it ------------------------------------------------------------------------------------
 def test_auto_weighs_how_long_it_takes() -> None:
     """Only a stage for which compiling pays; short runs on a CPU stay eager."""
-    seconds = {"short": training.WORTH_COMPILING - 1, "long": training.WORTH_COMPILING + 1}
+    seconds = {"short": offline.WORTH_COMPILING - 1, "long": offline.WORTH_COMPILING + 1}
     for device, long in (("cpu", "compiled"), ("cuda", "graph")):
         plan = Plan({"short": 10, "long": 10, "unknown": 5})
-        least = {**seconds, "short": training.WORTH_A_GRAPH - 1}
-        training.choose_modes(types.SimpleNamespace(compile="auto", device=torch.device(device)), plan, least)
+        least = {**seconds, "short": offline.WORTH_A_GRAPH - 1}
+        offline.choose_modes(types.SimpleNamespace(compile="auto", device=torch.device(device)), plan, least)
         assert plan.modes == {"short": "eager", "long": long, "unknown": "eager"}
     plan = Plan({"short": 10})
-    training.choose_modes(types.SimpleNamespace(compile="auto", device=torch.device("cpu")), plan, seconds)
+    offline.choose_modes(types.SimpleNamespace(compile="auto", device=torch.device("cpu")), plan, seconds)
     assert plan.modes == {"short": "eager"}
     plan.done["short"] = 3
-    training.choose_modes(types.SimpleNamespace(compile="compiled", device=torch.device("cpu")), plan, {})
+    offline.choose_modes(types.SimpleNamespace(compile="compiled", device=torch.device("cpu")), plan, {})
     assert plan.modes == {"short": "eager"}, "what has begun goes on as it began"
     run = small("SRPO").learn(DATA)
     assert run.compile == "auto" and run.plan is not None
@@ -288,7 +290,7 @@ def test_auto_weighs_how_long_it_takes() -> None:
 
 def test_auto_compiles_a_long_run(traced_only: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What `learn` estimates is what decides."""
-    monkeypatch.setattr(training, "estimate", lambda agent, plan, sampler: {"critic": 0.0, "policy": 1e4})
+    monkeypatch.setattr(offline, "estimate", lambda agent, plan, sampler: {"critic": 0.0, "policy": 1e4})
     run = small("SRPO").learn(DATA)
     assert run.plan is not None
     assert run.plan.modes == {"critic": "eager", "behavior": "eager", "policy": "compiled"} and len(traced_only) == 1
@@ -330,5 +332,5 @@ def test_a_clone_keeps_compile_and_tf32() -> None:
 def test_a_graph_s_run_goes_on_without_one_where_there_is_no_gpu() -> None:
     plan = Plan({"critic": 10}, {"critic": 5}, {"critic": "graph"})
     with pytest.warns(UserWarning, match="needs a CUDA device"):
-        training.choose_modes(types.SimpleNamespace(compile="auto", device=torch.device("cpu")), plan, {})
+        offline.choose_modes(types.SimpleNamespace(compile="auto", device=torch.device("cpu")), plan, {})
     assert plan.modes == {"critic": "compiled"}

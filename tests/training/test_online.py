@@ -15,12 +15,12 @@ from small_agents import NAMES, fields, offline_knobs, small
 import diffagents
 from diffagents import load_dataset
 from diffagents.agent import Agent
-from diffagents.artifact import ArtifactError
-from diffagents.checkpoint import training_tensors
-from diffagents.online import MAX_LOOSENING, floors, loosening
-from diffagents.replay import Mixture, Replay
-from diffagents.training import TrainingDiverged
-from diffagents.transitions import Sampler, Transitions
+from diffagents.data.replay_buffer import Mixture, Replay
+from diffagents.data.sampler import Sampler
+from diffagents.data.transitions import Transitions
+from diffagents.errors import ArtifactError, TrainingDiverged
+from diffagents.training.online import MAX_LOOSENING, floors, loosening
+from diffagents.training.state import training_tensors
 
 TABLES = {"AWR", "SfBC", "QGPO", "DiffusionBC"}  # whose batches come from tables that a resumed run makes anew
 LIMIT = 25

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffagents.checkpoint import load_optimizer, optimizer_tensors
-from diffagents.engine import MetricSums, Optimizer, Part, Runner, Stage
-from diffagents.transitions import Sampler
+from diffagents.data.sampler import Sampler
+from diffagents.training.state import load_optimizer, optimizer_tensors
+from diffagents.training.updates import MetricSums, Optimizer, Part, Runner, Stage
 
 N_STEPS = 20
 SHAPES = [(5, 4), (4,), (2, 3, 4), ()]

@@ -22,9 +22,9 @@ import torch
 
 import diffagents
 from diffagents import evaluate, load_dataset
-from diffagents.environments import make_env
-from diffagents.provenance import command_line
-from diffagents.sweep import commit
+from diffagents.envs.make import make_env
+from diffagents.experiments.grid import commit
+from diffagents.training.provenance import command_line
 
 # Offline budgets for one slow CPU core: minutes each.
 OFFLINE: dict[str, dict[str, Any]] = {

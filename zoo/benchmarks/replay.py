@@ -17,8 +17,8 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from diffagents.replay import Mixture, Replay
-from diffagents.transitions import Sampler
+from diffagents.data.replay_buffer import Mixture, Replay
+from diffagents.data.sampler import Sampler
 
 
 def main() -> None:

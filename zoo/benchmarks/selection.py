@@ -21,9 +21,9 @@ import torch
 from speed_parts import machine
 
 import diffagents
-from diffagents.fqe import FQEConfig
-from diffagents.provenance import command_line
-from diffagents.selection import Selection, select
+from diffagents.experiments.fqe import FQEConfig
+from diffagents.experiments.select import Selection, select
+from diffagents.training.provenance import command_line
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Signal -> whether the best policy has the largest. "order" is what `select` goes by: fqe, the not trusted behind.

@@ -47,8 +47,8 @@ from speed_parts import (
 )
 
 import diffagents
-from diffagents import training
-from diffagents.transitions import Transitions
+from diffagents.data.transitions import Transitions
+from diffagents.training import offline, session
 
 MEMBERS = 8  # trained together
 
@@ -72,11 +72,11 @@ def measure_training(args: argparse.Namespace, data: Transitions) -> list[dict[s
         for stage in agent.stages():
             sampler, n = stage_sampler(agent, stage, data), cycle_length(stage)
             calls = {"straightforward": plain_stepper(name, stage, sampler, args.device, n)}
-            calls |= {mode: stepper(training.make_runner(agent, stage, sampler, mode), n) for mode in modes}
+            calls |= {mode: stepper(offline.make_runner(agent, stage, sampler, mode), n) for mode in modes}
             with FlopCounterMode(display=False) as counter:
                 calls["eager"]()
             flops = counter.get_total_flops() / n
-            with training.matmul_precision(agent):
+            with session.matmul_precision(agent):
                 found = interleave(calls | matmuls, args)
             rate = {key: 2 * size**3 / statistics.median(found[key]) for key, size in sizes.items()}
             best = min(modes, key=lambda mode: statistics.median(found[mode]))
@@ -98,7 +98,7 @@ def measure_predict(args: argparse.Namespace, data: Transitions) -> list[dict[st
     """Microseconds per call for 1 and 64 observations, beside SB3's TD3, the bare network and the plain Diffusion-QL."""
     from stable_baselines3 import TD3
 
-    from diffagents.sb3 import stub_env
+    from diffagents.envs.vec_env import stub_env
 
     many = np.random.default_rng(1).standard_normal((64, OBS_DIM), np.float32)
     observations, tensor = {1: many[0], 64: many}, torch.from_numpy(many)
@@ -148,8 +148,8 @@ def measure_predict(args: argparse.Namespace, data: Transitions) -> list[dict[st
 # ---- 3. many seeds ---------------------------------------------------------------------------------------------------
 def measure_many(args: argparse.Namespace, data: Transitions) -> list[dict[str, Any]]:
     """A step of eight agents together as a share of eight steps of one, both in the same mode."""
-    from diffagents.cuda_graph import GraphRunner
-    from diffagents.many import make_many_runner, stacked
+    from diffagents.experiments.learn_many import make_many_runner, stacked
+    from diffagents.training.cuda_graph import GraphRunner
 
     rows = []
     show("ms per step", *(f"{what} {mode}" for mode in args.modes for what in ("one", "many", "share")))
@@ -162,9 +162,9 @@ def measure_many(args: argparse.Namespace, data: Transitions) -> list[dict[str, 
                 samplers = own if stage.prepare else own[:1] * MEMBERS  # as learn_many shares them
                 for mode in args.modes:
                     many = make_many_runner(agents, position, samplers, tensors, mode)
-                    calls[f"one {mode}"] = stepper(training.make_runner(single, stage, own[0], mode), n)
+                    calls[f"one {mode}"] = stepper(offline.make_runner(single, stage, own[0], mode), n)
                     calls[f"many {mode}"] = stepper(GraphRunner(many) if mode == "graph" else many, n)
-                with training.matmul_precision(single):
+                with session.matmul_precision(single):
                     found = interleave(calls, args)
                 row: dict[str, Any] = {"algorithm": name, "stage": stage.name, "members": MEMBERS}
                 row |= {key: milliseconds(times, n) for key, times in found.items()}
@@ -247,7 +247,7 @@ def measure_profile(args: argparse.Namespace, data: Transitions) -> list[dict[st
         agent = make_agent(name, data)
         for stage in agent.stages():
             with config.patch({"cpp.enable_kernel_profile": True}):  # compiled kernels tell the profiler their names
-                runner, n = training.make_runner(agent, stage, stage_sampler(agent, stage, data), mode), cycle_length(stage)
+                runner, n = offline.make_runner(agent, stage, stage_sampler(agent, stage, data), mode), cycle_length(stage)
                 stepper(runner, n)()
             profiled = profile_gradients(runner, n, args.repeats)
             within = sum(profiled.values())
@@ -337,7 +337,7 @@ def measure_looks(args: argparse.Namespace, data: Transitions) -> dict[str, Any]
         runner.step = timed
         return runner
 
-    agent, n, training_runner = make_agent("SRPO", data), args.look_steps, training.make_runner
+    agent, n, training_runner = make_agent("SRPO", data), args.look_steps, offline.make_runner
     agent.verbose = 1
     stage = agent.stages()[0]
     bare = stepper(training_runner(agent, stage, stage_sampler(agent, stage, data), "eager"), n)
@@ -350,7 +350,7 @@ def measure_looks(args: argparse.Namespace, data: Transitions) -> dict[str, Any]
         for key, interval in (("every 1000", 1000), ("every 20th of the stage", None)):
             callback, inside = Nothing(), steps[key]
             inside.append(0.0)
-            with redirect_stdout(io.StringIO()), mock.patch.object(training, "make_runner", timed_runner):
+            with redirect_stdout(io.StringIO()), mock.patch.object(offline, "make_runner", timed_runner):
                 agent.learn(data, n, callback, interval, stages=("critic",))
             found[key].append(callback.seconds)
     result = {key: milliseconds(times, n) for key, times in found.items()}

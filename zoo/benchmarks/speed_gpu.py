@@ -30,8 +30,8 @@ from speed_parts import (
 )
 
 import diffagents
-from diffagents import training
-from diffagents.transitions import Transitions
+from diffagents.data.transitions import Transitions
+from diffagents.training import offline, session
 
 BARS = {"SRPO": 20, "DiffusionQL": 25}  # minutes, for all of STAGE_SHARES
 PAPER = {"SRPO": {"behavior_batch_size": 2048}, "DiffusionQL": {}}
@@ -48,7 +48,7 @@ def differences(name: str, position: int, mode: str, args: argparse.Namespace, d
     for way in ("eager", mode):
         agent = make_agent(name, data, args.device, tf32=False, **PAPER[name])
         stage = agent.stages()[position]
-        runner = training.make_runner(agent, stage, stage_sampler(agent, stage, data), way)
+        runner = offline.make_runner(agent, stage, stage_sampler(agent, stage, data), way)
         found["start"] = tensors_of(agent)
         for k in range(FIRST, FIRST + CHECKED):
             runner.step(k)
@@ -75,9 +75,9 @@ def steady(name: str, position: int, mode: str, args: argparse.Namespace, data: 
     if mode == "straightforward":
         cycle = plain_stepper(name, stage, sampler, args.device, n)
     else:
-        cycle = stepper(training.make_runner(agent, stage, sampler, mode), n)
+        cycle = stepper(offline.make_runner(agent, stage, sampler, mode), n)
     needed = min(args.seconds, 20.0) if mode == "straightforward" else args.seconds
-    with training.matmul_precision(agent):
+    with session.matmul_precision(agent):
         start = time.perf_counter()
         warm_up(cycle)
         synchronize()

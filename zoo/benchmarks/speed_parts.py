@@ -24,9 +24,10 @@ import straightforward_baselines
 import torch
 
 import diffagents
-from diffagents import training
-from diffagents.engine import Stage
-from diffagents.transitions import Sampler, Transitions
+from diffagents.data.sampler import Sampler
+from diffagents.data.transitions import Transitions
+from diffagents.training import offline, prepare
+from diffagents.training.updates import Stage
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each start and stop of its own
 HERE = pathlib.Path(__file__).resolve().parent
@@ -62,14 +63,14 @@ def make_agent(name: str, data: Transitions, device: str = "cpu", seed: int = 0,
     known = {field.name for field in dataclasses.fields(cls.Config)}
     knobs = {**{knob: value for knob, value in sizes.items() if knob in known}, **knobs}
     agent = cls(seed=seed, verbose=0, device=device, compile="eager", **knobs)
-    training.adopt(agent, data)
+    prepare.adopt(agent, data)
     return agent
 
 
 def stage_sampler(agent: Any, stage: Stage, data: Transitions) -> Sampler:
     """The data as the stage samples them."""
     sampler = data.sampler(agent.device, agent.reward_transform, agent.obs_normalizer)
-    return sampler if stage.prepare is None else stage.prepare(sampler, training.stage_generator(agent, stage))
+    return sampler if stage.prepare is None else stage.prepare(sampler, offline.stage_generator(agent, stage))
 
 
 def cycle_length(stage: Stage) -> int:

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from diffagents.collecting import write_dataset
-from diffagents.environments import make_env
+from diffagents.data.collect import write_dataset
+from diffagents.envs.make import make_env
 
 DATA = Path(__file__).parent / "data"
 SETTLED = 10  # steps after which the speed that the block began with, which was not recorded, plays no part any more

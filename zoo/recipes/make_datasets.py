@@ -24,9 +24,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: the networks are 
 import numpy as np
 from behavior_policies import AntWaypoints, Network, Snapshots, Waypoints
 
-from diffagents.collecting import collect, summary, write_dataset
-from diffagents.environments import make_env
-from diffagents.minari_hdf5 import read_episodes
+from diffagents.data.collect import collect, summary, write_dataset
+from diffagents.data.minari import read_episodes
+from diffagents.envs.make import make_env
 
 POLICIES = Path(__file__).parent / "policies"
 NAMESPACE = "diffagents/"

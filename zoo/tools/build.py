@@ -20,7 +20,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from diffagents import publish, sweep, sweep_report  # noqa: E402
+from diffagents.experiments import grid, report  # noqa: E402
+from diffagents.storage import publish  # noqa: E402
 
 REMARKS = pathlib.Path(__file__).parent / "remarks.md"  # what stands above the tables
 RUNS = ROOT / "zoo" / "results" / "zoo"
@@ -34,9 +35,9 @@ def main() -> None:
     parser.add_argument("--prune", action="store_true", help="delete results and policies that the grid does not have")
     args = parser.parse_args()
 
-    specs = {spec.name: spec for spec in sweep.read_grid(args.grid)}
+    specs = {spec.name: spec for spec in grid.read_grid(args.grid)}
     RUNS.mkdir(parents=True, exist_ok=True)
-    for path in args.root.glob(f"*/{sweep.RESULTS}"):
+    for path in args.root.glob(f"*/{grid.RESULTS}"):
         if path.parent.name in specs:
             shutil.copyfile(path, RUNS / f"{path.parent.name}.json")
     others = [path for path in sorted(RUNS.glob("*.json")) if path.stem not in specs]
@@ -47,7 +48,7 @@ def main() -> None:
     if others and not args.prune:
         print(f"not of this grid, and left alone without --prune: {', '.join(path.name for path in others)}")
     runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json")) if path.stem in specs]
-    wrong = [cell for cell, members in sweep_report.cells_of(runs).items() if not ship(cell, members, args)]
+    wrong = [cell for cell, members in report.cells_of(runs).items() if not ship(cell, members, args)]
     if wrong:
         sys.exit(
             f"no policy of the median seed in {args.root} or zoo/ for {', '.join(wrong)}: the tables would not fit the zoo"
@@ -59,7 +60,7 @@ def main() -> None:
         "python zoo/tools/build.py"
     )
     print(
-        sweep_report.write_report(
+        report.write_report(
             runs,
             ROOT / "zoo",
             specs=list(specs.values()),
@@ -68,9 +69,9 @@ def main() -> None:
             remarks=REMARKS.read_text().strip(),
         )
     )
-    put_into_readme(sweep_report.overview(sweep_report.cells_of(runs)))
+    put_into_readme(report.overview(report.cells_of(runs)))
     size = sum(path.stat().st_size for folder in (ROOT / "zoo").glob("*/config.json") for path in folder.parent.iterdir())
-    print(f"{len(sweep_report.cells_of(runs))} policies, {size / 1e6:.1f} MB")
+    print(f"{len(report.cells_of(runs))} policies, {size / 1e6:.1f} MB")
 
 
 def put_into_readme(table: str) -> None:
@@ -85,8 +86,8 @@ def put_into_readme(table: str) -> None:
 
 def ship(cell: str, members: list[dict[str, Any]], args: argparse.Namespace) -> bool:
     """Put the median seed's policy into zoo/<cell>; False where neither --root nor zoo/ has it."""
-    run, target = sweep_report.median_run(members), ROOT / "zoo" / cell
-    source = args.root / run["name"] / sweep.POLICY
+    run, target = report.median_run(members), ROOT / "zoo" / cell
+    source = args.root / run["name"] / grid.POLICY
     if not source.is_dir():
         there = (target / "results.json").is_file()
         return there and json.loads((target / "results.json").read_text()).get("returns") == run["last"]["returns"]

@@ -15,8 +15,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import diffagents  # noqa: E402
-from diffagents import artifact  # noqa: E402
-from diffagents.environments import make_env, prefer_egl  # noqa: E402
+from diffagents.envs.make import make_env, prefer_egl  # noqa: E402
+from diffagents.storage import artifact  # noqa: E402
 
 SIDE = 150  # pixels of a frame
 

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import diffagents  # noqa: E402
-from diffagents import publish  # noqa: E402
+from diffagents import registry  # noqa: E402
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
         try:
             if args.upload:
-                print(f"{publish.push_folder(folder, repo_id, private=args.private).commit_url} ({size:.1f} MB)", flush=True)
+                print(f"{registry.push_folder(folder, repo_id, private=args.private).commit_url} ({size:.1f} MB)", flush=True)
             else:
                 agent = diffagents.load(folder, device="cpu", verbose=0)
                 print(f"would push {folder.name} to {repo_id}: {type(agent).__name__}, {size:.1f} MB", flush=True)

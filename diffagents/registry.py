@@ -1,0 +1,92 @@
+"""The algorithms by name; loading and publishing an agent of whatever algorithm a file holds.
+
+Importing this module is quick: what it needs is imported when it is called.
+"""
+
+import importlib
+import pathlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+    from diffagents.agent import Agent
+    from diffagents.storage.artifact import Artifact
+
+AGENTS = {
+    "SRPO": "diffagents.agents.srpo",
+    "DiffusionQL": "diffagents.agents.diffusion_ql",
+    "DiffCPS": "diffagents.agents.diffcps",
+    "BDPO": "diffagents.agents.bdpo",
+    "QGPO": "diffagents.agents.qgpo",
+    "SfBC": "diffagents.agents.sfbc",
+    "DiffusionBC": "diffagents.agents.diffusion_bc",
+    "IDQL": "diffagents.agents.idql",
+    "IQL": "diffagents.agents.iql",
+    "TD3BC": "diffagents.agents.td3_bc",
+    "AWR": "diffagents.agents.awr",
+}
+"""Algorithm name -> the module that holds the class of that name; imported when first asked for."""
+
+
+def load(
+    path: str | pathlib.Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | pathlib.Path | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> "Agent":
+    """Load an agent of whatever algorithm a folder, a .zip or a Hub repository holds; arguments as `Agent.from_pretrained`.
+
+    Raises FileNotFoundError, HubError or ArtifactError with the cause and the cure.
+    """
+    from diffagents.storage import publish
+
+    how = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    return publish.open_pretrained(_class_of, path, revision, how, kwargs)
+
+
+def _class_of(source: "Artifact") -> "type[Agent]":
+    from diffagents.errors import ArtifactError, short
+
+    algorithm = source.config["algorithm"]
+    if algorithm not in AGENTS:
+        known = ", ".join(AGENTS)
+        raise ArtifactError(
+            f"{source.path} holds the algorithm {short(algorithm)!r}; this version knows {known}: upgrade diffagents"
+        )
+    found: type[Agent] = getattr(importlib.import_module(AGENTS[algorithm]), algorithm)
+    return found
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> "CommitInfo":
+    """Push a folder that `save_pretrained` made, after seeing that it loads; only its card is made anew, with the new name.
+
+    Raises FileNotFoundError, ArtifactError (it would not load), HubError.
+    """
+    from diffagents.storage import hub
+    from diffagents.storage.publish import renew_card
+
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder: push what save_pretrained made, or load a .zip and push the agent")
+    agent = load(path, device="cpu", verbose=0)
+    push = hub.begin_push(repo_id, private=private, revision=revision, token=token)
+    message = commit_message or f"{type(agent).__name__} trained with diffagents"
+    with tempfile.TemporaryDirectory(prefix="diffagents-push-") as scratch:
+        copy = Path(shutil.copytree(path, Path(scratch) / "policy"))
+        renew_card(copy, repo_id)
+        return push.commit(copy, message)
