@@ -33,7 +33,7 @@ from diffagents.training import compiled, offline, online, prepare
 from diffagents.training.callbacks import make_callback, make_logger, with_history
 from diffagents.training.plan import MODES, OnlineRun, OnlineSettings, Plan
 from diffagents.training.state import load_state
-from diffagents.training.updates import Draws, Optimizer, Stage
+from diffagents.training.updates import Noise, Optimizer, Stage
 from diffagents.types import Spec
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Agent(ABC):
         self.plan: Plan | None = None
         self.online: OnlineRun | None = None  # the last run of `learn_online`
         self.replay_buffer: Replay | None = None
-        self.loosening = 1.0  # by how much the constraint to the data is weaker, while `learn_online` runs
+        self.constraint_relaxation = 1.0  # by how much the constraint to the data is weaker, while `learn_online` runs
         self.history: list[dict[str, Any]] = []  # one row per look: step, stage and the means of its metrics
         self.spec: Spec | None = None
         self.reward_transform: RewardTransform | None = None
@@ -143,10 +143,10 @@ class Agent(ABC):
         """What an update of `learn_online` does; its steps count the updates of the run."""
 
     @abstractmethod
-    def act(self, obs: Tensor, draws: Draws, config: Any) -> Tensor:
+    def act(self, obs: Tensor, noise: Noise, config: Any) -> Tensor:
         """Normalised observations (B, S) -> actions (B, A) in [-1, 1]; `config` is the agent's, but for CHOICE. Pure."""
 
-    def draw_act(self, n: int, deterministic: bool, config: Any, generator: torch.Generator) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: Any, generator: torch.Generator) -> Noise:
         """The random numbers of `act` for n observations; deterministic: stored ones, the same for each (sizes of 1)."""
         return {}
 
@@ -249,9 +249,9 @@ class Agent(ABC):
             return action, state
 
         def act(obs: Tensor) -> Tensor:
-            draws = self.draw_act(len(obs), deterministic, config, self.predict_generator)
+            noise = self.draw_act(len(obs), deterministic, config, self.predict_generator)
             compiled = self._compiled.get((len(obs), deterministic, config)) if self._compiled else None
-            return compiled(obs, draws) if compiled is not None else self.act(obs, draws, config)
+            return compiled(obs, noise) if compiled is not None else self.act(obs, noise, config)
 
         return self.predict_with(act, observation), state
 

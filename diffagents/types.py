@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     rew: Tensor  # (B,), after the reward transform
     next_obs: Tensor  # (B, S)
     done: Tensor  # (B,), 1 at a true termination, 0 otherwise; a time-out is not an end
-    beside: dict[str, Tensor] = {}  # noqa: RUF012  (B, ...) each, what a stage's `prepare` put beside each transition
+    extras: dict[str, Tensor] = {}  # noqa: RUF012  (B, ...) each, what a stage's `prepare` put beside each transition
 
 
 @dataclass(frozen=True)

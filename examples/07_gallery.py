@@ -26,7 +26,7 @@ import torch
 
 from diffagents import SRPO
 from diffagents.diffusion.sde import vp_alpha_sigma
-from diffagents.training.updates import Draws
+from diffagents.training.updates import Noise
 
 HERE = pathlib.Path(__file__).resolve().parent
 TASKS = [name for name in bandits.TASKS if name != "circle"]
@@ -38,9 +38,9 @@ T_SCORE = 0.01  # the score is taken near t = 0: the model blurs the data by sig
 class ToySRPO(SRPO):
     """SRPO whose behaviour stage draws t = u^3: a tenth of it below .001, where data are told from what lies between them."""
 
-    def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
-        draws = super().draw_behavior(n, generator)
-        return {**draws, "u": draws["u"] ** 3}
+    def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
+        noise = super().draw_behavior(n, generator)
+        return {**noise, "u": noise["u"] ** 3}
 
 
 def main() -> None:

@@ -54,22 +54,22 @@ def make_agent(cls: type[ChainAgent], info: dict[str, Any], **knobs: Any) -> Cha
     return agent
 
 
-def take(vectors: dict[str, Tensor], prefix: str, draws: Iterator[int], n: int) -> list[Tensor]:
-    return [vectors[f"{prefix}.{next(draws):02d}"] for _ in range(n)]
+def take(vectors: dict[str, Tensor], prefix: str, noise: Iterator[int], n: int) -> list[Tensor]:
+    return [vectors[f"{prefix}.{next(noise):02d}"] for _ in range(n)]
 
 
 def replay_critic(
-    agent: DiffusionQL | DiffCPS, batch: Batch, vectors: dict[str, Tensor], variant: str, draws: Iterator[int]
+    agent: DiffusionQL | DiffCPS, batch: Batch, vectors: dict[str, Tensor], variant: str, noise: Iterator[int]
 ) -> Metrics:
-    noises = torch.stack(take(vectors, f"{variant}.draw", draws, agent.config.n_diffusion_steps + 1))
+    noises = torch.stack(take(vectors, f"{variant}.draw", noise, agent.config.n_diffusion_steps + 1))
     return update(agent.critic_loss, batch, {"noises": noises})
 
 
 def replay_policy(
-    agent: DiffusionQL | DiffCPS, batch: Batch, vectors: dict[str, Tensor], variant: str, draws: Iterator[int], coin: float
+    agent: DiffusionQL | DiffCPS, batch: Batch, vectors: dict[str, Tensor], variant: str, noise: Iterator[int], coin: float
 ) -> Metrics:
-    i, eps = take(vectors, f"{variant}.draw", draws, 2)
-    noises = torch.stack(take(vectors, f"{variant}.draw", draws, agent.config.n_diffusion_steps + 1))
+    i, eps = take(vectors, f"{variant}.draw", noise, 2)
+    noises = torch.stack(take(vectors, f"{variant}.draw", noise, agent.config.n_diffusion_steps + 1))
     loss = agent.policy_losses if isinstance(agent, DiffCPS) else agent.policy_loss
     return update(loss, batch, {"i": i, "eps": eps, "noises": noises, "coin": torch.tensor(coin)})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import diffagents
 from diffagents.agent import Agent
-from diffagents.training.updates import Draws
+from diffagents.training.updates import Noise
 from diffagents.types import Batch, Metrics
 
 NAMES = list(diffagents.AGENTS)
@@ -53,8 +53,8 @@ def small(name: str, **knobs: Any) -> Agent:
     return cls(**{**arguments, **settings, **knobs})
 
 
-def update(loss: Any, batch: Batch, draws: Draws) -> Metrics:
+def update(loss: Any, batch: Batch, noise: Noise) -> Metrics:
     """One update, eagerly, of the part whose loss is this method of an agent, e.g. `agent.critic_loss`."""
     stages = loss.__self__.stages()
-    part = next(part for stage in reversed(stages) for part in stage.parts if part.loss == loss)
-    return part.update(batch, draws)
+    update = next(update for stage in reversed(stages) for update in stage.updates if update.loss == loss)
+    return update.step(batch, noise)

@@ -275,7 +275,7 @@ def test_nan_stops_with_the_last_good_state(name: str) -> None:
     def poison(local: dict[str, Any], _: Any) -> bool:
         run = local["self"]
         if run.num_timesteps == STEPS - 1:
-            optimizer = next(iter(run.stages()[0].parts[0].optimizers))
+            optimizer = next(iter(run.stages()[0].updates[0].optimizers))
             with torch.no_grad():
                 optimizer.parameters[0].fill_(float("nan"))
         return True
@@ -303,7 +303,7 @@ def test_a_stage_on_untrained_ones_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_clone_with_fresh_networks_begins_their_stage_anew(name: str, trained: dict[str, Agent]) -> None:
     agent = trained.setdefault(name, small(name).learn(DATA))
-    fresh = next(iter(agent.stages()[-1].parts[0].optimizers))
+    fresh = next(iter(agent.stages()[-1].updates[0].optimizers))
     network = next(key for key, optimizer in agent.optimizers.items() if optimizer is fresh)
     other = agent.clone(fresh=(network,))
     assert other.stage_steps[agent.stages()[-1].name] == 0 and other.plan is None
@@ -323,7 +323,7 @@ def test_divergence_at_the_start_of_a_stage_leaves_what_was_there_before_it(name
     before = {key: value.clone() for key, value in named_networks(agent).items()}
 
     def poison(local: dict[str, Any], _: Any) -> bool:
-        optimizer = local["self"].stages()[-1].parts[0].optimizers[0]
+        optimizer = local["self"].stages()[-1].updates[0].optimizers[0]
         with torch.no_grad():
             optimizer.parameters[0].fill_(float("nan"))
         return True

@@ -36,7 +36,7 @@ from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
 from diffagents.functional import lambda_returns
 from diffagents.networks.mlp import MLP, GaussianPolicy, TanhPolicy
-from diffagents.training.updates import Draws, Optimizer, Part, Stage
+from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 ROWS_AT_ONCE = 65_536
@@ -89,19 +89,19 @@ class AWR(Agent):
     def stages(self) -> list[Stage]:
         size, opt = self.config.batch_size, self.optimizers
         return [
-            Stage("critic", size, (Part(self.critic_loss, optimizers=(opt["critic"],)),), self.prepare_critic),
-            Stage("policy", size, (Part(self.policy_loss, optimizers=(opt["policy"],)),), self.prepare_policy),
+            Stage("critic", size, (Update(self.critic_loss, optimizers=(opt["critic"],)),), self.prepare_critic),
+            Stage("policy", size, (Update(self.policy_loss, optimizers=(opt["policy"],)),), self.prepare_policy),
         ]
 
     def online_stage(self) -> Stage:
-        parts = tuple(part for stage in self.stages() for part in stage.parts)
-        return Stage("online", self.config.batch_size, parts, self.prepare_online)
+        updates = tuple(update for stage in self.stages() for update in stage.updates)
+        return Stage("online", self.config.batch_size, updates, self.prepare_online)
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture:
         """The returns and weights of every row, by the last V [O1]."""
         mixture = mixture.in_episodes(whole=False)
         returns, weights = self.returns_and_weights(mixture.sides)
-        return mixture.beside(returns=returns, weights=weights)
+        return mixture.with_extras(returns=returns, weights=weights)
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
@@ -109,18 +109,18 @@ class AWR(Agent):
         data = sampler.all()
         nothing = torch.zeros_like(data.rew)
         returns = lambda_returns(data.rew, data.done, nothing, sampler.episode_ends, self.config.gamma, 1.0)
-        return sampler.beside(returns=returns)
+        return sampler.with_extras(returns=returns)
 
-    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         value = self.critic(batch.obs).squeeze(-1)
-        loss = (batch.beside["returns"] - value).square().mean()
+        loss = (batch.extras["returns"] - value).square().mean()
         return loss, {"critic_loss": loss.detach(), "v": value.detach().mean()}
 
     # ---- stage 2: policy -------------------------------------------------------------------------------------------
     def prepare_policy(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
         """The weight w of every row [D2] [D3]."""
         _, (weights,) = self.returns_and_weights([sampler])
-        return sampler.beside(weights=weights)
+        return sampler.with_extras(weights=weights)
 
     def returns_and_weights(self, sides: Sequence[Sampler]) -> tuple[list[Tensor], list[Tensor]]:
         """R^lambda and w of every row, (N,) for each of `sides`; A is standardised over all of them."""
@@ -137,8 +137,8 @@ class AWR(Agent):
         """V at normalised observations (N, S) -> (N,), a part at a time."""
         return torch.cat([self.critic(part).squeeze(-1) for part in torch.split(obs, ROWS_AT_ONCE)])
 
-    def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
-        weight = batch.beside["weights"]
+    def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        weight = batch.extras["weights"]
         loss = -(weight * self.policy.log_prob(batch.obs, batch.act)).mean()
         return loss, {"policy_loss": loss.detach(), "weight": weight.mean()}
 
@@ -146,15 +146,15 @@ class AWR(Agent):
     def point_policy(self, deterministic: bool) -> TanhPolicy | None:
         return self.policy if deterministic else None
 
-    def draw_act(self, n: int, deterministic: bool, config: AWRConfig, generator: torch.Generator) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: AWRConfig, generator: torch.Generator) -> Noise:
         if deterministic:
             return {}
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
-        return {"noise": torch.randn(n, self.act_dim, **kwargs)}
+        return {"eps": torch.randn(n, self.act_dim, **kwargs)}
 
-    def act(self, obs: Tensor, draws: Draws, config: AWRConfig) -> Tensor:
+    def act(self, obs: Tensor, noise: Noise, config: AWRConfig) -> Tensor:
         """(B, S) -> (B, A): a sample of the Gaussian, clamped to [-1, 1]; deterministic: its mean."""
-        if "noise" in draws:
-            return self.policy.sample(obs, draws["noise"])
+        if "eps" in noise:
+            return self.policy.sample(obs, noise["eps"])
         mean: Tensor = self.policy(obs)
         return mean

@@ -45,7 +45,7 @@ from diffagents.diffusion.chain import reverse_mean
 from diffagents.functional import SELECT, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, _on_states
 from diffagents.networks.mlp import MLP, EnsembleMLP, Mish, mish, orthogonal_, sinusoids
-from diffagents.training.updates import Draws, Optimizer, Part, Stage
+from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 AGGREGATIONS = ("lcb", "min", "mean", "convex", "random_convex")
@@ -148,8 +148,8 @@ class BDPO(Agent):
             raise ValueError(
                 f"warmup_steps={warmup} leaves none of the {planned} train steps to the policy: give fewer, or None for 2.5 %"
             )
-        behavior = Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior)
-        alone = (behavior, Part(after=self.act_like_behavior)) if self.stage_steps["train"] == 0 else (behavior,)
+        behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior)
+        alone = (behavior, Update(after=self.act_like_behavior)) if self.stage_steps["train"] == 0 else (behavior,)
         return [
             Stage("behavior", c.batch_size, alone),
             Stage("train", c.batch_size, self.train_parts(warmup), self.start_from_behavior),
@@ -158,28 +158,28 @@ class BDPO(Agent):
     def online_stage(self) -> Stage:
         return Stage("online", self.config.batch_size, self.train_parts(warmup=0))  # [O1]
 
-    def train_parts(self, warmup: int) -> tuple[Part, ...]:
+    def train_parts(self, warmup: int) -> tuple[Update, ...]:
         """Critics, policy and behaviour; the last two from the `warmup`-th critic step on."""
         c, opt = self.config, self.optimizers
         late: dict[str, int] = {"every": c.policy_freq, "start": warmup}
         return (
-            Part(self.critic_losses, self.draw_critics, (opt["critic"], opt["value"]), self.follow_critics),
-            Part(self.policy_loss, self.draw_policy, (opt["policy"],), self.follow_policy, **late),
-            Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior, **late),
+            Update(self.critic_losses, self.draw_critics, (opt["critic"], opt["value"]), self.follow_critics),
+            Update(self.policy_loss, self.draw_policy, (opt["policy"],), self.follow_policy, **late),
+            Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior, **late),
         )
 
     # ---- behaviour: alone, and then beside the policy ----------------------------------------------------------------
-    def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
+    def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {
             "i": torch.randint(self.config.n_diffusion_steps, (n,), **kwargs),  # n - 1
             "eps": torch.randn(n, self.act_dim, **kwargs),
         }
 
-    def behavior_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def behavior_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """E || eps_nu(a^n, s, n) - eps ||^2, mean over batch and dimensions."""
-        a_n = self.behavior.perturbed(batch.act, draws["eps"], draws["i"])
-        loss = F.mse_loss(self.behavior.net(a_n, batch.obs, draws["i"]), draws["eps"])
+        a_n = self.behavior.perturbed(batch.act, noise["eps"], noise["i"])
+        loss = F.mse_loss(self.behavior.net(a_n, batch.obs, noise["i"]), noise["eps"])
         return loss, {"behavior_loss": loss.detach()}
 
     def follow_behavior(self) -> None:
@@ -198,20 +198,20 @@ class BDPO(Agent):
         return sampler
 
     # ---- critic and value --------------------------------------------------------------------------------------------
-    def draw_critics(self, n: int, generator: torch.Generator) -> Draws:
-        draws = self.draw_policy(n, generator)
+    def draw_critics(self, n: int, generator: torch.Generator) -> Noise:
+        noise = self.draw_policy(n, generator)
         if self.config.gamma > 0:
-            draws["path"] = self.policy.noises((n, self.config.n_samples), generator)
-        return draws
+            noise["path"] = self.policy.noises((n, self.config.n_samples), generator)
+        return noise
 
-    def critic_losses(self, batch: Batch, draws: Draws) -> tuple[tuple[Tensor, Tensor], Metrics]:
+    def critic_losses(self, batch: Batch, noise: Noise) -> tuple[tuple[Tensor, Tensor], Metrics]:
         """The critic's loss, and the value's."""
         with torch.no_grad():  # both targets, before either network moves
-            q_goal, q_penalty = self.q_target(batch, draws)
-            v_goal, penalty = self.step_objective(batch, draws, self.policy_ema)
-        a_n = self.policy.perturbed(batch.act, draws["eps"], draws["i"])
+            q_goal, q_penalty = self.q_target(batch, noise)
+            v_goal, penalty = self.step_objective(batch, noise, self.policy_ema)
+        a_n = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (E, B)
-        v = self.value(batch.obs, a_n, draws["i"])  # (E, B)
+        v = self.value(batch.obs, a_n, noise["i"])  # (E, B)
         q_loss, v_loss = (q - q_goal).square().mean(), (v - v_goal).square().mean()
         return (q_loss, v_loss), {
             "q_loss": q_loss.detach(),
@@ -226,12 +226,12 @@ class BDPO(Agent):
         polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
         polyak_update_(self.value_target.parameters(), self.value.parameters(), self.config.tau)
 
-    def q_target(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+    def q_target(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
         """y (B,), and the path's penalty (B, K): K whole paths of the lagged policy from each s'."""
         c, chain, n = self.config, self.policy.chain, len(batch.rew)
-        if "path" not in draws:  # gamma = 0: a bandit has no next state to walk to
+        if "path" not in noise:  # gamma = 0: a bandit has no next state to walk to
             return batch.rew, torch.zeros(n, c.n_samples, device=batch.rew.device)
-        obs, path = batch.next_obs[:, None], draws["path"]  # (B, 1, S), (T + 1, B, K, A)
+        obs, path = batch.next_obs[:, None], noise["path"]  # (B, 1, S), (T + 1, B, K, A)
         x, penalty = path[0], torch.zeros(path.shape[1:3], device=path.device)
         eps_pi, eps_nu = self.policy_ema.on_states(obs), self.behavior_ema.on_states(obs)
         for i, z in zip(reversed(range(chain.n_steps)), path[1:], strict=True):
@@ -242,33 +242,33 @@ class BDPO(Agent):
                 x = x + chain.beta_std[i] * z
         q = self.critic_target.on_parts(obs, x)  # (E, B, K)
         q = q.amax(-1) if c.max_q_backup else q.mean(-1)  # [D4]
-        next_v = self.aggregate(q, draws) - c.eta / self.loosening * penalty.mean(-1)
-        return td_target(batch.rew, batch.done, next_v, c.gamma, batch.beside.get("floor")), penalty
+        next_v = self.aggregate(q, noise) - c.eta / self.constraint_relaxation * penalty.mean(-1)
+        return td_target(batch.rew, batch.done, next_v, c.gamma, batch.extras.get("floor")), penalty
 
-    def step_objective(self, batch: Batch, draws: Draws, policy: ChainPolicy) -> tuple[Tensor, Tensor]:
+    def step_objective(self, batch: Batch, noise: Noise, policy: ChainPolicy) -> tuple[Tensor, Tensor]:
         """agg_e mean_k Vbar_n-1,e(s, a^n-1_k) - eta l_n (B,), one step of `policy` from noised data; and l_n (B,).
 
         What the value is fitted to with the lagged policy, and what the policy climbs with itself.
         """
-        c, chain, i = self.config, self.policy.chain, draws["i"]
-        a_n = self.policy.perturbed(batch.act, draws["eps"], i)
+        c, chain, i = self.config, self.policy.chain, noise["i"]
+        a_n = self.policy.perturbed(batch.act, noise["eps"], i)
         eps = policy.net(a_n, batch.obs, i)
         with torch.no_grad():
             eps_nu = self.behavior_ema.net(a_n, batch.obs, i)
         penalty = self.penalty(eps, eps_nu, i)
         mean = reverse_mean(chain, i[:, None], a_n, eps, c.clip_x0)
         std = torch.where(i > 0, chain.beta_std[i], 0.0)
-        before = mean[:, None] + std[:, None, None] * draws["z"]  # (B, K, A), a^n-1
+        before = mean[:, None] + std[:, None, None] * noise["z"]  # (B, K, A), a^n-1
         v = self.value_target(batch.obs, before, (i - 1).clamp(min=0)).mean(-1)  # (E, B); where n = 1, V is not asked
         q = self.critic_target(torch.cat([batch.obs, mean], -1))  # (E, B); there the K actions are all the mean
         next_v = torch.where(i > 0, v, q)  # V_0 = Q
-        return self.aggregate(next_v, draws) - c.eta / self.loosening * penalty, penalty
+        return self.aggregate(next_v, noise) - c.eta / self.constraint_relaxation * penalty, penalty
 
     def penalty(self, eps: Tensor, eps_nu: Tensor, i: int | Tensor) -> Tensor:
         """l_n = w_n || eps_pi - eps_nu ||^2, (..., A) -> (...)."""
         return self.step_weights[i] * (eps - eps_nu).square().sum(-1)
 
-    def aggregate(self, q: Tensor, draws: Draws) -> Tensor:
+    def aggregate(self, q: Tensor, noise: Noise) -> Tensor:
         """(E, B) -> (B,) [D3]."""
         kind, rho = self.config.aggregation, self.config.rho
         if kind == "lcb":
@@ -276,42 +276,42 @@ class BDPO(Agent):
         if kind == "convex":
             return rho * q.amin(0) + (1.0 - rho) * q.amax(0)
         if kind == "random_convex":
-            return (draws["mix"] / draws["mix"].sum()) @ q
+            return (noise["mix"] / noise["mix"].sum()) @ q
         return q.amin(0) if kind == "min" else q.mean(0)
 
     # ---- policy ------------------------------------------------------------------------------------------------------
-    def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
+    def draw_policy(self, n: int, generator: torch.Generator) -> Noise:
         shape = (n, self.config.n_samples, self.act_dim)
-        draws = self.draw_behavior(n, generator)
-        draws["z"] = torch.randn(shape, generator=generator, device=self.device)
+        noise = self.draw_behavior(n, generator)
+        noise["z"] = torch.randn(shape, generator=generator, device=self.device)
         if self.config.aggregation == "random_convex":
-            draws["mix"] = torch.rand(self.config.n_critics, generator=generator, device=self.device)
-        return draws
+            noise["mix"] = torch.rand(self.config.n_critics, generator=generator, device=self.device)
+        return noise
 
-    def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Minus the objective of one denoising step."""
-        loss = -self.step_objective(batch, draws, self.policy)[0].mean()
+        loss = -self.step_objective(batch, noise, self.policy)[0].mean()
         return loss, {"policy_loss": loss.detach()}
 
     def follow_policy(self) -> None:
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
 
     # ---- acting ------------------------------------------------------------------------------------------------------
-    def draw_act(self, n: int, deterministic: bool, config: BDPOConfig, generator: torch.Generator) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: BDPOConfig, generator: torch.Generator) -> Noise:
         n_candidates = 1 if config.select == "first" else config.n_candidates
         return self.policy_ema.draw_candidates(n, n_candidates, deterministic, generator)
 
-    def act(self, obs: Tensor, draws: Draws, config: BDPOConfig) -> Tensor:
+    def act(self, obs: Tensor, noise: Noise, config: BDPOConfig) -> Tensor:
         """(B, S) -> (B, A): candidates of the lagged policy, one chosen by the ensemble's mean target Q [D8].
 
         deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
         """
         c = config
-        actions = self.policy_ema.candidates(obs, draws["noises"], config)  # (B, n, A)
+        actions = self.policy_ema.candidates(obs, noise["noises"], config)  # (B, n, A)
         if actions.shape[1] == 1:
             return actions[:, 0]
         q = self.critic_target.on_parts(obs[:, None], actions).mean(0)
-        return select_action(actions, q, c.select, c.temperature, draws.get("gumbel"))
+        return select_action(actions, q, c.select, c.temperature, noise.get("gumbel"))
 
 
 class PositionalDenoiser(nn.Module):

@@ -30,7 +30,7 @@ from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
 from diffagents.functional import polyak_update_
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
-from diffagents.training.updates import Draws, Optimizer, Part, Stage
+from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 
@@ -77,8 +77,8 @@ class DiffusionBC(Agent):
         self.optimizers = {"policy": Optimizer(self.policy.parameters(), self.config.learning_rate)}  # [D3]
 
     def stages(self) -> list[Stage]:
-        part = Part(self.bc_loss, self.draw_policy, (self.optimizers["policy"],), self.follow_policy)
-        return [Stage("behavior", self.config.batch_size, (part,))]
+        update = Update(self.bc_loss, self.draw_policy, (self.optimizers["policy"],), self.follow_policy)
+        return [Stage("behavior", self.config.batch_size, (update,))]
 
     def online_stage(self) -> Stage:
         return dataclasses.replace(self.stages()[0], name="online", prepare=self.prepare_online)
@@ -95,28 +95,28 @@ class DiffusionBC(Agent):
             mixture = Mixture(mixture.offline, Sampler(rows, own.obs_dim, own.act_dim), mixture.ratio)
         return mixture if mixture.sides else None
 
-    def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
+    def draw_policy(self, n: int, generator: torch.Generator) -> Noise:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {
             "i": torch.randint(self.config.n_diffusion_steps, (n,), **kwargs),
             "eps": torch.randn(n, self.act_dim, **kwargs),
         }
 
-    def bc_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def bc_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """L_d: the noise in the data's actions, predicted [D1]."""
-        a_i = self.policy.perturbed(batch.act, draws["eps"], draws["i"])
-        loss = F.mse_loss(self.policy.net(a_i, batch.obs, draws["i"]), draws["eps"])
+        a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
+        loss = F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
         return loss, {"bc_loss": loss.detach()}
 
     def follow_policy(self) -> None:
         tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # 1 copies [D2]
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), tau)
 
-    def draw_act(self, n: int, deterministic: bool, config: DiffusionBCConfig, generator: torch.Generator) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: DiffusionBCConfig, generator: torch.Generator) -> Noise:
         policy = self.policy if config.ema_tau is None else self.policy_ema  # [D2]
         return policy.draw_candidates(n, 1, deterministic, generator)
 
-    def act(self, obs: Tensor, draws: Draws, config: DiffusionBCConfig) -> Tensor:
+    def act(self, obs: Tensor, noise: Noise, config: DiffusionBCConfig) -> Tensor:
         """(B, S) -> (B, A): one sample; deterministic: from the stored noise, the same for every observation."""
         policy = self.policy if config.ema_tau is None else self.policy_ema  # [D2]
-        return policy.candidates(obs, draws["noises"], config)[:, 0]
+        return policy.candidates(obs, noise["noises"], config)[:, 0]

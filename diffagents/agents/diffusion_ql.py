@@ -42,7 +42,7 @@ from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP, mish
-from diffagents.training.updates import Draws, Optimizer, Part, Stage
+from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 
@@ -111,33 +111,33 @@ class DiffusionQL(Agent):
 
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
-        parts = (
-            Part(self.critic_loss, self.draw_critic, (opt["critic"],), self.follow_critic),
-            Part(self.policy_loss, self.draw_policy, (opt["policy"],)),
-            Part(after=self.follow_policy, every=c.ema_every, start=c.ema_start),  # [D6]
+        updates = (
+            Update(self.critic_loss, self.draw_critic, (opt["critic"],), self.follow_critic),
+            Update(self.policy_loss, self.draw_policy, (opt["policy"],)),
+            Update(after=self.follow_policy, every=c.ema_every, start=c.ema_start),  # [D6]
         )
-        return [Stage("train", c.batch_size, parts)]
+        return [Stage("train", c.batch_size, updates)]
 
     def online_stage(self) -> Stage:
         (offline,) = self.stages()
-        *parts, follow = offline.parts
-        return Stage("online", offline.batch_size, (*parts, dataclasses.replace(follow, start=0)))  # [O1] [O4]
+        *updates, follow = offline.updates
+        return Stage("online", offline.batch_size, (*updates, dataclasses.replace(follow, start=0)))  # [O1] [O4]
 
     # ---- critic ----------------------------------------------------------------------------------------------------
-    def draw_critic(self, n: int, generator: torch.Generator) -> Draws:
+    def draw_critic(self, n: int, generator: torch.Generator) -> Noise:
         each = self.config.n_backup_samples if self.config.max_q_backup else 1
         return {"noises": self.policy.noises((n * each,), generator)}
 
-    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Eq. (4): MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's action."""
         c = self.config
         with torch.no_grad():
             each = c.n_backup_samples if c.max_q_backup else 1  # [D2]
             next_obs = batch.next_obs.repeat_interleave(each, dim=0)
-            next_act = self.policy_ema.sample(next_obs, draws["noises"])
+            next_act = self.policy_ema.sample(next_obs, noise["noises"])
             next_q = self.critic_target(torch.cat([next_obs, next_act], -1))  # (2, B * each)
             next_v = next_q.view(2, -1, each).amax(-1).amin(0)  # (B,)
-            goal = td_target(batch.rew, batch.done, next_v, c.gamma, batch.beside.get("floor"))
+            goal = td_target(batch.rew, batch.done, next_v, c.gamma, batch.extras.get("floor"))
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (2, B)
         loss = (q - goal).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
@@ -146,7 +146,7 @@ class DiffusionQL(Agent):
         polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
 
     # ---- policy ----------------------------------------------------------------------------------------------------
-    def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
+    def draw_policy(self, n: int, generator: torch.Generator) -> Noise:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {
             "i": torch.randint(self.config.n_diffusion_steps, (n,), **kwargs),
@@ -155,42 +155,42 @@ class DiffusionQL(Agent):
             "coin": torch.rand((), **kwargs),
         }
 
-    def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Eq. (3): L_d + eta L_q."""
-        bc_loss, q_loss = self.bc_loss(batch, draws), self.q_loss(batch, draws)
-        loss = bc_loss + self.config.eta * self.loosening * q_loss
+        bc_loss, q_loss = self.bc_loss(batch, noise), self.q_loss(batch, noise)
+        loss = bc_loss + self.config.eta * self.constraint_relaxation * q_loss
         return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "q_loss": q_loss.detach()}
 
-    def bc_loss(self, batch: Batch, draws: Draws) -> Tensor:
+    def bc_loss(self, batch: Batch, noise: Noise) -> Tensor:
         """Eq. (2): the noise in the data's actions, predicted [D3]."""
-        a_i = self.policy.perturbed(batch.act, draws["eps"], draws["i"])
-        return F.mse_loss(self.policy.net(a_i, batch.obs, draws["i"]), draws["eps"])
+        a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
+        return F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
 
-    def q_loss(self, batch: Batch, draws: Draws) -> Tensor:
+    def q_loss(self, batch: Batch, noise: Noise) -> Tensor:
         """L_q: minus one critic at the policy's actions, in units of the other's mean size there [D1]."""
-        a0 = self.policy.sample(batch.obs, draws["noises"])
+        a0 = self.policy.sample(batch.obs, noise["noises"])
         q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; online, already updated
-        return normalized_q_loss(q1, q2, draws["coin"])
+        return normalized_q_loss(q1, q2, noise["coin"])
 
     def follow_policy(self) -> None:
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), self.config.ema_tau)
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def draw_act(self, n: int, deterministic: bool, config: DiffusionQLConfig, generator: torch.Generator) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: DiffusionQLConfig, generator: torch.Generator) -> Noise:
         n_candidates = 1 if config.select == "first" else config.n_candidates
         return self.policy.draw_candidates(n, n_candidates, deterministic, generator)
 
-    def act(self, obs: Tensor, draws: Draws, config: DiffusionQLConfig) -> Tensor:
+    def act(self, obs: Tensor, noise: Noise, config: DiffusionQLConfig) -> Tensor:
         """(B, S) -> (B, A): candidates of the policy, one chosen by min Qbar [D7].
 
         deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
         """
         c = config
-        actions = self.policy.candidates(obs, draws["noises"], config)  # (B, n, A)
+        actions = self.policy.candidates(obs, noise["noises"], config)  # (B, n, A)
         if actions.shape[1] == 1:
             return actions[:, 0]
         q = self.critic_target.on_parts(obs[:, None], actions).amin(0)  # (B, n)
-        return select_action(actions, q, c.select, c.temperature, draws.get("gumbel"))
+        return select_action(actions, q, c.select, c.temperature, noise.get("gumbel"))
 
     @classmethod
     def from_official(cls, actor: Any, critic: Any, **kwargs: Any) -> "DiffusionQL":

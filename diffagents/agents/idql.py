@@ -47,7 +47,7 @@ from diffagents.functional import SELECT, eps_loss, polyak_update_, select_actio
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, _on_states
 from diffagents.networks.mlp import MLP, dropout_masks, xavier_
-from diffagents.training.updates import Draws, Optimizer, Part, Stage
+from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 
@@ -119,60 +119,60 @@ class IDQL(Agent):
     def stages(self) -> list[Stage]:
         n, opt = self.config.batch_size, self.optimizers
         return [  # [D1]
-            Stage("critic", n, (Part(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),
-            Stage("behavior", n, (Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior),)),
+            Stage("critic", n, (Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),
+            Stage("behavior", n, (Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior),)),
         ]
 
     def online_stage(self) -> Stage:
         return dataclasses.replace(self.stages()[0], name="online")  # [O1]
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
-    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         return self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D2]
 
     def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)
 
     # ---- stage 2: behaviour ----------------------------------------------------------------------------------------
-    def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
+    def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
         c, net = self.config, self.behavior.net
         assert isinstance(net, ResidualDenoiser)
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
-        draws = {
+        noise = {
             "i": torch.randint(c.n_diffusion_steps, (n,), **kwargs),
             "eps": torch.randn(n, self.act_dim, **kwargs),
         }
         if c.dropout > 0:
-            draws["masks"] = dropout_masks((net.n_blocks, n, net.width), c.dropout, generator)
-        return draws
+            noise["masks"] = dropout_masks((net.n_blocks, n, net.width), c.dropout, generator)
+        return noise
 
-    def behavior_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def behavior_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """L: the noise in the data's actions, predicted."""
-        a_i = self.behavior.perturbed(batch.act, draws["eps"], draws["i"])
-        loss = eps_loss(self.behavior.net(a_i, batch.obs, draws["i"], draws.get("masks")), draws["eps"])
+        a_i = self.behavior.perturbed(batch.act, noise["eps"], noise["i"])
+        loss = eps_loss(self.behavior.net(a_i, batch.obs, noise["i"], noise.get("masks")), noise["eps"])
         return loss, {"behavior_loss": loss.detach()}
 
     def follow_behavior(self) -> None:
         polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def draw_act(self, n: int, deterministic: bool, config: IDQLConfig, generator: torch.Generator) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: IDQLConfig, generator: torch.Generator) -> Noise:
         n_candidates = 1 if config.select == "first" else config.n_candidates
         return self.behavior_ema.draw_candidates(n, n_candidates, deterministic, generator)
 
-    def act(self, obs: Tensor, draws: Draws, config: IDQLConfig) -> Tensor:
+    def act(self, obs: Tensor, noise: Noise, config: IDQLConfig) -> Tensor:
         """(B, S) -> (B, A): samples of the lagged behaviour, one chosen by min Qbar.
 
         deterministic: the samples of the stored noise, then argmax ("first" stays the first).
         """
-        c, noise = config, draws.get("gumbel")
-        actions = self.behavior_ema.candidates(obs, draws["noises"], c, c.sampling_temperature)  # (B, n, A)
+        c, gumbel_noise = config, noise.get("gumbel")
+        actions = self.behavior_ema.candidates(obs, noise["noises"], c, c.sampling_temperature)  # (B, n, A)
         if actions.shape[1] == 1:
             return actions[:, 0]
         q = self.critic.q_target.on_parts(actions, obs[:, None]).amin(0)  # (B, n)
-        if c.select == "expectile" and noise is not None:
-            return implicit_choice(actions, q - self.critic.v(obs), c.expectile, noise)
-        return select_action(actions, q, c.select, c.temperature, noise)
+        if c.select == "expectile" and gumbel_noise is not None:
+            return implicit_choice(actions, q - self.critic.v(obs), c.expectile, gumbel_noise)
+        return select_action(actions, q, c.select, c.temperature, gumbel_noise)
 
 
 def implicit_choice(actions: Tensor, advantage: Tensor, expectile: float, noise: Tensor) -> Tensor:

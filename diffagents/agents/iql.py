@@ -39,7 +39,7 @@ from diffagents.config.checks import check_choice, check_number, net_arch
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.mlp import GaussianPolicy, TanhPolicy, dropout_masks
-from diffagents.training.updates import Draws, Optimizer, Part, Stage
+from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 MAX_WEIGHT = 100.0
@@ -95,35 +95,35 @@ class IQL(Agent):
 
     def stages(self) -> list[Stage]:
         opt = self.optimizers
-        parts = (
-            Part(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),
-            Part(self.policy_loss, self.draw_policy, (opt["policy"],)),
+        updates = (
+            Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),
+            Update(self.policy_loss, self.draw_policy, (opt["policy"],)),
         )
-        return [Stage("train", self.config.batch_size, parts)]
+        return [Stage("train", self.config.batch_size, updates)]
 
     def online_stage(self) -> Stage:
         return dataclasses.replace(self.stages()[0], name="online")  # [O1]
 
     # ---- critic ----------------------------------------------------------------------------------------------------
-    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         return self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D1]
 
     def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)
 
     # ---- policy ----------------------------------------------------------------------------------------------------
-    def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
+    def draw_policy(self, n: int, generator: torch.Generator) -> Noise:
         if self.config.dropout == 0:
             return {}
         return {"masks": dropout_masks((n, sum(self.policy.hidden)), self.config.dropout, generator)}  # [D3]
 
-    def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Eq. (7): cloning, each action by the weight of its advantage."""
         with torch.no_grad():
             q = self.critic.q_target(torch.cat([batch.act, batch.obs], -1)).amin(0)  # (B,)
             advantage = q - self.critic.v(batch.obs).squeeze(-1)
             weight = torch.exp(self.config.beta * advantage).clamp(max=MAX_WEIGHT)
-        masks = draws.get("masks")
+        masks = noise.get("masks")
         if isinstance(self.policy, GaussianPolicy):
             misfit = -self.policy.log_prob(batch.obs, batch.act, masks)
         else:
@@ -135,19 +135,19 @@ class IQL(Agent):
     def point_policy(self, deterministic: bool) -> TanhPolicy | None:
         return self.policy if deterministic or not isinstance(self.policy, GaussianPolicy) else None
 
-    def draw_act(self, n: int, deterministic: bool, config: IQLConfig, generator: torch.Generator) -> Draws:
+    def draw_act(self, n: int, deterministic: bool, config: IQLConfig, generator: torch.Generator) -> Noise:
         if deterministic or not isinstance(self.policy, GaussianPolicy):
             return {}
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
-        return {"noise": torch.randn(n, self.act_dim, **kwargs)}
+        return {"eps": torch.randn(n, self.act_dim, **kwargs)}
 
-    def act(self, obs: Tensor, draws: Draws, config: IQLConfig) -> Tensor:
+    def act(self, obs: Tensor, noise: Noise, config: IQLConfig) -> Tensor:
         """(B, S) -> (B, A): the mean (the paper's evaluation), or a sample of the Gaussian, clamped to [-1, 1].
 
         deterministic: the mean. With `deterministic_policy` both are.
         """
-        if "noise" in draws:
+        if "eps" in noise:
             assert isinstance(self.policy, GaussianPolicy)
-            return self.policy.sample(obs, draws["noise"])
+            return self.policy.sample(obs, noise["eps"])
         mean: Tensor = self.policy(obs)
         return mean

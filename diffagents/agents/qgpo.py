@@ -52,7 +52,7 @@ from diffagents.diffusion.sde import SolverStep, dpm_solve, dpm_solver_steps, vp
 from diffagents.functional import action_gradient, perturb, polyak_update_, td_target
 from diffagents.networks.mlp import MLP, EnsembleMLP
 from diffagents.networks.score_model import FourierTime, UNetDenoiser, VPBehavior
-from diffagents.training.updates import Draws, Optimizer, Part, Stage
+from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 ENERGY_LOSSES = ("cep", "mse", "emse")
@@ -137,9 +137,9 @@ class QGPO(Agent):
 
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
-        behavior = Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
-        critic = Part(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic)
-        energy = Part(self.energy_loss, self.draw_energy, (opt["energy"],))
+        behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
+        critic = Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic)
+        energy = Update(self.energy_loss, self.draw_energy, (opt["energy"],))
         return [
             Stage("behavior", c.behavior_batch_size, (behavior,)),
             Stage("critic", c.batch_size, (critic,), self.prepare_critic, c.n_support_states),
@@ -147,7 +147,7 @@ class QGPO(Agent):
         ]
 
     def online_stage(self) -> Stage:
-        (behavior,), (critic,), (energy,) = (stage.parts for stage in self.stages())
+        (behavior,), (critic,), (energy,) = (stage.updates for stage in self.stages())
         critic = dataclasses.replace(critic, loss=self.next_critic_loss)
         return Stage("online", self.config.batch_size, (behavior, critic, energy), self.prepare_online)
 
@@ -156,31 +156,31 @@ class QGPO(Agent):
         b = mixture.sample(self.config.n_online_states, generator)
         matrix = torch.cat([b.obs, b.act, b.rew[:, None], b.done[:, None], b.next_obs], 1)
         actions, next_actions = (self._support(None, obs, generator) for obs in (b.obs, b.next_obs))
-        return Sampler(matrix, self.obs_dim, self.act_dim).beside(actions=actions, next_actions=next_actions)
+        return Sampler(matrix, self.obs_dim, self.act_dim).with_extras(actions=actions, next_actions=next_actions)
 
-    def next_critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
-        return self.critic_loss(batch._replace(beside={"actions": batch.beside["next_actions"]}), draws)
+    def next_critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        return self.critic_loss(batch._replace(extras={"actions": batch.extras["next_actions"]}), noise)
 
     # ---- stage 1: behaviour ----------------------------------------------------------------------------------------
-    def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
+    def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.act_dim, **kwargs)}
 
-    def behavior_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
-        loss = self.behavior.loss(batch.act, batch.obs, 1e-3 + (1.0 - 1e-3) * draws["u"], draws["eps"])  # [D3]
+    def behavior_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        loss = self.behavior.loss(batch.act, batch.obs, 1e-3 + (1.0 - 1e-3) * noise["u"], noise["eps"])  # [D3]
         return loss, {"behavior_loss": loss.detach()}
 
     # ---- stage 2: critic -------------------------------------------------------------------------------------------
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
         """Some actions of the behaviour model at s' beside each transition [D2]."""
         sampler = self._with_support(sampler, generator)
-        return sampler.beside(actions=self._support("critic", sampler.next_obs, generator))
+        return sampler.with_extras(actions=self._support("critic", sampler.next_obs, generator))
 
-    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """The mean of the two squared errors against a backup that stays within the support of the data."""
         c = self.config
         with torch.no_grad():
-            q = self.lower_q(batch.next_obs[:, None], batch.beside["actions"])  # (B, M)
+            q = self.lower_q(batch.next_obs[:, None], batch.extras["actions"])  # (B, M)
             beta = c.beta if c.beta_q is None else c.beta_q  # [D5]
             goal = td_target(batch.rew, batch.done, (torch.softmax(beta * q, -1) * q).sum(-1), c.gamma)
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (2, B)
@@ -199,44 +199,44 @@ class QGPO(Agent):
         if self.config.energy_loss == "mse":  # needs the data's actions only
             return sampler
         sampler = self._with_support(sampler, generator)
-        return sampler.beside(actions=self._support("energy", sampler.obs, generator))
+        return sampler.with_extras(actions=self._support("energy", sampler.obs, generator))
 
-    def draw_energy(self, n: int, generator: torch.Generator) -> Draws:
+    def draw_energy(self, n: int, generator: torch.Generator) -> Noise:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         size = (n, self.config.n_support, self.act_dim) if self.config.energy_loss == "cep" else (n, self.act_dim)
         return {"u": torch.rand(n, **kwargs), "eps": torch.randn(size, **kwargs)}
 
-    def energy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
-        loss = self.energy_misfit(batch, draws)
+    def energy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        loss = self.energy_misfit(batch, noise)
         return loss, {"energy_loss": loss.detach()}
 
-    def energy_misfit(self, batch: Batch, draws: Draws) -> Tensor:
+    def energy_misfit(self, batch: Batch, noise: Noise) -> Tensor:
         """Contrastive energy prediction: which of a state's M noisy actions was how good; or a regression [D4]."""
         c = self.config
-        t = 1e-3 + (1.0 - 1e-3) * draws["u"]  # (B,) [D3]
+        t = 1e-3 + (1.0 - 1e-3) * noise["u"]  # (B,) [D3]
         alpha, sigma = vp_alpha_sigma(t)
         if c.energy_loss == "cep":
-            a, obs = batch.beside["actions"], batch.obs[:, None]  # (B, M, A), (B, 1, S)
+            a, obs = batch.extras["actions"], batch.obs[:, None]  # (B, M, A), (B, 1, S)
             with torch.no_grad():
                 weights = torch.softmax(c.beta * self.lower_q(obs, a), -1)  # (B, M)
-            f = self.energy(perturb(a, draws["eps"], alpha[:, None], sigma[:, None]), obs, t[:, None])  # (B, M)
+            f = self.energy(perturb(a, noise["eps"], alpha[:, None], sigma[:, None]), obs, t[:, None])  # (B, M)
             return F.cross_entropy(f, weights)
-        f = self.energy(perturb(batch.act, draws["eps"], alpha, sigma), batch.obs, t)  # (B,)
+        f = self.energy(perturb(batch.act, noise["eps"], alpha, sigma), batch.obs, t)  # (B,)
         with torch.no_grad():
             goal = self.lower_q(batch.obs, batch.act)
             if c.energy_loss == "emse":
-                goal = goal - self.lower_q(batch.obs[:, None], batch.beside["actions"]).amax(-1)
+                goal = goal - self.lower_q(batch.obs[:, None], batch.extras["actions"]).amax(-1)
         if c.energy_loss == "mse":
             return F.mse_loss(f, c.beta * goal)
         return F.mse_loss(f.clamp(-100.0, 4.5).exp(), (c.beta * goal).clamp(-100.0, 4.5).exp())
 
     # ---- acting, and the support -----------------------------------------------------------------------------------
-    def draw_act(self, n: int, deterministic: bool, config: QGPOConfig, generator: torch.Generator) -> Draws:
-        return {"noise": self.behavior.noise(n, 1, deterministic, generator)}
+    def draw_act(self, n: int, deterministic: bool, config: QGPOConfig, generator: torch.Generator) -> Noise:
+        return {"eps": self.behavior.noise(n, 1, deterministic, generator)}
 
-    def act(self, obs: Tensor, draws: Draws, config: QGPOConfig) -> Tensor:
+    def act(self, obs: Tensor, noise: Noise, config: QGPOConfig) -> Tensor:
         """(B, S) -> (B, A): one guided sample [D7]. deterministic: it starts from the stored noise."""
-        sample = self.guided_sample(obs, draws["noise"], config.guidance_scale, self._solver(config.solver_steps))
+        sample = self.guided_sample(obs, noise["eps"], config.guidance_scale, self._solver(config.solver_steps))
         return sample[:, 0].clamp(-1.0, 1.0)
 
     def guided_sample(self, obs: Tensor, noise: Tensor, scale: float, steps: tuple[SolverStep, ...]) -> Tensor:

@@ -50,7 +50,7 @@ from diffagents.diffusion.sde import SolverStep, dpm_solver_steps
 from diffagents.functional import gumbel
 from diffagents.networks.critics import ReturnCritic
 from diffagents.networks.score_model import UNetDenoiser, VPBehavior
-from diffagents.training.updates import Draws, Optimizer, Part, Stage
+from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 
@@ -110,8 +110,8 @@ class SfBC(Agent):
 
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
-        behavior = Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
-        critic = Part(self.critic_loss, optimizers=(opt["critic"],))
+        behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
+        critic = Update(self.critic_loss, optimizers=(opt["critic"],))
         return [
             Stage("behavior", c.behavior_batch_size, (behavior,)),
             Stage("critic", c.batch_size, (critic,), self.prepare_critic),
@@ -119,8 +119,8 @@ class SfBC(Agent):
         ]
 
     def online_stage(self) -> Stage:
-        parts = tuple(part for stage in self.stages()[:2] for part in stage.parts)
-        return Stage("online", self.config.batch_size, parts, self.prepare_online)
+        updates = tuple(update for stage in self.stages()[:2] for update in stage.updates)
+        return Stage("online", self.config.batch_size, updates, self.prepare_online)
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
         """The returns of every whole episode [O1]; None while there is none."""
@@ -131,20 +131,20 @@ class SfBC(Agent):
         if self._pristine:  # there was no fit yet
             self._goals(torch.cat(returns))
         mean, std = self.critic.mean, self.critic.std
-        return mixture.beside(goals=[(some.float().to(self.device) - mean) / std for some in returns])
+        return mixture.with_extras(goals=[(some.float().to(self.device) - mean) / std for some in returns])
 
     # ---- stage 1: behaviour ----------------------------------------------------------------------------------------
-    def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
+    def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.act_dim, **kwargs)}
 
-    def behavior_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
-        loss = self.behavior.loss(batch.act, batch.obs, 1e-5 + (1.0 - 1e-5) * draws["u"], draws["eps"])  # [D5]
+    def behavior_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        loss = self.behavior.loss(batch.act, batch.obs, 1e-5 + (1.0 - 1e-5) * noise["u"], noise["eps"])  # [D5]
         return loss, {"behavior_loss": loss.detach()}
 
     # ---- stages 2 and 3: critic, planning --------------------------------------------------------------------------
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
-        return sampler.beside(goals=self._goals(planned_returns(sampler, self.config.gamma)))
+        return sampler.with_extras(goals=self._goals(planned_returns(sampler, self.config.gamma)))
 
     def prepare_planning(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
         """A round that begins makes the critic of the last one `critic_before`, and starts anew; one that goes on has both."""
@@ -155,7 +155,7 @@ class SfBC(Agent):
         if begins:  # [D3], last: whoever breaks in before has lost nothing
             self.critic.net.load_state_dict(self.initial_weights)
             self.optimizers["critic"].state.clear()
-        return sampler.beside(goals=goals)
+        return sampler.with_extras(goals=goals)
 
     @torch.no_grad()
     def state_values(self, sampler: Sampler, generator: torch.Generator) -> Tensor:
@@ -179,29 +179,29 @@ class SfBC(Agent):
         self.critic.std.copy_(std.clamp(min=0.1))
         return ((returns - mean) / std.clamp(min=0.1)).float().to(self.device)
 
-    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Squared error against the standardised returns; the metric q is in units of reward."""
         q = self.critic(batch.obs, batch.act)  # (B,)
-        loss = F.mse_loss(q, batch.beside["goals"])
+        loss = F.mse_loss(q, batch.extras["goals"])
         return loss, {"critic_loss": loss.detach(), "q": self.critic.mean + self.critic.std * q.detach().mean()}
 
     # ---- acting ----------------------------------------------------------------------------------------------------
-    def draw_act(self, n: int, deterministic: bool, config: SfBCConfig, generator: torch.Generator) -> Draws:
-        draws = {"noise": self.behavior.noise(n, config.n_candidates, deterministic, generator)}
+    def draw_act(self, n: int, deterministic: bool, config: SfBCConfig, generator: torch.Generator) -> Noise:
+        noise = {"eps": self.behavior.noise(n, config.n_candidates, deterministic, generator)}
         if not deterministic:
-            draws["gumbel"] = gumbel((n, config.n_candidates), generator)
-        return draws
+            noise["gumbel"] = gumbel((n, config.n_candidates), generator)
+        return noise
 
-    def act(self, obs: Tensor, draws: Draws, config: SfBCConfig) -> Tensor:
+    def act(self, obs: Tensor, noise: Noise, config: SfBCConfig) -> Tensor:
         """(B, S) -> (B, A): the mean of some candidates, drawn by their Q [D6].
 
         deterministic: candidates of the stored noise, and the best of them.
         """
         c = config
-        candidates = self.behavior.sample(obs, draws["noise"], self._solver(c.solver_steps))  # (B, n, A)
+        candidates = self.behavior.sample(obs, noise["eps"], self._solver(c.solver_steps))  # (B, n, A)
         scores = self.critic(obs[:, None], candidates) / c.temperature  # (B, n)
-        if "gumbel" in draws:  # the largest of log weight + Gumbel noise are draws without replacement
-            scores = scores + draws["gumbel"]
+        if "gumbel" in noise:  # the largest of log weight + Gumbel noise are draws without replacement
+            scores = scores + noise["gumbel"]
         best = scores.topk(min(c.average_top, c.n_candidates), -1).indices  # (B, k)
         chosen = candidates.gather(1, best[..., None].expand(-1, -1, self.act_dim))
         return chosen.mean(1).clamp(-1.0, 1.0)

@@ -48,7 +48,7 @@ from diffagents.functional import action_gradient, eps_loss, perturb
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.mlp import Mish, TanhPolicy, dropout_masks, mish
 from diffagents.storage import checkpoint
-from diffagents.training.updates import Draws, Optimizer, Part, Stage
+from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 WEIGHTS = ("sigma2", "constant", "alpha_over_sigma")
@@ -134,50 +134,50 @@ class SRPO(Agent):
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
         return [
-            Stage("critic", c.batch_size, (Part(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),
-            Stage("behavior", c.behavior_batch_size, (Part(self.behavior_loss, self.draw_behavior, (opt["behavior"],)),)),
-            Stage("policy", c.batch_size, (Part(self.policy_loss, self.draw_policy, (opt["policy"],)),)),
+            Stage("critic", c.batch_size, (Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),
+            Stage("behavior", c.behavior_batch_size, (Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],)),)),
+            Stage("policy", c.batch_size, (Update(self.policy_loss, self.draw_policy, (opt["policy"],)),)),
         ]
 
     def online_stage(self) -> Stage:
-        (critic,), (behavior,), (policy,) = (stage.parts for stage in self.stages())
+        (critic,), (behavior,), (policy,) = (stage.updates for stage in self.stages())
         behavior = dataclasses.replace(behavior, every=self.config.online_behavior_every)
         return Stage("online", self.config.batch_size, (critic, behavior, policy))  # [O1]
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
-    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         return self.critic.loss(batch, self.config.expectile, self.config.gamma)
 
     def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)
 
     # ---- stage 2: behaviour ----------------------------------------------------------------------------------------
-    def draw_behavior(self, n: int, generator: torch.Generator) -> Draws:
-        draws = self.draw_policy(n, generator)
+    def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
+        noise = self.draw_policy(n, generator)
         if self.config.dropout > 0:
             net = self.behavior.net
-            draws["masks"] = dropout_masks((net.n_blocks, n, net.width), self.config.dropout, generator)
-        return draws
+            noise["masks"] = dropout_masks((net.n_blocks, n, net.width), self.config.dropout, generator)
+        return noise
 
-    def behavior_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def behavior_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """E || eps_mu(a_t | s, t) - eps ||^2, t ~ U(0.001, 1) [D5]: noise matching, whose minimiser gives the score."""
-        t = 1e-3 + (1.0 - 1e-3) * draws["u"]  # (B,)
+        t = 1e-3 + (1.0 - 1e-3) * noise["u"]  # (B,)
         alpha, sigma = vp_alpha_sigma(t)
-        a_t = perturb(batch.act, draws["eps"], alpha, sigma)
-        loss = eps_loss(self.behavior.net(a_t, batch.obs, t, draws.get("masks")), draws["eps"])
+        a_t = perturb(batch.act, noise["eps"], alpha, sigma)
+        loss = eps_loss(self.behavior.net(a_t, batch.obs, t, noise.get("masks")), noise["eps"])
         return loss, {"behavior_loss": loss.detach()}
 
     # ---- stage 3: policy -------------------------------------------------------------------------------------------
-    def draw_policy(self, n: int, generator: torch.Generator) -> Draws:
+    def draw_policy(self, n: int, generator: torch.Generator) -> Noise:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.act_dim, **kwargs)}
 
-    def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """A surrogate whose gradient is minus beta times Eq. (10) [D1]."""
-        c, obs, eps = self.config, batch.obs, draws["eps"]
+        c, obs, eps = self.config, batch.obs, noise["eps"]
         a = self.policy(obs)  # (B, A)
         with torch.no_grad():
-            t = 0.02 + 0.96 * draws["u"]  # (B,) [D5]
+            t = 0.02 + 0.96 * noise["u"]  # (B,) [D5]
             alpha, sigma = vp_alpha_sigma(t)
             eps_mu = self.behavior.net(perturb(a, eps, alpha, sigma), obs, t)  # no dropout here
             if c.weight == "sigma2":  # [D3]
@@ -193,7 +193,7 @@ class SRPO(Agent):
             dq_da = dq_da / (norm + 1e-8)
         elif c.q_grad_norm == "rms":
             dq_da = dq_da / (norm / self.act_dim**0.5 + 1e-8)
-        loss = ((pull - c.beta * self.loosening * dq_da) * a).sum(-1).mean()
+        loss = ((pull - c.beta * self.constraint_relaxation * dq_da) * a).sum(-1).mean()
         metrics = {"policy_loss": loss.detach(), "q_grad_norm": norm.mean(), "score_pull": pull.norm(dim=-1).mean()}
         return loss, metrics
 
@@ -201,7 +201,7 @@ class SRPO(Agent):
     def point_policy(self, deterministic: bool) -> TanhPolicy | None:
         return self.policy
 
-    def act(self, obs: Tensor, draws: Draws, config: SRPOConfig) -> Tensor:
+    def act(self, obs: Tensor, noise: Noise, config: SRPOConfig) -> Tensor:
         """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
         action: Tensor = self.policy(obs)
         return action

@@ -33,7 +33,7 @@ from diffagents.config.checks import check_choice, check_number, net_arch
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import polyak_update_, td_target
 from diffagents.networks.mlp import EnsembleMLP, TanhPolicy
-from diffagents.training.updates import Draws, Optimizer, Part, Stage
+from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 
@@ -89,9 +89,9 @@ class TD3BC(Agent):
 
     def stages(self) -> list[Stage]:
         c, opt = self.config, self.optimizers
-        parts = (
-            Part(self.critic_loss, self.draw_critic, (opt["critic"],)),
-            Part(
+        updates = (
+            Update(self.critic_loss, self.draw_critic, (opt["critic"],)),
+            Update(
                 self.policy_loss,
                 optimizers=(opt["policy"],),
                 after=self.follow_both,
@@ -99,35 +99,35 @@ class TD3BC(Agent):
                 start=c.policy_freq - 1,  # [D3]
             ),
         )
-        return [Stage("train", c.batch_size, parts)]
+        return [Stage("train", c.batch_size, updates)]
 
     def online_stage(self) -> Stage:
         return dataclasses.replace(self.stages()[0], name="online")  # [O1]
 
     # ---- critic ----------------------------------------------------------------------------------------------------
-    def draw_critic(self, n: int, generator: torch.Generator) -> Draws:
-        return {"noise": torch.randn(n, self.act_dim, generator=generator, device=self.device)}
+    def draw_critic(self, n: int, generator: torch.Generator) -> Noise:
+        return {"eps": torch.randn(n, self.act_dim, generator=generator, device=self.device)}
 
-    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's smoothed action."""
         c = self.config
         with torch.no_grad():
-            noise = (c.policy_noise * draws["noise"]).clamp(-c.noise_clip, c.noise_clip)
-            next_act = (self.policy_target(batch.next_obs) + noise).clamp(-1.0, 1.0)
+            smoothing = (c.policy_noise * noise["eps"]).clamp(-c.noise_clip, c.noise_clip)
+            next_act = (self.policy_target(batch.next_obs) + smoothing).clamp(-1.0, 1.0)
             next_q = self.critic_target(torch.cat([batch.next_obs, next_act], -1)).amin(0)  # (B,)
-            goal = td_target(batch.rew, batch.done, next_q, c.gamma, batch.beside.get("floor"))
+            goal = td_target(batch.rew, batch.done, next_q, c.gamma, batch.extras.get("floor"))
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (2, B)
         loss = (q - goal).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
     # ---- policy and lagged copies ----------------------------------------------------------------------------------
-    def policy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+    def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Eq. (3) with the weight of Eq. (5)."""
         act = self.policy(batch.obs)
         q = self.critic(torch.cat([batch.obs, act], -1))[0]  # (B,), the first of the twins; online, already updated
         weight = self.config.alpha / q.abs().mean().detach()  # lambda [D1]
         bc_loss = F.mse_loss(act, batch.act)  # [D2]
-        loss = bc_loss / self.loosening - weight * q.mean()
+        loss = bc_loss / self.constraint_relaxation - weight * q.mean()
         return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "lambda": weight}
 
     def follow_both(self) -> None:
@@ -138,7 +138,7 @@ class TD3BC(Agent):
     def point_policy(self, deterministic: bool) -> TanhPolicy | None:
         return self.policy
 
-    def act(self, obs: Tensor, draws: Draws, config: TD3BCConfig) -> Tensor:
+    def act(self, obs: Tensor, noise: Noise, config: TD3BCConfig) -> Tensor:
         """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
         action: Tensor = self.policy(obs)
         return action

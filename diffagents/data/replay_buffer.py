@@ -226,8 +226,8 @@ class Mixture:
             old, new = index.clamp(max=split - 1), (index - split).clamp(min=0)
             is_old = index < split
             matrix = torch.where(is_old[:, None], offline.matrix.index_select(0, old), online.matrix.index_select(0, new))
-            beside = {name: torch.where(is_old, _row(offline, name, old), _row(online, name, new)) for name in offline.tables}
-            return batch_of(matrix, offline.obs_dim, offline.act_dim, beside)
+            extras = {name: torch.where(is_old, _row(offline, name, old), _row(online, name, new)) for name in offline.tables}
+            return batch_of(matrix, offline.obs_dim, offline.act_dim, extras)
         drawn = [
             (side, torch.randint(len(side), (count,), generator=generator, device=self.device))
             for side, count in zip((offline, online), self.counts(n), strict=True)
@@ -236,8 +236,8 @@ class Mixture:
         matrix = torch.cat([side.matrix.index_select(0, index) for side, index in drawn])
         named = offline if offline is not None else online
         names = named.tables if isinstance(named, Sampler) else {}
-        beside = {name: torch.cat([_row(side, name, index) for side, index in drawn]) for name in names}
-        return batch_of(matrix, drawn[0][0].obs_dim, drawn[0][0].act_dim, beside)
+        extras = {name: torch.cat([_row(side, name, index) for side, index in drawn]) for name in names}
+        return batch_of(matrix, drawn[0][0].obs_dim, drawn[0][0].act_dim, extras)
 
     def in_episodes(self, whole: bool) -> "Mixture":
         """The same with a copy of the buffer in episodes, on which tables can be put (`Replay.episodes`)."""
@@ -249,9 +249,11 @@ class Mixture:
         """What there is of the two, old data first, where both are in episodes."""
         return [side for side in (self.offline, self.online) if isinstance(side, Sampler)]
 
-    def beside(self, **tables: Sequence[Tensor]) -> "Mixture":
+    def with_extras(self, **tables: Sequence[Tensor]) -> "Mixture":
         """The same with tables beside its `sides`: for each name as many tables (N,), in their order."""
-        tabled = iter([side.beside(**{name: table[i] for name, table in tables.items()}) for i, side in enumerate(self.sides)])
+        tabled = iter(
+            [side.with_extras(**{name: table[i] for name, table in tables.items()}) for i, side in enumerate(self.sides)]
+        )
         old = next(tabled) if self.offline is not None else None
         return Mixture(old, next(tabled, None), self.ratio)
 

@@ -13,7 +13,7 @@ class Sampler:
 
     Columns: obs (S) | act in [-1, 1] (A) | rew | done | next_obs (S). One matrix makes a batch one gather.
     `episode_ends` (E,) int64, on the CPU: one past the last row of each episode. `tables`: tensors (N, ...) whose rows
-    come along with each transition, as `Batch.beside`.
+    come along with each transition, as `Batch.extras`.
     """
 
     def __init__(self, matrix: Tensor, obs_dim: int, act_dim: int, episode_ends: Tensor | None = None) -> None:
@@ -46,7 +46,7 @@ class Sampler:
         """Every transition in order, views."""
         return batch_of(self.matrix, self.obs_dim, self.act_dim, self.tables)
 
-    def beside(self, **tables: Tensor) -> "Sampler":
+    def with_extras(self, **tables: Tensor) -> "Sampler":
         """The same transitions with a row of each table (N, ...) beside each; the matrix is shared."""
         other = copy.copy(self)
         other.tables = {**self.tables, **tables}
@@ -67,11 +67,11 @@ class Sampler:
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions at `index` (n,) int64, on the sampler's device."""
-        beside = {name: table.index_select(0, index) for name, table in self.tables.items()}
-        return batch_of(self.matrix.index_select(0, index), self.obs_dim, self.act_dim, beside)
+        extras = {name: table.index_select(0, index) for name, table in self.tables.items()}
+        return batch_of(self.matrix.index_select(0, index), self.obs_dim, self.act_dim, extras)
 
 
-def batch_of(matrix: Tensor, obs_dim: int, act_dim: int, beside: dict[str, Tensor]) -> Batch:
+def batch_of(matrix: Tensor, obs_dim: int, act_dim: int, extras: dict[str, Tensor]) -> Batch:
     """Rows of such a matrix as a Batch of views."""
     rew = obs_dim + act_dim
     return Batch(
@@ -80,5 +80,5 @@ def batch_of(matrix: Tensor, obs_dim: int, act_dim: int, beside: dict[str, Tenso
         rew=matrix[:, rew],
         done=matrix[:, rew + 1],
         next_obs=matrix[:, rew + 2 :],
-        beside=beside,
+        extras=extras,
     )

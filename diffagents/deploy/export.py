@@ -120,8 +120,8 @@ class ExportedPolicy(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """As `Spec.unscale_action` after `Agent.act`; whole numbers, as float32, where the space is of integers."""
-        draws = self.actor.draw_act(1, True, self.config, self.actor.predict_generator)
-        act = self.actor.act(self.actor.obs_normalizer(obs), draws, self.config).clamp(-1.0, 1.0)
+        noise = self.actor.draw_act(1, True, self.config, self.actor.predict_generator)
+        act = self.actor.act(self.actor.obs_normalizer(obs), noise, self.config).clamp(-1.0, 1.0)
         action = self.low + (act + 1.0) * 0.5 * (self.high - self.low)
         action = torch.minimum(torch.maximum(action, self.low), self.high)
         return action.trunc() if self.whole else action

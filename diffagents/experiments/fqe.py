@@ -31,7 +31,7 @@ from diffagents.data.sampler import Sampler
 from diffagents.data.transitions import Transitions
 from diffagents.functional import lambda_returns, polyak_update_, td_target
 from diffagents.networks.mlp import EnsembleMLP
-from diffagents.training.updates import Draws, Optimizer, Part, Runner, Stage
+from diffagents.training.updates import Noise, Optimizer, Runner, Stage, Update
 from diffagents.types import Batch, Metrics
 
 MAX_STARTS = 2000
@@ -115,9 +115,9 @@ class FQE:
             """Over the fits of each policy, (E, B) -> (E, B) [D5]."""
             return q.view(n_policies, c.n_seeds, -1).amin(1).repeat_interleave(c.n_seeds, 0)
 
-        def loss(batch: Batch, draws: Draws) -> tuple[Tensor, Metrics]:
+        def loss(batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
             with torch.no_grad():
-                next_q = lagged(batch.next_obs, batch.beside["next_act"].transpose(0, 1))  # (E, B)
+                next_q = lagged(batch.next_obs, batch.extras["next_act"].transpose(0, 1))  # (E, B)
                 goal = td_target(batch.rew, batch.done, least(next_q).clamp(low, high), c.gamma)  # [D2]
                 outside = ((next_q < low) | (next_q > high)).float().mean(-1)
             error = q(torch.cat([batch.obs, batch.act], -1)) - goal
@@ -131,8 +131,8 @@ class FQE:
         def estimate() -> Tensor:
             return lagged(self.starts, start_act.to(self.device)) * self.scale  # (E, n_starts)
 
-        stage = Stage("fqe", c.batch_size, (Part(loss, optimizers=(optimizer,), after=follow),))
-        sampler = self.sampler.beside(next_act=next_act.transpose(0, 1).contiguous().to(self.device))
+        stage = Stage("fqe", c.batch_size, (Update(loss, optimizers=(optimizer,), after=follow),))
+        sampler = self.sampler.with_extras(next_act=next_act.transpose(0, 1).contiguous().to(self.device))
         runner = Runner(stage, sampler, torch.Generator(self.device).manual_seed(c.seed))  # [D6]
         clipped, late, before = torch.zeros(n_policies * c.n_seeds, device=self.device), c.steps - c.steps // 4, estimate()
         for k in range(c.steps):  # nothing in it waits for the device

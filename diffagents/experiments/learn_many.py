@@ -26,10 +26,10 @@ from diffagents.errors import TrainingDiverged
 from diffagents.training import offline, prepare, provenance, session
 from diffagents.training.compiled import Compiled, NamedTensors, Networks, gradients_of, trained_names, with_leaves
 from diffagents.training.cuda_graph import GraphRunner
-from diffagents.training.monitor import Watch
+from diffagents.training.monitor import Monitor
 from diffagents.training.plan import Plan
 from diffagents.training.state import restore
-from diffagents.training.updates import Draws, Gradients, Part, Runner, Stage
+from diffagents.training.updates import Gradients, Noise, Runner, Stage, Update
 from diffagents.types import Batch, Metrics
 
 SWITCHES = ("dropout", "gamma")
@@ -167,10 +167,10 @@ def _run_stage(
     for agent, stage in zip(members, stages, strict=True):
         if name == agent.POLICY_STAGE:
             agent._policy_missing = False
-        for part in stage.parts:
-            for optimizer in part.optimizers:
+        for update in stage.updates:
+            for optimizer in update.optimizers:
                 optimizer.start_schedule(length)
-        watches.append(Watch(agent, name, length, 0))
+        watches.append(Monitor(agent, name, length, 0))
         samplers.append(sampler if stage.prepare is None else stage.prepare(sampler, offline.stage_generator(agent, stage)))
         watches[-1].limit_q(samplers[-1])
         watches[-1].restart_clock()
@@ -195,7 +195,7 @@ def _run_stage(
                 if k in lost:
                     continue
                 try:
-                    watch.look(done, means, put_back=False)
+                    watch.log(done, means, put_back=False)
                 except TrainingDiverged as error:
                     lost[k] = watch.good
                     failures.append(f"member {k}: {error}")
@@ -211,24 +211,24 @@ class ManyRunner(Runner):
         stages: Sequence[Stage],
         samplers: Sequence[Sampler],
         generators: Sequence[torch.Generator],
-        gradients: Sequence[Callable[[Batch, Draws], tuple[Gradients, Metrics]]],
+        gradients: Sequence[Callable[[Batch, Noise], tuple[Gradients, Metrics]]],
     ) -> None:
         super().__init__(stages[0], samplers[0], generators[0], gradients)
         self.generators, self._samplers = list(generators), samplers
-        self._members = [stage.parts for stage in stages]
+        self._members = [stage.updates for stage in stages]
         self._shared = all(sampler is samplers[0] for sampler in samplers)
 
     def run(self, due: Sequence[int]) -> None:
         batch = self._sample()
         for j in due:
-            draws = [
-                parts[j].draw(self.batch_size, generator)
-                for parts, generator in zip(self._members, self.generators, strict=True)
+            noise = [
+                updates[j].draw(self.batch_size, generator)
+                for updates, generator in zip(self._members, self.generators, strict=True)
             ]
-            gradients, metrics = self.gradients[j](batch, _stack(draws))
+            gradients, metrics = self.gradients[j](batch, _stack(noise))
             each = [[gradient.unbind() for gradient in some] for some in gradients]
-            for k, parts in enumerate(self._members):
-                parts[j].apply([[gradient[k] for gradient in some] for some in each])
+            for k, updates in enumerate(self._members):
+                updates[j].apply([[gradient[k] for gradient in some] for some in each])
             self.sums[j].add(metrics)
 
     def _sample(self) -> Batch:
@@ -236,12 +236,12 @@ class ManyRunner(Runner):
         if not self._shared:
             batches = [s.sample(self.batch_size, g) for s, g in zip(self._samplers, self.generators, strict=True)]
             columns = [torch.stack(column) for column in zip(*(batch[:5] for batch in batches), strict=True)]
-            return Batch._make([*columns, _stack([batch.beside for batch in batches])])
+            return Batch._make([*columns, _stack([batch.extras for batch in batches])])
         rows = torch.cat([self.sampler.rows(self.batch_size, generator) for generator in self.generators])
         batch = self.sampler.gather(rows)
         n = (len(self.generators), self.batch_size)
-        beside = {name: value.unflatten(0, n) for name, value in batch.beside.items()}
-        return Batch._make([*(value.unflatten(0, n) for value in batch[:5]), beside])
+        extras = {name: value.unflatten(0, n) for name, value in batch.extras.items()}
+        return Batch._make([*(value.unflatten(0, n) for value in batch[:5]), extras])
 
     def each_means(self) -> list[dict[str, float]]:
         """`means` of each member."""
@@ -254,12 +254,12 @@ def make_many_runner(
 ) -> ManyRunner:
     """What runs the steps of all members' stage number `position`, inside `with stacked(members) as tensors`."""
     stages = [agent.stages()[position] for agent in members]
-    gradients = [_many_gradients(members, part, tensors, mode != "eager") for part in stages[0].parts]
+    gradients = [_many_gradients(members, update, tensors, mode != "eager") for update in stages[0].updates]
     return ManyRunner(stages, samplers, [agent.generator for agent in members], gradients)
 
 
-def _stack(draws: Sequence[Draws]) -> Draws:
-    return {name: torch.stack([one[name] for one in draws]) for name in draws[0]}
+def _stack(noise: Sequence[Noise]) -> Noise:
+    return {name: torch.stack([one[name] for one in noise]) for name in noise[0]}
 
 
 @contextmanager
@@ -278,8 +278,8 @@ def stacked(agents: Sequence[Agent]) -> Iterator[NamedTensors]:
             tensors[name] = tensor
             continue
         tensors[name] = torch.stack([one.detach() for one in each])
-        for one, part in zip(each, tensors[name].unbind(), strict=True):
-            one.data = part
+        for one, update in zip(each, tensors[name].unbind(), strict=True):
+            one.data = update
             moved.append(one)
     try:
         yield tensors
@@ -290,13 +290,13 @@ def stacked(agents: Sequence[Agent]) -> Iterator[NamedTensors]:
             agent._compiled.clear()  # it reads the tensors that were there before
 
 
-def _many_gradients(agents: Sequence[Agent], part: Part, tensors: NamedTensors, compiled: bool) -> Any:
-    """`Part.gradients` for batches and draws (N, B, ...) of all members: gradients and metrics (N, ...)."""
-    if part.loss is None:
-        return part.gradients
-    template, loss = agents[0], part.loss
+def _many_gradients(agents: Sequence[Agent], update: Update, tensors: NamedTensors, compiled: bool) -> Any:
+    """`Update.gradients` for batches and draws (N, B, ...) of all members: gradients and metrics (N, ...)."""
+    if update.loss is None:
+        return update.gradients
+    template, loss = agents[0], update.loss
     roof = Networks(template.networks(), loss)
-    trained = trained_names(roof, part)
+    trained = trained_names(roof, update)
     knobs = [
         field.name
         for field in dataclasses.fields(template.config)
@@ -309,23 +309,23 @@ def _many_gradients(agents: Sequence[Agent], part: Part, tensors: NamedTensors, 
     single = roof.tensors()
     stacked = {name: 0 if name in values or tensor.dim() > single[name].dim() else None for name, tensor in everything.items()}
 
-    def losses(given: NamedTensors, batch: Batch, draws: Draws) -> tuple[tuple[Tensor, ...], Metrics]:
+    def losses(given: NamedTensors, batch: Batch, noise: Noise) -> tuple[tuple[Tensor, ...], Metrics]:
         config = template.config
         settings = {name: given[KNOB + name] for name in knobs}
         template.config = types.SimpleNamespace(**{**dataclasses.asdict(config), **settings})
         try:
             own = {name: tensor for name, tensor in given.items() if name not in values}
-            found, metrics = torch.func.functional_call(roof, own, (batch, draws))
+            found, metrics = torch.func.functional_call(roof, own, (batch, noise))
         finally:
             template.config = config
         return (found if isinstance(found, tuple) else (found,)), metrics
 
-    def gradients(given: NamedTensors, batch: Batch, draws: Draws) -> tuple[Gradients, Metrics]:
+    def gradients(given: NamedTensors, batch: Batch, noise: Noise) -> tuple[Gradients, Metrics]:
         given = with_leaves(given, trained)
-        found, metrics = torch.vmap(losses, in_dims=(stacked, 0, 0))(given, batch, draws)
+        found, metrics = torch.vmap(losses, in_dims=(stacked, 0, 0))(given, batch, noise)
         return gradients_of([one.sum() for one in found], given, trained), {name: m.detach() for name, m in metrics.items()}
 
-    def eager(batch: Batch, draws: Draws) -> tuple[Gradients, Metrics]:
-        return gradients(everything, batch, draws)
+    def eager(batch: Batch, noise: Noise) -> tuple[Gradients, Metrics]:
+        return gradients(everything, batch, noise)
 
     return Compiled(everything, gradients, eager) if compiled else eager

@@ -180,7 +180,7 @@ class EnsembleMLP(nn.Module):
         return h.squeeze(-1) if self.out_dim is None else h
 
 
-def start_(module: nn.Module, fill: Callable[[Tensor], Any]) -> None:
+def init_(module: nn.Module, fill: Callable[[Tensor], Any]) -> None:
     """Start every weight matrix in `module` by `fill`, in place, and every bias at zero, the output layer's too."""
     for name, parameter in module.named_parameters():
         if "bias" in name:
@@ -192,12 +192,12 @@ def start_(module: nn.Module, fill: Callable[[Tensor], Any]) -> None:
 
 def orthogonal_(module: nn.Module, gain: float = math.sqrt(2.0)) -> None:
     """`start_` with orthogonal matrices (BDPO's code)."""
-    start_(module, lambda weight: nn.init.orthogonal_(weight, gain))
+    init_(module, lambda weight: nn.init.orthogonal_(weight, gain))
 
 
 def xavier_(module: nn.Module) -> None:
     """`start_` with Xavier's uniform matrices (IDQL's code)."""
-    start_(module, nn.init.xavier_uniform_)
+    init_(module, nn.init.xavier_uniform_)
 
 
 def sinusoids(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def restore(
         agent.plan = agent.online = None
         new = [agent.optimizers[name] for name in fresh if name in agent.optimizers]
         for stage in agent.stages():
-            if any(optimizer in part.optimizers for part in stage.parts for optimizer in new):
+            if any(optimizer in part.optimizers for part in stage.updates for optimizer in new):
                 agent.stage_steps[stage.name] = 0
     return agent
 

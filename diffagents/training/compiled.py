@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from diffagents.training.updates import Draws, Gradients, Part
+from diffagents.training.updates import Gradients, Noise, Update
 from diffagents.types import Batch, Metrics
 
 NamedTensors = dict[str, Tensor]
@@ -38,24 +38,24 @@ class Networks(nn.Module):
 
 
 def gradient_program(
-    part: Part, networks: Mapping[str, nn.Module]
-) -> tuple[NamedTensors, Callable[[NamedTensors, Batch, Draws], tuple[Gradients, Metrics]]]:
-    """`Part.gradients` as a function of the tensors of all networks too; and those tensors."""
-    roof = Networks(networks, part.loss) if part.loss is not None else Networks({}, part.gradients)
-    trained = trained_names(roof, part)
+    update: Update, networks: Mapping[str, nn.Module]
+) -> tuple[NamedTensors, Callable[[NamedTensors, Batch, Noise], tuple[Gradients, Metrics]]]:
+    """`Update.gradients` as a function of the tensors of all networks too; and those tensors."""
+    roof = Networks(networks, update.loss) if update.loss is not None else Networks({}, update.gradients)
+    trained = trained_names(roof, update)
 
-    def gradients(tensors: NamedTensors, batch: Batch, draws: Draws) -> tuple[Gradients, Metrics]:
+    def gradients(tensors: NamedTensors, batch: Batch, noise: Noise) -> tuple[Gradients, Metrics]:
         given = with_leaves(tensors, trained)
-        loss, metrics = torch.func.functional_call(roof, given, (batch, draws))
+        loss, metrics = torch.func.functional_call(roof, given, (batch, noise))
         return gradients_of(loss if isinstance(loss, tuple) else (loss,), given, trained), metrics
 
     return roof.tensors(), gradients
 
 
-def trained_names(roof: Networks, part: Part) -> list[list[str]]:
+def trained_names(roof: Networks, update: Update) -> list[list[str]]:
     """For each optimiser of the part, the names of its parameters under the roof."""
     names = {id(parameter): name for name, parameter in roof.named_parameters()}
-    return [[names[id(parameter)] for parameter in optimizer.parameters] for optimizer in part.optimizers]
+    return [[names[id(parameter)] for parameter in optimizer.parameters] for optimizer in update.optimizers]
 
 
 def with_leaves(tensors: NamedTensors, trained: Sequence[Sequence[str]]) -> NamedTensors:
@@ -125,6 +125,8 @@ class Compiled:
         return make_fx(flat)(*inputs), inputs
 
 
-def compiled_gradients(part: Part, networks: Mapping[str, nn.Module]) -> Callable[[Batch, Draws], tuple[Gradients, Metrics]]:
+def compiled_gradients(
+    update: Update, networks: Mapping[str, nn.Module]
+) -> Callable[[Batch, Noise], tuple[Gradients, Metrics]]:
     """What takes the place of `part.gradients`."""
-    return part.gradients if part.loss is None else Compiled(*gradient_program(part, networks), part.gradients)
+    return update.gradients if update.loss is None else Compiled(*gradient_program(update, networks), update.gradients)

@@ -11,7 +11,7 @@ from diffagents.training import state
 from diffagents.training.state import restore, snapshot
 
 
-class Watch:
+class Monitor:
     """The looks at one stage of one agent, `length` steps of which `done` are behind it."""
 
     def __init__(self, agent: Any, stage: str, length: int, done: int) -> None:
@@ -28,7 +28,7 @@ class Watch:
         """Rates are of what is done from now on."""
         self.start = (time.perf_counter(), self.start[1])
 
-    def look(self, done: int, means: dict[str, float], put_back: bool = True) -> None:
+    def log(self, done: int, means: dict[str, float], put_back: bool = True) -> None:
         """Wait for the device, see whether all is well, report, and keep the state to fall back to.
 
         Raises TrainingDiverged, after putting that state back (or leaving that to the caller).

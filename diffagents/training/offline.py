@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from diffagents.data.sampler import Sampler
-from diffagents.training.monitor import Watch, clock
+from diffagents.training.monitor import Monitor, clock
 from diffagents.training.plan import Plan
 from diffagents.training.session import interrupt_between_updates, matmul_precision, timed
 from diffagents.training.state import restore, snapshot
@@ -64,10 +64,10 @@ def _run_stage(
     if stage.name == agent.POLICY_STAGE:
         agent._policy_missing = False
     before = agent.stage_steps[stage.name] - done  # steps of earlier plans: what starts late, starts once
-    for part in stage.parts:
-        for optimizer in part.optimizers:
-            optimizer.start_schedule(length, part.times(before, before + done))
-    watch = Watch(agent, stage.name, length, done)  # before `prepare`, which may start networks anew
+    for update in stage.updates:
+        for optimizer in update.optimizers:
+            optimizer.start_schedule(length, update.times(before, before + done))
+    watch = Monitor(agent, stage.name, length, done)  # before `prepare`, which may start networks anew
     if stage.prepare is not None:
         sampler = stage.prepare(sampler, stage_generator(agent, stage))
     runner = make_runner(agent, stage, sampler, plan.modes.get(stage.name, "eager"))
@@ -86,17 +86,17 @@ def _run_stage(
         agent.num_timesteps += 1
         agent.n_updates += 1
         if done % interval == 0 or done == length:
-            watch.look(done, runner.means())
+            watch.log(done, runner.means())
         go_on = True
         if callback is not None:
             callback.update_locals(local)
             try:
                 go_on = callback.on_step()
             except Exception:
-                watch.look(done, runner.means())  # a NaN explains more than what it led to
+                watch.log(done, runner.means())  # a NaN explains more than what it led to
                 raise
         if not go_on or interrupted.is_set():
-            watch.look(done, runner.means())  # whoever stops here can save what is here
+            watch.log(done, runner.means())  # whoever stops here can save what is here
             return False
     return True
 
@@ -109,7 +109,7 @@ def make_runner(agent: Any, stage: Stage, sampler: Sampler, mode: str) -> "Runne
     from diffagents.training.cuda_graph import GraphRunner
 
     networks = agent.networks()
-    runner = Runner(stage, sampler, agent.generator, [compiled_gradients(part, networks) for part in stage.parts])
+    runner = Runner(stage, sampler, agent.generator, [compiled_gradients(update, networks) for update in stage.updates])
     return GraphRunner(runner) if mode == "graph" else runner
 
 
@@ -137,16 +137,16 @@ def estimate(agent: Any, plan: Plan, sampler: Sampler) -> dict[str, float]:
                 seconds[stage.name] = (
                     (time.perf_counter() - start) * min(len(sampler), stage.n_prepared or len(sampler)) / len(few)
                 )
-            for part in stage.parts:
+            for update in stage.updates:
                 for n in (1, 3):  # the first only warms up
                     start = time.perf_counter()
                     for _ in range(n):
                         batch = some.sample(stage.batch_size, agent.generator)
-                        part.update(batch, part.draw(stage.batch_size, agent.generator))
+                        update.step(batch, update.draw(stage.batch_size, agent.generator))
                     if agent.device.type == "cuda":
                         torch.cuda.synchronize(agent.device)
                 first = agent.stage_steps[stage.name]
-                seconds[stage.name] += part.times(first, first + left) * (time.perf_counter() - start) / 3
+                seconds[stage.name] += update.times(first, first + left) * (time.perf_counter() - start) / 3
     finally:  # Ctrl-C, too, leaves the agent as it was
         restore(agent, before)
     return seconds

@@ -23,13 +23,13 @@ from diffagents.functional import lambda_returns
 from diffagents.storage import checkpoint
 from diffagents.training import prepare, provenance, session
 from diffagents.training.callbacks import make_callback, make_logger
-from diffagents.training.monitor import Watch
+from diffagents.training.monitor import Monitor
 from diffagents.training.plan import OnlineRun, OnlineSettings
 from diffagents.training.rollout import World, explore
 from diffagents.training.updates import Runner, Stage
 
-MAX_LOOSENING = 16.0
-"""The most that `loosening` grows to: by then the constraint hardly binds, and beyond it only floats overflow."""
+MAX_RELAXATION = 16.0
+"""The most that `constraint_relaxation` grows to: by then the constraint hardly binds, and beyond it only floats overflow."""
 
 
 def checked(settings: OnlineSettings) -> OnlineSettings:
@@ -90,7 +90,7 @@ def begin(agent: Any, total: int | None, env: Any, dataset: Any, settings: Onlin
                 "calibrate=True takes its floors from dataset=, for critics that bootstrap from the policy's own actions "
                 f"(DiffusionQL, DiffCPS, BDPO, TD3BC), not for {type(agent).__name__}{'' if agent.CALIBRATES else ' at all'}"
             )
-        sampler = sampler.beside(floor=floors(sampler, agent.config.gamma))
+        sampler = sampler.with_extras(floor=floors(sampler, agent.config.gamma))
     if data is None and run.settings.offline_ratio == 1:
         raise ValueError("offline_ratio=1 learns from the dataset alone: pass dataset=, or a ratio below 1")
     return run, sampler
@@ -186,13 +186,13 @@ def start(agent: Any, run: OnlineRun) -> None:
     agent.online = run
 
 
-def loosening(agent: Any) -> float:
+def constraint_relaxation(agent: Any) -> float:
     """By how much the constraint to the data is weaker by now: doubled every `online_halflife` environment steps."""
     halflife = getattr(agent.config, "online_halflife", None)
     if halflife is None:
         return 1.0
     doublings: float = agent.n_env_steps / halflife
-    return float(min(2.0 ** min(doublings, 100.0), MAX_LOOSENING))
+    return float(min(2.0 ** min(doublings, 100.0), MAX_RELAXATION))
 
 
 def learn_online(
@@ -236,7 +236,7 @@ def _run(
         if name == "policy" and run.settled:
             optimizer.lr.fill_(getattr(agent.config, "online_learning_rate", optimizer.learning_rate))
     world = World(agent, run)
-    watch = Watch(agent, stage.name, run.total, run.done)
+    watch = Monitor(agent, stage.name, run.total, run.done)
     interval = look or max(1, min(1000, run.total // 20))
     runner: Runner | None = None
     prepared_at = -stage.refresh
@@ -255,7 +255,7 @@ def _run(
                     runner = runner or Runner(stage, sampler, agent.generator)
                     runner.sampler = sampler
                 agent._pristine = agent._policy_missing = False
-                agent.loosening = loosening(agent)
+                agent.constraint_relaxation = constraint_relaxation(agent)
                 runner.step(run.n_updates)
                 run.n_updates += 1
                 agent.n_updates += 1
@@ -266,25 +266,25 @@ def _run(
             try:
                 local |= world.step(explore(agent, world.obs, run.random and run.n_updates == 0))
             except FloatingPointError:
-                watch.look(run.done, {"action": float("nan")})
+                watch.log(run.done, {"action": float("nan")})
                 raise
             agent.num_timesteps += world.n
             agent.n_env_steps += world.n
             before, run.done = run.done, run.done + world.n
             if run.done // interval > before // interval and run.done < run.total:
-                _look(agent, watch, run, runner, world, mixture)
+                _log(agent, watch, run, runner, world, mixture)
             if tick is not None:
                 tick.update_locals(local)
                 go_on = tick.on_step()
                 tick.on_rollout_end()
                 if not go_on:
                     break
-        _look(agent, watch, run, runner, world, mixture)
+        _log(agent, watch, run, runner, world, mixture)
     finally:
-        agent.loosening, agent._exploring = 1.0, False
+        agent.constraint_relaxation, agent._exploring = 1.0, False
 
 
-def _look(agent: Any, watch: Watch, run: OnlineRun, runner: Runner | None, world: World, mixture: Mixture) -> None:
+def _log(agent: Any, watch: Monitor, run: OnlineRun, runner: Runner | None, world: World, mixture: Mixture) -> None:
     """Metrics of the updates, and the return of the episodes that ended since the last look: `train_return`, exploring."""
     means = {} if runner is None else runner.means()
     if world.finished:
@@ -295,7 +295,7 @@ def _look(agent: Any, watch: Watch, run: OnlineRun, runner: Runner | None, world
             agent._logger.record("rollout/ep_len_mean", lengths)
         world.finished = []
     watch.limit_q(mixture)  # rewards that were not met before widen it
-    watch.look(run.done, means)
+    watch.log(run.done, means)
 
 
 def _ratio(agent: Any, run: OnlineRun) -> float | str:

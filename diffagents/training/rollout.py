@@ -116,10 +116,10 @@ def explore(agent: Any, obs: Tensor, random: bool) -> np.ndarray:
         act = 2.0 * torch.rand(shape, generator=generator, device=agent.device) - 1.0
     else:
         with torch.no_grad():
-            draws = agent.draw_act(len(obs), False, agent.config, generator)
-            act = agent.act(obs.to(agent.device), draws, agent.config)
-            if noise := getattr(agent.config, "online_noise", 0.0):
-                act = act + noise * torch.randn(shape, generator=generator, device=agent.device)
+            noise = agent.draw_act(len(obs), False, agent.config, generator)
+            act = agent.act(obs.to(agent.device), noise, agent.config)
+            if std := getattr(agent.config, "online_noise", 0.0):
+                act = act + std * torch.randn(shape, generator=generator, device=agent.device)
     out: np.ndarray = act.clamp(-1.0, 1.0).cpu().numpy()
     if not np.isfinite(out).all():
         raise FloatingPointError("the policy's actions are not finite numbers")

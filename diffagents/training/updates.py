@@ -1,6 +1,6 @@
 """Running updates: an optimiser step with its schedule, and the stages of a plan. Nothing about any algorithm.
 
-An update is three functions. `draw(n, generator)` makes every random number of the update as tensors; `loss(batch, draws)`
+An update is three functions. `draw(n, generator)` makes every random number of the update as tensors; `loss(batch, noise)`
 is a pure, fixed sequence of tensor operations that never asks the device for a value; `after()` moves what follows the
 trained networks. Gradients and optimiser steps between the last two are the engine's. The same update can therefore run
 eagerly, compiled (compiling.py), inside a CUDA graph (cuda_graph.py), for many agents at once (many.py), or be replayed by a
@@ -17,27 +17,27 @@ from torch import Tensor
 
 from diffagents.types import Batch, Metrics
 
-Draws = dict[str, Tensor]
+Noise = dict[str, Tensor]
 Gradients = Sequence[Sequence[Tensor]]
 """For each optimiser of a part, one tensor for each of its parameters."""
-GradientFunction = Callable[[Batch, Draws], tuple[Gradients, Metrics]]
+GradientFunction = Callable[[Batch, Noise], tuple[Gradients, Metrics]]
 
 
-def no_draws(n: int, generator: torch.Generator) -> Draws:
+def no_noise(n: int, generator: torch.Generator) -> Noise:
     """For an update without randomness."""
     return {}
 
 
 @dataclass(frozen=True)
-class Part:
+class Update:
     """An update and when it is due: at steps `start`, `start` + `every`, ... of its stage, counted from 0.
 
-    loss: (batch, draws) -> (loss, metrics), or as many losses as there are optimisers, each minimised by its own. None
+    loss: (batch, noise) -> (loss, metrics), or as many losses as there are optimisers, each minimised by its own. None
     where there is nothing to minimise. after: in-place updates of lagged networks and the like, element by element.
     """
 
-    loss: Callable[[Batch, Draws], tuple[Tensor | tuple[Tensor, ...], Metrics]] | None = None
-    draw: Callable[[int, torch.Generator], Draws] = no_draws
+    loss: Callable[[Batch, Noise], tuple[Tensor | tuple[Tensor, ...], Metrics]] | None = None
+    draw: Callable[[int, torch.Generator], Noise] = no_noise
     optimizers: tuple["Optimizer", ...] = ()
     after: Callable[[], None] | None = None
     every: int = 1
@@ -50,11 +50,11 @@ class Part:
         """How often it is due at the steps first, ..., last - 1."""
         return sum(sign * max(0, -(-(step - self.start) // self.every)) for sign, step in ((1, last), (-1, first)))
 
-    def gradients(self, batch: Batch, draws: Draws) -> tuple[Gradients, Metrics]:
+    def gradients(self, batch: Batch, noise: Noise) -> tuple[Gradients, Metrics]:
         """The gradient of each optimiser's loss in its own parameters; other networks are frozen."""
         if self.loss is None:
             return [], {}
-        loss, metrics = self.loss(batch, draws)
+        loss, metrics = self.loss(batch, noise)
         losses = loss if isinstance(loss, tuple) else (loss,)
         found = [
             torch.autograd.grad(one, optimizer.parameters, retain_graph=k < len(losses) - 1)
@@ -69,9 +69,9 @@ class Part:
         if self.after is not None:
             self.after()
 
-    def update(self, batch: Batch, draws: Draws) -> Metrics:
+    def step(self, batch: Batch, noise: Noise) -> Metrics:
         """Both, eagerly."""
-        gradients, metrics = self.gradients(batch, draws)
+        gradients, metrics = self.gradients(batch, noise)
         self.apply(gradients)
         return metrics
 
@@ -88,7 +88,7 @@ class Stage:
 
     name: str
     batch_size: int
-    parts: tuple[Part, ...]
+    updates: tuple[Update, ...]
     prepare: Callable[[Any, torch.Generator], Any] | None = None
     n_prepared: int | None = None
     refresh: int = 1000
@@ -202,7 +202,7 @@ class MetricSums:
 class Runner:
     """The steps of one stage: draw a batch, run the parts that are due, sum their metrics on the device.
 
-    gradients: for each part, what takes the place of `Part.gradients`, e.g. a compiled version of it.
+    gradients: for each part, what takes the place of `Update.gradients`, e.g. a compiled version of it.
     """
 
     def __init__(
@@ -212,14 +212,14 @@ class Runner:
         generator: torch.Generator,
         gradients: Sequence[GradientFunction] | None = None,
     ) -> None:
-        self.parts, self.batch_size, self.sampler, self.generators = stage.parts, stage.batch_size, sampler, [generator]
+        self.updates, self.batch_size, self.sampler, self.generators = stage.updates, stage.batch_size, sampler, [generator]
         self.device: torch.device = sampler.device
-        self.gradients = gradients or [part.gradients for part in stage.parts]
-        self.sums = [MetricSums() for _ in stage.parts]
+        self.gradients = gradients or [update.gradients for update in stage.updates]
+        self.sums = [MetricSums() for _ in stage.updates]
 
     def due(self, k: int) -> list[int]:
         """The numbers of the parts that are due at the stage's step k, counted from 0."""
-        return [j for j, part in enumerate(self.parts) if part.due(k)]
+        return [j for j, update in enumerate(self.updates) if update.due(k)]
 
     def step(self, k: int) -> None:
         """The stage's step k."""
@@ -230,8 +230,8 @@ class Runner:
         (generator,) = self.generators
         batch = self.sampler.sample(self.batch_size, generator)
         for j in due:
-            gradients, metrics = self.gradients[j](batch, self.parts[j].draw(self.batch_size, generator))
-            self.parts[j].apply(gradients)
+            gradients, metrics = self.gradients[j](batch, self.updates[j].draw(self.batch_size, generator))
+            self.updates[j].apply(gradients)
             self.sums[j].add(metrics)
 
     @property

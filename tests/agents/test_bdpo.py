@@ -98,8 +98,8 @@ def test_first_step_of_the_chain_is_valued_by_q_the_others_by_v_of_the_step_belo
     agent.value_target.forward = value  # type: ignore[method-assign]
     agent.critic_target.forward = lambda pairs: torch.full((3, len(pairs)), -1.0)  # type: ignore[method-assign]
     batch = batch_of(5)
-    draws = {"i": torch.arange(5), "eps": torch.randn(5, 2), "z": torch.randn(5, 2, 2)}
-    objective, _ = agent.step_objective(batch, draws, agent.policy)
+    noise = {"i": torch.arange(5), "eps": torch.randn(5, 2), "z": torch.randn(5, 2, 2)}
+    objective, _ = agent.step_objective(batch, noise, agent.policy)
     torch.testing.assert_close(objective.detach(), torch.tensor([-1.0, 10.0, 11.0, 12.0, 13.0]))
 
 
@@ -126,7 +126,7 @@ def test_order_of_a_run() -> None:
     for name in ("policy", "policy_ema"):
         assert moved(name) == [4, 7]
     assert moved("behavior") == moved("behavior_ema") == [4, 7]
-    assert small(train_steps=4000).learn(DATA, total_timesteps=400).stages()[1].parts[1].start == round(0.025 * 200)
+    assert small(train_steps=4000).learn(DATA, total_timesteps=400).stages()[1].updates[1].start == round(0.025 * 200)
 
 
 def test_policy_of_a_second_run_goes_on() -> None:
@@ -159,10 +159,10 @@ def test_warmup_is_once_and_shorter_than_the_stage() -> None:
     with pytest.raises(ValueError, match="warmup_steps=6 leaves none of the 6 train steps to the policy"):
         small(warmup_steps=6).learn(DATA)
     agent = small(train_steps=400).learn(DATA)
-    assert agent.stages()[1].parts[1].start == 10
+    assert agent.stages()[1].updates[1].start == 10
     agent.learn(DATA, stages=("train",), total_timesteps=1)
     agent.plan = type(agent.plan)({"train": 1000})  # type: ignore[misc]
-    assert agent.stages()[1].parts[1].start == 0
+    assert agent.stages()[1].updates[1].start == 0
 
 
 def test_gamma_zero_equals_terminal_data() -> None:
@@ -170,11 +170,11 @@ def test_gamma_zero_equals_terminal_data() -> None:
     agent = small().learn(DATA)
     batch = batch_of(8)
     ended = batch._replace(done=torch.ones(8), rew=torch.arange(8.0))
-    draws = agent.draw_critics(8, agent.generator)
-    y, _ = agent.q_target(ended, draws)
+    noise = agent.draw_critics(8, agent.generator)
+    y, _ = agent.q_target(ended, noise)
     bandit = agent.clone(gamma=0.0)
     assert "path" not in bandit.draw_critics(8, bandit.generator)
-    y_bandit, _ = bandit.q_target(ended, draws)
+    y_bandit, _ = bandit.q_target(ended, noise)
     torch.testing.assert_close(y, y_bandit)
 
 

@@ -44,17 +44,17 @@ class Oracle(nn.Module):
 def test_loss_is_the_mean_over_batch_and_dimensions() -> None:
     """[D1] Asked at the right noisy action and step, an oracle has loss 0, and e^2 / 2 with an error e in one of two dims."""
     agent, batch = an_agent(), a_batch()
-    draws = agent.draw_policy(64, torch.Generator().manual_seed(0))
+    noise = agent.draw_policy(64, torch.Generator().manual_seed(0))
     for error, loss in ((0.0, 0.0), (0.4, 0.08)):
         agent.policy.net = Oracle(batch.act, error)
-        assert agent.bc_loss(batch, draws)[0].item() == pytest.approx(loss, abs=1e-6)
+        assert agent.bc_loss(batch, noise)[0].item() == pytest.approx(loss, abs=1e-6)
 
 
 def test_draws_cover_every_step() -> None:
-    draws = an_agent(n_diffusion_steps=7).draw_policy(1000, torch.Generator().manual_seed(0))
-    counts = draws["i"].bincount()
+    noise = an_agent(n_diffusion_steps=7).draw_policy(1000, torch.Generator().manual_seed(0))
+    counts = noise["i"].bincount()
     assert len(counts) == 7 and counts.min() > 100
-    assert draws["eps"].shape == (1000, 2) and draws["eps"].std().item() == pytest.approx(1.0, abs=0.05)
+    assert noise["eps"].shape == (1000, 2) and noise["eps"].std().item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_the_lagged_copy_follows_every_step() -> None:

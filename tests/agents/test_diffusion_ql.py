@@ -61,10 +61,10 @@ def test_eta_zero_is_cloning_and_q_reaches_the_policy_through_the_chain() -> Non
     """With eta 0 the policy's loss is the denoising loss; the Q term has a gradient in every layer of the denoiser."""
     agent = DiffusionQL(eta=0.0, **SMALL).learn(DATA)
     batch = Batch(torch.randn(16, 3), torch.rand(16, 2), torch.zeros(16), torch.randn(16, 3), torch.zeros(16))
-    draws = agent.draw_policy(16, agent.generator)
-    loss, metrics = agent.policy_loss(batch, draws)
+    noise = agent.draw_policy(16, agent.generator)
+    loss, metrics = agent.policy_loss(batch, noise)
     assert loss.item() == metrics["bc_loss"].item()
-    agent.q_loss(batch, draws).backward()
+    agent.q_loss(batch, noise).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in agent.policy.net.parameters())
 
 

@@ -110,8 +110,8 @@ def test_layer_norm_of_v(obs_dim: int, knob: bool, blind: bool) -> None:
 def test_behavior_loss_is_summed_over_dimensions() -> None:
     """Asked at the right noisy action and step: an oracle's loss is 0, an error of e in one of two dimensions e^2."""
     agent, batch, chain = an_agent(dropout=0.0), a_batch(), vp_chain(5)
-    draws = agent.draw_behavior(64, torch.Generator().manual_seed(0))
-    assert sorted(draws) == ["eps", "i"] and draws["i"].bincount().min() > 3
+    noise = agent.draw_behavior(64, torch.Generator().manual_seed(0))
+    assert sorted(noise) == ["eps", "i"] and noise["i"].bincount().min() > 3
     for error in (0.0, 0.4):
 
         def oracle(a_i: Tensor, obs: Tensor, i: Tensor, masks: Tensor | None, error: float = error) -> Tensor:
@@ -119,15 +119,15 @@ def test_behavior_loss_is_summed_over_dimensions() -> None:
             return eps + torch.tensor([error, 0.0])
 
         agent.behavior.net = Function(oracle)
-        assert agent.behavior_loss(batch, draws)[0].item() == pytest.approx(error**2, abs=1e-6)
+        assert agent.behavior_loss(batch, noise)[0].item() == pytest.approx(error**2, abs=1e-6)
 
 
 def test_dropout_is_in_training_only() -> None:
     agent, batch = an_agent(dropout=0.5), a_batch()
-    draws = agent.draw_behavior(64, torch.Generator().manual_seed(0))
-    assert draws["masks"].shape == (2, 64, 16) and set(draws["masks"].flatten().tolist()) == {0.0, 2.0}
-    plain = agent.behavior_loss(batch, {key: value for key, value in draws.items() if key != "masks"})[0]
-    assert not torch.equal(agent.behavior_loss(batch, draws)[0], plain)
+    noise = agent.draw_behavior(64, torch.Generator().manual_seed(0))
+    assert noise["masks"].shape == (2, 64, 16) and set(noise["masks"].flatten().tolist()) == {0.0, 2.0}
+    plain = agent.behavior_loss(batch, {key: value for key, value in noise.items() if key != "masks"})[0]
+    assert not torch.equal(agent.behavior_loss(batch, noise)[0], plain)
     assert np.array_equal(agent.predict(OBS, deterministic=True)[0], agent.predict(OBS, deterministic=True)[0])
 
 

@@ -80,12 +80,12 @@ def test_sigma_counts_within_its_bounds() -> None:
 def test_policy_weighs_with_the_new_critic() -> None:
     """[D1] The policy's step follows the critic's on the same batch: V, and the lagged twins, are those after it."""
     agent, batch = an_agent(tau=0.5), a_batch()
-    critic, policy = agent.stages()[0].parts
+    critic, policy = agent.stages()[0].updates
     old = advantages(agent, batch).mean()
-    critic.update(batch, {})
+    critic.step(batch, {})
     new = advantages(agent, batch).mean()
     assert not torch.equal(old, new)
-    assert torch.equal(policy.update(batch, {})["advantage"], new)
+    assert torch.equal(policy.step(batch, {})["advantage"], new)
 
 
 def test_q_goal_has_the_value_from_before_the_step() -> None:

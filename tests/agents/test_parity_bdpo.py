@@ -123,14 +123,14 @@ def draws_of(step: int, first: int, names: tuple[str, ...]) -> dict[str, Tensor]
 
 def replay(agent: BDPO) -> list[dict[str, float]]:
     """All recorded steps, with the parts that are due, under the file's names."""
-    _, policy, behavior = agent.stages()[1].parts
+    _, policy, behavior = agent.stages()[1].updates
     T, results = agent.config.n_diffusion_steps, []
     for step in range(len(INFO["metrics"])):
-        draws = {
+        noise = {
             "path": torch.stack(list(draws_of(step, 0, tuple(map(str, range(T + 1)))).values())),
             **draws_of(step, T + 1, ("i", "eps", "z")),
         }
-        ours = update(agent.critic_losses, BATCH, draws)
+        ours = update(agent.critic_losses, BATCH, noise)
         row = {
             "loss/q0_loss": ours["q_loss"],
             "loss/vt_loss": ours["v_loss"],

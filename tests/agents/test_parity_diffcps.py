@@ -26,14 +26,14 @@ def build(variant: str) -> DiffCPS:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_four_updates(variant: str) -> None:
     agent, expected = build(variant), INFO[f"{variant}.metrics"]
-    policy_part = agent.stages()[0].parts[1]
+    policy_part = agent.stages()[0].updates[1]
     assert policy_part.loss == agent.policy_losses
-    draws, coins, done = iter(range(10_000)), iter(INFO["settings"]["coin"]), 0
+    noise, coins, done = iter(range(10_000)), iter(INFO["settings"]["coin"]), 0
     for step in range(4):
-        critic = replay_critic(agent, BATCH, VECTORS, variant, draws)
+        critic = replay_critic(agent, BATCH, VECTORS, variant, noise)
         if not policy_part.due(step):
             continue
-        policy = replay_policy(agent, BATCH, VECTORS, variant, draws, next(coins))
+        policy = replay_policy(agent, BATCH, VECTORS, variant, noise, next(coins))
         ours = {
             "critic_loss": critic["critic_loss"],
             "kl_loss": policy["bc_loss"],
@@ -43,6 +43,6 @@ def test_four_updates(variant: str) -> None:
         for name, value in ours.items():
             torch.testing.assert_close(value.item(), expected[name][done], rtol=1e-5, atol=1e-7, msg=f"{name} {step}")
         done += 1
-    assert next(draws) == len(INFO[f"{variant}.draw_kinds"]) and done == len(expected["Lambda"])
+    assert next(noise) == len(INFO[f"{variant}.draw_kinds"]) and done == len(expected["Lambda"])
     torch.testing.assert_close(agent.multiplier.value.item(), INFO[f"{variant}.lambda_after4"], rtol=1e-6, atol=0)
     check_networks(agent, BATCH, VECTORS, variant)

@@ -18,10 +18,10 @@ def build(variant: str) -> DiffusionQL:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_four_updates(variant: str) -> None:
     agent, expected = build(variant), INFO[f"{variant}.metrics"]
-    draws = iter(range(10_000))
+    noise = iter(range(10_000))
     for step, coin in enumerate(INFO["settings"]["coin"]):
-        critic = replay_critic(agent, BATCH, VECTORS, variant, draws)
-        policy = replay_policy(agent, BATCH, VECTORS, variant, draws, coin)
+        critic = replay_critic(agent, BATCH, VECTORS, variant, noise)
+        policy = replay_policy(agent, BATCH, VECTORS, variant, noise, coin)
         ours = {
             "critic_loss": critic["critic_loss"],
             "bc_loss": policy["bc_loss"],
@@ -30,7 +30,7 @@ def test_four_updates(variant: str) -> None:
         }
         for name, value in ours.items():
             torch.testing.assert_close(value.item(), expected[name][step], rtol=1e-5, atol=1e-7, msg=f"{name} {step}")
-    assert next(draws) == len(INFO[f"{variant}.draw_kinds"])  # all of them were used
+    assert next(noise) == len(INFO[f"{variant}.draw_kinds"])  # all of them were used
     check_networks(agent, BATCH, VECTORS, variant)
 
 
@@ -38,9 +38,9 @@ def test_variants_and_coins_differ() -> None:
     """A replay with the wrong variant or coin does not agree: the numbers above are not too easy."""
     expected = INFO["plain.metrics"]
     agent = build("plain")
-    draws = iter(range(10_000))
-    replay_critic(agent, BATCH, VECTORS, "plain", draws)
-    policy = replay_policy(agent, BATCH, VECTORS, "plain", draws, 1.0 - INFO["settings"]["coin"][0])
+    noise = iter(range(10_000))
+    replay_critic(agent, BATCH, VECTORS, "plain", noise)
+    policy = replay_policy(agent, BATCH, VECTORS, "plain", noise, 1.0 - INFO["settings"]["coin"][0])
     assert abs(policy["q_loss"].item() - expected["ql_loss"][0]) > 1e-3
     first = [INFO[f"{variant}.metrics"]["critic_loss"][0] for variant in VARIANTS]
     assert abs(first[0] - first[1]) > 1e-3

@@ -137,24 +137,24 @@ def test_cep_is_least_where_the_energy_is_beta_q_and_any_function_of_the_state()
     agent = agent_with(beta=2.0)
     agent.critic_target, agent.energy = SquareQ(), FreeEnergy(2.0)  # type: ignore[assignment]
     slope: nn.Parameter = agent.energy.slope  # type: ignore[assignment]
-    batch, draws = batch_of(400), at_no_noise(agent, 400)
-    agent.energy_misfit(batch, draws).backward()  # type: ignore[no-untyped-call]
+    batch, noise = batch_of(400), at_no_noise(agent, 400)
+    agent.energy_misfit(batch, noise).backward()  # type: ignore[no-untyped-call]
     assert slope.grad is not None and abs(slope.grad.item()) < 2e-4
     losses = []
     for value in (-0.5, 0.0, 0.5):
         with torch.no_grad():
             slope.fill_(value)
-        losses.append(agent.energy_misfit(batch, draws).item())
+        losses.append(agent.energy_misfit(batch, noise).item())
     assert losses[1] < min(losses[0], losses[2])
     slope.grad = None
-    agent.energy_misfit(batch, draws).backward()  # type: ignore[no-untyped-call]
+    agent.energy_misfit(batch, noise).backward()  # type: ignore[no-untyped-call]
     assert abs(slope.grad.item()) > 1e-2  # type: ignore[attr-defined]  # at 0.5 it is not least
 
 
 def test_cep_by_hand() -> None:
     """One state, two actions, Q = 0 and -1 (times beta 2), f = 1 and 3: a cross entropy."""
     agent = agent_with(beta=2.0, n_support=2)
-    batch = batch_of(1)._replace(beside={"actions": torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])})
+    batch = batch_of(1)._replace(extras={"actions": torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])})
     agent.critic_target = SquareQ()  # type: ignore[assignment]
     agent.energy = lambda a, obs, t: torch.tensor([[1.0, 3.0]])  # type: ignore[assignment]
     loss = agent.energy_misfit(batch, {"u": torch.zeros(1), "eps": torch.zeros(1, 2, 2)})
@@ -170,12 +170,12 @@ def test_the_actions_of_a_state_share_one_time_and_have_their_own_noise() -> Non
         return a_t.sum(-1)
 
     agent.energy = energy  # type: ignore[assignment]
-    batch, draws = batch_of(8), agent.draw_energy(8, agent.generator)
-    agent.energy_misfit(batch, draws)
-    (a_t, t), alpha_sigma = seen[0], vp_alpha_sigma(1e-3 + 0.999 * draws["u"])
+    batch, noise = batch_of(8), agent.draw_energy(8, agent.generator)
+    agent.energy_misfit(batch, noise)
+    (a_t, t), alpha_sigma = seen[0], vp_alpha_sigma(1e-3 + 0.999 * noise["u"])
     assert t.shape == (8, 1)
     alpha, sigma = (x[:, None, None] for x in alpha_sigma)
-    torch.testing.assert_close(a_t, alpha * batch.beside["actions"] + sigma * draws["eps"])
+    torch.testing.assert_close(a_t, alpha * batch.extras["actions"] + sigma * noise["eps"])
 
 
 @pytest.mark.parametrize("loss", ["mse", "emse"])
@@ -183,7 +183,7 @@ def test_regressions_are_least_at_their_own_targets(loss: str) -> None:
     """ "mse": f = beta Qbar(s, a) of the data's actions; "emse": exp of beta (Qbar - its maximum over the support), clipped."""
     agent, batch = agent_with(beta=2.0, energy_loss=loss), batch_of(10)
     support = torch.tensor([[0.9, 0.0], [0.5, 0.5], [-1.0, 0.0]])
-    batch = batch._replace(beside={"actions": support.expand(10, 3, 2)})
+    batch = batch._replace(extras={"actions": support.expand(10, 3, 2)})
     agent.critic_target = SquareQ()  # type: ignore[assignment]
     best = 0.0 if loss == "mse" else -0.5
     exact = 2.0 * (-batch.act.square().sum(-1) - best)
@@ -203,7 +203,7 @@ def test_regressions_are_least_at_their_own_targets(loss: str) -> None:
 def test_the_backup_is_a_softmax_over_the_support(beta_q: float | None, done: float) -> None:
     """Qbar = 0 and -2 at the two actions of s'; the lower twin counts; beta_q None is beta = 3; loss is the mean of both."""
     agent = agent_with(beta_q=beta_q, gamma=0.5, n_support=2)
-    batch = batch_of(1, rew=1.0, done=done)._replace(beside={"actions": torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])})
+    batch = batch_of(1, rew=1.0, done=done)._replace(extras={"actions": torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])})
     agent.critic_target = SquareQ()  # type: ignore[assignment]
     online = torch.tensor([[0.25], [1.5]], requires_grad=True)
     agent.critic.forward = lambda x: online  # type: ignore[method-assign]
@@ -238,7 +238,7 @@ def test_support_of_a_row_is_of_its_own_state(some: int | None) -> None:
         first = chosen.tables["actions"]
         assert len(chosen) == (100 if some == 100 else 600) and first.shape == (len(chosen), 3, 2)
         batch = chosen.sample(50, torch.Generator().manual_seed(2))
-        error = batch.beside["actions"] - getattr(batch, states)[:, None, :2]
+        error = batch.extras["actions"] - getattr(batch, states)[:, None, :2]
         assert error.abs().max() < 0.06
         rows = {tuple(row) for row in sampler.matrix.tolist()}
         assert {tuple(row) for row in chosen.matrix.tolist()} <= rows

@@ -59,9 +59,9 @@ def gradient(agent: SRPO, value: float, n: int = N) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     u = (torch.arange(n) + 0.5) / n
     eps = torch.randn(n // 2, 2, generator=generator)
-    draws = {"u": u.view(2, -1).T.reshape(-1), "eps": torch.stack([eps, -eps], 1).view(-1, 2)}
+    noise = {"u": u.view(2, -1).T.reshape(-1), "eps": torch.stack([eps, -eps], 1).view(-1, 2)}
     obs = torch.zeros(n, 1)
-    loss, _ = agent.policy_loss(Batch(obs, obs, obs[:, 0], obs, obs[:, 0]), draws)
+    loss, _ = agent.policy_loss(Batch(obs, obs, obs[:, 0], obs, obs[:, 0]), noise)
     loss.backward()
     return agent.policy.value.grad[0].clone()  # type: ignore[no-any-return]
 

@@ -77,7 +77,7 @@ def test_critic_loss() -> None:
         goal = batch.rew + 0.99 * (1 - batch.done) * torch.minimum(q[0], q[1])
         q1, q2 = agent.critic(torch.cat([batch.obs, batch.act], -1))
         expected = (q1 - goal).square().mean() + (q2 - goal).square().mean()
-    loss, metrics = agent.critic_loss(batch, {"noise": noise})
+    loss, metrics = agent.critic_loss(batch, {"eps": noise})
     torch.testing.assert_close(loss.detach(), expected)
     torch.testing.assert_close(metrics["q"], (q1.mean() + q2.mean()) / 2)
 

@@ -193,7 +193,7 @@ def test_the_block_of_the_official_code_may_be_missing(tmp_path: Path, monkeypat
 
 
 def test_the_installed_presets_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = Path(presets.__file__).parent
+    package = Path(presets.__file__).parents[1]
     assert list(presets._FOLDERS) == [package / "zoo", package.parent / "zoo"]
     for folder in ("installed", "checkout"):
         (tmp_path / folder).mkdir()

@@ -46,7 +46,7 @@ def test_a_batch_holds_rows_of_the_data_in_the_learners_units(data: Transitions)
     np.testing.assert_allclose(back, data.action[rows].numpy(), atol=1e-5)
     assert batch.act.abs().max() <= 1
     assert [tuple(x.shape) for x in batch[:5]] == [(64, S), (64, A), (64,), (64, S), (64,)]
-    assert torch.equal(sampler.beside(row=torch.arange(len(sampler))).gather(rows).beside["row"], rows)
+    assert torch.equal(sampler.with_extras(row=torch.arange(len(sampler))).gather(rows).extras["row"], rows)
     assert {x.dtype for x in batch[:5]} == {torch.float32}
 
 
@@ -78,12 +78,12 @@ def test_building_a_sampler_leaves_data_and_normalizer_alone(data: Transitions) 
 def test_sampling_is_uniform_with_replacement_and_repeatable(data: Transitions) -> None:
     sampler = data.sampler("cpu")
     n = 40_000
-    draws = sampler.sample(n, torch.Generator().manual_seed(2)).rew.long()
-    counts = torch.bincount(draws, minlength=N).double()
+    noise = sampler.sample(n, torch.Generator().manual_seed(2)).rew.long()
+    counts = torch.bincount(noise, minlength=N).double()
     chi2 = float(((counts - n / N) ** 2 / (n / N)).sum())
     assert chi2 < 72.1  # 99.9 % point of chi-square with 39 degrees of freedom
     again = sampler.sample(n, torch.Generator().manual_seed(2)).rew.long()
-    assert torch.equal(draws, again)
+    assert torch.equal(noise, again)
     assert len(sampler.sample(3 * N, torch.Generator().manual_seed(0)).rew) == 3 * N
 
 

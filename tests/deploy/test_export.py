@@ -258,7 +258,7 @@ def test_a_policy_that_was_traced_wrongly_is_not_written(format: str, tmp_path: 
     """One that counts its calls, for instance: the file would hold the count of the day."""
     agent, calls = acting("TD3BC"), []
 
-    def act(obs: torch.Tensor, draws: Any, config: Any) -> torch.Tensor:
+    def act(obs: torch.Tensor, noise: Any, config: Any) -> torch.Tensor:
         calls.append(1)
         return torch.full((obs.shape[0], 2), 0.01 * len(calls))
 

@@ -226,7 +226,7 @@ def test_support_reaches_every_state_and_tells_how_long(
     assert (actions - obs[:, None]).abs().max() < 0.06
     assert capsys.readouterr().out == ""  # it took no time
     clock = iter(range(0, 10_000, 60))
-    monkeypatch.setattr("diffagents.diffusion.sde.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("diffagents.networks.score_model.time.perf_counter", lambda: next(clock))
     for name in (None, "critic"):
         for _ in behavior.support(obs, 3, dpm_solver_steps(4), generator, name):
             pass

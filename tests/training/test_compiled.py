@@ -110,40 +110,40 @@ def test_the_traced_program_is_the_eager_one_and_nothing_is_baked_in(name: str, 
     random, n_parts = torch.Generator().manual_seed(0), 0
     pointers = {t.data_ptr() for network in agent.networks().values() for t in (*network.parameters(), *network.buffers())}
     for stage, sampler in samplers(agent):
-        for part in stage.parts:
-            if part.loss is None:
+        for update in stage.updates:
+            if update.loss is None:
                 continue
             n_parts += 1
-            tensors, program = gradient_program(part, agent.networks())
-            args = [(sampler.sample(stage.batch_size, random), part.draw(stage.batch_size, random)) for _ in range(2)]
-            graph, inputs = Compiled(tensors, program, part.gradients).trace(args[0])
+            tensors, program = gradient_program(update, agent.networks())
+            args = [(sampler.sample(stage.batch_size, random), update.draw(stage.batch_size, random)) for _ in range(2)]
+            graph, inputs = Compiled(tensors, program, update.gradients).trace(args[0])
             constants = {getattr(graph, str(node.target)).data_ptr() for node in graph.graph.nodes if node.op == "get_attr"}
             assert not constants & pointers, "a network's tensor is no input: generated code may keep its value"
-            before = agrees(graph, inputs, part, args[0])
-            for batch, draws in args:
-                part.update(batch, draws)
+            before = agrees(graph, inputs, update, args[0])
+            for batch, noise in args:
+                update.step(batch, noise)
             with torch.no_grad():
                 for network in agent.networks().values():
                     for parameter in network.parameters():
                         parameter.mul_(1.1).add_(0.01)
                     for buffer in network.buffers():
                         buffer.mul_(0.99)
-            moved = agrees(graph, inputs, part, args[0])
+            moved = agrees(graph, inputs, update, args[0])
             assert not torch.allclose(before, moved, rtol=1e-3), "the same gradient: nothing would be seen"
-            agrees(graph, [*inputs[: len(tensors)], *pytree.tree_leaves(args[1])], part, args[1])
+            agrees(graph, [*inputs[: len(tensors)], *pytree.tree_leaves(args[1])], update, args[1])
     assert n_parts == {"DiffusionBC": 1}.get(name, {"QGPO": 3, "SfBC": 3, "SRPO": 3, "BDPO": 4}.get(name, 2))
 
 
-def agrees(graph: Any, inputs: list[torch.Tensor], part: Any, args: Any) -> torch.Tensor:
-    """Graph and `Part.gradients` give the same gradients and metrics; all of these in a row."""
-    expected = pytree.tree_leaves(part.gradients(*args))
+def agrees(graph: Any, inputs: list[torch.Tensor], update: Any, args: Any) -> torch.Tensor:
+    """Graph and `Update.gradients` give the same gradients and metrics; all of these in a row."""
+    expected = pytree.tree_leaves(update.gradients(*args))
     with torch.no_grad():
         found = graph(*inputs)
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and not a.requires_grad
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()) + 1e-7)
-    assert all(a.is_contiguous() for a in found[: sum(len(o.parameters) for o in part.optimizers)]), "as parameters are"
+    assert all(a.is_contiguous() for a in found[: sum(len(o.parameters) for o in update.optimizers)]), "as parameters are"
     return torch.cat([b.flatten() for b in expected])
 
 
@@ -153,8 +153,8 @@ def test_a_compiled_run_is_an_eager_run(name: str, traced_only: list[Any], train
     whole, run = eager(name, trained), quick(name, compile="compiled").learn(DATA)
     states_agree(run, whole)
     assert run.plan is not None and set(run.plan.modes.values()) == {"compiled"}
-    parts = {id(part.loss.__func__) for stage in run.stages() for part in stage.parts if part.loss}  # type: ignore[attr-defined]
-    assert len(traced_only) >= len(parts)
+    updates = {id(update.loss.__func__) for stage in run.stages() for update in stage.updates if update.loss}  # type: ignore[attr-defined]
+    assert len(traced_only) >= len(updates)
     for ours, theirs in zip(run.history, whole.history, strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():

@@ -19,7 +19,7 @@ from diffagents.data.replay_buffer import Mixture, Replay
 from diffagents.data.sampler import Sampler
 from diffagents.data.transitions import Transitions
 from diffagents.errors import ArtifactError, TrainingDiverged
-from diffagents.training.online import MAX_LOOSENING, floors, loosening
+from diffagents.training.online import MAX_RELAXATION, constraint_relaxation, floors
 from diffagents.training.state import training_tensors
 
 TABLES = {"AWR", "SfBC", "QGPO", "DiffusionBC"}  # whose batches come from tables that a resumed run makes anew
@@ -87,7 +87,7 @@ def test_every_algorithm_goes_on_from_a_file_with_old_data(name: str) -> None:
     moved = [key for key, tensor in all_tensors(agent).items() if not torch.equal(tensor, before[key])]
     assert any(key.startswith(network) for key in moved for network in agent.MODEL), "what acts has learnt nothing"
     assert agent.history[-1]["stage"] == "online" and "train_return" in agent.history[-1]
-    assert agent.loosening == 1.0  # offline learning is again what the paper says
+    assert agent.constraint_relaxation == 1.0  # offline learning is again what the paper says
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -310,7 +310,7 @@ def test_buffer_file(tmp_path: pathlib.Path) -> None:
 def side(n: int, tag: float, table: float | None = None) -> Sampler:
     matrix = torch.full((n, 5), tag)
     sampler = Sampler(matrix, 1, 1)
-    return sampler if table is None else sampler.beside(extra=torch.full((n,), table))
+    return sampler if table is None else sampler.with_extras(extra=torch.full((n,), table))
 
 
 @pytest.mark.parametrize(("ratio", "n_old"), [(0.0, 0), (0.25, 16), (0.5, 32), (1.0, 64)])
@@ -323,14 +323,14 @@ def test_share_of_each_batch(ratio: float, n_old: int) -> None:
     batch = mixture.sample(64, generator)
     assert int((batch.rew == -1.0).sum()) == n_old and len(batch.rew) == 64 and batch.obs.shape == (64, 1)
     tables = Mixture(side(9, -1.0, 5.0), side(9, 1.0, 7.0), ratio).sample(64, generator)
-    assert torch.equal(tables.beside["extra"], torch.where(tables.rew == -1.0, 5.0, 7.0))
+    assert torch.equal(tables.extras["extra"], torch.where(tables.rew == -1.0, 5.0, 7.0))
 
 
 def test_uniform_over_both_together() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = Mixture(side(300, -1.0, 5.0), side(100, 1.0, 7.0), "uniform").sample(20_000, generator)
     assert 0.74 < float((batch.rew == -1.0).float().mean()) < 0.76
-    assert torch.equal(batch.beside["extra"], torch.where(batch.rew == -1.0, 5.0, 7.0))
+    assert torch.equal(batch.extras["extra"], torch.where(batch.rew == -1.0, 5.0, 7.0))
     replay = Replay(1, 1, 100, "cpu")
     assert (Mixture(side(300, -1.0), replay, "uniform").sample(50, generator).rew == -1.0).all()
     fill(replay, 100)
@@ -344,10 +344,10 @@ def test_the_share_is_what_learn_online_trains_on(ratio: float, share: float) ->
     loss = agent.critic_loss  # type: ignore[attr-defined]
     old = {tuple(row) for row in data().obs.tolist()}
 
-    def watched(batch: Any, draws: Any) -> Any:
+    def watched(batch: Any, noise: Any) -> Any:
         rows = agent.obs_normalizer.std * batch.obs + agent.obs_normalizer.mean
         seen.append(np.mean([tuple(row) in old for row in rows.tolist()]))
-        return loss(batch, draws)
+        return loss(batch, noise)
 
     agent.critic_loss = watched  # type: ignore[attr-defined]
     agent.learn_online(40, pendulum(), data(), learning_starts=30, offline_ratio=ratio)
@@ -357,12 +357,12 @@ def test_the_share_is_what_learn_online_trains_on(ratio: float, share: float) ->
 # ---- schedules ---------------------------------------------------------------------------------------------------------
 def test_the_constraint_loosens_with_environment_steps_and_no_further_than_it_may() -> None:
     agent = offline("SRPO", online_halflife=10)
-    assert loosening(agent) == 1.0
+    assert constraint_relaxation(agent) == 1.0
     agent.n_env_steps = 20
-    assert loosening(agent) == 4.0
+    assert constraint_relaxation(agent) == 4.0
     agent.n_env_steps = 10**9
-    assert loosening(agent) == MAX_LOOSENING
-    assert loosening(offline("IQL")) == 1.0 and loosening(offline("SRPO", online_halflife=None)) == 1.0
+    assert constraint_relaxation(agent) == MAX_RELAXATION
+    assert constraint_relaxation(offline("IQL")) == 1.0 and constraint_relaxation(offline("SRPO", online_halflife=None)) == 1.0
 
 
 @pytest.mark.parametrize("name", ["SRPO", "TD3BC", "DiffusionQL", "DiffCPS", "BDPO"])
@@ -373,9 +373,9 @@ def test_loosening_reaches_the_loss(name: str) -> None:
         agent = offline(name)
         sampler = data().sampler("cpu", agent.reward_transform, agent.obs_normalizer)
         batch = sampler.sample(64, torch.Generator().manual_seed(0))
-        agent.loosening = loose
+        agent.constraint_relaxation = loose
         slot = "multiplier" if name == "DiffCPS" else "policy"  # there it is lambda that feels kappa
-        part = next(p for p in agent.online_stage().parts if agent.optimizers[slot] in p.optimizers)
+        part = next(p for p in agent.online_stage().updates if agent.optimizers[slot] in p.optimizers)
         position = part.optimizers.index(agent.optimizers[slot])
         found, _ = part.gradients(batch, part.draw(64, torch.Generator().manual_seed(1)))
         gradients.append(torch.cat([g.flatten() for g in found[position]]))
@@ -390,7 +390,7 @@ def test_learning_rates_are_constant_online(name: str) -> None:
         assert float(optimizer.lr) == pytest.approx(rate) and optimizer.horizon == 0, key
     agent.learn(data(), 20)  # a new plan: its first rate is the offline one
     for stage in agent.stages():
-        for optimizer in {o for part in stage.parts for o in part.optimizers if not o.cosine}:
+        for optimizer in {o for part in stage.updates for o in part.optimizers if not o.cosine}:
             assert float(optimizer.lr) == pytest.approx(optimizer.learning_rate)
 
 
@@ -574,8 +574,8 @@ def test_calibrated_targets_reach_the_critic(name: str) -> None:
         agent = offline(name)
         batch = data().sampler("cpu", agent.reward_transform, agent.obs_normalizer).sample(32, torch.Generator().manual_seed(0))
         if floor is not None:
-            batch = batch._replace(beside={"floor": torch.full((32,), floor)})
-        part = agent.online_stage().parts[0]
+            batch = batch._replace(extras={"floor": torch.full((32,), floor)})
+        part = agent.online_stage().updates[0]
         _, metrics = part.gradients(batch, part.draw(32, torch.Generator().manual_seed(1)))
         losses.append(float(next(value for key, value in metrics.items() if key in ("critic_loss", "q_loss"))))
     assert losses[0] == losses[1] and losses[2] > 1e5 > losses[0]
@@ -737,13 +737,13 @@ def test_updates_see_the_loosening_of_their_step() -> None:
     agent, seen = offline("TD3BC", online_halflife=10), []
     loss = agent.critic_loss  # type: ignore[attr-defined]
 
-    def watched(batch: Any, draws: Any) -> Any:
-        seen.append((agent.n_env_steps, agent.loosening))
-        return loss(batch, draws)
+    def watched(batch: Any, noise: Any) -> Any:
+        seen.append((agent.n_env_steps, agent.constraint_relaxation))
+        return loss(batch, noise)
 
     agent.critic_loss = watched  # type: ignore[attr-defined]
     agent.learn_online(30, pendulum(), data(), learning_starts=20)
-    assert seen == [(step, 2.0 ** (step / 10)) for step in range(21, 31)] and agent.loosening == 1.0
+    assert seen == [(step, 2.0 ** (step / 10)) for step in range(21, 31)] and agent.constraint_relaxation == 1.0
 
 
 def test_a_q_that_runs_away_is_caught() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffagents.data.sampler import Sampler
 from diffagents.training.state import load_optimizer, optimizer_tensors
-from diffagents.training.updates import MetricSums, Optimizer, Part, Runner, Stage
+from diffagents.training.updates import MetricSums, Optimizer, Runner, Stage, Update
 
 N_STEPS = 20
 SHAPES = [(5, 4), (4,), (2, 3, 4), ()]
@@ -155,29 +155,29 @@ def test_the_schedule_ends_at_zero_and_begins_anew() -> None:
 # ---- parts, sums, steps --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("every", "start"), [(1, 0), (2, 1), (5, 3), (3, 10)])
 def test_how_often_a_part_is_due(every: int, start: int) -> None:
-    part = Part(every=every, start=start)
-    due = [k for k in range(30) if part.due(k)]
+    update = Update(every=every, start=start)
+    due = [k for k in range(30) if update.due(k)]
     assert due == list(range(start, 30, every))
     for first in range(30):
         for last in range(first, 30):
-            assert part.times(first, last) == sum(first <= k < last for k in due)
+            assert update.times(first, last) == sum(first <= k < last for k in due)
 
 
 def test_gradients_reach_only_the_parameters_of_their_optimizer() -> None:
     """Two losses over one graph: each is minimised by its own optimiser, and nobody's `.grad` is touched."""
     one, two, frozen = (torch.tensor([value], requires_grad=True) for value in (2.0, 3.0, 5.0))
 
-    def loss(batch: Any, draws: Any) -> Any:
+    def loss(batch: Any, noise: Any) -> Any:
         both = one * two * frozen
         return (both.sum(), (both * two).sum()), {"both": both.detach().sum()}
 
-    part = Part(loss, optimizers=(Optimizer([one], 0.1), Optimizer([two], 0.1)))
-    found, metrics = part.gradients(None, {})  # type: ignore[arg-type]
+    update = Update(loss, optimizers=(Optimizer([one], 0.1), Optimizer([two], 0.1)))
+    found, metrics = update.gradients(None, {})  # type: ignore[arg-type]
     assert [float(gradient[0]) for gradient in found] == [15.0, 60.0] and float(metrics["both"]) == 30.0
     assert one.grad is None and two.grad is None and frozen.grad is None
-    part.apply(found)
+    update.apply(found)
     assert [float(x.detach()) for x in (one, two, frozen)] == pytest.approx([1.9, 2.9, 5.0])
-    assert Part().gradients(None, {}) == ([], {})  # type: ignore[arg-type]
+    assert Update().gradients(None, {}) == ([], {})  # type: ignore[arg-type]
 
 
 def test_sums_of_metrics() -> None:
@@ -204,17 +204,17 @@ def test_one_batch_a_step_and_the_parts_that_are_due_in_order() -> None:
     """Means are over the steps at which a part was due, not over all."""
     weight, seen = torch.zeros(1, requires_grad=True), []
 
-    def part(name: str, **when: int) -> Part:
-        def loss(batch: Any, draws: Any) -> Any:
-            seen.append((name, batch.obs, draws["z"]))
+    def update(name: str, **when: int) -> Update:
+        def loss(batch: Any, noise: Any) -> Any:
+            seen.append((name, batch.obs, noise["z"]))
             return weight.sum(), {name: batch.obs.mean()}
 
         def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
             return {"z": torch.randn(n, generator=generator)}
 
-        return Part(loss, draw, (Optimizer([weight], 0.1),), lambda: seen.append((name, "after")), **when)  # type: ignore[arg-type]
+        return Update(loss, draw, (Optimizer([weight], 0.1),), lambda: seen.append((name, "after")), **when)  # type: ignore[arg-type]
 
-    stage = Stage("s", 4, (part("first"), part("second", every=2, start=1)))
+    stage = Stage("s", 4, (update("first"), update("second", every=2, start=1)))
     sampler = Sampler(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), 2, 2)
     runner = Runner(stage, sampler, torch.Generator().manual_seed(3))
     for k in range(4):

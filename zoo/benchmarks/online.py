@@ -94,7 +94,7 @@ class Curve:
 
         def on_step(local: Any, outer: Any) -> bool:
             if env_steps() % self.args.every == 0:
-                self.look(policy, env_steps())
+                self.log(policy, env_steps())
             return True
 
         return on_step
@@ -109,7 +109,7 @@ def ours(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         kind(seed=seed, preset="auto", **OFFLINE[args.algorithm]).learn(data).save(init)
     agent = kind.load(init, verbose=1, **args.knobs)
     curve = Curve(args, data.info["env_spec"], f"{args.algorithm} {seed}")
-    curve.look(agent, 0)
+    curve.log(agent, 0)
     ratio = float(args.ratio) if args.ratio not in (None, "uniform") else args.ratio
     agent.learn_online(args.steps, dataset=data, offline_ratio=ratio, callback=curve.every(agent, lambda: agent.n_env_steps))
     return curve.rows
@@ -135,7 +135,7 @@ def sac(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             target[:n] = np.asarray(column, np.float32).reshape(n, *target.shape[1:])
         buffer.pos = n
     curve = Curve(args, data.info["env_spec"], f"{args.algorithm} {seed}")
-    curve.look(model, 0)
+    curve.log(model, 0)
     model.learn(args.steps, callback=curve.every(model, lambda: model.num_timesteps))
     return curve.rows
 

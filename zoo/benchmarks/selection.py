@@ -104,8 +104,8 @@ def compare(found: Selection, true: dict[str, dict[str, float]]) -> dict[str, di
             continue
         score = np.array([(1 if largest else -1) * said[row.name] for row in rows])
         returns = np.array([true[row.name]["mean_return"] for row in rows])
-        draws = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
-        many = [spearman(score[d], returns[d]) for d in draws if len(set(d.tolist())) > 2]
+        noise = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
+        many = [spearman(score[d], returns[d]) for d in noise if len(set(d.tolist())) > 2]
         low, high = np.percentile(many, (2.5, 97.5))
         signals[signal] = {
             "spearman": spearman(score, returns),

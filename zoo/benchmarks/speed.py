@@ -269,12 +269,12 @@ def profile_gradients(runner: Any, n: int, repeats: int) -> dict[str, float]:
     """Microseconds of each of KINDS within the losses and gradients of n steps, `repeats` times."""
     (generator,), due = runner.generators, [j for k in range(FIRST, FIRST + n) for j in runner.due(k)]
     batch = runner.sampler.sample(runner.batch_size, generator)
-    jobs = [(runner.gradients[j], runner.parts[j].draw(runner.batch_size, generator)) for j in due]
+    jobs = [(runner.gradients[j], runner.updates[j].draw(runner.batch_size, generator)) for j in due]
     for rounds in (1, repeats):  # the first profile of a process starts slowly
         cpu, own = [torch.profiler.ProfilerActivity.CPU], torch.profiler.record_function("gradients")
         with torch.profiler.profile(activities=cpu) as profiler, own:  # what is left to `own` is Python's time
-            for (gradients, draws), _ in itertools.product(jobs, range(rounds)):
-                gradients(batch, draws)
+            for (gradients, noise), _ in itertools.product(jobs, range(rounds)):
+                gradients(batch, noise)
     found = dict.fromkeys(KINDS, 0.0)
     for event in profiler.key_averages():
         found[kind_of(event.key)] += event.self_cpu_time_total
@@ -296,11 +296,11 @@ def phases_of(runner: Any, n: int) -> dict[str, float]:
         batch = runner.sampler.sample(runner.batch_size, generator)
         mark("sampling")
         for j in due:
-            draws = runner.parts[j].draw(runner.batch_size, generator)
+            noise = runner.updates[j].draw(runner.batch_size, generator)
             mark("sampling")
-            gradients, metrics = runner.gradients[j](batch, draws)
+            gradients, metrics = runner.gradients[j](batch, noise)
             mark("gradients")
-            runner.parts[j].apply(gradients)
+            runner.updates[j].apply(gradients)
             mark("optimiser")
             runner.sums[j].add(metrics)
             mark("rest")

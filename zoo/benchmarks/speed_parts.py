@@ -75,7 +75,7 @@ def stage_sampler(agent: Any, stage: Stage, data: Transitions) -> Sampler:
 
 def cycle_length(stage: Stage) -> int:
     """Steps after which the same parts are due again."""
-    return math.lcm(*(part.every for part in stage.parts))
+    return math.lcm(*(update.every for update in stage.updates))
 
 
 def stepper(runner: Any, n: int) -> Call:
