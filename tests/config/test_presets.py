@@ -1,77 +1,116 @@
-"""Presets: every row loads, is what the paper's Table 2 says, and is found by the names people use for its data."""
+"""Presets: every row fits its algorithm, says its source, and is found by the names people use for its data.
 
+The published numbers live once, in zoo/*.yml, each beside its source; nothing here types them again.
+"""
+
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_agents import NAMES, agent_class
 
 from diffagents.config import presets
-from diffagents.config.presets import find_preset, load_presets, resolve_preset
+from diffagents.config.presets import BLOCKS, find_preset, load_presets, resolve_preset
 
-# fmt: off
-KNOBS = {
-    "beta", "expectile", "gamma", "tau", "learning_rate", "batch_size", "behavior_batch_size", "dropout",
-    "weight", "subtract_noise", "q_grad_norm", "reward_transform", "normalize_obs",
-    "policy_kwargs", "critic_steps", "behavior_steps", "policy_steps",
+ZOO = Path(__file__).parents[2] / "zoo"
+MODULES = {name: agent_class(name).presets_name() for name in NAMES}
+# Defaults that the rows build on without naming them. Who changes one of these writes it into the rows of that algorithm.
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "DiffusionQL": {"learning_rate": 3e-4, "eta": 1.0, "max_q_backup": False, "reward_transform": "none", "max_grad_norm": 5.0},
+    "DiffCPS": {"learning_rate": 3e-4, "target_kl": 0.05, "max_q_backup": False, "reward_transform": "none", "policy_freq": 2}
+    | {"lambda_min": 0.0, "lambda_init": 1.0, "max_grad_norm": 5.0},
+    "BDPO": {"eta": 0.05, "rho": 0.5, "n_critics": 10, "gamma": 0.99, "max_q_backup": False, "q_layer_norm": False}
+    | {"behavior_learning_rate": 3e-4, "select": "argmax", "reward_transform": "auto"},
+    "IQL": {"expectile": 0.7, "beta": 3.0, "dropout": 0.0, "reward_transform": "auto"},
+    "IDQL": {"expectile": 0.7, "n_candidates": 64, "reward_transform": "auto"},
+    "TD3BC": {"alpha": 2.5, "normalize_obs": True, "reward_transform": "none"},
+    "DiffusionBC": {"learning_rate": 3e-4},
+    "QGPO": {"beta": 3.0, "beta_q": None, "guidance_scale": 1.0, "n_support": 16, "reward_transform": "auto"},
+    "SfBC": {"alpha": 20.0, "n_candidates": 32, "average_top": 1, "reward_transform": "none"},
 }
-# fmt: on
-TABLE_2 = {
-    "halfcheetah-medium-expert": 0.01,
-    "halfcheetah-medium": 0.2,
-    "halfcheetah-medium-replay": 0.2,
-    "hopper-medium-expert": 0.01,
-    "hopper-medium": 0.05,
-    "hopper-medium-replay": 0.2,
-    "walker2d-medium-expert": 0.1,
-    "walker2d-medium": 0.05,
-    "walker2d-medium-replay": 0.5,
-    "antmaze-umaze": 0.02,
-    "antmaze-umaze-diverse": 0.04,
-    "antmaze-medium-play": 0.08,
-    "antmaze-medium-diverse": 0.05,
-    "antmaze-large-play": 0.06,
-    "antmaze-large-diverse": 0.05,
-}
-LOCOMOTION = {"expectile": 0.7, "reward_transform": "iql_locomotion"}
-ANTMAZE = {
-    "expectile": 0.9,
-    "reward_transform": "iql_antmaze",
-    "q_grad_norm": "rms",
-    "policy_kwargs": {"net_arch": {"pi": [256] * 4, "qf": [256] * 2}},
-}
-STEPS = ("critic_steps", "behavior_steps", "policy_steps")
-DEFAULT = {key: value for key, value in load_presets("srpo")["default"].items() if key != "source"}
-PAPER = {**dict(zip(STEPS, (1_500_000, 2_000_000, 1_000_000), strict=True)), "behavior_batch_size": 2048}
-OFFICIAL = {**PAPER, "subtract_noise": False}
 
 
-def test_the_rows_are_those_of_table_2() -> None:
-    assert set(load_presets("srpo")) - {"default", "paper", "official_code"} == set(TABLE_2)
+def values(entries: dict[str, Any]) -> dict[str, Any]:
+    """Hyperparameters and budgets of a row or block."""
+    return {key: value for key, value in entries.items() if key not in ("aliases", "source", "paper")}
 
 
-@pytest.mark.parametrize("row", TABLE_2)
-def test_row_holds_the_papers_values_and_known_knobs_only(row: str) -> None:
-    found = find_preset("SRPO", row)
-    assert found is not None
-    assert found == (row, {"beta": TABLE_2[row], **(ANTMAZE if row.startswith("antmaze") else LOCOMOTION)})
-    assert set(found[1]) <= KNOBS
+def rows_of(module: str) -> dict[str, dict[str, Any]]:
+    return {name: entries for name, entries in load_presets(module).items() if name not in BLOCKS}
 
 
-def test_the_blocks_are_budgets_and_every_entry_says_its_source() -> None:
+def srpo(*names: str) -> dict[str, Any]:
+    """The values of these blocks and rows of SRPO's file, a later one over an earlier one."""
     table = load_presets("srpo")
-    assert set(DEFAULT) == set(STEPS)
-    assert all(isinstance(steps, int) and 0 < steps < PAPER[key] for key, steps in DEFAULT.items())
-    assert {key: value for key, value in table["paper"].items() if key != "source"} == PAPER
-    assert all(entries["source"] for entries in table.values())
+    return {key: value for name in names for key, value in values(table[name]).items()}
 
 
-def test_the_file_holds_no_row_twice() -> None:
-    text = (Path(__file__).parents[2] / "zoo" / "srpo.yml").read_text()
-    rows = re.findall(r"^([\w-]+):", text, re.M)
-    assert sorted(rows) == sorted(load_presets("srpo"))
+# ---- the files -------------------------------------------------------------------------------------------------------
+def test_every_algorithm_has_its_file_and_every_file_its_algorithm() -> None:
+    assert sorted(path.stem for path in ZOO.glob("*.yml")) == sorted(MODULES.values())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_entry_fits_the_algorithm(name: str) -> None:
+    """Names and ranges, with the paper's own schedule of a row too; `default` sizes every stage, `paper` in full length."""
+    cls, table = agent_class(name), load_presets(MODULES[name])
+    defaults = {field.name: field.default for field in dataclasses.fields(cls.Config)}
+    for row, entries in table.items():
+        own = {key: value for key, value in values(entries).items() if key != "policy_kwargs"}
+        assert {*own, *entries.get("paper", {})} <= set(defaults), row
+        cls.Config(**own)
+        cls.Config(**{**own, **entries.get("paper", {})})
+    steps = {f"{stage}_steps" for stage in cls.STAGE_SHARES}
+    assert set(values(table["default"])) == steps <= set(table["paper"])
+    assert all(0 < table["default"][key] < table["paper"][key] for key in steps)
+    assert {key: defaults[key] for key in LEFT_OUT.get(name, {})} == LEFT_OUT.get(name, {})
+
+
+@pytest.mark.parametrize("module", MODULES.values())
+def test_every_entry_names_its_source_and_every_row_its_data(module: str) -> None:
+    for row, entries in load_presets(module).items():
+        assert re.search(r"arXiv:\d{4}\.\d{5}|official code|a port, |by this project", entries["source"]), row
+    aliases = [alias for row in rows_of(module).values() for alias in row["aliases"]]
+    assert len(aliases) == len(set(aliases))
+    assert all(row["aliases"] for row in rows_of(module).values())
+
+
+@pytest.mark.parametrize("module", MODULES.values())
+def test_the_file_holds_no_entry_and_no_key_twice(module: str) -> None:
+    """YAML would drop the first of two without a word."""
+    text = (ZOO / f"{module}.yml").read_text()
+    assert sorted(re.findall(r"^([\w-]+):", text, re.M)) == sorted(load_presets(module))
+    for entry in re.split(r"^\S.*$", text, flags=re.M):
+        keys = re.findall(r"^  (\w+):", entry, re.M)
+        assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("module", MODULES.values())
+def test_rows_are_found_by_the_ids_of_d4rl_minari_and_this_project(module: str) -> None:
+    for name in rows_of(module):
+        family, level = name.split("-", 1)
+        ids = [f"{name}-v0", f"{name}-v2", f"{name.replace('-', '_')}-v2.hdf5"]
+        if family in ("halfcheetah", "hopper", "walker2d"):
+            ids += [f"diffagents/{family}/{level}-v0"]
+            ids += [f"mujoco/{family}/medium-v0"] if level == "medium" else []
+        else:
+            ids += [f"D4RL/{family}/{level}-v2"]
+        for wanted in ids:
+            found = find_preset(module, wanted)
+            assert found is not None and found[0] == name, wanted
+
+
+@pytest.mark.parametrize("module", MODULES.values())
+def test_a_rows_own_schedule_comes_with_the_paper_preset_only(module: str) -> None:
+    for row, entries in rows_of(module).items():
+        with_paper, auto = (resolve_preset(module, preset, entries["aliases"][0])[1] for preset in ("paper", "auto"))
+        for key, value in entries.get("paper", {}).items():
+            assert with_paper[key] == value and auto.get(key) != value, (row, key)
+
+
+# ---- finding and resolving -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "row"),
     [
@@ -108,35 +147,41 @@ def test_find_by_name_alias_and_other_version(name: str, row: str | None) -> Non
     assert (found and found[0]) == row
 
 
+HOPPER, ANTMAZE = "hopper-medium", "antmaze-umaze"
+
+
 @pytest.mark.parametrize(
-    ("preset", "dataset_id", "applied", "values"),
+    ("preset", "dataset_id", "applied", "merged"),
     [
-        (None, None, [], DEFAULT),
-        (None, "hopper-medium-v2", [], DEFAULT),
-        ("auto", None, [], DEFAULT),
-        ("auto", "me/unheard-of-v0", [], DEFAULT),
-        ("auto", "diffagents/hopper/medium-v0", ["hopper-medium"], {**DEFAULT, "beta": 0.05, **LOCOMOTION}),
-        ("paper", None, ["paper"], PAPER),
-        ("paper", "me/unheard-of-v0", ["paper"], PAPER),
-        ("paper", "D4RL/antmaze/umaze-v1", ["paper", "antmaze-umaze"], {**PAPER, "beta": 0.02, **ANTMAZE}),
-        ("official_code", None, ["paper", "official_code"], OFFICIAL),
-        (
-            "official_code",
-            "hopper_medium-v2.hdf5",
-            ["paper", "official_code", "hopper-medium"],
-            {**OFFICIAL, "beta": 0.05, **LOCOMOTION},
-        ),
-        ("walker2d-medium-replay", None, ["walker2d-medium-replay"], {**DEFAULT, "beta": 0.5, **LOCOMOTION}),
-        ("hopper-medium-v2", "antmaze-umaze-v2", ["hopper-medium"], {**DEFAULT, "beta": 0.05, **LOCOMOTION}),
+        (None, None, [], ["default"]),
+        (None, "hopper-medium-v2", [], ["default"]),
+        ("auto", None, [], ["default"]),
+        ("auto", "me/unheard-of-v0", [], ["default"]),
+        ("auto", "diffagents/hopper/medium-v0", [HOPPER], ["default", HOPPER]),
+        ("paper", None, ["paper"], ["paper"]),
+        ("paper", "me/unheard-of-v0", ["paper"], ["paper"]),
+        ("paper", "D4RL/antmaze/umaze-v1", ["paper", ANTMAZE], ["paper", ANTMAZE]),
+        ("official_code", None, ["paper", "official_code"], ["paper", "official_code"]),
+        ("official_code", "hopper_medium-v2.hdf5", ["paper", "official_code", HOPPER], ["paper", "official_code", HOPPER]),
+        ("walker2d-medium-replay", None, ["walker2d-medium-replay"], ["default", "walker2d-medium-replay"]),
+        ("hopper-medium-v2", "antmaze-umaze-v2", [HOPPER], ["default", HOPPER]),
     ],
 )
-def test_resolve(preset: str | None, dataset_id: str | None, applied: list[str], values: dict[str, Any]) -> None:
-    assert resolve_preset("SRPO", preset, dataset_id) == (applied, values)
+def test_resolve(preset: str | None, dataset_id: str | None, applied: list[str], merged: list[str]) -> None:
+    assert resolve_preset("SRPO", preset, dataset_id) == (applied, srpo(*merged))
+
+
+def test_values_of_a_row() -> None:
+    """A few numbers to see that the right ones arrive: Table 2 of SRPO's paper, and its network for AntMaze."""
+    found = resolve_preset("SRPO", "auto", "hopper-medium-v2")[1]
+    assert (found["beta"], found["reward_transform"]) == (0.05, "iql_locomotion")
+    found = resolve_preset("srpo", "antmaze-umaze", None)[1]
+    assert (found["beta"], found["policy_kwargs"]["net_arch"]["pi"]) == (0.02, [256] * 4)
 
 
 def test_values_are_the_callers_own() -> None:
-    resolve_preset("srpo", "antmaze-umaze", None)[1]["policy_kwargs"]["net_arch"]["pi"].clear()
-    assert resolve_preset("srpo", "antmaze-umaze", None)[1]["policy_kwargs"] == ANTMAZE["policy_kwargs"]
+    resolve_preset("srpo", ANTMAZE, None)[1]["policy_kwargs"]["net_arch"]["pi"].clear()
+    assert resolve_preset("srpo", ANTMAZE, None)[1]["policy_kwargs"]["net_arch"]["pi"]
 
 
 def test_unknown_names_say_what_there_is() -> None:

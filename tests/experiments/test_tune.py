@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from small_agents import NAMES, agent_class, fields, small
-from test_selection import Target
+from test_select import Target
 from toy import line_data
 
 from diffagents import SRPO, TD3BC, load_dataset
