@@ -1,10 +1,7 @@
-"""The 2-D toys of the examples: their geometry, their energies, their data, their environment, and the figures made of them."""
+"""The 2-D toys of the examples: their geometry, their energies, their data, their environment, and measures."""
 
 import importlib.util
-import os
 import pathlib
-import re
-import subprocess
 import sys
 import types
 
@@ -195,25 +192,3 @@ def test_shift_ends_at_the_optimum_of_q_and_the_log_density() -> None:
     for level, found in zip(gallery.LEVELS, path, strict=True):
         pull = level / variance
         np.testing.assert_allclose(found, (2 * target + pull * m.numpy()) / (2 + pull), atol=0.1)
-
-
-def run_gallery(*arguments: str) -> str:
-    command = [sys.executable, "examples/07_gallery.py", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_srpo_figure_at_a_small_budget(tmp_path: pathlib.Path) -> None:
-    out = run_gallery("--figure", "srpo", "--tasks", "8gaussians", "--scale", "0.008", "--out", str(tmp_path))
-    distance = [float(x) for x in re.findall(r"1/beta [\d.]+  distance ([\d.]+)", out)]
-    assert len(distance) == 11 and distance[-1] < 0.9 * distance[0]
-    assert (tmp_path / "srpo.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("figure", ["circle", "bdpo"])
-def test_other_figures_at_a_small_budget(figure: str, tmp_path: pathlib.Path) -> None:
-    out = run_gallery("--figure", figure, "--scale", "0.001", "--out", str(tmp_path))
-    assert "DiffCPS" in out if figure == "circle" else "target  mean reward" in out
-    assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
