@@ -58,5 +58,5 @@ def test_one_update_fits_in_the_head(name: str) -> None:
         functions = set().union(*middle)  # with what is due only now and then
         files = sorted({file for file, _ in functions})
         assert str(Path("agents", agent.presets_name() + ".py")) in files
-        assert "transitions.py" in files  # drawing the batch belongs to it
+        assert str(Path("data", "sampler.py")) in files  # drawing the batch belongs to it
         assert len(files) <= MAX_FILES, "\n".join(f"{file}: {name}" for file, name in sorted(functions))

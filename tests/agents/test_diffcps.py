@@ -91,13 +91,14 @@ def test_a_tight_bound_clones_and_a_loose_one_follows_q() -> None:
     errors = []
     for kappa, start in ((0.01, 20.0), (5.0, 1.0)):
         agent = DiffCPS(
-            **{**SMALL, "train_steps": 600, "batch_size": 64, "policy_kwargs": {"net_arch": [32, 32]}},
+            **{**SMALL, "train_steps": 300, "batch_size": 64, "policy_kwargs": {"net_arch": [32, 32]}},
+            n_diffusion_steps=3,
             policy_freq=1,
             target_kl=kappa,
             lambda_init=start,
             lambda_learning_rate=0.003,
-            learning_rate=1e-3,
-            critic_learning_rate=3e-3,
+            learning_rate=3e-3,
+            critic_learning_rate=5e-3,
         ).learn(data)
         errors.append(np.abs(agent.predict(obs, select="first")[0] - 0.5).mean())
     assert errors[1] < 0.6 * errors[0], errors

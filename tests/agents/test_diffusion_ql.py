@@ -76,10 +76,11 @@ def test_q_moves_the_policy_towards_better_actions() -> None:
     errors = []
     for eta in (0.0, 3.0):
         agent = DiffusionQL(
-            **{**SMALL, "train_steps": 600, "batch_size": 64, "policy_kwargs": {"net_arch": [32, 32]}},
+            **{**SMALL, "train_steps": 300, "batch_size": 64, "policy_kwargs": {"net_arch": [32, 32]}},
             eta=eta,
-            learning_rate=1e-3,
-            critic_learning_rate=3e-3,
+            n_diffusion_steps=3,
+            learning_rate=3e-3,
+            critic_learning_rate=5e-3,
         ).learn(data)
         errors.append(np.abs(agent.predict(obs, select="first")[0] - 0.5).mean())
         if eta == 0.0:  # choosing among clones by Q is half of the method

@@ -27,13 +27,15 @@ def test_srpo_beats_the_data_and_its_behaviour_cloning(seed: int) -> None:
         seed=seed,
         verbose=0,
         beta=0.1,
-        learning_rate=1e-3,
+        gamma=0.95,
+        tau=0.03,
+        learning_rate=3e-3,
         batch_size=128,
         behavior_batch_size=128,
-        critic_steps=4000,
-        behavior_steps=2000,
-        policy_steps=2000,
-        policy_kwargs={"net_arch": [64, 64], "behavior_width": 64, "behavior_blocks": 2},
+        critic_steps=1500,
+        behavior_steps=600,
+        policy_steps=600,
+        policy_kwargs={"net_arch": [64, 64], "behavior_width": 32, "behavior_blocks": 1},
     ).learn(own_data_example().record(60))
     assert agent.dataset_info is not None
     data = agent.dataset_info["mean_return"]

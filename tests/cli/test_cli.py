@@ -37,6 +37,34 @@ def run(command: str, folder: Path, input: str | None = None, **environment: str
     )
 
 
+_ONE_PROCESS = """
+import contextlib, io, json, os, shlex, sys
+from diffagents.cli.main import main
+results = []
+for command, changes in json.load(sys.stdin):
+    os.environ.update(changes)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(shlex.split(command))
+    results.append([code, out.getvalue(), err.getvalue()])
+json.dump(results, sys.stdout)
+"""
+
+
+def run_all(commands: list[str | tuple[str, dict[str, str]]], folder: Path, **environment: str) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of several commands, one after the other in one process: starting one takes seconds.
+
+    A command may come with environment variables, which stay set for those after it.
+    """
+    given = [(one, {}) if isinstance(one, str) else one for one in commands]
+    everything = {**os.environ, "PYTHONPATH": str(ROOT), "MINARI_DATASETS_PATH": str(SHIPPED), **environment}
+    command = [sys.executable, "-c", _ONE_PROCESS]
+    done = subprocess.run(
+        command, cwd=folder, env=everything, input=json.dumps(given), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return [(code, out, errors) for code, out, errors in json.loads(done.stdout)]
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -93,10 +121,8 @@ def test_ctrl_c_keeps_what_there_is_and_resume_ends_where_an_uninterrupted_run_d
     assert process.returncode == 130, errors
     assert "--resume" in errors
     assert 0 < diffagents.load(here / "cut").num_timesteps < 1500
-    again = run(f"train TD3BC {REACHER} --out cut --quiet --resume --device cpu", here)
-    assert again.returncode == 0, again.stderr
-    whole = run(f"{words} --steps 1500 --out whole --quiet", here)
-    assert whole.returncode == 0, whole.stderr
+    assert main.main(shlex.split(f"train TD3BC {REACHER} --out cut --quiet --resume --device cpu")) == 0
+    assert main.main(shlex.split(f"{words} --steps 1500 --out whole --quiet")) == 0
     for name in ("model.safetensors", "learner.safetensors"):
         assert (here / "cut" / name).read_bytes() == (here / "whole" / name).read_bytes()
     assert "--steps 1500" in (here / "cut" / "README.md").read_text()  # the command that planned the run
@@ -180,15 +206,17 @@ def test_help_of_train_teaches_every_knob(name: str, capsys: pytest.CaptureFixtu
     )
 
 
-def test_eval_prints_a_line_or_json_and_reads_the_policy_from_a_pipe(trained: Path, here: Path) -> None:
+def test_eval_prints_a_line_or_json_and_reads_the_policy_from_a_pipe(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     agent = diffagents.load(trained)
     expected = agent.evaluate(n_episodes=2, seed=5)
-    line = run(f"eval {trained} --episodes 2 --seed 5", here)
-    assert line.returncode == 0 and line.stdout == f"{expected}\n"
+    assert main.main(shlex.split(f"eval {trained} --episodes 2 --seed 5")) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
     piped = run("eval - --episodes 2 --seed 5 --json", here, input=f"{trained}\n")
     assert json.loads(piped.stdout)["returns"] == list(expected.returns)
-    other = run(f"eval {trained} --episodes 1 --env-arg reward_dist_weight=0.0 --json", here)
-    assert json.loads(other.stdout)["mean_return"] > expected.mean_return
+    assert main.main(shlex.split(f"eval {trained} --episodes 1 --env-arg reward_dist_weight=0.0 --json")) == 0
+    assert json.loads(capsys.readouterr().out)["mean_return"] > expected.mean_return
 
 
 def test_list_in_a_pipe_that_closes(here: Path) -> None:
@@ -230,26 +258,33 @@ def test_enjoy_writes_a_video_or_wants_a_screen(
 
 def test_push_pull_list_and_eval_by_a_hub_id(trained: Path, here: Path) -> None:
     with Hub(mode="lfs", folder=here / "cas") as hub:
-        environment = {**hub.environment(), "HF_HOME": str(here / "home")}
-        pushed = run(f"push {trained} tester/td3bc-reacher --message hello --license apache-2.0", here, **environment)
-        assert pushed.returncode == 0, pushed.stderr
-        assert pushed.stdout.startswith(hub.url) and "/commit/" in pushed.stdout
+        pushed, evaluated, pulled, again, listed, offline, nobody = run_all(
+            [
+                f"push {trained} tester/td3bc-reacher --message hello --license apache-2.0",
+                f"push {trained} tester/scored --eval --episodes 1 --private",
+                "pull tester/td3bc-reacher --to copy",
+                "pull tester/td3bc-reacher --to copy",
+                "list tester",
+                "eval tester/td3bc-reacher --episodes 1 --offline",
+                (f"push {trained} tester/new", {"HF_TOKEN": "hf_wrong"}),
+            ],
+            here,
+            **{**hub.environment(), "HF_HOME": str(here / "home")},
+        )
+        assert pushed[0] == 0, pushed
+        assert pushed[1].startswith(hub.url) and "/commit/" in pushed[1]
         card = hub.files("tester/td3bc-reacher")["README.md"].decode()
         assert 'TD3BC.from_pretrained("tester/td3bc-reacher")' in card
-        evaluated = run(f"push {trained} tester/scored --eval --episodes 1 --private", here, **environment)
-        assert evaluated.returncode == 0, evaluated.stderr
+        assert evaluated[0] == 0, evaluated
         assert "results.json" in hub.files("tester/scored") and hub.repository("tester/scored").private
-        pulled = run("pull tester/td3bc-reacher --to copy", here, **environment)
-        assert pulled.stdout == "copy\n"
+        assert pulled[:2] == (0, "copy\n")
         for name in ("model.safetensors", "learner.safetensors"):
             assert (here / "copy" / name).read_bytes() == (trained / name).read_bytes()
-        assert run("pull tester/td3bc-reacher --to copy", here, **environment).returncode == 1
-        listed = run("list tester", here, **environment)
-        assert "tester/td3bc-reacher\tTD3BC\tReacher-v5" in listed.stdout.splitlines()
-        offline = run("eval tester/td3bc-reacher --episodes 1 --offline", here, **environment)
-        assert offline.stdout.startswith("Reacher-v5: return"), offline.stderr
-        nobody = run(f"push {trained} tester/new", here, **{**environment, "HF_TOKEN": "hf_wrong"})
-        assert nobody.returncode == 1 and "hf auth login" in nobody.stderr and nobody.stderr.count("\n") == 1
+        assert again[0] == 1
+        assert "tester/td3bc-reacher\tTD3BC\tReacher-v5" in listed[1].splitlines()
+        assert offline[1].startswith("Reacher-v5: return"), offline
+        code, _, errors = nobody
+        assert code == 1 and "hf auth login" in errors and errors.count("\n") == 1
 
 
 def test_arguments_of_the_environment_reach_it(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

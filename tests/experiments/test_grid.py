@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import Hub
+from scripts import run_script
 
 import diffagents
 from diffagents.cli import main
@@ -228,8 +229,8 @@ def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path: Path) -> None:
 
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom diffagents import sweep\n"
-        "with sweep._locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        "import sys\nfrom pathlib import Path\nfrom diffagents.experiments import grid\n"
+        "with grid._locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     held = tmp_path / spec().name
     other = subprocess.Popen(
@@ -502,10 +503,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_zoo_is_built_of_median_seeds(checkout: Path) -> None:
     (checkout / "zoo" / "of-another-grid").mkdir()
     (checkout / "zoo" / "of-another-grid" / "config.json").write_text("{}")
-    done = shell([str(checkout / "zoo" / "tools" / "build.py")])
+    build = checkout / "zoo" / "tools" / "build.py"
+    done = shell([str(build)])  # as a user calls it
     assert done.returncode == 0, done.stderr
     assert "2 policies" in done.stdout and "left alone without --prune: of-another-grid" in done.stdout
-    assert shell([str(checkout / "zoo" / "tools" / "build.py"), "--prune"]).returncode == 0
+    run_script(build, "--prune")
     assert not (checkout / "zoo" / "of-another-grid").exists()
     runs = [json.loads(path.read_text()) for path in (checkout / "zoo" / "results" / "zoo").glob("*.json")]
     assert len(runs) == 6
@@ -517,19 +519,18 @@ def test_the_zoo_is_built_of_median_seeds(checkout: Path) -> None:
         assert f'from_pretrained("zoo/{cell}")' in card and f"{kept['last']['mean_return']:.1f}"[:4] in card
     before = (checkout / "zoo" / "README.md").read_text()
     assert "zoo/grids/zoo.yml" in before
-    small = shell([str(checkout / "zoo" / "tools" / "build.py"), "--max-mb", "0.001"])
-    assert "which is left out" in small.stdout
+    assert "which is left out" in run_script(build, "--max-mb", "0.001")
     agent = diffagents.load(checkout / "zoo" / "iql-reacher-replay-v0", device="cpu", verbose=0)
     assert not agent.has_learner and agent.predict(np.zeros(agent.obs_dim, np.float32))[0].shape == (2,)
-    assert shell([str(checkout / "zoo" / "tools" / "build.py"), "--root", str(checkout / "nowhere")]).returncode == 0
+    run_script(build, "--root", str(checkout / "nowhere"))
     assert (checkout / "zoo" / "README.md").read_text() == before  # of the results that are kept
     shutil.rmtree(checkout / "zoo" / "iql-reacher-replay-v0")
-    lost = shell([str(checkout / "zoo" / "tools" / "build.py"), "--root", str(checkout / "nowhere")])
-    assert lost.returncode == 1 and "iql-reacher-replay-v0" in lost.stderr
+    with pytest.raises(SystemExit, match="iql-reacher-replay-v0"):
+        run_script(build, "--root", str(checkout / "nowhere"))
 
 
 def test_the_zoo_is_published_when_asked_and_only_then(checkout: Path, tmp_path: Path) -> None:
-    assert shell([str(checkout / "zoo" / "tools" / "build.py")]).returncode == 0
+    run_script(checkout / "zoo" / "tools" / "build.py")
     with Hub("lfs", tmp_path / "hub") as hub:
         environment = {**hub.environment(), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         dry = shell([str(checkout / "zoo" / "tools" / "publish.py"), "org"], **environment)

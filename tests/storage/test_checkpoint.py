@@ -3,6 +3,7 @@
 import json
 import pathlib
 import resource
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -49,9 +50,14 @@ def agent() -> SRPO:
     return SRPO(**KNOBS).learn(DATA)
 
 
+@pytest.fixture(scope="module")
+def good(agent: SRPO, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return agent.save_pretrained(tmp_path_factory.mktemp("good") / "agent", include_trainer_state=True)
+
+
 @pytest.mark.parametrize("name", GARBLED)
-def test_garbled_json_is_refused(name: str, agent: SRPO, tmp_path: pathlib.Path) -> None:
-    folder = agent.save_pretrained(tmp_path / "agent", include_trainer_state=True)
+def test_garbled_json_is_refused(name: str, good: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = shutil.copytree(good, tmp_path / "agent")
     files = folder / "config.json", folder / "trainer_state.json"
     config, state = (json.loads(file.read_text()) for file in files)
     GARBLED[name](config, state)
@@ -64,6 +70,6 @@ def test_garbled_json_is_refused(name: str, agent: SRPO, tmp_path: pathlib.Path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
-def test_the_ungarbled_one_loads(agent: SRPO, tmp_path: pathlib.Path) -> None:
-    loaded = SRPO.load(agent.save_pretrained(tmp_path / "agent", include_trainer_state=True), verbose=0)
+def test_the_ungarbled_one_loads(agent: SRPO, good: pathlib.Path) -> None:
+    loaded = SRPO.load(good, verbose=0)
     assert loaded.plan == agent.plan and loaded.history == agent.history and loaded.config == agent.config

@@ -458,6 +458,7 @@ def test_a_card_edited_on_the_hub_stays(hub: Hub, here: Client, trained: Trained
     assert hub.files("me/edited")["README.md"] == b"# Edited on the site\n"
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_an_eval_callback_s_scores_are_kept_and_the_best_shown_apart(tmp_path: Path) -> None:
     import gymnasium
     from stable_baselines3.common.callbacks import EvalCallback
@@ -483,7 +484,7 @@ def test_an_eval_callback_s_scores_are_kept_and_the_best_shown_apart(tmp_path: P
     (score,) = [line for line in text.splitlines() if line.startswith("**Return")]
     assert f"{results['mean_reward']:.2f}" in score and "last policy" in score
     assert f"value: {results['mean_reward']:.2f} +/-" in text.partition("\n---\n")[0]
-    assert (tmp_path / "card" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "card" / "curves.png").read_bytes()) > 5000
 
 
 # ---- datasets from the Hub ---------------------------------------------------------------------------------------------
