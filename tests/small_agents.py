@@ -19,6 +19,7 @@ _SMALL: dict[str, Any] = {
     "policy_freq": 2,
     "n_candidates": 4,
     "n_samples": 2,
+    "n_diffusion_steps": 3,
     "n_critics": 3,
     "n_support": 3,
     "n_support_states": 50,

@@ -46,13 +46,16 @@ def trained() -> dict[str, Agent]:
     return {}
 
 
-@pytest.fixture
-def agent(request: pytest.FixtureRequest, trained: dict[str, Agent]) -> Agent:
-    """The named algorithm, trained once for all tests of this file (they only read it)."""
-    name = request.param
+def train(name: str, trained: dict[str, Agent]) -> Agent:
+    """Trained once for all tests of this file, which only read it or copy it."""
     if name not in trained:
         trained[name] = small(name).learn(DATA)
     return trained[name]
+
+
+@pytest.fixture
+def agent(request: pytest.FixtureRequest, trained: dict[str, Agent]) -> Agent:
+    return train(request.param, trained)
 
 
 every = pytest.mark.parametrize("agent", NAMES, indirect=True)
@@ -101,9 +104,11 @@ def test_model_file_is_all_that_acting_needs(agent: Agent, tmp_path: pathlib.Pat
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_stopped_anywhere_and_loaded_ends_as_the_uninterrupted_one(name: str, tmp_path: pathlib.Path) -> None:
+def test_a_run_stopped_anywhere_and_loaded_ends_as_the_uninterrupted_one(
+    name: str, trained: dict[str, Agent], tmp_path: pathlib.Path
+) -> None:
     """Stopped in the middle and at the end of each stage; weights, lagged copies and moments are equal to the bit."""
-    whole = small(name).learn(DATA)
+    whole = train(name, trained).clone()
     run, stops = small(name), [k * STEPS + part for k in range(len(whole.STAGE_SHARES)) for part in (5, STEPS)]
     for i, stop in enumerate(stops[:-1]):
         run.learn(DATA, reset_num_timesteps=i == 0, callback=lambda local, _: local["self"].num_timesteps < stop)  # noqa: B023
@@ -156,7 +161,7 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "one", "two"), CHANGES)
 def test_the_choice_counts(name: str, one: dict[str, Any], two: dict[str, Any], trained: dict[str, Agent]) -> None:
     """ "first" is one plain sample; "argmax" another, and another again where the candidates are fewer."""
-    agent = trained.setdefault(name, small(name).learn(DATA))
+    agent = train(name, trained)
     obs = np.random.default_rng(2).normal(size=(64, 3)).astype(np.float32)
     n = {"n_candidates": 32}
     first = agent.predict(obs, deterministic=True, **n, **one)[0]
@@ -174,7 +179,7 @@ SCORES = {"DiffusionQL": lambda q: q.amin(0), "DiffCPS": lambda q: q.amin(0), "B
 @pytest.mark.parametrize("name", SCORES)
 def test_candidates_are_scored_by_the_lagged_critics(name: str, trained: dict[str, Agent]) -> None:
     """argmax takes the candidate whose score is highest: the lower of the lagged twins, or the mean of BDPO's ensemble."""
-    agent: Any = trained.setdefault(name, small(name).learn(DATA)).clone()
+    agent: Any = train(name, trained).clone()
     offered: list[torch.Tensor] = []
     scores: list[torch.Tensor] = []
 
@@ -197,7 +202,7 @@ CHAINS = ["DiffusionQL", "DiffCPS", "BDPO", "DiffusionBC", "IDQL"]
 @pytest.mark.parametrize("name", CHAINS)
 def test_samplers_at_predict_time(name: str, trained: dict[str, Agent]) -> None:
     """The chain or DDIM, all steps or some; what the network never learnt is refused, and so is any where there is none."""
-    agent: Any = trained.setdefault(name, small(name).learn(DATA)).clone()
+    agent: Any = train(name, trained).clone()
     T = agent.config.n_diffusion_steps
     for network in agent.networks().values():
         if hasattr(network, "fixed_noise"):
@@ -221,7 +226,7 @@ def test_samplers_at_predict_time(name: str, trained: dict[str, Agent]) -> None:
 
 @pytest.mark.parametrize("name", ["SRPO", "TD3BC", "IQL", "AWR"])
 def test_no_sampler_to_choose(name: str, trained: dict[str, Agent]) -> None:
-    agent = trained.setdefault(name, small(name).learn(DATA))
+    agent = train(name, trained)
     with pytest.raises(TypeError, match="its policy leaves nothing to choose"):
         agent.predict(OBS, solver_steps=3)
 
@@ -249,7 +254,7 @@ def small_spec() -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_calls(name: str, trained: dict[str, Agent]) -> None:
-    agent = trained.setdefault(name, small(name).learn(DATA))
+    agent = train(name, trained)
     with pytest.raises(RuntimeError, match="no policy yet"):
         small(name).predict(OBS)
     with pytest.raises(ValueError, match="4"):
@@ -302,7 +307,7 @@ def test_a_stage_on_untrained_ones_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_clone_with_fresh_networks_begins_their_stage_anew(name: str, trained: dict[str, Agent]) -> None:
-    agent = trained.setdefault(name, small(name).learn(DATA))
+    agent = train(name, trained)
     fresh = next(iter(agent.stages()[-1].updates[0].optimizers))
     network = next(key for key, optimizer in agent.optimizers.items() if optimizer is fresh)
     other = agent.clone(fresh=(network,))
@@ -340,8 +345,10 @@ def named_networks(agent: Agent) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if agent_class(name).SIZES])
-def test_a_file_cannot_claim_sizes_that_its_tensors_do_not_have(name: str, tmp_path: pathlib.Path) -> None:
-    folder = small(name).learn(DATA).save_pretrained(tmp_path / "a")
+def test_a_file_cannot_claim_sizes_that_its_tensors_do_not_have(
+    name: str, trained: dict[str, Agent], tmp_path: pathlib.Path
+) -> None:
+    folder = train(name, trained).save_pretrained(tmp_path / "a")
     config = json.loads((folder / "config.json").read_text())
     for knob in agent_class(name).SIZES:
         changed = {**config, "knobs": {**config["knobs"], knob: 10**12}}
@@ -363,9 +370,9 @@ def test_presets_are_complete(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_seed_same_agent(name: str) -> None:
+def test_same_seed_same_agent(name: str, trained: dict[str, Agent]) -> None:
     """Two runs agree to the bit, another seed does not."""
-    one, two, other = small(name).learn(DATA), small(name).learn(DATA), small(name, seed=1).learn(DATA)
+    one, two, other = train(name, trained), small(name).learn(DATA), small(name, seed=1).learn(DATA)
     same_networks(one, two)
     with pytest.raises(AssertionError):
         same_networks(one, other)

@@ -126,7 +126,8 @@ def test_order_of_a_run() -> None:
     for name in ("policy", "policy_ema"):
         assert moved(name) == [4, 7]
     assert moved("behavior") == moved("behavior_ema") == [4, 7]
-    assert small(train_steps=4000).learn(DATA, total_timesteps=400).stages()[1].updates[1].start == round(0.025 * 200)
+    planned = small(train_steps=4000).learn(DATA, total_timesteps=400, callback=lambda local, _: False)
+    assert planned.stages()[1].updates[1].start == round(0.025 * 200)
 
 
 def test_policy_of_a_second_run_goes_on() -> None:
@@ -158,7 +159,7 @@ def test_a_fresh_policy_starts_from_the_behaviour_again() -> None:
 def test_warmup_is_once_and_shorter_than_the_stage() -> None:
     with pytest.raises(ValueError, match="warmup_steps=6 leaves none of the 6 train steps to the policy"):
         small(warmup_steps=6).learn(DATA)
-    agent = small(train_steps=400).learn(DATA)
+    agent = small(train_steps=400).learn(DATA, callback=lambda local, _: local["self"].num_timesteps < 6 + 1)
     assert agent.stages()[1].updates[1].start == 10
     agent.learn(DATA, stages=("train",), total_timesteps=1)
     agent.plan = type(agent.plan)({"train": 1000})  # type: ignore[misc]
@@ -202,16 +203,16 @@ def test_value_of_noise_is_the_soft_optimum_on_a_bandit(seed: int) -> None:
         aggregation="mean",
         n_critics=2,
         n_samples=4,
-        tau=0.05,
-        ema_tau=0.02,
+        tau=0.1,
+        ema_tau=0.05,
         policy_freq=2,
         batch_size=128,
-        learning_rate=1e-3,
-        critic_learning_rate=1e-3,
-        behavior_learning_rate=1e-3,
+        learning_rate=3e-3,
+        critic_learning_rate=3e-3,
+        behavior_learning_rate=3e-3,
         reward_transform="none",
-        behavior_steps=800,
-        train_steps=1200,
+        behavior_steps=300,
+        train_steps=450,
         policy_kwargs={"net_arch": [32, 32]},
     ).learn(data)
     with torch.no_grad():

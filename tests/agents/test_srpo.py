@@ -128,6 +128,7 @@ def test_stages_are_reused_for_another_beta() -> None:
         "behavior_batch_size": 8,
         "verbose": 0,
         "seed": 3,
+        "policy_kwargs": {"net_arch": [16, 16], "behavior_width": 16, "behavior_blocks": 1},
     }
     data, obs = line_data(), np.zeros((4, 3), np.float32)
     base = SRPO(beta=0.05, **knobs).learn(data, stages=("critic", "behavior"))
@@ -185,6 +186,7 @@ def test_every_option_changes_the_result() -> None:
         "tau": 0.1,
         "verbose": 0,
         "seed": 0,
+        "policy_kwargs": {"net_arch": [16, 16], "behavior_width": 16, "behavior_blocks": 1},
     }
     other: dict[str, Any] = {
         "beta": 0.5,

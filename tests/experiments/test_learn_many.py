@@ -346,7 +346,8 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     graphs: list[Any] = []
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
-    short = {"n_diffusion_steps": 2} if name == "DiffCPS" else {}
+    short: dict[str, Any] = {"n_diffusion_steps": 1} if name == "DiffCPS" else {}
+    short["policy_kwargs"] = {"net_arch": [8], **({"behavior_width": 8, "behavior_blocks": 1} if name == "SRPO" else {})}
     together, alone = members(name, 2, True, **short), members(name, 2, True, **short)
     together[0].compile = "compiled"
     with warnings.catch_warnings():

@@ -85,7 +85,9 @@ def trained() -> dict[str, Agent]:
 def quick(name: str, **knobs: Any) -> Agent:
     """`small` with short samplers: a test's time goes with the length of what is traced."""
     short = {knob: 2 for knob in ("n_diffusion_steps", "solver_steps") if fields(name).get(knob) is not None}
-    return small(name, **{**short, **knobs})
+    shallow = {"net_arch": [8], **({"behavior_width": 8} if name in ("SRPO", "QGPO", "SfBC", "IDQL") else {})}
+    shallow |= {"behavior_blocks": 1} if name in ("SRPO", "IDQL") else {}
+    return small(name, **{**short, "policy_kwargs": shallow, **knobs})
 
 
 def eager(name: str, trained: dict[str, Agent]) -> Agent:
@@ -165,6 +167,28 @@ def test_a_compiled_run_is_an_eager_run(name: str, traced_only: list[Any], train
 
 # ---- with the code generator ---------------------------------------------------------------------------------------
 @compiler
+def test_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy stage of few kernels, and acting: what the traced graph is handed over to, and what comes back."""
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)  # trying out vector instructions takes seconds
+    base = small("AWR", compile="eager", policy_kwargs={"net_arch": [8]}).learn(DATA)
+    runs = [base.clone(fresh=("policy",)) for _ in range(2)]
+    for run, mode in zip(runs, ("eager", "compiled"), strict=True):
+        run.compile = mode
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="compiling failed")
+            run.learn(DATA, stages=("policy",))
+    assert runs[1].plan is not None and runs[1].plan.modes == {"policy": "compiled"}
+    states_agree(runs[1], runs[0])
+    runs[1].compile_policy(2, deterministic=True)
+    assert not any(one.failed for one in runs[1]._compiled.values())
+    acts = [run.predict(OBS[:2], deterministic=True)[0] for run in runs]
+    np.testing.assert_allclose(*acts, atol=1e-5)
+
+
+@compiler
+@pytest.mark.slow
 def test_inductor_srpo_policy() -> None:
     """The policy stage, its cosine included; and then acting."""
     base = small("SRPO", compile="eager", **TINY_SRPO).learn(DATA)
@@ -218,7 +242,7 @@ def test_inductor_acts(diffusion_ql: list[Agent]) -> None:
 @compiler
 @pytest.mark.slow
 def test_inductor_srpo_whole(trained: dict[str, Agent]) -> None:
-    run = small("SRPO", compile="compiled").learn(DATA)
+    run = quick("SRPO", compile="compiled").learn(DATA)
     assert run.plan is not None and set(run.plan.modes.values()) == {"compiled"}
     states_agree(run, eager("SRPO", trained))
 
@@ -250,7 +274,7 @@ def test_without_a_compiler_it_runs_eagerly(name: str, n_parts: int, no_compiler
 
 def test_graphs_need_a_gpu(traced_only: list[Any], trained: dict[str, Agent]) -> None:
     with pytest.warns(UserWarning, match='compile="graph" needs a CUDA device: training runs compiled'):
-        run = small("TD3BC", compile="graph").learn(DATA)
+        run = quick("TD3BC", compile="graph").learn(DATA)
     assert run.plan is not None and run.plan.modes == {"train": "compiled"} and len(traced_only) == 2
     states_agree(run, eager("TD3BC", trained))
 
