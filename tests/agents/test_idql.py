@@ -273,7 +273,7 @@ def test_chooses_the_best_of_what_the_data_do() -> None:
         reward_transform="none",
         policy_kwargs={"net_arch": [64, 64], "behavior_width": 64, "behavior_blocks": 2},
     ).learn(data)
-    obs = np.random.default_rng(1).normal(size=(1000, 3)).astype(np.float32)
+    obs = np.random.default_rng(1).normal(size=(300, 3)).astype(np.float32)
 
     def error(**choice: Any) -> float:
         return float(np.square(agent.predict(obs, **choice)[0] - 0.5).sum(-1).mean())

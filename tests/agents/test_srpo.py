@@ -159,13 +159,14 @@ def test_learns_the_best_action_of_the_data() -> None:
         seed=0,
         verbose=0,
         critic_steps=600,
-        behavior_steps=300,
+        behavior_steps=150,
         policy_steps=300,
+        batch_size=128,
         behavior_batch_size=128,
         learning_rate=3e-3,
         tau=0.05,
         reward_transform="none",
-        policy_kwargs={"net_arch": [64, 64], "behavior_width": 64},
+        policy_kwargs={"net_arch": [64, 64], "behavior_width": 32, "behavior_blocks": 1},
     ).learn(data, stages=("critic", "behavior"))
     obs = np.random.default_rng(1).normal(size=(100, 3)).astype(np.float32)
     errors = []
@@ -206,7 +207,7 @@ def test_every_option_changes_the_result() -> None:
         "behavior_steps": 4,
         "policy_steps": 4,
     }
-    obs = np.ones(3, np.float32)
+    obs = np.random.default_rng(1).normal(size=(50, 3)).astype(np.float32)
     results = {name: SRPO(**{**base, name: value}).learn(line_data()).predict(obs)[0] for name, value in other.items()}
     results["default"] = SRPO(**base).learn(line_data()).predict(obs)[0]
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
