@@ -207,7 +207,7 @@ def test_every_option_changes_the_result() -> None:
         "behavior_steps": 4,
         "policy_steps": 4,
     }
-    obs = np.ones(3, np.float32)
+    obs = np.random.default_rng(1).normal(size=(50, 3)).astype(np.float32)
     results = {name: SRPO(**{**base, name: value}).learn(line_data()).predict(obs)[0] for name, value in other.items()}
     results["default"] = SRPO(**base).learn(line_data()).predict(obs)[0]
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
