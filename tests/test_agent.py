@@ -428,7 +428,7 @@ def test_nan_between_looks_is_caught_when_somebody_stops(tmp_path: pathlib.Path,
 
 def test_history_of_a_long_run_stays_small() -> None:
     agent = SRPO(**SMALL).learn(DATA)
-    agent.history = agent.history * 400
+    agent.state.history = agent.history * 400
     agent.learn(DATA, stages=("policy",), reset_num_timesteps=False)
     assert len(agent.history) <= 6011 and agent.history[-1]["num_timesteps"] == 40
 

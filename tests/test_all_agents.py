@@ -65,7 +65,7 @@ def test_every_network_is_saved_and_every_optimizer_has_one(agent: Agent) -> Non
     assert modules == {*agent.MODEL, *agent.LEARNER}
     assert set(agent.optimizers) <= modules
     fresh = small(type(agent).__name__, env=None)
-    fresh._set_up(agent.spec)  # type: ignore[arg-type]
+    fresh.set_up(agent.spec)  # type: ignore[arg-type]
     for name in modules:
         pairs = zip(getattr(agent, name).parameters(), getattr(fresh, name).parameters(), strict=True)
         assert any(not torch.equal(a, b) for a, b in pairs), f"{name} never moved"
@@ -238,9 +238,9 @@ def test_bad_knobs(name: str) -> None:
                 cls(**{field.name: value})
             assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     with pytest.raises(TypeError, match="policy_kwargs has no 'width'"):
-        small(name, policy_kwargs={"width": 3})._set_up(small_spec())
+        small(name, policy_kwargs={"width": 3}).set_up(small_spec())
     with pytest.raises(ValueError, match="positive whole numbers"):
-        small(name, policy_kwargs={"net_arch": [-3]})._set_up(small_spec())
+        small(name, policy_kwargs={"net_arch": [-3]}).set_up(small_spec())
 
 
 def small_spec() -> Any:
@@ -319,7 +319,7 @@ def test_divergence_at_the_start_of_a_stage_leaves_what_was_there_before_it(name
     if begin:
         agent.learn(DATA, callback=lambda local, _: local["self"].num_timesteps < begin)
     else:
-        agent._set_up(load_dataset(DATA).spec)
+        agent.set_up(load_dataset(DATA).spec)
     before = {key: value.clone() for key, value in named_networks(agent).items()}
 
     def poison(local: dict[str, Any], _: Any) -> bool:
@@ -359,7 +359,7 @@ def test_presets_are_complete(name: str) -> None:
     assert all(set(row) <= known for row in table.values())
     for row in table:
         if row not in ("default", "paper", "official_code"):
-            small(name, preset=row)._set_up(small_spec())
+            small(name, preset=row).set_up(small_spec())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -377,7 +377,7 @@ def test_announcing_changes_nothing(name: str, capsys: pytest.CaptureFixture[str
     agent = small(name)
     agent.learn(DATA, callback=lambda local, _: False)  # one step: moments exist
     plan = Plan(dict.fromkeys(agent.STAGE_SHARES, 1000))
-    agent.plan = plan
+    agent.state.plan = plan
     assert agent.reward_transform is not None
     sampler = load_dataset(DATA).sampler("cpu", agent.reward_transform, agent.obs_normalizer)
     before = {key: value.clone() for key, value in training_tensors(agent).items()}

@@ -36,6 +36,7 @@ from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
 from diffagents.functional import lambda_returns
 from diffagents.networks.mlp import MLP, GaussianPolicy, TanhPolicy
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -73,8 +74,8 @@ class AWR(Agent):
     policy: GaussianPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 200_000, "policy": 1_000_000}  # official code: 200 to 1000
     POLICY_STAGE = "policy"
-    MODEL = ("policy",)
-    LEARNER = ("critic",)
+    MODEL: ClassVar[tuple[str, ...]] = ("policy",)
+    LEARNER: ClassVar[tuple[str, ...]] = ("critic",)
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -86,7 +87,7 @@ class AWR(Agent):
             "policy": Optimizer(self.policy.parameters(), c.learning_rate),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         size, opt = self.config.batch_size, self.optimizers
         return [
             Stage("critic", size, (Update(self.critic_loss, optimizers=(opt["critic"],)),), self.prepare_critic),

@@ -45,6 +45,7 @@ from diffagents.diffusion.chain import reverse_mean
 from diffagents.functional import SELECT, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, _on_states
 from diffagents.networks.mlp import MLP, EnsembleMLP, Mish, mish, orthogonal_, sinusoids
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -108,11 +109,10 @@ class BDPO(Agent):
     policy: ChainPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 2_000_000, "train": 2_000_000}
     POLICY_STAGE = "train"
-    MODEL = ("policy_ema", "critic_target")
-    LEARNER = ("policy", "behavior", "behavior_ema", "critic", "value", "value_target")
+    MODEL: ClassVar[tuple[str, ...]] = ("policy_ema", "critic_target")
+    LEARNER: ClassVar[tuple[str, ...]] = ("policy", "behavior", "behavior_ema", "critic", "value", "value_target")
     CALIBRATES = True
-    CHOICE = ("n_candidates", "select", "temperature", "solver", "solver_steps")
-    SIZES = ("n_critics", "n_diffusion_steps")
+    CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -139,9 +139,10 @@ class BDPO(Agent):
             "behavior": Optimizer(self.behavior.parameters(), rates[2], max_grad_norm=clip),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
-        planned, done = (0, 0) if self.plan is None else (d.get("train", 0) for d in (self.plan.lengths, self.plan.done))
+        plan = plan or self.plan
+        planned, done = (0, 0) if plan is None else (d.get("train", 0) for d in (plan.lengths, plan.done))
         begun = self.stage_steps["train"] > done  # in an earlier plan, whose warm-up was the only one
         warmup = 0 if begun else round(0.025 * planned) if c.warmup_steps is None else c.warmup_steps  # [D6]
         if 0 < planned <= warmup:
@@ -242,7 +243,7 @@ class BDPO(Agent):
                 x = x + chain.beta_std[i] * z
         q = self.critic_target.on_parts(obs, x)  # (E, B, K)
         q = q.amax(-1) if c.max_q_backup else q.mean(-1)  # [D4]
-        next_v = self.aggregate(q, noise) - c.eta / self.constraint_relaxation * penalty.mean(-1)
+        next_v = self.aggregate(q, noise) - c.eta / self.state.constraint_relaxation * penalty.mean(-1)
         return td_target(batch.rew, batch.done, next_v, c.gamma, batch.extras.get("floor")), penalty
 
     def step_objective(self, batch: Batch, noise: Noise, policy: ChainPolicy) -> tuple[Tensor, Tensor]:
@@ -262,7 +263,7 @@ class BDPO(Agent):
         v = self.value_target(batch.obs, before, (i - 1).clamp(min=0)).mean(-1)  # (E, B); where n = 1, V is not asked
         q = self.critic_target(torch.cat([batch.obs, mean], -1))  # (E, B); there the K actions are all the mean
         next_v = torch.where(i > 0, v, q)  # V_0 = Q
-        return self.aggregate(next_v, noise) - c.eta / self.constraint_relaxation * penalty, penalty
+        return self.aggregate(next_v, noise) - c.eta / self.state.constraint_relaxation * penalty, penalty
 
     def penalty(self, eps: Tensor, eps_nu: Tensor, i: int | Tensor) -> Tensor:
         """l_n = w_n || eps_pi - eps_nu ||^2, (..., A) -> (...)."""

@@ -45,6 +45,7 @@ from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP, mish
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -114,11 +115,10 @@ class DiffCPS(Agent):
     policy: ChainPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 2_000_000}
     POLICY_STAGE = "train"
-    MODEL = ("policy", "critic_target")
-    LEARNER = ("policy_ema", "critic", "multiplier")
-    SIZES = ("n_diffusion_steps",)
+    MODEL: ClassVar[tuple[str, ...]] = ("policy", "critic_target")
+    LEARNER: ClassVar[tuple[str, ...]] = ("policy_ema", "critic", "multiplier")
     CALIBRATES = True
-    CHOICE = ("n_candidates", "select", "temperature", "solver", "solver_steps")
+    CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -136,7 +136,7 @@ class DiffCPS(Agent):
             "multiplier": Optimizer(self.multiplier.parameters(), c.lambda_learning_rate, max_grad_norm=clip),  # [D7]
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         updates = (
             Update(self.critic_loss, self.draw_critic, (opt["critic"],), self.follow_critic),
@@ -194,7 +194,7 @@ class DiffCPS(Agent):
         bc_loss, q_loss = self.bc_loss(batch, noise), self.q_loss(batch, noise)
         multiplier = self.multiplier.value.detach().clamp(c.lambda_min, c.lambda_max)
         policy_loss = multiplier * bc_loss + q_loss
-        multiplier_loss = self.multiplier.value * (c.target_kl * self.constraint_relaxation - bc_loss.detach())  # [O2]
+        multiplier_loss = self.multiplier.value * (c.target_kl * self.state.constraint_relaxation - bc_loss.detach())  # [O2]
         metrics = {
             "policy_loss": policy_loss.detach(),
             "bc_loss": bc_loss.detach(),  # to be compared with target_kl

@@ -30,6 +30,7 @@ from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
 from diffagents.functional import polyak_update_
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -64,10 +65,9 @@ class DiffusionBC(Agent):
     policy: ChainPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 2_000_000}
     POLICY_STAGE = "behavior"
-    MODEL = ("policy", "policy_ema")  # which of them acts is a knob that `load` may change
-    LEARNER = ()
-    SIZES = ("n_diffusion_steps",)
-    CHOICE = ("solver", "solver_steps")
+    MODEL: ClassVar[tuple[str, ...]] = ("policy", "policy_ema")  # which of them acts is a knob that `load` may change
+    LEARNER: ClassVar[tuple[str, ...]] = ()
+    CHOICE: ClassVar[tuple[str, ...]] = ("solver", "solver_steps")
 
     def build(self) -> None:
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256, 256)})
@@ -76,7 +76,7 @@ class DiffusionBC(Agent):
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
         self.optimizers = {"policy": Optimizer(self.policy.parameters(), self.config.learning_rate)}  # [D3]
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         update = Update(self.bc_loss, self.draw_policy, (self.optimizers["policy"],), self.follow_policy)
         return [Stage("behavior", self.config.batch_size, (update,))]
 

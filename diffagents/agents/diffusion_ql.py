@@ -42,6 +42,7 @@ from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP, mish
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -90,11 +91,10 @@ class DiffusionQL(Agent):
     policy: ChainPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 2_000_000}
     POLICY_STAGE = "train"
-    MODEL = ("policy", "critic_target")
-    LEARNER = ("policy_ema", "critic")
-    SIZES = ("n_diffusion_steps",)
+    MODEL: ClassVar[tuple[str, ...]] = ("policy", "critic_target")
+    LEARNER: ClassVar[tuple[str, ...]] = ("policy_ema", "critic")
     CALIBRATES = True
-    CHOICE = ("n_candidates", "select", "temperature", "solver", "solver_steps")
+    CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -109,7 +109,7 @@ class DiffusionQL(Agent):
             "critic": Optimizer(self.critic.parameters(), c.critic_learning_rate, max_grad_norm=c.max_grad_norm),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         updates = (
             Update(self.critic_loss, self.draw_critic, (opt["critic"],), self.follow_critic),
@@ -158,7 +158,7 @@ class DiffusionQL(Agent):
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Eq. (3): L_d + eta L_q."""
         bc_loss, q_loss = self.bc_loss(batch, noise), self.q_loss(batch, noise)
-        loss = bc_loss + self.config.eta * self.constraint_relaxation * q_loss
+        loss = bc_loss + self.config.eta * self.state.constraint_relaxation * q_loss
         return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "q_loss": q_loss.detach()}
 
     def bc_loss(self, batch: Batch, noise: Noise) -> Tensor:

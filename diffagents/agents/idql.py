@@ -47,6 +47,7 @@ from diffagents.functional import SELECT, eps_loss, polyak_update_, select_actio
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, _on_states
 from diffagents.networks.mlp import MLP, dropout_masks, xavier_
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -92,10 +93,16 @@ class IDQL(Agent):
     config: IDQLConfig
     STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 1_500_000, "behavior": 3_000_000}
     POLICY_STAGE = "behavior"
-    MODEL = ("behavior_ema", "critic")
-    LEARNER = ("behavior",)
-    SIZES = ("n_diffusion_steps",)
-    CHOICE = ("n_candidates", "select", "temperature", "sampling_temperature", "solver", "solver_steps")
+    MODEL: ClassVar[tuple[str, ...]] = ("behavior_ema", "critic")
+    LEARNER: ClassVar[tuple[str, ...]] = ("behavior",)
+    CHOICE: ClassVar[tuple[str, ...]] = (
+        "n_candidates",
+        "select",
+        "temperature",
+        "sampling_temperature",
+        "solver",
+        "solver_steps",
+    )
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -116,7 +123,7 @@ class IDQL(Agent):
             "behavior": Optimizer(self.behavior.parameters(), c.learning_rate, weight_decay=c.weight_decay, cosine=True),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         n, opt = self.config.batch_size, self.optimizers
         return [  # [D1]
             Stage("critic", n, (Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),

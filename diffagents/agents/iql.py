@@ -39,6 +39,7 @@ from diffagents.config.checks import check_choice, check_number, net_arch
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.mlp import GaussianPolicy, TanhPolicy, dropout_masks
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -78,9 +79,9 @@ class IQL(Agent):
     policy: TanhPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 1_000_000}
     POLICY_STAGE = "train"
-    MODEL = ("policy",)
+    MODEL: ClassVar[tuple[str, ...]] = ("policy",)
     OFFLINE_RATIO = "uniform"  # [O2]
-    LEARNER = ("critic",)
+    LEARNER: ClassVar[tuple[str, ...]] = ("critic",)
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -93,7 +94,7 @@ class IQL(Agent):
             "policy": Optimizer(self.policy.parameters(), c.learning_rate, cosine=True),  # [D4]
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         opt = self.optimizers
         updates = (
             Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),

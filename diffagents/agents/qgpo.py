@@ -52,6 +52,7 @@ from diffagents.diffusion.sde import SolverStep, dpm_solve, dpm_solver_steps, vp
 from diffagents.functional import action_gradient, perturb, polyak_update_, td_target
 from diffagents.networks.mlp import MLP, EnsembleMLP
 from diffagents.networks.score_model import FourierTime, UNetDenoiser, VPBehavior
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -117,9 +118,9 @@ class QGPO(Agent):
     config: QGPOConfig
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 600_000, "critic": 500_000, "energy": 1_000_000}
     POLICY_STAGE = "energy"
-    MODEL = ("behavior", "energy")
-    LEARNER = ("critic", "critic_target")
-    CHOICE = ("guidance_scale", "solver_steps")
+    MODEL: ClassVar[tuple[str, ...]] = ("behavior", "energy")
+    LEARNER: ClassVar[tuple[str, ...]] = ("critic", "critic_target")
+    CHOICE: ClassVar[tuple[str, ...]] = ("guidance_scale", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -135,7 +136,7 @@ class QGPO(Agent):
             "energy": Optimizer(self.energy.parameters(), c.learning_rate),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
         critic = Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic)

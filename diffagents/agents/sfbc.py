@@ -50,6 +50,7 @@ from diffagents.diffusion.sde import SolverStep, dpm_solver_steps
 from diffagents.functional import gumbel
 from diffagents.networks.critics import ReturnCritic
 from diffagents.networks.score_model import UNetDenoiser, VPBehavior
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -91,9 +92,9 @@ class SfBC(Agent):
     config: SfBCConfig
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 586_200, "critic": 24_500, "planning": 24_500}
     POLICY_STAGE = "critic"
-    MODEL = ("behavior", "critic")
-    LEARNER = ("critic_before",)
-    CHOICE = ("n_candidates", "temperature", "average_top", "solver_steps")
+    MODEL: ClassVar[tuple[str, ...]] = ("behavior", "critic")
+    LEARNER: ClassVar[tuple[str, ...]] = ("critic_before",)
+    CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "temperature", "average_top", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -108,7 +109,7 @@ class SfBC(Agent):
             "critic": Optimizer(self.critic.parameters(), c.critic_learning_rate),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
         critic = Update(self.critic_loss, optimizers=(opt["critic"],))
@@ -128,7 +129,7 @@ class SfBC(Agent):
         if not mixture.sides:
             return None
         returns = [planned_returns(side, self.config.gamma) for side in mixture.sides]
-        if self._pristine:  # there was no fit yet
+        if self.state.pristine:  # there was no fit yet
             self._goals(torch.cat(returns))
         mean, std = self.critic.mean, self.critic.std
         return mixture.with_extras(goals=[(some.float().to(self.device) - mean) / std for some in returns])

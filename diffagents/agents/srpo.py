@@ -48,6 +48,7 @@ from diffagents.functional import action_gradient, eps_loss, perturb
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.mlp import Mish, TanhPolicy, dropout_masks, mish
 from diffagents.storage import checkpoint
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -112,8 +113,8 @@ class SRPO(Agent):
     policy: TanhPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 1_500_000, "behavior": 2_000_000, "policy": 1_000_000}  # paper's
     POLICY_STAGE = "policy"
-    MODEL = ("policy",)
-    LEARNER = ("critic", "behavior")
+    MODEL: ClassVar[tuple[str, ...]] = ("policy",)
+    LEARNER: ClassVar[tuple[str, ...]] = ("critic", "behavior")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -131,7 +132,7 @@ class SRPO(Agent):
             "policy": Optimizer(self.policy.parameters(), c.learning_rate, cosine=True),  # [D6]
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         return [
             Stage("critic", c.batch_size, (Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),
@@ -193,7 +194,7 @@ class SRPO(Agent):
             dq_da = dq_da / (norm + 1e-8)
         elif c.q_grad_norm == "rms":
             dq_da = dq_da / (norm / self.act_dim**0.5 + 1e-8)
-        loss = ((pull - c.beta * self.constraint_relaxation * dq_da) * a).sum(-1).mean()
+        loss = ((pull - c.beta * self.state.constraint_relaxation * dq_da) * a).sum(-1).mean()
         metrics = {"policy_loss": loss.detach(), "q_grad_norm": norm.mean(), "score_pull": pull.norm(dim=-1).mean()}
         return loss, metrics
 
@@ -219,7 +220,7 @@ class SRPO(Agent):
         """
         from diffagents.storage.official_checkpoints import srpo_from_official
 
-        return srpo_from_official(behavior, critic, policy, **kwargs)
+        return srpo_from_official(cls, behavior, critic, policy, **kwargs)
 
 
 class BehaviorPolicy:
@@ -233,7 +234,7 @@ class BehaviorPolicy:
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
         """As `Agent.predict`; the noise of a random sample comes from the agent's generator for predictions."""
-        checkpoint.need_learner(self._agent)
+        checkpoint.fetch_learner(self._agent)
         agent, fixed = self._agent, self._agent.behavior.noise
 
         def act(obs: Tensor) -> Tensor:

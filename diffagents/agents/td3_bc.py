@@ -33,6 +33,7 @@ from diffagents.config.checks import check_choice, check_number, net_arch
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import polyak_update_, td_target
 from diffagents.networks.mlp import EnsembleMLP, TanhPolicy
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -72,8 +73,8 @@ class TD3BC(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 1_000_000}
     POLICY_STAGE = "train"
     CALIBRATES = True
-    MODEL = ("policy",)
-    LEARNER = ("policy_target", "critic", "critic_target")
+    MODEL: ClassVar[tuple[str, ...]] = ("policy",)
+    LEARNER: ClassVar[tuple[str, ...]] = ("policy_target", "critic", "critic_target")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -87,7 +88,7 @@ class TD3BC(Agent):
             "critic": Optimizer(self.critic.parameters(), c.learning_rate),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         updates = (
             Update(self.critic_loss, self.draw_critic, (opt["critic"],)),
@@ -127,7 +128,7 @@ class TD3BC(Agent):
         q = self.critic(torch.cat([batch.obs, act], -1))[0]  # (B,), the first of the twins; online, already updated
         weight = self.config.alpha / q.abs().mean().detach()  # lambda [D1]
         bc_loss = F.mse_loss(act, batch.act)  # [D2]
-        loss = bc_loss / self.constraint_relaxation - weight * q.mean()
+        loss = bc_loss / self.state.constraint_relaxation - weight * q.mean()
         return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "lambda": weight}
 
     def follow_both(self) -> None:

@@ -52,19 +52,29 @@ def make_config(kind: type[Any], algorithm: str, knobs: dict[str, Any]) -> Any:
     return kind(**knobs)
 
 
-def choose(agent: Any, choice: dict[str, Any]) -> Any:
-    """The agent's configuration for one call of `predict`. Raises TypeError for what is no choice of its, ValueError."""
-    name = type(agent).__name__
+def choose(algorithm: str, config: Any, allowed: tuple[str, ...], choice: dict[str, Any]) -> Any:
+    """The configuration for one call of `predict`.
+
+    Args:
+        algorithm: Name of the agent's class.
+        config: The agent's configuration.
+        allowed: The hyperparameters that the call may set (the class's CHOICE).
+        choice: Those that it sets.
+
+    Raises:
+        TypeError: One of them may not be set.
+        ValueError: A value is out of its range.
+    """
     for key in choice:
-        if key not in agent.CHOICE:
-            valid = f"; valid: {', '.join(agent.CHOICE)}" if agent.CHOICE else ": its policy leaves nothing to choose"
-            raise TypeError(f"{name}.predict has no choice {key!r}{valid}")
-    return make_config(agent.Config, name, {**dataclasses.asdict(agent.config), **choice})
+        if key not in allowed:
+            valid = f"; valid: {', '.join(allowed)}" if allowed else ": its policy leaves nothing to choose"
+            raise TypeError(f"{algorithm}.predict has no choice {key!r}{valid}")
+    return make_config(type(config), algorithm, {**dataclasses.asdict(config), **choice})
 
 
 def signature(init: Callable[..., None], config: type[Any]) -> inspect.Signature:
     """What `init(self, ..., **knobs)` takes, with the knobs of `config` by name: for `help()` and editors."""
-    base = [p for p in inspect.signature(init).parameters.values() if p.name not in ("self", "knobs")]
+    base = [p for p in inspect.signature(init).parameters.values() if p.name != "self" and p.kind != p.VAR_KEYWORD]
     knobs = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
         for f in dataclasses.fields(config)

@@ -13,17 +13,18 @@ from diffagents.networks.mlp import TanhPolicy
 from diffagents.types import Spec
 
 
-def numpy_action(agent: Any, obs: Any, deterministic: bool) -> np.ndarray | None:
-    """`agent`'s action for one observation, or None where this is not the way to it."""
-    if type(obs) is not np.ndarray or agent.device.type != "cpu":
-        return None
-    policy: TanhPolicy | None = agent.point_policy(deterministic)
-    if policy is None:
-        return None
-    quick: NumpyPolicy | None = agent._numpy_policy
-    if quick is None or not quick.current(policy, agent.obs_normalizer):
-        quick = agent._numpy_policy = NumpyPolicy(agent.obs_normalizer, policy, agent.spec)
-    return quick(obs)
+class NumpyPath:
+    """The fast path of an agent's `predict`: keeps a `NumpyPolicy` and makes a new one whenever the networks have moved."""
+
+    def __init__(self) -> None:
+        self._policy: NumpyPolicy | None = None
+
+    def __call__(self, obs: np.ndarray, policy: TanhPolicy, normalizer: ObsNormalizer, spec: Spec) -> np.ndarray | None:
+        """The action for one observation, or None if the fast path does not apply."""
+        quick = self._policy
+        if quick is None or not quick.current(policy, normalizer):
+            quick = self._policy = NumpyPolicy(normalizer, policy, spec)
+        return quick(obs)
 
 
 class NumpyPolicy:

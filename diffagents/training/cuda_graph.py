@@ -46,6 +46,10 @@ class GraphRunner:
         """As `Runner.means`."""
         return self.runner.means()
 
+    def each_means(self) -> list[dict[str, float]]:
+        """As `Runner.each_means`."""
+        return self.runner.each_means()
+
     def _on_the_side(self, due: Sequence[int]) -> None:
         """A step on the stream that captures will use."""
         here = torch.cuda.current_stream(self.runner.device)

@@ -8,6 +8,7 @@ import platform
 import re
 import shlex
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,11 @@ def note_evaluation(provenance: dict[str, Any], num_timesteps: int, mean_return:
     if len(rows) > MAX_EVALUATIONS:
         best = max(rows, key=lambda row: row["mean_return"])
         provenance["evaluations"] = [row for i, row in enumerate(rows) if i % 2 or row is best]
+
+
+def package_version(package: str) -> str:
+    """The version of an installed package, "unknown" if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

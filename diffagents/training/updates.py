@@ -1,10 +1,11 @@
-"""Running updates: an optimiser step with its schedule, and the stages of a plan. Nothing about any algorithm.
+"""Updates, optimisers, and running the steps of a stage. Nothing here knows about any algorithm.
 
-An update is three functions. `draw(n, generator)` makes every random number of the update as tensors; `loss(batch, noise)`
-is a pure, fixed sequence of tensor operations that never asks the device for a value; `after()` moves what follows the
-trained networks. Gradients and optimiser steps between the last two are the engine's. The same update can therefore run
-eagerly, compiled (compiling.py), inside a CUDA graph (cuda_graph.py), for many agents at once (many.py), or be replayed by a
-test with recorded draws. What happens every d-th step only is a Part with a period, never an `if` on the step inside it.
+An update is three functions. `draw(n, generator)` makes every random input of the update as tensors; `loss(batch, noise)` is a
+pure, fixed sequence of tensor operations that never asks the device for a value; `after()` moves what follows the trained
+networks, such as target networks. Gradients and optimiser steps, between the last two, are made here. So the same update can
+run eagerly, compiled (compiled.py), inside a CUDA graph (cuda_graph.py), for many agents at once (experiments/learn_many.py),
+or be replayed by a test with recorded noise. What happens only every d-th step is an Update with a period, never an `if` on
+the step.
 """
 
 import math
@@ -18,22 +19,29 @@ from torch import Tensor
 from diffagents.types import Batch, Metrics
 
 Noise = dict[str, Tensor]
+"""Every random input of an update or of acting by name: Gaussian noise, diffusion times, coins, dropout masks."""
 Gradients = Sequence[Sequence[Tensor]]
-"""For each optimiser of a part, one tensor for each of its parameters."""
+"""For each optimiser of an update, one tensor for each of its parameters."""
 GradientFunction = Callable[[Batch, Noise], tuple[Gradients, Metrics]]
 
 
 def no_noise(n: int, generator: torch.Generator) -> Noise:
-    """For an update without randomness."""
+    """The noise of an update without randomness."""
     return {}
 
 
 @dataclass(frozen=True)
 class Update:
-    """An update and when it is due: at steps `start`, `start` + `every`, ... of its stage, counted from 0.
+    """A loss with its optimisers, due at steps `start`, `start` + `every`, ... of its stage, counted from 0.
 
-    loss: (batch, noise) -> (loss, metrics), or as many losses as there are optimisers, each minimised by its own. None
-    where there is nothing to minimise. after: in-place updates of lagged networks and the like, element by element.
+    Args:
+        loss: (batch, noise) -> (loss, metrics), or a tuple of as many losses as there are optimisers, each minimised by its
+            own. None if there is nothing to minimise.
+        draw: (batch size, generator) -> the noise of the loss.
+        optimizers: Who takes the steps.
+        after: Updates of target networks and the like, in place and element by element.
+        every: Period in steps of the stage.
+        start: First step.
     """
 
     loss: Callable[[Batch, Noise], tuple[Tensor | tuple[Tensor, ...], Metrics]] | None = None
@@ -44,6 +52,7 @@ class Update:
     start: int = 0
 
     def due(self, step: int) -> bool:
+        """Whether it runs at this step of the stage."""
         return step >= self.start and (step - self.start) % self.every == 0
 
     def times(self, first: int, last: int) -> int:
@@ -51,26 +60,26 @@ class Update:
         return sum(sign * max(0, -(-(step - self.start) // self.every)) for sign, step in ((1, last), (-1, first)))
 
     def gradients(self, batch: Batch, noise: Noise) -> tuple[Gradients, Metrics]:
-        """The gradient of each optimiser's loss in its own parameters; other networks are frozen."""
+        """The gradient of each optimiser's loss with respect to its own parameters; all others are constants."""
         if self.loss is None:
             return [], {}
         loss, metrics = self.loss(batch, noise)
         losses = loss if isinstance(loss, tuple) else (loss,)
-        found = [
+        gradients = [
             torch.autograd.grad(one, optimizer.parameters, retain_graph=k < len(losses) - 1)
             for k, (one, optimizer) in enumerate(zip(losses, self.optimizers, strict=True))
         ]
-        return found, metrics
+        return gradients, metrics
 
     def apply(self, gradients: Gradients) -> None:
-        """The optimisers' steps, and what comes after them."""
+        """Take the optimisers' steps and do what comes after them."""
         for optimizer, gradient in zip(self.optimizers, gradients, strict=True):
             optimizer.step(gradient)
         if self.after is not None:
             self.after()
 
     def step(self, batch: Batch, noise: Noise) -> Metrics:
-        """Both, eagerly."""
+        """Compute the gradients and apply them, eagerly."""
         gradients, metrics = self.gradients(batch, noise)
         self.apply(gradients)
         return metrics
@@ -78,12 +87,19 @@ class Update:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training with a length of its own, e.g. SRPO's critic.
+    """A phase of training with a length of its own, e.g. SRPO's critic.
 
-    Each step draws one batch, on which the parts that are due run in order. `prepare` is called when the stage begins or
-    goes on, with the data and a generator that is the same every time; what it returns is sampled from. It works on
-    `n_prepared` rows (None: all), by which its duration is told beforehand. Online it is called again every `refresh`
-    environment steps, with all that there is by then; there it may return None: nothing to learn from yet.
+    Each step draws one batch, on which the updates that are due run in order.
+
+    Args:
+        name: Its name in STAGE_SHARES, or "online".
+        batch_size: Transitions in a batch.
+        updates: What runs on each batch.
+        prepare: (data, generator) -> what batches are drawn from. Called when the stage begins or resumes, with a generator
+            that is the same every time. Online it is called again every `refresh` environment steps, with all data collected by
+            then, and may return None as long as there is nothing to learn from.
+        n_prepared: Rows that `prepare` works on, by which its duration is estimated; None for all.
+        refresh: Environment steps between two calls of `prepare` online.
     """
 
     name: str
@@ -175,7 +191,7 @@ class Optimizer:
 
 
 class MetricSums:
-    """Running means of an update's metrics, kept on the device until somebody looks."""
+    """Running means of the metrics of an update, kept on the device until a log step."""
 
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
@@ -183,6 +199,7 @@ class MetricSums:
         self.count = 0
 
     def add(self, metrics: Metrics) -> None:
+        """Add the metrics of one step."""
         if metrics and not self._sums:
             self._names, self._sums = list(metrics), [torch.zeros_like(value) for value in metrics.values()]
         if metrics:
@@ -190,7 +207,7 @@ class MetricSums:
         self.count += 1
 
     def take(self) -> dict[str, float]:
-        """The means since the last look (this waits for the device), and start anew."""
+        """Return the means since the last call (this waits for the device) and start again from zero."""
         if self.count == 0 or not self._sums:
             return {}
         means = (torch.stack(self._sums) / self.count).tolist()
@@ -200,9 +217,13 @@ class MetricSums:
 
 
 class Runner:
-    """The steps of one stage: draw a batch, run the parts that are due, sum their metrics on the device.
+    """Runs the steps of one stage: draw a batch, run the updates that are due, sum their metrics on the device.
 
-    gradients: for each part, what takes the place of `Update.gradients`, e.g. a compiled version of it.
+    Args:
+        stage: The stage.
+        sampler: What batches are drawn from (`data.sampler.Sampler` or a mixture of them).
+        generator: The source of all its randomness.
+        gradients: For each update, what takes the place of `Update.gradients`, e.g. a compiled version of it.
     """
 
     def __init__(
@@ -218,15 +239,15 @@ class Runner:
         self.sums = [MetricSums() for _ in stage.updates]
 
     def due(self, k: int) -> list[int]:
-        """The numbers of the parts that are due at the stage's step k, counted from 0."""
+        """The indices of the updates that are due at step k of the stage, counted from 0."""
         return [j for j, update in enumerate(self.updates) if update.due(k)]
 
     def step(self, k: int) -> None:
-        """The stage's step k."""
+        """Run step k of the stage."""
         self.run(self.due(k))
 
     def run(self, due: Sequence[int]) -> None:
-        """One batch for the parts numbered `due`, in order."""
+        """Draw one batch and run the updates with the indices `due` on it, in order."""
         (generator,) = self.generators
         batch = self.sampler.sample(self.batch_size, generator)
         for j in due:
@@ -236,9 +257,13 @@ class Runner:
 
     @property
     def failed(self) -> bool:
-        """Whether a part could not be compiled, and so runs eagerly."""
+        """Whether an update could not be compiled, and so runs eagerly."""
         return any(getattr(gradients, "failed", False) for gradients in self.gradients)
 
     def means(self) -> dict[str, float]:
-        """The means of all metrics since the last look; waits for the device."""
+        """The means of all metrics since the last log step; waits for the device."""
         return {name: value for some in self.sums for name, value in some.take().items()}
+
+    def each_means(self) -> list[dict[str, float]]:
+        """`means` of each learner whose steps these are: here of one."""
+        return [self.means()]

@@ -161,7 +161,7 @@ def test_warmup_is_once_and_shorter_than_the_stage() -> None:
     agent = small(train_steps=400).learn(DATA)
     assert agent.stages()[1].updates[1].start == 10
     agent.learn(DATA, stages=("train",), total_timesteps=1)
-    agent.plan = type(agent.plan)({"train": 1000})  # type: ignore[misc]
+    agent.state.plan = type(agent.plan)({"train": 1000})  # type: ignore[misc]
     assert agent.stages()[1].updates[1].start == 0
 
 

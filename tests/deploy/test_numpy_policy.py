@@ -245,7 +245,7 @@ def test_policies_that_are_no_single_network_have_no_such_path(name: str) -> Non
 
 def test_a_policy_that_was_not_trained_yet_is_refused() -> None:
     agent = acting("SRPO")
-    agent._policy_missing = True
+    agent.state.policy_missing = True
     with pytest.raises(RuntimeError, match="no policy yet"):
         agent.predict(raw(3))
 

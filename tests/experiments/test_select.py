@@ -240,7 +240,7 @@ def test_q_mean_is_in_the_units_of_the_datas_return(name: str, everyone: tuple[T
     """A critic that knows every return exactly, in the learner's units, has a ratio of 1."""
     data, agents = everyone
     agent = agents[name].clone()
-    agent.reward_transform = RewardTransform("iql_locomotion", scale=10.0)
+    agent.state.reward_transform = RewardTransform("iql_locomotion", scale=10.0)
     truth = float(discounted_returns(data, agent.config.gamma).mean())
     if name == "SfBC":
         critic, networks = agent.critic, [agent.critic.net]
