@@ -101,7 +101,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     # learn
     "no data": (lambda a, f: a.learn(None), TypeError, r"NoneType"),
     "env as data": (lambda a, f: a.learn(gymnasium.make("Pendulum-v1")), TypeError, r"cannot learn from|dataset"),
-    "stage": (lambda a, f: a.learn(DATA, stages=("actor",)), ValueError, r"stages=\('actor',\); give a tuple of some of"),
+    "stage": (lambda a, f: a.learn(DATA, stages=("actor",)), ValueError, r"stages=\('actor',\) must be a tuple of some of"),
     "stage as a word": (lambda a, f: a.learn(DATA, stages="policy"), ValueError, r"stages='policy'; give a tuple"),
     "no stage": (lambda a, f: a.learn(DATA, stages=()), ValueError, r"stages=\(\); give a tuple"),
     "no steps": (lambda a, f: a.learn(DATA, total_timesteps=0), ValueError, r"total_timesteps=0 must be a positive whole number"),
@@ -149,7 +149,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "no model": (lambda a, f: SRPO.load(f / "gutted"), ValueError, r"model\.safetensors"),
     "wrong shapes": (lambda a, f: SRPO.load(f / "shapes"), ValueError, r"\(9"),
     "save over a folder of others": (lambda a, f: a.save_pretrained(f / "busy"), FileExistsError, r"busy"),
-    "save before learning": (lambda a, f: SRPO(**SMALL).save(f / "x"), RuntimeError, r"knows no spaces yet"),
+    "save before learning": (lambda a, f: SRPO(**SMALL).save(f / "x"), RuntimeError, r"does not know its spaces yet"),
     "official file missing": (lambda a, f: SRPO.from_official(f / "b.pth", f / "c.pth"), FileNotFoundError, r"no official behavior"),
     "official file foreign": (lambda a, f: SRPO.from_official(f / "weights.pth", f / "weights.pth"), ValueError, r"no SRPO behaviour network"),
 }  # fmt: skip
