@@ -168,7 +168,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
     "actions without a dimension": (lambda t: but(actions=np.zeros(N)), {}, ValueError,
                                     r"actions has shape \(20,\), expected \(N, D\); .*array\[:, None\]"),
     "ragged rows": (lambda t: but(observations=RAGGED), {}, ValueError, r"observations is no array .*every row the same shape"),
-    "images": (lambda t: but(observations=IMAGE), {}, ValueError, r"looks like an image; only vectors .* encode"),
+    "images": (lambda t: but(observations=IMAGE), {}, ValueError, r"looks like an image; only vectors .* encode it as a vector"),
     # dtypes
     "strings": (lambda t: but(rewards=np.full(N, "1.0")), {}, TypeError, r"rewards has dtype <U3.*; convert it to float32"),
     "objects": (lambda t: but(observations=np.full((N, 3), None)), {}, TypeError, r"observations has dtype object.*; convert"),
@@ -222,9 +222,9 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
     "unknown env": (lambda t: good(), {"env": "Pendulum-v99"}, ValueError, r"Pendulum-v99.*(check|use)"),
     "env is no environment": (lambda t: good(), {"env": 3}, TypeError, r"env is a int; pass an environment id"),
     "unknown obs key": (lambda t: dict_obs(), {"obs_keys": ["observation", "goal"]}, ValueError,
-                        r"obs_keys names 'goal', the observation has .*'desired_goal'"),
+                        r"obs_keys names 'goal', but the observation has .*'desired_goal'"),
     "obs_keys for an array": (lambda t: good(), {"obs_keys": ["observation"]}, ValueError,
-                              r"obs_keys=\('observation',\) need a Dict"),
+                              r"obs_keys=\('observation',\) needs a Dict"),
     "obs_keys a string": (lambda t: dict_obs(), {"obs_keys": "observation"}, TypeError,
                           r"obs_keys='observation' is a string, .*; pass obs_keys=\('observation',\)$"),
     "a key is missing in a later episode": (
