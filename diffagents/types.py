@@ -194,7 +194,7 @@ class Spec:
         return (2.0 * (flat - low) / (high - low) - 1.0).astype(np.float32)
 
     def unscale_action(self, act: np.ndarray) -> np.ndarray:
-        """Scale actions from [-1, 1], (B, A), to the environment's units, (B, *shape), clipped to the bounds, in the space's dtype."""
+        """Scale actions from [-1, 1], (B, A), to the environment's units, (B, *shape), clipped and in the space's dtype."""
         low, high = self._bounds()
         action = low + (np.clip(act, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
         return np.clip(action, low, high).reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)

@@ -168,7 +168,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
     "actions without a dimension": (lambda t: but(actions=np.zeros(N)), {}, ValueError,
                                     r"actions has shape \(20,\), expected \(N, D\); .*array\[:, None\]"),
     "ragged rows": (lambda t: but(observations=RAGGED), {}, ValueError, r"observations is no array .*every row the same shape"),
-    "images": (lambda t: but(observations=IMAGE), {}, ValueError, r"looks like an image; only vectors .* encode it as a vector"),
+    "images": (lambda t: but(observations=IMAGE), {}, ValueError, r"looks like an image, but only vectors .*; encode it as a vector"),
     # dtypes
     "strings": (lambda t: but(rewards=np.full(N, "1.0")), {}, TypeError, r"rewards has dtype <U3.*; convert it to float32"),
     "objects": (lambda t: but(observations=np.full((N, 3), None)), {}, TypeError, r"observations has dtype object.*; convert"),

@@ -505,7 +505,7 @@ def after(n: int, what: Any) -> Callable[[Any], Any]:
     [
         (after(30, RuntimeError("burnt out")), "", RuntimeError, "burnt out"),
         (after(30, KeyboardInterrupt()), "", KeyboardInterrupt, ""),
-        (after(30, np.zeros(3)), "", ValueError, r"actions of shape \(1, 3\)"),
+        (after(30, np.zeros(3)), "", ValueError, r"returned actions of shape \(1, 3\)"),
         (after(30, np.array([0, np.nan])), "", ValueError, "NaN"),
         (nothing, "observations", ValueError, "observations of episode 1 hold NaN or infinity at step 10"),
         (nothing, "rewards", ValueError, "rewards of episode 1 hold NaN or infinity at step 9"),
