@@ -404,7 +404,7 @@ def _rows(value: Any, n: int, space: spaces.Space[Any], name: str) -> Any:
         return {key: _rows(value[key], n, item, f"{name}[{key!r}]") for key, item in space.spaces.items()}
     array = np.asarray(value, space.dtype)
     if array.shape != (n, *(space.shape or ())):
-        raise ValueError(f"the {name} have the shape {array.shape}, but env needs {(n, *(space.shape or ()))}")
+        raise ValueError(f"the {name} have the shape {array.shape}, expected {(n, *(space.shape or ()))} by the spaces of env")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         step = int(np.argmin(np.isfinite(array.reshape(n, -1)).all(axis=1)))
         raise ValueError(

@@ -569,7 +569,7 @@ def test_recorded_episodes_become_a_dataset(root: Path) -> None:
     ("episodes", "words"),
     [
         ([], "there are no episodes"),
-        ([recorded(), recorded(observations=np.zeros((4, 2)))], r"observations of episode 1.* \(4, 2\), but env needs \(5, 2\)"),
+        ([recorded(), recorded(observations=np.zeros((4, 2)))], r"observations of episode 1 .* \(4, 2\), expected \(5, 2\)"),
         ([recorded(actions=np.zeros((4, 3)))], r"actions of episode 0 have the shape"),
         ([recorded(terminations=np.array([0, 1, 0, 0]))], "episode 0 has 4 steps, but ends at step 1"),
         ([recorded(rewards=np.array([0, np.nan, 0, 0]))], "rewards of episode 0 hold NaN or infinity at step 1"),
