@@ -1,9 +1,9 @@
 """The continuous VP-SDE as plain functions: its schedule, and DPM-Solvers of its probability-flow ODE.
 
-The SDE is that of Song et al. 2021 (arXiv:2011.13456) with times t in (0, 1]; used by SRPO, QGPO and SfBC. How it differs from
-the discrete chain is said in chain.py. Notation of Lu et al. 2022 (arXiv:2206.00927): lambda_t = log(alpha_t / sigma_t), half
-the log signal-to-noise ratio. The schedule is always computed in float32 or better: in half precision sigma_t loses its digits
-below t = 0.01.
+The SDE is that of Song et al. 2021 (arXiv:2011.13456) with times t in (0, 1]; used by SRPO, QGPO and SfBC. chain.py
+explains how it differs from the discrete chain. Notation of Lu et al. 2022 (arXiv:2206.00927): lambda_t is half the log
+signal-to-noise ratio, log(alpha_t / sigma_t). The schedule is always computed in float32 or better: in half precision sigma_t
+loses its digits below t = 0.01.
 
 Shapes: B batch, A action dimension.
 """
