@@ -134,7 +134,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "evaluate nowhere": (lambda a, f: a.evaluate(), ValueError, r"no environment is stored.*pass env="),
     "evaluate elsewhere": (lambda a, f: a.evaluate("MountainCarContinuous-v0"), ValueError, r"\(2,\).*\(3,\)|\(3,\).*\(2,\)"),
     "no episodes": (lambda a, f: diffagents.evaluate(a, "Pendulum-v1", 0), ValueError, r"n_episodes"),
-    "obs_keys of a box": (lambda a, f: SRPO(env="Pendulum-v1", obs_keys=("observation",)), ValueError, r"need a Dict observation"),
+    "obs_keys of a box": (lambda a, f: SRPO(env="Pendulum-v1", obs_keys=("observation",)), ValueError, r"needs a Dict observation"),
     # files
     "load on no device": (lambda a, f: SRPO.load(f / "good.zip", device="gpu"), ValueError, r"^device='gpu' is not usable here"),
     "load with a bad seed": (lambda a, f: SRPO.load(f / "good.zip", seed=-1), ValueError, r"^seed=-1 must be"),

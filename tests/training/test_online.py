@@ -302,7 +302,7 @@ def test_buffer_file(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match="no replay buffer at"):
         again.load_replay_buffer(tmp_path / "nothing")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ArtifactError, match="not a replay buffer of ours"):
+    with pytest.raises(ArtifactError, match="not a replay buffer of diffagents, or it is damaged"):
         again.load_replay_buffer(path)
 
 
