@@ -229,6 +229,8 @@ def init_(module: nn.Module, fill: Callable[[Tensor], Any]) -> None:
         fill: Fills one matrix in place. For an ensemble it is called for each member's matrix.
     """
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:  # only its shape is wanted
+            continue
         if "bias" in name:
             nn.init.zeros_(parameter)
         elif "norm" not in name and parameter.dim() > 1:
