@@ -309,9 +309,7 @@ def _optuna() -> Any:
     return optuna
 
 
-def _search_range(
-    algorithm: str, name: str | None, low: float | None, high: float | None, log: bool | None
-) -> SearchRange:
+def _search_range(algorithm: str, name: str | None, low: float | None, high: float | None, log: bool | None) -> SearchRange:
     """The table's range, overridden by the arguments that are not None."""
     cls: Any = agent_class(algorithm)
     main = MAIN_HYPERPARAMETER.get(algorithm)

@@ -239,9 +239,7 @@ def test_the_old_name_of_the_argument_still_works_and_warns(best_at_3: list[Agen
     assert report.hyperparameter == "policy_noise" and len([w for w in warned if "`knob`" in str(w.message)]) == 1
 
 
-def test_a_hyperparameter_of_acting_alone_trains_nothing_more(
-    best_at_3: list[Agent], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hyperparameter_of_acting_alone_trains_nothing_more(best_at_3: list[Agent], monkeypatch: pytest.MonkeyPatch) -> None:
     cls: Any = agent_class("IDQL")
     n_learnt, original = [0], cls.learn
 
@@ -265,7 +263,11 @@ def test_a_hyperparameter_of_acting_alone_trains_nothing_more(
     ("arguments", "error", "message"),
     [
         ({"algorithm": "PPO"}, ValueError, "algorithm='PPO'; choose from SRPO, "),
-        ({"algorithm": "DiffusionBC"}, ValueError, "DiffusionBC has no main hyperparameter: pass hyperparameter=, low= and high="),
+        (
+            {"algorithm": "DiffusionBC"},
+            ValueError,
+            "DiffusionBC has no main hyperparameter: pass hyperparameter=, low= and high=",
+        ),
         ({"hyperparameter": "betta"}, TypeError, "TD3BC has no hyperparameter 'betta'. Valid: "),
         ({"hyperparameter": "policy_noise"}, ValueError, "no published range for 'policy_noise' of TD3BC: pass low= and high="),
         ({"low": 5.0}, ValueError, r"high=4.0 must be above low=5"),
