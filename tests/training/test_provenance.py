@@ -14,7 +14,7 @@ from diffagents.training import provenance
         ("train.py", ["--seed", "1"], "python train.py --seed 1"),
         ("diffagents/__main__.py", ["eval", "runs/a b"], "python -m diffagents eval 'runs/a b'"),
         ("bin/diffagents", ["list"], "diffagents list"),
-        ("train.py", ["--token", "hf_secret"], "python train.py --token 'hf_***'"),
+        ("train.py", ["--token", "hf_secret"], "python train.py --token hf_***"),
         ("missing.py", [], None),
     ],
 )
