@@ -1,9 +1,10 @@
-"""Seconds from a Minari set of a million Hopper-like steps to tensors: first load, and load from the cache.
+"""Seconds to load a Minari dataset of a million Hopper-like steps into tensors, the first time and from the cache.
 
     python zoo/benchmarks/data_loading.py [--steps 1000000] [--root FOLDER]
 
-The set (obs 11, act 3, episodes of 523 steps on average) is random numbers: only its size matters here. Each load runs
-in a process of its own; the first one's time includes importing minari. The files have just been written: a warm disk.
+The dataset (observations 11, actions 3, episodes of 523 steps on average) consists of random numbers: only its size matters.
+Each load runs in a process of its own; the first includes importing minari. The files have just been written, so the disk cache
+is warm.
 """
 
 import argparse
@@ -22,7 +23,7 @@ ID = "benchmark/hopper-like-v0"
 LOAD = """
 import json, sys, time
 start = time.perf_counter()
-import diffagents.datasets as datasets
+import diffagents.data.load as datasets
 imported, cpu = time.perf_counter(), time.process_time()
 data = datasets.load_dataset(sys.argv[1], download=False)
 loaded, cpu = time.perf_counter(), time.process_time() - cpu
@@ -33,7 +34,7 @@ print(json.dumps({"import": imported - start, "load": loaded - imported, "sample
 """
 
 
-# What Minari alone needs to bring every array into memory: no loader built on its iterator can be quicker.
+# What Minari alone needs to read every array: no loader based on its iterator can be faster.
 ITERATE = """
 import json, sys, time
 import minari
@@ -45,10 +46,10 @@ print(json.dumps({"load": time.perf_counter() - start, "cpu": time.process_time(
 
 
 def main() -> None:
-    """Make the set if it is not there, load it, print the seconds and the facts of the machine."""
+    """Make the dataset if it does not exist, load it, and print the seconds and a description of the machine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1_000_000)
-    parser.add_argument("--root", type=Path, help="keep the set (and its cache) here; default: a temporary folder")
+    parser.add_argument("--root", type=Path, help="keep the dataset and its cache here; default: a temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = (args.root or Path(temporary)).resolve()
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def make_set(n_steps: int) -> None:
-    """Write random episodes of 100 to 946 steps as a Minari HDF5 set."""
+    """Write random episodes of 100 to 946 steps as a Minari HDF5 dataset."""
     import minari
     import numpy as np
     from gymnasium import spaces
@@ -99,7 +100,7 @@ def make_set(n_steps: int) -> None:
             )
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about an author and an environment that this set does not have
+        warnings.simplefilter("ignore")  # about the missing author and environment
         minari.create_dataset_from_buffers(
             ID,
             buffers,
@@ -109,7 +110,7 @@ def make_set(n_steps: int) -> None:
 
 
 def load(code: str) -> dict[str, float]:
-    """Run `code` on the set in a new process and return the numbers it prints."""
+    """Run `code` on the dataset in a new process and return the numbers that it prints."""
     found = subprocess.run([sys.executable, "-c", code, ID], capture_output=True, text=True, check=False)
     if found.returncode:
         raise SystemExit(found.stderr)
@@ -118,7 +119,7 @@ def load(code: str) -> dict[str, float]:
 
 
 def describe_machine() -> str:
-    """Python, library versions, processor and its cores, in one line."""
+    """Versions of Python and the libraries, the processor and its cores, in one line."""
     from importlib.metadata import version
 
     libraries = ("torch", "numpy", "minari", "h5py", "safetensors")
