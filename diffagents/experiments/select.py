@@ -379,27 +379,27 @@ class _Own:
 
 
 @torch.no_grad()
-def _own_q(agent: Any, data: Transitions, rows: Tensor, action: np.ndarray) -> _Own:
-    """The mean value of the agent's own critic at `action` in the states of `rows`, and the data's return from there.
+def _own_q(policy: Any, data: Transitions, rows: Tensor, action: np.ndarray) -> _Own:
+    """The mean value of the policy's own critic at `action` in the states of `rows`, and the data's return from there.
 
     Empty for policies without a critic of actions: behaviour cloning, AWR (its critic values states only), other libraries.
     """
-    name = "critic_target" if hasattr(agent, "critic_target") else "critic"
-    critic = getattr(agent, name, None)
+    name = "critic_target" if hasattr(policy, "critic_target") else "critic"
+    critic = getattr(policy, name, None)
     if not isinstance(critic, IQLCritic | EnsembleMLP | ReturnCritic):
         return _Own()
-    if name not in agent.MODEL and not agent.has_learner:
+    if name not in policy.MODEL and not policy.has_learner:
         return _Own(notes=["the policy was loaded without its critic: q_mean is unknown"])
-    flat = agent.spec.flatten_obs(_observation(data.obs[rows], data.spec))[0]
-    obs = agent.obs_normalizer(torch.from_numpy(flat).to(agent.device))
-    act = _scaled(action, agent.spec).to(agent.device)
+    flat = policy.spec.flatten_obs(_observation(data.obs[rows], data.spec))[0]
+    obs = policy.obs_normalizer(torch.from_numpy(flat).to(policy.device))
+    act = _scaled(action, policy.spec).to(policy.device)
     if isinstance(critic, ReturnCritic):  # learns standardised returns
         q = critic.mean + critic.std * critic(obs, act)
     elif isinstance(critic, IQLCritic):
         q = critic.q_target(torch.cat([act, obs], -1)).amin(0)
     else:
         q = critic(torch.cat([obs, act], -1)).amin(0)
-    transform, gamma = agent.reward_transform or RewardTransform(), agent.config.gamma
+    transform, gamma = policy.reward_transform or RewardTransform(), policy.config.gamma
     returns = discounted_returns(data, gamma, transform)[rows]
     rewards = transform(data.rew)
     most = max(float(rewards.max()), 0.0 if data.done.any() else -math.inf) / (1.0 - gamma)
