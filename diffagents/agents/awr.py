@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, net_arch
+from diffagents.config.checks import MOST, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
@@ -45,25 +46,38 @@ ROWS_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True)
-class AWRConfig:
-    """Knobs of AWR. temperature, weight_clip, td_lambda and gamma are the official code's; no values per task are published."""
+class AWRConfig(Hyperparameters):
+    """Hyperparameters of AWR.
 
-    temperature: float = 1.0  # T > 0, of standardised advantages; small = greedy, large = cloning
-    weight_clip: float = 20.0  # largest weight
-    td_lambda: float = 0.95  # in [0, 1]: 1 trusts the data's returns, 0 the critic
-    gamma: float = 0.99  # discount
-    learning_rate: float = 3e-4  # critic and policy
-    batch_size: int = 256
-    online_learning_rate: float = 3e-5  # policy, constant [O1]
-    reward_transform: str = "none"  # the policy's weights do not depend on the scale of rewards
-    normalize_obs: bool = True  # [D4]
-    critic_steps: int | None = None  # None: the `default:` block of zoo/awr.yml
-    policy_steps: int | None = None
+    temperature, weight_clip, td_lambda and gamma are the official code's; no values for single tasks are published.
+    """
 
-    def __post_init__(self) -> None:
-        check_number("weight_clip", self.weight_clip, "must be positive", lambda x: x > 0)
-        check_number("td_lambda", self.td_lambda, "must lie in [0, 1]", lambda x: 0 <= x <= 1)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+    temperature: float = hyperparameter(
+        1.0, "Temperature T of the standardised advantages: small is greedy, large clones the data.", above=0
+    )
+    weight_clip: float = hyperparameter(20.0, "Largest weight of an action.", above=0)
+    td_lambda: float = hyperparameter(
+        0.95, "Lambda of the returns: 1 relies on the returns of the data, 0 on the critic.", at_least=0, at_most=1
+    )
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    learning_rate: float = hyperparameter(3e-4, "Learning rate of the critic and of the policy.", above=0)
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O1].", above=0)
+    reward_transform: str = hyperparameter(
+        "none",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        "The policy's weights do not depend on the scale of the rewards.",
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        True, "Whether observations are normalised by the mean and standard deviation of the data [D4]."
+    )
+    critic_steps: int | None = hyperparameter(
+        None, "Gradient steps of the critic stage. None: the `default` block of zoo/awr.yml.", at_least=0
+    )
+    policy_steps: int | None = hyperparameter(
+        None, "Gradient steps of the policy stage. None: the `default` block of zoo/awr.yml.", at_least=0
+    )
 
 
 class AWR(Agent):

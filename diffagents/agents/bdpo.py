@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.config.checks import MOST, N_FIXED, SOLVERS, check_solver, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.chain import reverse_mean
 from diffagents.functional import SELECT, polyak_update_, select_action, td_target
@@ -53,52 +54,110 @@ AGGREGATIONS = ("lcb", "min", "mean", "convex", "random_convex")
 
 
 @dataclass(frozen=True)
-class BDPOConfig:
-    """Knobs of BDPO. Defaults are the official code's for halfcheetah; per-task values are rows of zoo/bdpo.yml."""
+class BDPOConfig(Hyperparameters):
+    """Hyperparameters of BDPO.
 
-    eta: float = 0.05  # > 0, in units of reward; THE knob: large stays with the data, small is greedy. hopper .2, walker2d .15
-    rho: float = 0.5  # of "lcb" (standard deviations below the mean) or "convex" (share of the minimum) [D3]
-    aggregation: str = "lcb"
-    n_critics: int = 10  # members of Q's and of V's ensemble; two are enough for a CPU
-    n_samples: int = 10  # K
-    n_diffusion_steps: int = 5  # T
-    clip_x0: bool = True  # the sampler clamps the implied action to [-1, 1]; off in the 2-D toys
-    gamma: float = 0.99  # discount; .995 on AntMaze
-    tau: float = 0.005  # share of the online critic and value in their lagged copies, every step
-    ema_tau: float = 0.005  # the same for policy and behaviour, at each of their steps
-    policy_freq: int = 5  # critic steps per policy step
-    warmup_steps: int | None = None  # critic steps before the first policy step [D6]
-    learning_rate: float = 1e-5  # policy [D7]
-    critic_learning_rate: float = 3e-4  # critic and value
-    behavior_learning_rate: float = 3e-4  # 1e-4 on AntMaze
-    max_grad_norm: float | None = 1.0  # each network for itself
-    batch_size: int = 256
-    max_q_backup: bool = False  # [D4]
-    q_layer_norm: bool = False  # in Q; V always has it
-    n_candidates: int = 10  # acting [D8]
-    select: str = "argmax"  # "argmax", "softmax" or "first"
-    temperature: float = 1.0  # of the softmax, in units of Q
-    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
-    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    online_learning_rate: float = 1e-5  # policy, constant [O1]
-    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O3]
-    online_halflife: int | None = 20_000  # environment steps in which eta halves, None: it stays [O2]
-    reward_transform: str = "auto"  # locomotion "iql_locomotion", AntMaze "antmaze100"; eta belongs to its scale
-    normalize_obs: bool = False
-    behavior_steps: int | None = None  # None: the `default:` block of zoo/bdpo.yml; paper 2M
-    train_steps: int | None = None  # paper 2M
+    The defaults are the official code's for halfcheetah; values for each task are rows of zoo/bdpo.yml.
+    """
+
+    eta: float = hyperparameter(
+        0.05,
+        "Weight, in units of reward, of the KL from the behaviour model: large stays close to the data, small is greedy. "
+        "The main hyperparameter. Hopper: 0.2; walker2d: 0.15.",
+        above=0,
+    )
+    rho: float = hyperparameter(
+        0.5, 'Standard deviations below the mean for "lcb", or the share of the minimum for "convex" [D3].', at_least=0
+    )
+    aggregation: str = hyperparameter("lcb", "How the values of an ensemble are combined [D3].", choices=AGGREGATIONS)
+    n_critics: int = hyperparameter(
+        10, "Number of members in the ensembles of Q and of V. Two are enough on a CPU.", at_least=1, at_most=MOST
+    )
+    n_samples: int = hyperparameter(
+        10, "Number K of actions sampled for each state in the targets and in the policy's loss.", at_least=1, at_most=MOST
+    )
+    n_diffusion_steps: int = hyperparameter(5, "Number T of denoising steps of the diffusion models.", at_least=1, at_most=MOST)
+    clip_x0: bool = hyperparameter(
+        True, "Whether the sampler clips the action implied by the predicted noise to [-1, 1]. Off in the 2-D toys."
+    )
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards. AntMaze: 0.995.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target networks of Q and V, at every critic update.", above=0, at_most=1
+    )
+    ema_tau: float = hyperparameter(
+        0.005,
+        "Soft update coefficient of the moving averages (EMA) of the policy and the behaviour model, at each of their updates.",
+        above=0,
+        at_most=1,
+    )
+    policy_freq: int = hyperparameter(5, "Critic updates for each policy update.", at_least=1, at_most=MOST)
+    warmup_steps: int | None = hyperparameter(
+        None, "Critic updates before the first policy update. None: 2.5 % of the stage [D6].", at_least=0
+    )
+    learning_rate: float = hyperparameter(1e-5, "Learning rate of the policy [D7].", above=0)
+    critic_learning_rate: float = hyperparameter(3e-4, "Learning rate of Q and V.", above=0)
+    behavior_learning_rate: float = hyperparameter(3e-4, "Learning rate of the behaviour model. AntMaze: 1e-4.", above=0)
+    max_grad_norm: float | None = hyperparameter(
+        1.0, "Largest norm of the gradient, for each network separately. None: gradients are not clipped.", above=0
+    )
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    max_q_backup: bool = hyperparameter(
+        False,
+        "Whether the target of Q takes the maximum over the sampled next actions instead of their mean [D4]. AntMaze: True.",
+    )
+    q_layer_norm: bool = hyperparameter(False, "Whether Q has LayerNorm; V always has it.")
+    n_candidates: int = hyperparameter(
+        10,
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises [D8].",
+        at_least=1,
+        at_most=N_FIXED,
+    )
+    select: str = hyperparameter(
+        "argmax",
+        'How one candidate is selected when acting: "softmax" samples it by its Q, "argmax" takes the best, "first" ignores Q.',
+        choices=SELECT,
+    )
+    temperature: float = hyperparameter(1.0, 'Temperature of select="softmax", in units of Q.', above=0)
+    solver: str = hyperparameter(
+        "ddpm",
+        'Sampler used when acting: "ddpm" runs the chain itself, "ddim" is deterministic given its noise and may skip steps; '
+        "solvers in continuous time (DPM-Solver, EDM) need noise levels that the network was not trained on.",
+        choices=SOLVERS,
+    )
+    solver_steps: int | None = hyperparameter(
+        None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
+    )
+    online_learning_rate: float = hyperparameter(1e-5, "Learning rate of the policy in `learn_online`, constant [O1].", above=0)
+    online_noise: float = hyperparameter(
+        0.1, "Standard deviation of the exploration noise in `learn_online`, for actions in [-1, 1] [O3].", at_least=0
+    )
+    online_halflife: int | None = hyperparameter(
+        20_000,
+        "Time in which eta halves in `learn_online` [O2]. None: eta stays constant.",
+        at_least=1,
+        unit="environment steps",
+    )
+    reward_transform: str = hyperparameter(
+        "auto",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        'Locomotion: "iql_locomotion". AntMaze: "antmaze100". eta depends on its scale.',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    behavior_steps: int | None = hyperparameter(
+        None, "Gradient steps of the behaviour stage. None: the `default` block of zoo/bdpo.yml. Paper: 2M.", at_least=0
+    )
+    train_steps: int | None = hyperparameter(
+        None, "Gradient steps of the training stage. None: the `default` block of zoo/bdpo.yml. Paper: 2M.", at_least=0
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
-        check_number("eta", self.eta, "must be positive: large stays close to the data", lambda x: x > 0)
-        check_number("rho", self.rho, "must not be negative", lambda x: x >= 0)
-        check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        if self.aggregation == "convex":
-            check_number(
-                "rho", self.rho, 'must be at most 1, the share of the minimum, with aggregation="convex"', lambda x: x <= 1
-            )
-        check_choice("select", self.select, SELECT)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+        if self.aggregation == "convex" and self.rho > 1:
+            raise ValueError(f'rho={self.rho!r} must be at most 1, the share of the minimum, with aggregation="convex"')
 
 
 class BDPO(Agent):

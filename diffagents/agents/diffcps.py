@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.config.checks import MOST, N_FIXED, SOLVERS, check_solver, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
@@ -51,52 +52,100 @@ from diffagents.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
-class DiffCPSConfig:
-    """Knobs of DiffCPS. Defaults are the paper's for locomotion; per-task values are rows of zoo/diffcps.yml."""
+class DiffCPSConfig(Hyperparameters):
+    """Hyperparameters of DiffCPS.
 
-    target_kl: float = 0.05  # kappa > 0: the denoising loss that is allowed. THE knob; locomotion .03 to .06, AntMaze .09 to .3
-    lambda_init: float = 1.0
-    lambda_min: float = 0.0  # 0.3 on AntMaze
-    lambda_max: float = 100.0
-    lambda_learning_rate: float = 3e-5
-    policy_freq: int = 2  # critic steps per policy step; 4 on large AntMaze
-    n_diffusion_steps: int = 5  # T
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every step
-    ema_tau: float = 0.005  # share of the policy in its lagged copy, [D8]
-    ema_every: int = 5
-    ema_start: int = 1000
-    learning_rate: float = 3e-4  # policy; 1e-3 on one AntMaze task
-    critic_learning_rate: float = 3e-4
-    max_grad_norm: float | None = 5.0  # policy, critics and lambda, each for itself [D7]; None: no clipping
-    batch_size: int = 256
-    max_q_backup: bool = False  # [D5]
-    n_backup_samples: int = 10  # of the max-Q backup
-    n_candidates: int = 50  # acting [D9]
-    select: str = "softmax"  # "softmax", "argmax" or "first"
-    temperature: float = 1.0  # of the softmax, in units of Q
-    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
-    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    online_learning_rate: float = 3e-5  # policy, constant [O4]
-    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O3]
-    online_halflife: int | None = 20_000  # environment steps in which target_kl doubles, None: it stays [O2]
-    reward_transform: str = "none"  # "cql_antmaze" on AntMaze
-    normalize_obs: bool = False
-    train_steps: int | None = None  # None: the `default:` block of zoo/diffcps.yml; paper 2M (AntMaze 1M)
+    The defaults are the paper's for locomotion; values for each task are rows of zoo/diffcps.yml.
+    """
+
+    target_kl: float = hyperparameter(
+        0.05,
+        "Bound kappa on the denoising loss: small stays close to the data, large is greedy. "
+        "The main hyperparameter. Locomotion: 0.03 to 0.06; AntMaze: 0.09 to 0.3.",
+        above=0,
+    )
+    lambda_init: float = hyperparameter(
+        1.0, "Initial value of the multiplier lambda, within lambda_min and lambda_max.", at_least=0
+    )
+    lambda_min: float = hyperparameter(0.0, "Lower bound of the multiplier lambda. AntMaze: 0.3.", at_least=0)
+    lambda_max: float = hyperparameter(100.0, "Upper bound of the multiplier lambda, above lambda_min.", above=0)
+    lambda_learning_rate: float = hyperparameter(3e-5, "Learning rate of the multiplier lambda [D4].", above=0)
+    policy_freq: int = hyperparameter(2, "Critic updates for each policy update. Large AntMaze: 4.", at_least=1, at_most=MOST)
+    n_diffusion_steps: int = hyperparameter(5, "Number T of denoising steps of the diffusion model.", at_least=1, at_most=MOST)
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    ema_tau: float = hyperparameter(
+        0.005, "Soft update coefficient of the policy's moving average (EMA), at each of its updates [D8].", above=0, at_most=1
+    )
+    ema_every: int = hyperparameter(5, "Gradient steps between two updates of the policy's EMA [D8].", at_least=1, at_most=MOST)
+    ema_start: int = hyperparameter(1000, "Gradient steps before the first update of the policy's EMA [D8].", at_least=0)
+    learning_rate: float = hyperparameter(3e-4, "Learning rate of the policy. One AntMaze task: 1e-3.", above=0)
+    critic_learning_rate: float = hyperparameter(3e-4, "Learning rate of Q.", above=0)
+    max_grad_norm: float | None = hyperparameter(
+        5.0,
+        "Largest norm of the gradient, for policy, critics and lambda separately [D7]. None: gradients are not clipped.",
+        above=0,
+    )
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    max_q_backup: bool = hyperparameter(
+        False, "Whether the target of Q takes the best of several sampled next actions instead of one [D5]. AntMaze: True."
+    )
+    n_backup_samples: int = hyperparameter(10, "Number of next actions sampled for max_q_backup.", at_least=1, at_most=MOST)
+    n_candidates: int = hyperparameter(
+        50,
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises [D9].",
+        at_least=1,
+        at_most=N_FIXED,
+    )
+    select: str = hyperparameter(
+        "softmax",
+        'How one candidate is selected when acting: "softmax" samples it by its Q, "argmax" takes the best, "first" ignores Q.',
+        choices=SELECT,
+    )
+    temperature: float = hyperparameter(1.0, 'Temperature of select="softmax", in units of Q.', above=0)
+    solver: str = hyperparameter(
+        "ddpm",
+        'Sampler used when acting: "ddpm" runs the chain itself, "ddim" is deterministic given its noise and may skip steps; '
+        "solvers in continuous time (DPM-Solver, EDM) need noise levels that the network was not trained on.",
+        choices=SOLVERS,
+    )
+    solver_steps: int | None = hyperparameter(
+        None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
+    )
+    online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O4].", above=0)
+    online_noise: float = hyperparameter(
+        0.1, "Standard deviation of the exploration noise in `learn_online`, for actions in [-1, 1] [O3].", at_least=0
+    )
+    online_halflife: int | None = hyperparameter(
+        20_000,
+        "Time in which target_kl doubles in `learn_online` [O2]. None: target_kl stays constant.",
+        at_least=1,
+        unit="environment steps",
+    )
+    reward_transform: str = hyperparameter(
+        "none",
+        'Transform of the rewards, of which "auto" chooses one from the data. AntMaze: "cql_antmaze".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    train_steps: int | None = hyperparameter(
+        None,
+        "Gradient steps of the training stage. None: the `default` block of zoo/diffcps.yml. Paper: 2M (AntMaze: 1M).",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
-        check_number("target_kl", self.target_kl, "must be positive: the denoising loss to keep to", lambda x: x > 0)
-        check_number("lambda_min", self.lambda_min, "must not be negative", lambda x: x >= 0)
-        check_number("lambda_max", self.lambda_max, "must exceed lambda_min", lambda x: x > self.lambda_min)
-        check_number(
-            "lambda_init",
-            self.lambda_init,
-            "must lie in [lambda_min, lambda_max]",
-            lambda x: self.lambda_min <= x <= self.lambda_max,
-        )
-        check_choice("select", self.select, SELECT)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+        low, high = self.lambda_min, self.lambda_max
+        if not high > low:
+            raise ValueError(f"lambda_max={high!r} must exceed lambda_min={low!r}")
+        if not low <= self.lambda_init <= high:
+            raise ValueError(f"lambda_init={self.lambda_init!r} must lie in [lambda_min, lambda_max] = [{low!r}, {high!r}]")
 
 
 class Multiplier(nn.Module):

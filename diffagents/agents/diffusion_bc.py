@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.config.checks import MOST, SOLVERS, check_solver, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
@@ -36,25 +37,56 @@ from diffagents.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
-class DiffusionBCConfig:
-    """Knobs of DiffusionBC. Defaults: the official code's; per-task values are rows of zoo/diffusion_bc.yml."""
+class DiffusionBCConfig(Hyperparameters):
+    """Hyperparameters of DiffusionBC.
 
-    n_diffusion_steps: int = 5  # T
-    ema_tau: float | None = None  # share of the network in its lagged copy, every step; None: the network itself acts [D2]
-    online_learning_rate: float = 3e-5  # policy, constant [O1]
-    online_top: float = 0.25  # in (0, 1], share of its own episodes that it clones online [O1]
-    learning_rate: float = 3e-4  # [D3]; 1e-3 on one AntMaze task, 3e-5 on adroit
-    batch_size: int = 256
-    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
-    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    reward_transform: str = "none"  # changes nothing here: cloning reads no rewards
-    normalize_obs: bool = False
-    behavior_steps: int | None = None  # None: the `default:` block of zoo/diffusion_bc.yml; paper 2M (AntMaze, adroit 1M)
+    The defaults are the official code's; values for each task are rows of zoo/diffusion_bc.yml.
+    """
+
+    n_diffusion_steps: int = hyperparameter(5, "Number T of denoising steps of the diffusion model.", at_least=1, at_most=MOST)
+    ema_tau: float | None = hyperparameter(
+        None,
+        "Soft update coefficient of the moving average (EMA) of the network, which then acts, at every step [D2]. "
+        "None: the network itself acts.",
+        above=0,
+        at_most=1,
+    )
+    online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O1].", above=0)
+    online_top: float = hyperparameter(
+        0.25, "Share of its own episodes that it clones in `learn_online`, the best by return [O1].", above=0, at_most=1
+    )
+    learning_rate: float = hyperparameter(
+        3e-4, "Learning rate of the policy [D3]. One AntMaze task: 1e-3; adroit: 3e-5.", above=0
+    )
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    solver: str = hyperparameter(
+        "ddpm",
+        'Sampler used when acting: "ddpm" runs the chain itself, "ddim" is deterministic given its noise and may skip steps; '
+        "solvers in continuous time (DPM-Solver, EDM) need noise levels that the network was not trained on.",
+        choices=SOLVERS,
+    )
+    solver_steps: int | None = hyperparameter(
+        None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
+    )
+    reward_transform: str = hyperparameter(
+        "none",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        "It changes nothing here, because cloning reads no rewards.",
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    behavior_steps: int | None = hyperparameter(
+        None,
+        "Gradient steps of the behaviour stage. None: the `default` block of zoo/diffusion_bc.yml. "
+        "Paper: 2M (AntMaze, adroit: 1M).",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
-        check_number("online_top", self.online_top, "must lie in (0, 1]", lambda x: 0 < x <= 1)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
 
 
 class DiffusionBC(Agent):

@@ -37,7 +37,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.config.checks import MOST, N_FIXED, SOLVERS, check_solver, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
@@ -48,39 +49,86 @@ from diffagents.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
-class DiffusionQLConfig:
-    """Knobs of Diffusion-QL. Defaults: the official code's for locomotion; per task: zoo/diffusion_ql.yml."""
+class DiffusionQLConfig(Hyperparameters):
+    """Hyperparameters of Diffusion-QL.
 
-    eta: float = 1.0  # >= 0; weight of the Q term against cloning. THE knob; 0 is behaviour cloning, AntMaze 0.5 to 4.5
-    n_diffusion_steps: int = 5  # T
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every step
-    ema_tau: float = 0.005  # share of the policy in its lagged copy, [D6]
-    ema_every: int = 5
-    ema_start: int = 1000
-    learning_rate: float = 3e-4  # policy; 1e-3 on one AntMaze task, 3e-5 on adroit
-    critic_learning_rate: float = 3e-4
-    max_grad_norm: float | None = 5.0  # policy and critics, each for itself [D5]; None: no clipping
-    batch_size: int = 256
-    max_q_backup: bool = False  # [D2]
-    n_backup_samples: int = 10  # of the max-Q backup
-    n_candidates: int = 50  # acting [D7]
-    select: str = "softmax"  # "softmax", "argmax" or "first"
-    temperature: float = 1.0  # of the softmax, in units of Q
-    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
-    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    online_learning_rate: float = 3e-5  # policy, constant [O4]
-    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O3]
-    online_halflife: int | None = 20_000  # environment steps in which eta doubles, None: it stays [O2]
-    reward_transform: str = "none"  # "cql_antmaze" on AntMaze, "normalize" on adroit
-    normalize_obs: bool = False
-    train_steps: int | None = None  # None: the `default:` block of zoo/diffusion_ql.yml; paper 2M (AntMaze, adroit 1M)
+    The defaults are the official code's for locomotion; values for each task are rows of zoo/diffusion_ql.yml.
+    """
+
+    eta: float = hyperparameter(
+        1.0,
+        "Weight of Q against cloning: 0 clones the data, large is greedy. The main hyperparameter. AntMaze: 0.5 to 4.5.",
+        at_least=0,
+    )
+    n_diffusion_steps: int = hyperparameter(5, "Number T of denoising steps of the diffusion model.", at_least=1, at_most=MOST)
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    ema_tau: float = hyperparameter(
+        0.005, "Soft update coefficient of the policy's moving average (EMA), at each of its updates [D6].", above=0, at_most=1
+    )
+    ema_every: int = hyperparameter(5, "Gradient steps between two updates of the policy's EMA [D6].", at_least=1, at_most=MOST)
+    ema_start: int = hyperparameter(1000, "Gradient steps before the first update of the policy's EMA [D6].", at_least=0)
+    learning_rate: float = hyperparameter(3e-4, "Learning rate of the policy. One AntMaze task: 1e-3; adroit: 3e-5.", above=0)
+    critic_learning_rate: float = hyperparameter(3e-4, "Learning rate of Q.", above=0)
+    max_grad_norm: float | None = hyperparameter(
+        5.0, "Largest norm of the gradient, for policy and critics separately [D5]. None: gradients are not clipped.", above=0
+    )
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    max_q_backup: bool = hyperparameter(
+        False, "Whether the target of Q takes the best of several sampled next actions instead of one [D2]. AntMaze: True."
+    )
+    n_backup_samples: int = hyperparameter(10, "Number of next actions sampled for max_q_backup.", at_least=1, at_most=MOST)
+    n_candidates: int = hyperparameter(
+        50,
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises [D7].",
+        at_least=1,
+        at_most=N_FIXED,
+    )
+    select: str = hyperparameter(
+        "softmax",
+        'How one candidate is selected when acting: "softmax" samples it by its Q, "argmax" takes the best, "first" ignores Q.',
+        choices=SELECT,
+    )
+    temperature: float = hyperparameter(1.0, 'Temperature of select="softmax", in units of Q.', above=0)
+    solver: str = hyperparameter(
+        "ddpm",
+        'Sampler used when acting: "ddpm" runs the chain itself, "ddim" is deterministic given its noise and may skip steps; '
+        "solvers in continuous time (DPM-Solver, EDM) need noise levels that the network was not trained on.",
+        choices=SOLVERS,
+    )
+    solver_steps: int | None = hyperparameter(
+        None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
+    )
+    online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O4].", above=0)
+    online_noise: float = hyperparameter(
+        0.1, "Standard deviation of the exploration noise in `learn_online`, for actions in [-1, 1] [O3].", at_least=0
+    )
+    online_halflife: int | None = hyperparameter(
+        20_000,
+        "Time in which eta doubles in `learn_online` [O2]. None: eta stays constant.",
+        at_least=1,
+        unit="environment steps",
+    )
+    reward_transform: str = hyperparameter(
+        "none",
+        'Transform of the rewards, of which "auto" chooses one from the data. AntMaze: "cql_antmaze". Adroit: "normalize".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    train_steps: int | None = hyperparameter(
+        None,
+        "Gradient steps of the training stage. None: the `default` block of zoo/diffusion_ql.yml. "
+        "Paper: 2M (AntMaze, adroit: 1M).",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
-        check_number("eta", self.eta, "must not be negative: 0 clones the data, 1 is usual", lambda x: x >= 0)
-        check_choice("select", self.select, SELECT)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
 
 
 class DiffusionQL(Agent):

@@ -41,7 +41,8 @@ from torch.nn import functional as F
 
 from diffagents.agent import Agent
 from diffagents.agents.srpo import ResidualBlock
-from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.config.checks import MOST, N_FIXED, SOLVERS, check_solver, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import SELECT, eps_loss, polyak_update_, select_action
 from diffagents.networks.critics import IQLCritic
@@ -53,37 +54,82 @@ from diffagents.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
-class IDQLConfig:
-    """Knobs of IDQL. Defaults: the official code's for locomotion; per-task values are rows of zoo/idql.yml."""
+class IDQLConfig(Hyperparameters):
+    """Hyperparameters of IDQL.
 
-    expectile: float = 0.7  # in (0, 1); 0.9 on AntMaze
-    n_candidates: int = 64  # acting. THE knob: large follows Q, 1 clones; the paper sweeps 16, 64, 256
-    select: str = "argmax"  # "argmax", "expectile", "softmax" or "first", which is the behaviour itself
-    temperature: float = 1.0  # of the softmax, in units of Q [D8]
-    sampling_temperature: float = 1.0  # share of the sampler's noise; below 1 keeps to the likelier actions [D4]
-    n_diffusion_steps: int = 5  # T
-    ema_tau: float = 0.001  # share of the behaviour in its lagged copy, every step
-    weight_decay: float = 1e-4  # of the behaviour
-    dropout: float = 0.1  # in the behaviour's residual blocks, while it is trained
-    v_layer_norm: bool = True  # [D3]
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every step
-    learning_rate: float = 3e-4  # critic, and behaviour at first: its own falls to 0 on a cosine over the stage
-    batch_size: int = 512  # both stages
-    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
-    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
-    normalize_obs: bool = False
-    critic_steps: int | None = None  # None: the `default:` block of zoo/idql.yml; paper 1.5M [D1]
-    behavior_steps: int | None = None  # paper 3M
+    The defaults are the official code's for locomotion; values for each task are rows of zoo/idql.yml.
+    """
+
+    expectile: float = hyperparameter(
+        0.7,
+        "Expectile of Q that V is fitted to: near 1, V approaches the best actions of the data. AntMaze: 0.9.",
+        above=0,
+        below=1,
+    )
+    n_candidates: int = hyperparameter(
+        64,
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises. "
+        "The main hyperparameter: large follows Q, 1 clones the data; the paper sweeps 16, 64, 256.",
+        at_least=1,
+        at_most=N_FIXED,
+    )
+    select: str = hyperparameter(
+        "argmax",
+        'How one candidate is selected when acting: "softmax" samples it by its Q, "argmax" takes the best, "first" ignores Q. '
+        '"expectile" is the implicit actor of the paper; "first" is the behaviour model itself.',
+        choices=(*SELECT, "expectile"),
+    )
+    temperature: float = hyperparameter(1.0, 'Temperature of select="softmax", in units of Q [D8].', above=0)
+    sampling_temperature: float = hyperparameter(
+        1.0, "Factor on the standard deviation of the sampler's noise: below 1, likelier actions are preferred [D4].", above=0
+    )
+    n_diffusion_steps: int = hyperparameter(5, "Number T of denoising steps of the diffusion model.", at_least=1, at_most=MOST)
+    ema_tau: float = hyperparameter(
+        0.001, "Soft update coefficient of the moving average (EMA) of the behaviour model, at every step.", above=0, at_most=1
+    )
+    weight_decay: float = hyperparameter(1e-4, "Weight decay of the behaviour model.", at_least=0)
+    dropout: float = hyperparameter(
+        0.1, "Dropout rate in the residual blocks of the behaviour model during training.", at_least=0, below=1
+    )
+    v_layer_norm: bool = hyperparameter(True, "Whether V normalises its input by LayerNorm [D3].")
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    learning_rate: float = hyperparameter(
+        3e-4,
+        "Learning rate of the critic, constant, and the initial one of the behaviour model, which falls to 0 on a cosine.",
+        above=0,
+    )
+    batch_size: int = hyperparameter(512, "Number of transitions in a batch, in both stages.", at_least=1, at_most=MOST)
+    solver: str = hyperparameter(
+        "ddpm",
+        'Sampler used when acting: "ddpm" runs the chain itself, "ddim" is deterministic given its noise and may skip steps; '
+        "solvers in continuous time (DPM-Solver, EDM) need noise levels that the network was not trained on.",
+        choices=SOLVERS,
+    )
+    solver_steps: int | None = hyperparameter(
+        None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
+    )
+    reward_transform: str = hyperparameter(
+        "auto",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        'Locomotion: "iql_locomotion". AntMaze: "iql_antmaze".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    critic_steps: int | None = hyperparameter(
+        None, "Gradient steps of the critic stage. None: the `default` block of zoo/idql.yml. Paper: 1.5M [D1].", at_least=0
+    )
+    behavior_steps: int | None = hyperparameter(
+        None, "Gradient steps of the behaviour stage. None: the `default` block of zoo/idql.yml. Paper: 3M.", at_least=0
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
-        check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
-        check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
-        check_number("weight_decay", self.weight_decay, "must not be negative", lambda x: x >= 0)
-        check_choice("select", self.select, (*SELECT, "expectile"))
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
 
 
 class IDQL(Agent):

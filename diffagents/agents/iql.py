@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, net_arch
+from diffagents.config.checks import MOST, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.mlp import GaussianPolicy, TanhPolicy, dropout_masks
@@ -48,27 +49,48 @@ MAX_WEIGHT = 100.0
 
 
 @dataclass(frozen=True)
-class IQLConfig:
-    """Knobs of IQL. Defaults: the paper's for locomotion; per-task values are rows of zoo/iql.yml."""
+class IQLConfig(Hyperparameters):
+    """Hyperparameters of IQL. The defaults are the paper's for locomotion; values for each task are rows of zoo/iql.yml."""
 
-    expectile: float = 0.7  # in (0, 1); 0.9 on AntMaze
-    beta: float = 3.0  # >= 0; 0 clones the data, large = greedy (the official code's `temperature`); AntMaze 10, adroit 0.5
-    dropout: float = 0.0  # [D3]
-    deterministic_policy: bool = False  # [D2]
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every step
-    learning_rate: float = 3e-4  # critic, and policy at first [D4]
-    batch_size: int = 256
-    online_learning_rate: float = 3e-5  # policy, constant [O3]
-    reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
-    normalize_obs: bool = False
-    train_steps: int | None = None  # None: the `default:` block of zoo/iql.yml; paper 1M
-
-    def __post_init__(self) -> None:
-        check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
-        check_number("beta", self.beta, "must not be negative: 0 clones the data, 3 is usual", lambda x: x >= 0)
-        check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+    expectile: float = hyperparameter(
+        0.7,
+        "Expectile of Q that V is fitted to: near 1, V approaches the best actions of the data. AntMaze: 0.9.",
+        above=0,
+        below=1,
+    )
+    beta: float = hyperparameter(
+        3.0,
+        "Inverse temperature of the advantage weights: 0 clones the data, large is greedy. "
+        "The official code calls it `temperature`. AntMaze: 10; adroit: 0.5.",
+        at_least=0,
+    )
+    dropout: float = hyperparameter(
+        0.0, "Dropout rate in the hidden layers of the policy during training [D3].", at_least=0, below=1
+    )
+    deterministic_policy: bool = hyperparameter(False, "Whether the policy is deterministic and fitted by squared error [D2].")
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    learning_rate: float = hyperparameter(
+        3e-4,
+        "Learning rate of the critic, constant, and the initial one of the policy, which falls to 0 on a cosine [D4].",
+        above=0,
+    )
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O3].", above=0)
+    reward_transform: str = hyperparameter(
+        "auto",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        'Locomotion: "iql_locomotion". AntMaze: "iql_antmaze".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    train_steps: int | None = hyperparameter(
+        None, "Gradient steps of the training stage. None: the `default` block of zoo/iql.yml. Paper: 1M.", at_least=0
+    )
 
 
 class IQL(Agent):

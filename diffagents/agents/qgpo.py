@@ -44,7 +44,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, net_arch, whole_number
+from diffagents.config.checks import MOST, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
@@ -60,40 +61,67 @@ ENERGY_LOSSES = ("cep", "mse", "emse")
 
 
 @dataclass(frozen=True)
-class QGPOConfig:
-    """Knobs of QGPO. The defaults are the official code's for locomotion but for [D8]; per task: zoo/qgpo.yml."""
+class QGPOConfig(Hyperparameters):
+    """Hyperparameters of QGPO.
 
-    beta: float = 3.0  # > 0, in units of 1 / Q: large follows Q, small stays close to the data
-    beta_q: float | None = None  # >= 0, the same inside the critic's target [D5]
-    n_support: int = 16  # M; 32 on AntMaze
-    n_support_states: int | None = 20_000  # how many transitions get a support, None: all [D2]
-    n_online_states: int = 1000  # transitions that get a support every 1000 environment steps online [O1]
-    energy_loss: str = "cep"  # "cep", "mse" or "emse" [D4]
-    guidance_scale: float = 1.0  # >= 0; 0 is the behaviour model [D6]
-    solver_steps: int = 15  # network calls a sample
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every critic step
-    learning_rate: float = 3e-4  # critic and energy
-    behavior_learning_rate: float = 1e-4
-    batch_size: int = 256  # critic and energy stage
-    behavior_batch_size: int = 256  # behaviour stage [D8]
-    reward_transform: str = "auto"  # locomotion "iql_locomotion", AntMaze "iql_antmaze"
-    normalize_obs: bool = False
-    behavior_steps: int | None = None  # None: the `default:` block of zoo/qgpo.yml; paper 600k
-    critic_steps: int | None = None  # paper 500k
-    energy_steps: int | None = None  # paper 1M
+    The defaults are the official code's for locomotion except for [D8]; values for each task are rows of zoo/qgpo.yml.
+    """
 
-    def __post_init__(self) -> None:
-        check_number("beta", self.beta, "must be positive: large follows Q, small stays close to the data", lambda x: x > 0)
-        if self.beta_q is not None:
-            check_number("beta_q", self.beta_q, "must not be negative: 0 averages over the support", lambda x: x >= 0)
-        check_number(
-            "guidance_scale", self.guidance_scale, "must not be negative: 0 acts as the behaviour model", lambda x: x >= 0
-        )
-        check_choice("energy_loss", self.energy_loss, ENERGY_LOSSES)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
-        whole_number("solver_steps", self.solver_steps, 1)
-        check_number("solver_steps", self.solver_steps, "must be at most 1000", lambda n: n <= 1000)
+    beta: float = hyperparameter(
+        3.0, "Inverse temperature, in units of 1 / Q: large follows Q, small stays close to the data [D5].", above=0
+    )
+    beta_q: float | None = hyperparameter(
+        None,
+        "Inverse temperature inside the critic's target: 0 averages over the support [D5]. None: equal to beta.",
+        at_least=0,
+    )
+    n_support: int = hyperparameter(
+        16, "Number M of the behaviour model's actions at each state of the support. AntMaze: 32.", at_least=1, at_most=MOST
+    )
+    n_support_states: int | None = hyperparameter(
+        20_000, "Number of transitions for which support actions are sampled [D2]. None: all of them.", at_least=1, at_most=MOST
+    )
+    n_online_states: int = hyperparameter(
+        1000,
+        "Number of transitions for which support actions are sampled in `learn_online`, every 1000 environment steps [O1].",
+        at_least=1,
+        at_most=MOST,
+    )
+    energy_loss: str = hyperparameter("cep", 'Loss of the energy model; only "cep" is exact [D4].', choices=ENERGY_LOSSES)
+    guidance_scale: float = hyperparameter(
+        1.0, "Scale s_g of the guidance when acting: 0 acts as the behaviour model [D6].", at_least=0
+    )
+    solver_steps: int = hyperparameter(15, "Network evaluations for each sampled action.", at_least=1, at_most=1000)
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    learning_rate: float = hyperparameter(3e-4, "Learning rate of the critic and of the energy model.", above=0)
+    behavior_learning_rate: float = hyperparameter(1e-4, "Learning rate of the behaviour model.", above=0)
+    batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the critic and energy stages.", at_least=1, at_most=MOST
+    )
+    behavior_batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the behaviour stage [D8].", at_least=1, at_most=MOST
+    )
+    reward_transform: str = hyperparameter(
+        "auto",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        'Locomotion: "iql_locomotion". AntMaze: "iql_antmaze".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    behavior_steps: int | None = hyperparameter(
+        None, "Gradient steps of the behaviour stage. None: the `default` block of zoo/qgpo.yml. Paper: 600k.", at_least=0
+    )
+    critic_steps: int | None = hyperparameter(
+        None, "Gradient steps of the critic stage. None: the `default` block of zoo/qgpo.yml. Paper: 500k.", at_least=0
+    )
+    energy_steps: int | None = hyperparameter(
+        None, "Gradient steps of the energy stage. None: the `default` block of zoo/qgpo.yml. Paper: 1M.", at_least=0
+    )
 
 
 class Energy(nn.Module):

@@ -42,7 +42,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, net_arch, whole_number
+from diffagents.config.checks import MOST, N_FIXED, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
@@ -56,33 +57,63 @@ from diffagents.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
-class SfBCConfig:
-    """Knobs of SfBC. The defaults are the official code's but for [D7]; per task: zoo/sfbc.yml."""
+class SfBCConfig(Hyperparameters):
+    """Hyperparameters of SfBC.
 
-    alpha: float = 20.0  # >= 0, of V in planning, in standard deviations of the return; 0: the mean over the support
-    n_support: int = 16  # M
-    n_support_states: int | None = 20_000  # how many states V is taken at, None: all [D4]
-    n_candidates: int = 32  # acting [D6]
-    temperature: float = 0.01  # > 0, of the choice among them, in standard deviations of the return
-    average_top: int = 1  # how many are averaged, 4 on locomotion; all candidates where they are fewer
-    solver_steps: int = 15  # network calls a sample
-    gamma: float = 0.99  # discount
-    learning_rate: float = 1e-4  # behaviour
-    critic_learning_rate: float = 1e-3
-    batch_size: int = 256  # critic and planning stage [D7]
-    behavior_batch_size: int = 256  # behaviour stage [D7]
-    reward_transform: str = "none"  # on every task: returns are standardised [D1]
-    normalize_obs: bool = False
-    behavior_steps: int | None = None  # None: the `default:` block of zoo/sfbc.yml; paper 586k
-    critic_steps: int | None = None  # paper 24.5k
-    planning_steps: int | None = None  # paper 24.5k
+    The defaults are the official code's except for [D7]; values for each task are rows of zoo/sfbc.yml.
+    """
 
-    def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, "must not be negative: 20 is usual", lambda x: x >= 0)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
-        whole_number("average_top", self.average_top, 1)
-        whole_number("solver_steps", self.solver_steps, 1)
-        check_number("solver_steps", self.solver_steps, "must be at most 1000", lambda n: n <= 1000)
+    alpha: float = hyperparameter(
+        20.0,
+        "Inverse temperature of V in planning, per standard deviation of the return: 0 averages over the support [D1].",
+        at_least=0,
+    )
+    n_support: int = hyperparameter(
+        16, "Number M of the behaviour model's actions from which V is computed at a state.", at_least=1, at_most=MOST
+    )
+    n_support_states: int | None = hyperparameter(
+        20_000, "Number of states at which V is computed [D4]. None: all of them.", at_least=1, at_most=MOST
+    )
+    n_candidates: int = hyperparameter(
+        32,
+        "Number of actions sampled when acting, some of which Q selects; deterministic acting uses stored noises [D6].",
+        at_least=1,
+        at_most=N_FIXED,
+    )
+    temperature: float = hyperparameter(
+        0.01, "Temperature of the draw among the candidates, in standard deviations of the return [D1].", above=0
+    )
+    average_top: int = hyperparameter(
+        1, "Number of drawn candidates whose mean is the action, all if there are fewer. Locomotion: 4.", at_least=1
+    )
+    solver_steps: int = hyperparameter(15, "Network evaluations for each sampled action.", at_least=1, at_most=1000)
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    learning_rate: float = hyperparameter(1e-4, "Learning rate of the behaviour model.", above=0)
+    critic_learning_rate: float = hyperparameter(1e-3, "Learning rate of the critic.", above=0)
+    batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the critic and planning stages [D7].", at_least=1, at_most=MOST
+    )
+    behavior_batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the behaviour stage [D7].", at_least=1, at_most=MOST
+    )
+    reward_transform: str = hyperparameter(
+        "none",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        '"none" on every task, because returns are standardised [D1].',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    behavior_steps: int | None = hyperparameter(
+        None, "Gradient steps of the behaviour stage. None: the `default` block of zoo/sfbc.yml. Paper: 586k.", at_least=0
+    )
+    critic_steps: int | None = hyperparameter(
+        None, "Gradient steps of the critic stage. None: the `default` block of zoo/sfbc.yml. Paper: 24.5k.", at_least=0
+    )
+    planning_steps: int | None = hyperparameter(
+        None, "Gradient steps of the planning stage. None: the `default` block of zoo/sfbc.yml. Paper: 24.5k.", at_least=0
+    )
 
 
 class SfBC(Agent):

@@ -41,7 +41,8 @@ import torch
 from torch import Tensor, nn
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, net_arch
+from diffagents.config.checks import MOST, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
 from diffagents.functional import action_gradient, eps_loss, perturb
@@ -53,41 +54,87 @@ from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 WEIGHTS = ("sigma2", "constant", "alpha_over_sigma")
-Q_GRAD_NORMS = (None, "l2", "rms")
+Q_GRAD_NORMS = ("l2", "rms")
 
 
 @dataclass(frozen=True)
-class SRPOConfig:
-    """Knobs of SRPO. The defaults are the paper's for locomotion but for [D9]; per-task values are rows of zoo/srpo.yml."""
+class SRPOConfig(Hyperparameters):
+    """Hyperparameters of SRPO.
 
-    beta: float = 0.05  # > 0; large = greedy, small = close to the data. THE knob; sweep .01 .02 .05 .1 .2 .5
-    expectile: float = 0.7  # in (0, 1); 0.9 on AntMaze
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every critic step
-    learning_rate: float = 3e-4  # all three stages
-    batch_size: int = 256  # critic and policy stage
-    behavior_batch_size: int = 256  # behaviour stage [D9]
-    dropout: float = 0.1  # in the behaviour's residual blocks, while it is trained
-    weight: str = "sigma2"  # [D3]
-    subtract_noise: bool = True  # [D2]
-    q_grad_norm: str | None = None  # [D4]
-    reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
-    normalize_obs: bool = False  # the paper does not; switch on for observations in pixels or other large units
-    online_learning_rate: float = 1e-4  # policy, constant [O4]
-    online_noise: float = 0.2  # >= 0, std of the noise on actions in [-1, 1] [O2]
-    online_halflife: int | None = 50_000  # environment steps in which beta doubles, None: it stays [O3]
-    online_behavior_every: int = 4  # updates for each of the behaviour model [O1]
-    critic_steps: int | None = None  # None: the `default:` block of zoo/srpo.yml; paper 1.5M
-    behavior_steps: int | None = None  # paper 2.0M (0.5M nearly as good)
-    policy_steps: int | None = None  # paper 1.0M
+    The defaults are the paper's for locomotion except for [D9]; values for each task are rows of zoo/srpo.yml.
+    """
 
-    def __post_init__(self) -> None:
-        check_number("beta", self.beta, "must be positive: large follows Q, small stays close to the data", lambda x: x > 0)
-        check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
-        check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
-        check_choice("weight", self.weight, WEIGHTS)
-        check_choice("q_grad_norm", self.q_grad_norm, Q_GRAD_NORMS)
+    beta: float = hyperparameter(
+        0.05,
+        "Weight of Q against the behaviour model: large is greedy, small stays close to the data. "
+        "The main hyperparameter: sweep 0.01, 0.02, 0.05, 0.1, 0.2, 0.5.",
+        above=0,
+    )
+    expectile: float = hyperparameter(
+        0.7,
+        "Expectile of Q that V is fitted to: near 1, V approaches the best actions of the data. AntMaze: 0.9.",
+        above=0,
+        below=1,
+    )
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    learning_rate: float = hyperparameter(3e-4, "Learning rate in all three stages.", above=0)
+    batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the critic and policy stages.", at_least=1, at_most=MOST
+    )
+    behavior_batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the behaviour stage [D9].", at_least=1, at_most=MOST
+    )
+    dropout: float = hyperparameter(
+        0.1, "Dropout rate in the residual blocks of the behaviour model during training.", at_least=0, below=1
+    )
+    weight: str = hyperparameter(
+        "sigma2", "Weight w(t) of the diffusion time t in the policy's gradient [D3].", choices=WEIGHTS
+    )
+    subtract_noise: bool = hyperparameter(
+        True, "Whether the noise is subtracted from its prediction, which lowers the variance of the policy's gradient [D2]."
+    )
+    q_grad_norm: str | None = hyperparameter(
+        None, "Norm by which each sample's dQ/da is divided [D4]. None: it is used as it is.", choices=Q_GRAD_NORMS
+    )
+    reward_transform: str = hyperparameter(
+        "auto",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        'Locomotion: "iql_locomotion". AntMaze: "iql_antmaze".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False,
+        "Whether observations are normalised by the mean and standard deviation of the data. "
+        "The paper does not; switch it on for observations in pixels or other large units.",
+    )
+    online_learning_rate: float = hyperparameter(1e-4, "Learning rate of the policy in `learn_online`, constant [O4].", above=0)
+    online_noise: float = hyperparameter(
+        0.2, "Standard deviation of the exploration noise in `learn_online`, for actions in [-1, 1] [O2].", at_least=0
+    )
+    online_halflife: int | None = hyperparameter(
+        50_000,
+        "Time in which beta doubles in `learn_online` [O3]. None: beta stays constant.",
+        at_least=1,
+        unit="environment steps",
+    )
+    online_behavior_every: int = hyperparameter(
+        4, "Updates in `learn_online` for each update of the behaviour model [O1].", at_least=1, at_most=MOST
+    )
+    critic_steps: int | None = hyperparameter(
+        None, "Gradient steps of the critic stage. None: the `default` block of zoo/srpo.yml. Paper: 1.5M.", at_least=0
+    )
+    behavior_steps: int | None = hyperparameter(
+        None,
+        "Gradient steps of the behaviour stage. None: the `default` block of zoo/srpo.yml. "
+        "Paper: 2.0M (0.5M is nearly as good).",
+        at_least=0,
+    )
+    policy_steps: int | None = hyperparameter(
+        None, "Gradient steps of the policy stage. None: the `default` block of zoo/srpo.yml. Paper: 1.0M.", at_least=0
+    )
 
 
 class Behavior(nn.Module):

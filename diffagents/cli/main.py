@@ -17,7 +17,7 @@ from diffagents.cli.options import (
     POLICY_HELP,
     add_episodes,
     add_hub,
-    add_knobs,
+    add_hyperparameters,
     add_policy,
     say,
 )
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The whole command line. `arguments`: where an algorithm is among them, `train` also takes its knobs."""
+    """The whole command line. `arguments`: where an algorithm is among them, `train` also takes its hyperparameters."""
     top = argparse.ArgumentParser("diffagents", description="Train, judge, show and share policies of offline diffusion RL.")
     top.add_argument("--version", action="version", version=f"diffagents {diffagents.__version__}")
     top.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -73,7 +73,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     one.add_argument(
         "algorithm",
         choices=diffagents.AGENTS,
-        help="see `diffagents list`; `diffagents train SRPO --help` lists its knobs",
+        help="see `diffagents list`; `diffagents train SRPO --help` lists its hyperparameters",
         metavar="ALGORITHM",
     )
     one.add_argument(
@@ -94,7 +94,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     one.add_argument("--tensorboard", metavar="FOLDER")
     one.add_argument("--quiet", action="store_true")
     one.add_argument("--device", default="auto")
-    add_knobs(one, algorithm)
+    add_hyperparameters(one, algorithm)
 
     one = command(eval_, "diffagents eval me/srpo-hopper --episodes 20 --json | jq .mean_return")
     add_policy(one)

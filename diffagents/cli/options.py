@@ -2,18 +2,18 @@
 
 import argparse
 import ast
-import dataclasses
-import inspect
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 import diffagents
+from diffagents.config.hyperparameters import describe
 
 if TYPE_CHECKING:
     from diffagents.agent import Agent
 
 POLICY_HELP = "a folder or .zip of ours, or a Hub id (organisation/name); - reads it from stdin"
+HYPERPARAMETER = "hyperparameter "
+"""What the names of hyperparameters begin with among the parsed arguments, so that none clashes with another option."""
 
 
 def add_policy(one: argparse.ArgumentParser) -> None:
@@ -40,20 +40,20 @@ def add_hub(one: argparse.ArgumentParser) -> None:
     one.add_argument("--offline", action="store_true", help="from the cache alone")
 
 
-def add_knobs(one: argparse.ArgumentParser, algorithm: str | None) -> None:
-    """Every knob of the algorithm as an option, explained by the comment that stands beside it in the algorithm's file."""
+def add_hyperparameters(one: argparse.ArgumentParser, algorithm: str | None) -> None:
+    """Every hyperparameter of the algorithm as an option, with its description, type, range and default."""
     if algorithm is None:
         return
-    config = getattr(diffagents, algorithm).Config
-    try:
-        said = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
-    except OSError:  # installed without its sources
-        said = {}
-    group = one.add_argument_group(f"knobs of {algorithm}")
-    for knob in dataclasses.fields(config):
-        about = f"{said.get(knob.name, '')} (default: {knob.default})".strip().replace("%", "%%")
-        flag, dest = f"--{knob.name.replace('_', '-')}", f"knob {knob.name}"
-        group.add_argument(flag, dest=dest, type=value, metavar="VALUE", default=argparse.SUPPRESS, help=about)
+    group = one.add_argument_group(f"hyperparameters of {algorithm}")
+    for each in describe(getattr(diffagents, algorithm).Config):
+        text = f"{each.description} ({each.summary})".replace("%", "%%")  # argparse formats it
+        flag, dest = f"--{each.name.replace('_', '-')}", HYPERPARAMETER + each.name
+        group.add_argument(flag, dest=dest, type=value, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def given_hyperparameters(given: argparse.Namespace) -> dict[str, Any]:
+    """Name -> value of the hyperparameters that the command line sets."""
+    return {k.removeprefix(HYPERPARAMETER): v for k, v in vars(given).items() if k.startswith(HYPERPARAMETER)}
 
 
 def value(text: str) -> Any:

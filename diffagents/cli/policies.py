@@ -20,6 +20,7 @@ import diffagents
 from diffagents.cli.options import (
     env_arguments,
     environment,
+    given_hyperparameters,
     policy,
     say,
 )
@@ -35,19 +36,22 @@ def train(given: argparse.Namespace) -> None:
     out = given.out or Path("runs") / re.sub(r"[^-.\w]+", "-", f"{given.algorithm.lower()}-{given.dataset}-seed{given.seed}")
     if given.save_every is not None and given.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, not {given.save_every}")
-    knobs = {name.removeprefix("knob "): value for name, value in vars(given).items() if name.startswith("knob ")}
+    hyperparameters = given_hyperparameters(given)
     cls: Any = getattr(diffagents, given.algorithm)
     settings = {"device": given.device, "verbose": int(not given.quiet), "tensorboard_log": given.tensorboard}
     if given.resume:
-        if knobs or given.preset or given.net_arch or given.steps:
-            raise ValueError("--resume finishes the run as it was planned: leave knobs, --preset, --net-arch and --steps out")
+        if hyperparameters or given.preset or given.net_arch or given.steps:
+            raise ValueError(
+                "--resume finishes the run as it was planned: leave out hyperparameters, --preset, --net-arch and --steps"
+            )
         del settings["device"]
         agent = cls.load(out, env=given.env, device=given.device, **settings)
     elif out.exists():
         raise FileExistsError(f"{out} exists: finish it with --resume, or give another --out")
     else:
         kwargs = {"net_arch": given.net_arch} if given.net_arch else None
-        agent = cls(env=given.env, preset=given.preset, policy_kwargs=kwargs, seed=given.seed, **settings, **knobs)
+        settings |= {"env": given.env, "preset": given.preset, "policy_kwargs": kwargs, "seed": given.seed}
+        agent = cls(**settings, **hyperparameters)
     evaluated = {"eval_env": (given.env or True) if given.eval else None, "n_eval_episodes": given.episodes}
 
     def save_now_and_then(local: dict[str, Any], _: dict[str, Any]) -> bool:
@@ -62,7 +66,7 @@ def train(given: argparse.Namespace) -> None:
         except (KeyboardInterrupt, diffagents.TrainingDiverged):
             if agent.spec is not None:
                 agent.save_pretrained(out, include_trainer_state=True)
-                say(f"what there is lies in {out}; go on with the same command and --resume, knobs left out")
+                say(f"saved in {out}; to continue, repeat the command with --resume and without hyperparameters")
             raise
         agent.save_pretrained(out, include_trainer_state=True)  # before anything else can fail
         if given.eval or given.video:

@@ -124,7 +124,7 @@ def test_save_every_leaves_a_folder_that_can_be_resumed(here: Path, monkeypatch:
     [
         (f"train TD3BC {REACHER} --out there", "there exists"),
         (f"train TD3BC {REACHER} --out new --alpha high", "alpha='high' must be a number"),
-        (f"train TD3BC {REACHER} --out new --resume --alpha 3", "leave knobs"),
+        (f"train TD3BC {REACHER} --out new --resume --alpha 3", "leave out hyperparameters, --preset"),
         (f"train TD3BC {REACHER} --out new --resume", "no artifact at new"),
         (f"train TD3BC {REACHER} --out new --save-every 0", "--save-every must be at least 1"),
         ("train TD3BC nothing.npz --out new", "nothing.npz does not exist"),

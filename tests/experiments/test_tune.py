@@ -271,7 +271,7 @@ def test_a_knob_that_only_acting_asks_about_trains_nothing_more(
         ({"steps": 0}, ValueError, "steps=0 must be a positive whole number of gradient steps"),
         ({"fqe": {"gama": 0.9}}, TypeError, "gama"),
         ({"fqe": {"gamma": 2}}, ValueError, "gamma=2 must lie in"),
-        ({"alfa": 1.0}, TypeError, "TD3BC has no knob 'alfa'; did you mean 'alpha'"),
+        ({"alfa": 1.0}, TypeError, "TD3BC has no hyperparameter 'alfa'; did you mean 'alpha'"),
     ],
 )
 def test_bad_calls_end_before_any_training(
