@@ -3,23 +3,23 @@
 Order      V is fitted to the data's returns and frozen; then the policy is cloned from the data by weight.
 Critic     V <- argmin E[ (R - V(s))^2 ],   R the discounted return from s
 Policy     max_pi E[ w log pi(a|s) ],   w = min(exp(A / T), weight_clip),   A = R^lambda - V(s), standardised
-           pi(.|s) = N(tanh(MLP(s)), diag sigma^2), one learnt sigma for all s
-Symbols    V -> critic, T -> temperature, R^lambda: `values.lambda_returns`
+           pi(.|s) = N(tanh(MLP(s)), diag sigma^2), one learned sigma for all s
+Symbols    V -> critic, T -> temperature, R^lambda: `functional.lambda_returns`
 Details
-  [D1] The official algorithm learns online: each of its rounds collects data, fits V to TD(lambda) returns of the last V, then
-       the policy. On fixed data there is one round and no last V, so V is fitted to Monte-Carlo returns, once. A time-out or
-       a cut ENDS their sum: near one, V is low by what would have followed.
-  [D2] The policy's R^lambda goes on with V(s') after a time-out or a cut, and ends at a termination only.
-  [D3] A is standardised over ALL data, (A - mean) / (std + 1e-5) (official code). Otherwise the weights degenerate: the scale
-       of rewards would set the temperature.
-  [D4] The official code has a fixed sigma (0.2 or 0.4), SGD, layers of [128, 64], Xavier starts, a penalty on means out of
-       bounds, and running normalisers of observations, actions and values. Ours: IQL's Gaussian policy, Adam, [256, 256],
-       PyTorch's starts; `normalize_obs` is the observations' part.
+  [D1] The official algorithm learns online: each of its rounds collects data, fits V to TD(lambda) returns of the previous V,
+       then fits the policy. On fixed data there is one round and no previous V, so V is fitted once, to Monte-Carlo returns.
+       Their sum ENDS at a time-out or a cut: shortly before one, V is too low by the rewards that would have followed.
+  [D2] The policy's R^lambda bootstraps with V(s') after a time-out or a cut, and ends at a termination only.
+  [D3] A is standardised over ALL data, (A - mean) / (std + 1e-5) (official code). Otherwise the weights degenerate, because the
+       scale of the rewards would set the temperature.
+  [D4] The official code has a fixed sigma (0.2 or 0.4), SGD, layers of [128, 64], Xavier initialisation, a penalty on means
+       outside the bounds, and running normalisers of observations, actions and values. Ours has IQL's Gaussian policy, Adam,
+       [256, 256] and PyTorch's initialisation; of the normalisers only `normalize_obs` remains.
 Online (the official algorithm, in rounds)
-  [O1] A round is 1000 environment steps: then V is fitted to TD(lambda) returns of the last V, and the policy by weight, on old
-       and new data, one update of each for each environment step, the policy's at `online_learning_rate`. A is standardised
-       over both.
-  [O2] It acts by sampling its Gaussian, whose sigma is learnt ([D4]); nothing is loosened.
+  [O1] A round is 1000 environment steps: then V is fitted to TD(lambda) returns of the previous V, and the policy by weighted
+       cloning, on old and new data, with one update of each per environment step, the policy's at `online_learning_rate`. A is
+       standardised over both.
+  [O2] It acts by sampling its Gaussian, whose sigma is learned ([D4]). No constraint is relaxed.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 ROWS_AT_ONCE = 65_536
-"""Of the whole data through V: bounds the memory of hidden layers."""
+"""How many rows V evaluates at once, which limits the memory of its hidden layers."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class AWRConfig(Hyperparameters):
 
 
 class AWR(Agent):
-    """Advantage-weighted regression: a Gaussian policy, cloned from the data by the weight of its returns."""
+    """Advantage-weighted regression: a Gaussian policy, cloned from the data with weights that grow with the advantage."""
 
     Config = AWRConfig
     config: AWRConfig
@@ -113,7 +113,7 @@ class AWR(Agent):
         return Stage("online", self.config.batch_size, updates, self.prepare_online)
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture:
-        """The returns and weights of every row, by the last V [O1]."""
+        """The returns and weights of every row, computed with the previous V [O1]."""
         mixture = mixture.in_episodes(whole=False)
         returns, weights = self.returns_and_weights(mixture.sides)
         return mixture.with_extras(returns=returns, weights=weights)
@@ -149,7 +149,7 @@ class AWR(Agent):
 
     @torch.no_grad()
     def values(self, obs: Tensor) -> Tensor:
-        """V at normalised observations (N, S) -> (N,), a part at a time."""
+        """V at normalised observations (N, S) -> (N,), in pieces of ROWS_AT_ONCE."""
         return torch.cat([self.critic(part).squeeze(-1) for part in torch.split(obs, ROWS_AT_ONCE)])
 
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
@@ -168,7 +168,7 @@ class AWR(Agent):
         return {"eps": torch.randn(n, self.act_dim, **kwargs)}
 
     def act(self, obs: Tensor, noise: Noise, config: AWRConfig) -> Tensor:
-        """(B, S) -> (B, A): a sample of the Gaussian, clamped to [-1, 1]; deterministic: its mean."""
+        """(B, S) -> (B, A): a sample of the Gaussian, clipped to [-1, 1]; if deterministic, its mean."""
         if "eps" in noise:
             return self.policy.sample(obs, noise["eps"])
         mean: Tensor = self.policy(obs)

@@ -1,7 +1,7 @@
 """DiffCPS: Diffusion Model based Constrained Policy Search for Offline RL.   He et al. 2023, arXiv:2310.05333.
 
 Problem      max_pi E[ Q(s, a) ]   subject to   L_c(pi) <= kappa, the cross-entropy to the data bounded by the denoising loss
-Every step   critic; every `policy_freq`-th: policy, then multiplier, on the same batch; targets act with policy_ema
+Every step   critic; every `policy_freq`-th: policy, then multiplier, on the same batch; targets use policy_ema
 Critic       y = r + gamma (1 - d) min_j Qbar_j(s', a'),  a' ~ policy_ema(s');   loss = MSE_1 + MSE_2
 Policy       L = lambda L_c + L_q,   lambda within [lambda_min, lambda_max]
              L_c = E || eps - eps_theta(sqrt(abar_i) a + sqrt(1 - abar_i) eps, s, i) ||^2,  mean over dimensions too
@@ -9,24 +9,25 @@ Policy       L = lambda L_c + L_q,   lambda within [lambda_min, lambda_max]
 Multiplier   descends lambda (kappa - L_c): it rises while the data are fitted worse than kappa allows
 Symbols      kappa -> target_kl (the official flag), lambda -> `multiplier`
 Details
-  [D1] L_q is divided by the other ONLINE critic's mean size, by a coin (official code; the paper says target critic).
-  [D2] a' is drawn from policy_ema (official code; the paper's listing draws it from the policy).
-  [D3] The official code clips only a copy of lambda for use; the parameter itself wanders out and needs as long to return.
-       Ours is projected onto [lambda_min, lambda_max] after each of its steps: the same while inside.
+  [D1] L_q is divided by the mean size of the other ONLINE critic; which is which is random (official code; the paper says
+       target critic).
+  [D2] a' is sampled from policy_ema (official code; the paper's listing samples it from the policy).
+  [D3] The official code clips only a copy of lambda for use; the parameter itself drifts outside and needs as long to return.
+       Ours is projected onto [lambda_min, lambda_max] after each of its steps: there is no difference inside.
   [D4] kappa is a noise error per dimension: its scale depends on T. Where L_c never reaches it, lambda grows by
-       `lambda_learning_rate` per policy step (Adam makes the step that size whatever the gradient), 30 in a million steps.
+       `lambda_learning_rate` per policy step (Adam's steps have that size whatever the gradient), by 30 in a million steps.
   [D5] `max_q_backup` (AntMaze): a' is the best of 10 for each critic, then the minimum of the two.
-  [D6] Constant learning rates: the official cosine is a no-op (see diffusion_ql.py, [D4]).
-  [D7] `max_grad_norm` is tuned per task in the official code (1 to 10, rows of zoo/diffcps.yml) and cuts lambda's gradient too.
-  [D8] The lagged policy stands still for 1000 steps and then follows every 5th (official code).
-  [D9] Acting: 50 candidates of the policy, one drawn by softmax of min Qbar / temperature. The published scores are the best
-       evaluation of a run; ours ends with the last policy.
-Online (a design of ours; the paper has none)
-  [O1] The same update on old and new data, lambda adapting on.
-  [O2] The constraint loosens: kappa doubles every `online_halflife` environment steps, 16-fold at most; lambda then falls by
+  [D6] Learning rates are constant: the official cosine has no effect (see agents/diffusion_ql.py, [D4]).
+  [D7] `max_grad_norm` is tuned per task in the official code (1 to 10, rows of zoo/diffcps.yml) and clips lambda's too.
+  [D8] The policy's EMA is constant for 1000 steps and then updated at every 5th (official code).
+  [D9] Acting: 50 candidates of the policy, one sampled by softmax of min Qbar / temperature. The published scores are the best
+       evaluation of a run; ours is the last policy.
+Online (our design; the paper has none)
+  [O1] The same update on old and new data; lambda continues to adapt.
+  [O2] The constraint is relaxed: kappa doubles every `online_halflife` environment steps, up to 16-fold; lambda then falls by
        itself.
-  [O3] It acts as it does offline [D9], plus Gaussian noise of `online_noise`: the chain itself grows narrow where Q is sharp.
-  [O4] The lagged policy follows from the first step on ([D8]'s wait is over). The policy learns at
+  [O3] It acts as offline [D9], plus Gaussian noise of `online_noise`, because the chain itself becomes narrow where Q is sharp.
+  [O4] The policy's EMA is updated from the first step on ([D8] no longer applies). The policy learns at
        `online_learning_rate`.
 """
 
@@ -149,7 +150,7 @@ class DiffCPSConfig(Hyperparameters):
 
 
 class Multiplier(nn.Module):
-    """lambda, one number that is learnt."""
+    """The multiplier lambda, one learned number."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -157,7 +158,7 @@ class Multiplier(nn.Module):
 
 
 class DiffCPS(Agent):
-    """A diffusion policy that climbs Q as far as a bound on its denoising loss allows."""
+    """A diffusion policy that maximises Q as far as a bound on its denoising loss allows."""
 
     Config = DiffCPSConfig
     config: DiffCPSConfig
@@ -211,7 +212,7 @@ class DiffCPS(Agent):
         return {"noises": self.policy.noises((n * each,), generator)}
 
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's action [D2]."""
+        """MSE_1 + MSE_2 against the minimum of the target critics at an action of the policy's EMA [D2]."""
         c = self.config
         with torch.no_grad():
             each = c.n_backup_samples if c.max_q_backup else 1  # [D5]
@@ -246,7 +247,7 @@ class DiffCPS(Agent):
         multiplier_loss = self.multiplier.value * (c.target_kl * self.state.constraint_relaxation - bc_loss.detach())  # [O2]
         metrics = {
             "policy_loss": policy_loss.detach(),
-            "bc_loss": bc_loss.detach(),  # to be compared with target_kl
+            "bc_loss": bc_loss.detach(),  # compare with target_kl
             "q_loss": q_loss.detach(),
             "lambda": multiplier,
         }
@@ -257,14 +258,14 @@ class DiffCPS(Agent):
         self.multiplier.value.clamp_(self.config.lambda_min, self.config.lambda_max)  # [D3]
 
     def bc_loss(self, batch: Batch, noise: Noise) -> Tensor:
-        """L_c: the noise in the data's actions, predicted; mean over batch and dimensions [D4]."""
+        """L_c: the error of the predicted noise in the data's actions, mean over batch and dimensions [D4]."""
         a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         return F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
 
     def q_loss(self, batch: Batch, noise: Noise) -> Tensor:
-        """L_q: minus one critic at the policy's actions, in units of the other's mean size there [D1]."""
+        """L_q: minus one critic at the policy's actions, in units of the other critic's mean size there [D1]."""
         a0 = self.policy.sample(batch.obs, noise["noises"])
-        q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; online, already updated
+        q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; already updated in this step
         return normalized_q_loss(q1, q2, noise["coin"])
 
     def follow_policy(self) -> None:
@@ -276,9 +277,9 @@ class DiffCPS(Agent):
         return self.policy.draw_candidates(n, n_candidates, deterministic, generator)
 
     def act(self, obs: Tensor, noise: Noise, config: DiffCPSConfig) -> Tensor:
-        """(B, S) -> (B, A): candidates of the policy, one chosen by min Qbar [D9].
+        """(B, S) -> (B, A): candidates of the policy, one of them selected by min Qbar [D9].
 
-        deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
+        If deterministic, the candidates come from the stored noise and argmax selects ("first" still takes the first).
         """
         c = config
         actions = self.policy.candidates(obs, noise["noises"], config)  # (B, n, A)
@@ -289,10 +290,18 @@ class DiffCPS(Agent):
 
     @classmethod
     def from_official(cls, actor: Any, critic: Any, **kwargs: Any) -> "DiffCPS":
-        """Load the authors' files `actor_<n>.pth` and `critic_<n>.pth` (paths or state dicts); kwargs as the constructor's.
+        """Load the authors' files.
 
-        They hold no lagged copies and no multiplier: those start equal and at lambda_init, with one warning.
-        Raises FileNotFoundError, ValueError.
+        They hold no target networks, no EMA and no multiplier: these start as copies and at lambda_init, with one warning.
+
+        Args:
+            actor: Path or state dict of `actor_<n>.pth`.
+            critic: Path or state dict of `critic_<n>.pth`.
+            **kwargs: Arguments of the constructor.
+
+        Raises:
+            FileNotFoundError: If a file does not exist.
+            ValueError: If a file holds no such network.
         """
         from diffagents.storage.official_checkpoints import chain_from_official
 

@@ -5,12 +5,12 @@ Acting       one sample of the chain of T steps. No critic, and rewards are neve
 Source       `--algo bc` of Diffusion-QL's official code
 Details
   [D1] L_d is the mean over batch and dimensions (official code; IDQL's and SRPO's behaviour models sum over dimensions).
-  [D2] `ema_tau`: the official code acts with the trained network ("None"). With a number (0.005, 0.001) the lagged copy acts,
-       which is smoother. Without, the copy is kept equal, so that an averaged run can go on from a plain one.
-  [D3] Adam at 3e-4, constant and without clipping: what the official runner passes. Its class alone has 2e-4.
-Online (a design of ours: cloning alone improves nothing)
-  [O1] It clones the data and the best of its own episodes: `online_top` of those that ended, by return, chosen anew every 1000
-       environment steps. This is the one place where rewards are read. It acts by its own samples, and learns at
+  [D2] `ema_tau`: the official code acts with the trained network (None). With a number (0.005, 0.001) its EMA acts, which is
+       smoother. With None the EMA is kept equal to the network, so that a run with averaging can continue one without.
+  [D3] Adam at 3e-4, constant and without clipping: these are the arguments of the official runner; its class defaults to 2e-4.
+Online (our design: cloning alone improves nothing)
+  [O1] It clones the data and the best of its own episodes: the share `online_top` of those that ended, by return, selected anew
+       every 1000 environment steps. Only here are rewards read. It acts by its own samples, and learns at
        `online_learning_rate`.
 """
 
@@ -97,7 +97,7 @@ class DiffusionBC(Agent):
     policy: ChainPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 2_000_000}
     POLICY_STAGE = "behavior"
-    MODEL: ClassVar[tuple[str, ...]] = ("policy", "policy_ema")  # which of them acts is a knob that `load` may change
+    MODEL: ClassVar[tuple[str, ...]] = ("policy", "policy_ema")  # which of them acts depends on ema_tau, which `load` may change
     LEARNER: ClassVar[tuple[str, ...]] = ()
     CHOICE: ClassVar[tuple[str, ...]] = ("solver", "solver_steps")
 
@@ -116,7 +116,7 @@ class DiffusionBC(Agent):
         return dataclasses.replace(self.stages()[0], name="online", prepare=self.prepare_online)
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
-        """The data, and the best of the episodes that ended [O1]; None while there is neither."""
+        """The data and the best of the finished episodes [O1]; None while there is neither."""
         mixture = mixture.in_episodes(whole=True)
         if isinstance(own := mixture.online, Sampler):
             lengths = torch.diff(own.episode_ends, prepend=torch.zeros(1, dtype=torch.int64)).tolist()
@@ -135,13 +135,13 @@ class DiffusionBC(Agent):
         }
 
     def bc_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """L_d: the noise in the data's actions, predicted [D1]."""
+        """L_d: the error of the predicted noise in the data's actions [D1]."""
         a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         loss = F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
         return loss, {"bc_loss": loss.detach()}
 
     def follow_policy(self) -> None:
-        tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # 1 copies [D2]
+        tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # tau = 1 copies the weights [D2]
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), tau)
 
     def draw_act(self, n: int, deterministic: bool, config: DiffusionBCConfig, generator: torch.Generator) -> Noise:
@@ -149,6 +149,6 @@ class DiffusionBC(Agent):
         return policy.draw_candidates(n, 1, deterministic, generator)
 
     def act(self, obs: Tensor, noise: Noise, config: DiffusionBCConfig) -> Tensor:
-        """(B, S) -> (B, A): one sample; deterministic: from the stored noise, the same for every observation."""
+        """(B, S) -> (B, A): one sample; if deterministic, from the stored noise, which all observations share."""
         policy = self.policy if config.ema_tau is None else self.policy_ema  # [D2]
         return policy.candidates(obs, noise["noises"], config)[:, 0]

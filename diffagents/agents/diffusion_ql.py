@@ -1,29 +1,29 @@
 """Diffusion-QL: Diffusion Policies as an Expressive Policy Class.   Wang, Hunt, Zhou, ICLR 2023, arXiv:2208.06193.
 
-Every step   critic, then policy, on one batch; targets act with the lagged policy (policy_ema).
+Every step   critic, then policy, on one batch; next actions in the targets come from the policy's EMA (policy_ema).
 Critic       y = r + gamma (1 - d) min_j Qbar_j(s', a'),  a' ~ policy_ema(s');   loss = MSE_1 + MSE_2                Eq. (4)
 Policy       L = L_d + eta L_q                                                                                        Eq. (3)
              L_d = E || eps - eps_theta(sqrt(abar_i) a + sqrt(1 - abar_i) eps, s, i) ||^2,  i uniform                 Eq. (2)
              L_q = - E[ Q_k(s, a0) ] / E| Q_l(s, a0) |,   a0 ~ pi(s) with gradients through all T denoising steps
 Details
-  [D1] L_q: (k, l) is (1, 2) or (2, 1) by a coin, and the divisor is the mean size of Q_l on the POLICY's actions, detached
+  [D1] L_q: (k, l) is (1, 2) or (2, 1) at random, and the divisor is the mean size of Q_l on the POLICY's actions, detached
        (official code). The paper normalises eta by E|Q| over the data.
   [D2] `max_q_backup` (AntMaze): a' is the best of 10 for each critic, then the minimum of the two.
-  [D3] L_d is the mean over batch and dimensions, the score network's time is the 0-based step (official code).
-  [D4] The learning rate is constant. The official code's cosine is stepped once per 50 epochs of a schedule in epochs: its
+  [D3] L_d is the mean over batch and dimensions; the denoiser's time is the 0-based step (official code).
+  [D4] The learning rate is constant. The official code's cosine is stepped once in 50 epochs of a schedule in epochs: its
        last factor is 0.999.
   [D5] `max_grad_norm` is tuned per task in the official code (1 to 10, rows of zoo/diffusion_ql.yml); 5 elsewhere.
-  [D6] The lagged policy stands still for 1000 steps and then follows every 5th (official code).
-  [D7] Acting: 50 candidates of the policy (not the lagged one), one drawn by softmax of min Qbar / temperature. With returns
-       in the hundreds that is all but the argmax.
-  [D8] The official run reports a checkpoint chosen by its diffusion loss, or the best evaluation; ours ends with the last.
-Online (a design of ours; the paper has none)
-  [O1] The same update on old and new data: cloning what both hold, its own better actions among them, and climbing Q. (A
-       port's fine-tuning clones the actor's own samples instead, which holds it to nothing but itself.)
-  [O2] The constraint loosens: eta doubles every `online_halflife` environment steps, 16-fold at most.
-  [O3] It acts as it does offline [D7] (drawn candidates, softmax of Q), plus Gaussian noise of `online_noise`: the chain
-       itself grows narrow where Q is sharp.
-  [O4] The lagged policy follows from the first step on ([D6]'s wait is over). The policy learns at
+  [D6] The policy's EMA is constant for 1000 steps and then updated at every 5th (official code).
+  [D7] Acting: 50 candidates of the policy (not of its EMA), one sampled by softmax of min Qbar / temperature. With returns in
+       the hundreds this is nearly the argmax.
+  [D8] The official run reports a checkpoint chosen by its diffusion loss, or the best evaluation; ours is the last policy.
+Online (our design; the paper has none)
+  [O1] The same update on old and new data: it clones both, including its own better actions, and maximises Q. (The fine-tuning
+       of a port clones the actor's own samples instead, which constrains it to nothing but itself.)
+  [O2] The constraint is relaxed: eta doubles every `online_halflife` environment steps, up to 16-fold.
+  [O3] It acts as offline [D7] (random candidates, softmax of Q), plus Gaussian noise of `online_noise`, because the chain
+       itself becomes narrow where Q is sharp.
+  [O4] The policy's EMA is updated from the first step on ([D6] no longer applies). The policy learns at
        `online_learning_rate`.
 """
 
@@ -177,7 +177,7 @@ class DiffusionQL(Agent):
         return {"noises": self.policy.noises((n * each,), generator)}
 
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """Eq. (4): MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's action."""
+        """Eq. (4): MSE_1 + MSE_2 against the minimum of the target critics at an action of the policy's EMA."""
         c = self.config
         with torch.no_grad():
             each = c.n_backup_samples if c.max_q_backup else 1  # [D2]
@@ -210,14 +210,14 @@ class DiffusionQL(Agent):
         return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "q_loss": q_loss.detach()}
 
     def bc_loss(self, batch: Batch, noise: Noise) -> Tensor:
-        """Eq. (2): the noise in the data's actions, predicted [D3]."""
+        """Eq. (2): the error of the predicted noise in the data's actions [D3]."""
         a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         return F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
 
     def q_loss(self, batch: Batch, noise: Noise) -> Tensor:
-        """L_q: minus one critic at the policy's actions, in units of the other's mean size there [D1]."""
+        """L_q: minus one critic at the policy's actions, in units of the other critic's mean size there [D1]."""
         a0 = self.policy.sample(batch.obs, noise["noises"])
-        q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; online, already updated
+        q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; already updated in this step
         return normalized_q_loss(q1, q2, noise["coin"])
 
     def follow_policy(self) -> None:
@@ -229,9 +229,9 @@ class DiffusionQL(Agent):
         return self.policy.draw_candidates(n, n_candidates, deterministic, generator)
 
     def act(self, obs: Tensor, noise: Noise, config: DiffusionQLConfig) -> Tensor:
-        """(B, S) -> (B, A): candidates of the policy, one chosen by min Qbar [D7].
+        """(B, S) -> (B, A): candidates of the policy, one of them selected by min Qbar [D7].
 
-        deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
+        If deterministic, the candidates come from the stored noise and argmax selects ("first" still takes the first).
         """
         c = config
         actions = self.policy.candidates(obs, noise["noises"], config)  # (B, n, A)
@@ -242,9 +242,16 @@ class DiffusionQL(Agent):
 
     @classmethod
     def from_official(cls, actor: Any, critic: Any, **kwargs: Any) -> "DiffusionQL":
-        """Load the authors' files `actor_<n>.pth` and `critic_<n>.pth` (paths or state dicts); kwargs as the constructor's.
+        """Load the authors' files. They hold no target networks and no EMA: these start as copies, with one warning.
 
-        They hold no lagged copies: those start equal, with one warning. Raises FileNotFoundError, ValueError.
+        Args:
+            actor: Path or state dict of `actor_<n>.pth`.
+            critic: Path or state dict of `critic_<n>.pth`.
+            **kwargs: Arguments of the constructor.
+
+        Raises:
+            FileNotFoundError: If a file does not exist.
+            ValueError: If a file holds no such network.
         """
         from diffagents.storage.official_checkpoints import chain_from_official
 

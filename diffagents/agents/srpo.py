@@ -3,31 +3,32 @@
 Order      behavior and critic (IQL) are trained alone and frozen; then the policy is extracted from the two.
 Objective  max_pi  E_s[ Q(s, pi(s)) ] - 1/beta KL(pi || mu), with the KL averaged over diffusion times
 Gradient   E[ ( dQ/da - w(t)/beta (eps_mu(a_t | s, t) - eps) ) dpi/dtheta ],   a_t = alpha_t pi(s) + sigma_t eps      Eq. (10)
-Symbols    mu -> behavior, Q -> critic (mean of the lagged twins), pi -> policy (deterministic)
+Symbols    mu -> behavior, Q -> critic (mean of the twin target networks), pi -> policy (deterministic)
 Details
   [D1] Everything is multiplied by beta, as in the official code: the loss is w (eps_mu - eps) . a - beta dQ/da . a.
   [D2] `subtract_noise`: the "- eps" is a zero-mean control variate. Paper: on. Official code: its default weighting string
        leaves it OFF. Same mean gradient, less variance when on; ours is on.
-  [D3] `weight`: w(t) = sigma_t^2 ("sigma2", official `VDS`), 1 ("constant", `stable`), alpha_t / sigma_t
+  [D3] `weight`: w(t) = sigma_t^2 ("sigma2", `VDS` in the official code), 1 ("constant", `stable`) or alpha_t / sigma_t
        ("alpha_over_sigma", `score`: a uniform average of the KLs, dominated by small t).
   [D4] `q_grad_norm`: AntMaze divides dQ/da by its size per sample. Paper: by the L2 norm ("l2"). Official code: by the root
        mean square over dimensions ("rms"), so its beta acts sqrt(A) times stronger; the published AntMaze betas are for "rms".
   [D5] t ~ U(0.02, 0.98) in the policy stage, U(0.001, 1) in the behaviour stage (official code).
   [D6] The policy's learning rate falls to 0 on a cosine over its stage (official code; not in the paper's text).
   [D7] Q in the gradient is the mean of the twin TARGET critics (official code; the paper writes Q).
-  [D8] The official loader shuffles epochs; we draw uniformly with replacement, as everywhere in this library.
-  [D9] The behaviour stage's batch is 2048 in the official code, and in `preset="paper"`. Ours is 256: on a CPU, where one
-       update of 2048 costs several of 256, the same time buys more from the smaller batch.
-Online (a design of ours; neither paper nor code has one)
+  [D8] The official loader goes through shuffled epochs; we sample uniformly with replacement, as everywhere in this library.
+  [D9] The batch of the behaviour stage is 2048 in the official code and in `preset="paper"`. Ours is 256: on a CPU one update
+       with 2048 costs as much as several with 256, and the smaller batch learns more in the same time.
+Online (our design; neither the paper nor the official code has one)
   [O1] Each update trains all three on one batch of old and new data: the critic by IQL, the behaviour model by noise matching,
        the policy by Eq. (10) on both. So mu becomes a model of the data AND of what the policy did, and regularising towards
-       it is a trust region that moves with the policy; frozen, it would bound what can be gained. `online_behavior_every`:
-       its updates are the dearest, and what it models moves slowly.
-  [O2] It acts by pi plus Gaussian noise of `online_noise`, clipped: mu(.|s) around pi(s) would be the wider the worse it fits.
-  [O3] The constraint loosens: beta doubles every `online_halflife` environment steps, 16-fold at most.
-  [O4] Learning rates are constant, the policy's `online_learning_rate` ([D6] is over): back at the first rate of a cosine that
-       had ended at 0, a settled policy is thrown off (seen with IQL).
-Details of the critic stage: iql_critic.py. The official code trains an IQL policy beside the critic, to watch it; left out.
+       it is a trust region that moves with the policy; a frozen mu would limit the improvement. The behaviour model is
+       updated only every `online_behavior_every` updates: its updates cost most, and what it models changes slowly.
+  [O2] It acts with pi plus Gaussian noise of `online_noise`, clipped. Sampling mu(.|s) around pi(s) instead would explore the
+       more widely the worse mu fits.
+  [O3] The constraint is relaxed: beta doubles every `online_halflife` environment steps, up to 16-fold.
+  [O4] Learning rates are constant, the policy's is `online_learning_rate`; [D6] no longer applies. Returning to the initial
+       rate after a cosine that had ended at 0 destroys a converged policy (seen with IQL).
+Details of the critic stage: networks/critics.py. The official code also trains an IQL policy, for monitoring only; we do not.
 """
 
 import dataclasses
@@ -137,8 +138,58 @@ class SRPOConfig(Hyperparameters):
     )
 
 
+class ResidualBlock(nn.Module):
+    """x + W2 f(W1 LayerNorm(dropout(x))), width d -> 4d -> d, f Mish; the skip carries the un-normalised input."""
+
+    def __init__(self, width: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
+        super().__init__()
+        self.activation = activation
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.project = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = x if mask is None else x * mask
+        out: Tensor = x + self.project(self.activation(self.expand(self.norm(h))))
+        return out
+
+
+class ResidualScoreNet(nn.Module):
+    """Noise predictor eps(a_t, s, t) of SRPO's behaviour model: `ScoreNet` in the official code, (B, A) -> (B, A).
+
+    Time: 32 fixed random frequencies W ~ N(0, 30^2), features [sin, cos](2 pi W t), then Linear 64-128, Mish,
+    Linear 128-128. Input [a_t, s, time]; Linear to `width`; residual blocks; Mish; Linear to A. The official code also
+    allocates three 256x256 shortcut layers that no input reaches; they are omitted here.
+    """
+
+    frequencies: Tensor
+    N_FREQUENCIES, FREQUENCY_SCALE, TIME_DIM = 32, 30.0, 128
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
+        super().__init__()
+        self.width, self.n_blocks = width, n_blocks
+        self.register_buffer("frequencies", torch.randn(self.N_FREQUENCIES) * self.FREQUENCY_SCALE)
+        self.time_mlp = nn.Sequential(
+            nn.Linear(2 * self.N_FREQUENCIES, self.TIME_DIM), Mish(), nn.Linear(self.TIME_DIM, self.TIME_DIM)
+        )
+        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(n_blocks))
+        self.output = nn.Linear(width, act_dim)
+
+    def forward(self, a_t: Tensor, obs: Tensor, t: Tensor, masks: Tensor | None = None) -> Tensor:
+        """`a_t` (B, A), `obs` (B, S), `t` (B,) in (0, 1]; `masks` (n_blocks, B, width) are dropout masks, None when acting."""
+        # Phases reach 600 radians, where float32 rounds at 3e-5: the order of the products is the official one.
+        phase = t[:, None] * self.frequencies * 2.0 * math.pi
+        time = self.time_mlp(torch.cat([torch.sin(phase), torch.cos(phase)], -1))
+        h = self.input(torch.cat([a_t, obs, time], -1))
+        for i, block in enumerate(self.blocks):
+            h = block(h, None if masks is None else masks[i])
+        out: Tensor = self.output(mish(h))
+        return out
+
+
 class Behavior(nn.Module):
-    """The diffusion model mu(a|s): noise predictor, and the fixed x_1 that makes its deterministic sample."""
+    """The diffusion model mu(a|s): the noise predictor, and the fixed x_1 from which its deterministic sample starts."""
 
     noise: Tensor
 
@@ -221,7 +272,7 @@ class SRPO(Agent):
         return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.act_dim, **kwargs)}
 
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """A surrogate whose gradient is minus beta times Eq. (10) [D1]."""
+        """A surrogate loss whose gradient is minus beta times Eq. (10) [D1]."""
         c, obs, eps = self.config, batch.obs, noise["eps"]
         a = self.policy(obs)  # (B, A)
         with torch.no_grad():
@@ -250,20 +301,32 @@ class SRPO(Agent):
         return self.policy
 
     def act(self, obs: Tensor, noise: Noise, config: SRPOConfig) -> Tensor:
-        """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
+        """(B, S) -> (B, A): the policy is deterministic, whatever `deterministic` is."""
         action: Tensor = self.policy(obs)
         return action
 
     def behavior_policy(self, n_evals: int = 15) -> "BehaviorPolicy":
-        """The behaviour model as something with `predict`: this agent's own behaviour cloning baseline."""
+        """The behaviour model as a policy with `predict`: this agent's own baseline of behaviour cloning.
+
+        Args:
+            n_evals: Network evaluations for each sampled action.
+        """
         return BehaviorPolicy(self, n_evals)
 
     @classmethod
     def from_official(cls, behavior: Any, critic: Any, policy: Any = None, **kwargs: Any) -> "SRPO":
-        """Load the authors' checkpoint files (paths or state dicts): `diffusion_behavior.*`; `q0.*, q0_target.*, vf.v.*`.
+        """Load the authors' checkpoint files.
 
-        The official code never saves the policy: without `policy`, `predict` raises until
-        `learn(data, stages=("policy",))` has extracted one. kwargs as the constructor's. Raises FileNotFoundError, ValueError.
+        Args:
+            behavior: Path or state dict of the behaviour model, `diffusion_behavior.*`.
+            critic: Path or state dict of the critic, `q0.*, q0_target.*, vf.v.*`.
+            policy: Path or state dict of the policy. The official code never saves it: without one, `predict` raises until
+                `learn(data, stages=("policy",))` has extracted it.
+            **kwargs: Arguments of the constructor.
+
+        Raises:
+            FileNotFoundError: If a file does not exist.
+            ValueError: If a file holds no such network.
         """
         from diffagents.storage.official_checkpoints import srpo_from_official
 
@@ -271,7 +334,7 @@ class SRPO(Agent):
 
 
 class BehaviorPolicy:
-    """`predict` for the behaviour model: a sample per observation; deterministic=True starts all from one fixed noise."""
+    """`predict` of the behaviour model: one sample for each observation; with deterministic=True, all from one fixed noise."""
 
     def __init__(self, agent: SRPO, n_evals: int) -> None:
         self._agent, self._n_evals = agent, n_evals
@@ -280,7 +343,7 @@ class BehaviorPolicy:
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
-        """As `Agent.predict`; the noise of a random sample comes from the agent's generator for predictions."""
+        """As `Agent.predict`; random noise comes from the agent's generator for predictions."""
         checkpoint.fetch_learner(self._agent)
         agent, fixed = self._agent, self._agent.behavior.noise
 
@@ -291,53 +354,3 @@ class BehaviorPolicy:
             return agent.behavior.sample(obs, noise, self._n_evals)
 
         return agent.predict_with(act, observation), state
-
-
-class ResidualBlock(nn.Module):
-    """x + W2 f(W1 LayerNorm(dropout(x))), width d -> 4d -> d, f Mish; the skip carries the un-normalised input."""
-
-    def __init__(self, width: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
-        super().__init__()
-        self.activation = activation
-        self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 4 * width)
-        self.project = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = x if mask is None else x * mask
-        out: Tensor = x + self.project(self.activation(self.expand(self.norm(h))))
-        return out
-
-
-class ResidualScoreNet(nn.Module):
-    """Noise predictor eps(a_t, s, t) of SRPO's behaviour model: `ScoreNet` in the official code, (B, A) -> (B, A).
-
-    Time: 32 fixed random frequencies W ~ N(0, 30^2), features [sin, cos](2 pi W t), then Linear 64-128, Mish,
-    Linear 128-128. Input [a_t, s, time]; Linear to `width`; residual blocks; Mish; Linear to A. The official code also
-    allocates three 256x256 shortcut layers that no input ever reaches; they are left out.
-    """
-
-    frequencies: Tensor
-    N_FREQUENCIES, FREQUENCY_SCALE, TIME_DIM = 32, 30.0, 128
-
-    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
-        super().__init__()
-        self.width, self.n_blocks = width, n_blocks
-        self.register_buffer("frequencies", torch.randn(self.N_FREQUENCIES) * self.FREQUENCY_SCALE)
-        self.time_mlp = nn.Sequential(
-            nn.Linear(2 * self.N_FREQUENCIES, self.TIME_DIM), Mish(), nn.Linear(self.TIME_DIM, self.TIME_DIM)
-        )
-        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(n_blocks))
-        self.output = nn.Linear(width, act_dim)
-
-    def forward(self, a_t: Tensor, obs: Tensor, t: Tensor, masks: Tensor | None = None) -> Tensor:
-        """`a_t` (B, A), `obs` (B, S), `t` (B,) in (0, 1]; `masks` (n_blocks, B, width) are dropout masks, None in use."""
-        # Phases reach 600 radians, where float32 rounds at 3e-5: the order of the products is the official one.
-        phase = t[:, None] * self.frequencies * 2.0 * math.pi
-        time = self.time_mlp(torch.cat([torch.sin(phase), torch.cos(phase)], -1))
-        h = self.input(torch.cat([a_t, obs, time], -1))
-        for i, block in enumerate(self.blocks):
-            h = block(h, None if masks is None else masks[i])
-        out: Tensor = self.output(mish(h))
-        return out

@@ -1,6 +1,6 @@
 """TD3+BC: A Minimalist Approach to Offline Reinforcement Learning.   Fujimoto, Gu, NeurIPS 2021, arXiv:2106.06860.
 
-Every step  critic; every `policy_freq`-th: policy, then both lagged copies, on the same batch
+Every step  critic; every `policy_freq`-th: policy, then both target networks, on the same batch
 Critic      y = r + gamma (1 - d) min_j Qbar_j(s', a'),  a' = clip(pibar(s') + clip(N(0, policy_noise), +-noise_clip), +-1)
             loss = MSE_1 + MSE_2
 Policy      L = - lambda Q_1(s, pi(s)) + (pi(s) - a)^2,   lambda = alpha / E|Q_1(s, pi(s))|                       Eqs. (3), (5)
@@ -8,15 +8,15 @@ Symbols     pibar -> policy_target, Qbar -> critic_target
 Details
   [D1] lambda is measured on the policy's own actions in the batch, and detached (official code; the paper's Eq. (5) has the
        data's actions).
-  [D2] The squared error is a mean over dimensions too (official code): with more of them, each is held less.
-  [D3] The lagged copies follow on policy steps only, and these are the 2nd, 4th, ... step (official code).
-  [D4] `normalize_obs`: (s - mean) / (std + 1e-3) over the data, the same numbers when acting. On AntMaze the author advises
-       against it, and a larger alpha.
-  [D5] Q starts near 0, so lambda starts large; a policy that it drives into tanh's flat ends stays there for long. On small
-       problems a learning rate above the paper's invites that.
+  [D2] The squared error is a mean over dimensions too (official code): the more dimensions, the weaker its hold on each.
+  [D3] The target networks are updated on policy steps only, and these are the 2nd, 4th, ... step (official code).
+  [D4] `normalize_obs`: (s - mean) / (std + 1e-3) over the data, with the same numbers when acting. On AntMaze the author
+       advises against it, and recommends a larger alpha.
+  [D5] Q starts near 0, so lambda starts large; a policy that it drives into the flat ends of tanh stays there for long. A
+       learning rate above the paper's makes this likely on small problems.
 Online (the usual recipe; the authors publish none)
-  [O1] TD3 goes on on old and new data, and the cloning term fades: halved every `online_halflife` environment steps, to a
-       16th at most. It acts with Gaussian noise of `online_noise` (TD3's 0.1). The policy learns at `online_learning_rate`.
+  [O1] TD3 continues on old and new data, and the cloning term fades: it is halved every `online_halflife` environment steps,
+       down to a 16th. It acts with Gaussian noise of `online_noise` (TD3's 0.1). The policy learns at `online_learning_rate`.
 """
 
 import copy
@@ -129,7 +129,7 @@ class TD3BC(Agent):
         return {"eps": torch.randn(n, self.act_dim, generator=generator, device=self.device)}
 
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's smoothed action."""
+        """MSE_1 + MSE_2 against the minimum of the target critics at the target policy's smoothed action."""
         c = self.config
         with torch.no_grad():
             smoothing = (c.policy_noise * noise["eps"]).clamp(-c.noise_clip, c.noise_clip)
@@ -140,7 +140,7 @@ class TD3BC(Agent):
         loss = (q - goal).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
-    # ---- policy and lagged copies ----------------------------------------------------------------------------------
+    # ---- policy and target networks --------------------------------------------------------------------------------
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Eq. (3) with the weight of Eq. (5)."""
         act = self.policy(batch.obs)
@@ -159,6 +159,6 @@ class TD3BC(Agent):
         return self.policy
 
     def act(self, obs: Tensor, noise: Noise, config: TD3BCConfig) -> Tensor:
-        """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
+        """(B, S) -> (B, A): the policy is deterministic, whatever `deterministic` is."""
         action: Tensor = self.policy(obs)
         return action

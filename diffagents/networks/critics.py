@@ -1,12 +1,16 @@
-"""Implicit Q-learning's critic: twin Q, lagged twins, V by expectile regression (Kostrikov et al. 2021, arXiv:2110.06169).
+"""Critics that several algorithms use: that of implicit Q-learning, and one of standardised returns.
+
+`IQLCritic` (SRPO, IQL, IDQL): twin Q with target networks, V by expectile regression (Kostrikov et al. 2021, arXiv:2110.06169).
 
     L_V = E[ |tau - 1(u < 0)| u^2 ],   u = min_j Qbar_j(s, a) - V(s)           Eq. (5)
     L_Q = mean_j E[ (r + gamma (1 - d) V(s') - Q_j(s, a))^2 ]                  Eq. (6), averaged over the twins
     Qbar <- (1 - tau_target) Qbar + tau_target Q   after every step
 
-Shared by SRPO, IQL and IDQL. Order of SRPO's official code: min Qbar(s, a) and V(s') are computed BEFORE the V step
-(official IQL steps V first and bootstraps on the new V), so both losses can be taken and stepped together.
-Network input order is [action, observation], as in SRPO's official critic files.
+The order is that of SRPO's official code: min Qbar(s, a) and V(s') are computed BEFORE the V step (official IQL updates V first
+and bootstraps on the new V), so that one step can serve both losses. The input order of the networks is [action, observation],
+as in SRPO's official critic files.
+
+`ReturnCritic` (SfBC): Q as a regression on standardised returns.
 """
 
 import copy
@@ -21,7 +25,15 @@ from diffagents.types import Batch, Metrics
 
 
 class IQLCritic(nn.Module):
-    """Networks and losses; who steps when is the agent's business. v_layer_norm: V normalises its input (IDQL)."""
+    """Networks and losses; the agent decides when they are updated.
+
+    Args:
+        obs_dim: Size S of an observation.
+        act_dim: Size A of an action.
+        q_hidden: Widths of the hidden layers of Q.
+        v_hidden: Widths of the hidden layers of V.
+        v_layer_norm: Whether V normalises its input by LayerNorm (IDQL).
+    """
 
     def __init__(
         self, obs_dim: int, act_dim: int, q_hidden: Sequence[int], v_hidden: Sequence[int], v_layer_norm: bool = False
@@ -33,7 +45,7 @@ class IQLCritic(nn.Module):
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """The parameters of Q and V; the target follows by `update_target`."""
+        """The parameters of Q and V; the target networks are updated by `update_target`."""
         return [*self.q.parameters(), *self.v.parameters()]
 
     def loss(self, batch: Batch, expectile: float, gamma: float) -> tuple[Tensor, Metrics]:
@@ -51,16 +63,16 @@ class IQLCritic(nn.Module):
         return v_loss + q_loss, metrics
 
     def update_target(self, tau: float) -> None:
-        """Move the lagged twins by a share `tau` towards the online ones."""
+        """Soft update of the target networks: Qbar <- (1 - tau) Qbar + tau Q."""
         polyak_update_(self.q_target.parameters(), self.q.parameters(), tau)
 
     def target_mean(self, obs: Tensor, act: Tensor) -> Tensor:
-        """(Qbar_1 + Qbar_2) / 2 at (B, S), (B, A) -> (B,): what SRPO's policy climbs."""
+        """(Qbar_1 + Qbar_2) / 2 at (B, S), (B, A) -> (B,): what SRPO's policy maximises."""
         return self.q_target(torch.cat([act, obs], -1)).mean(0)
 
 
 class ReturnCritic(nn.Module):
-    """Q(s, a) in standard deviations from the mean return, and the two numbers that this means [D1]."""
+    """Q(s, a) in standard deviations from the mean return, with buffers for that mean and standard deviation (SfBC)."""
 
     mean: Tensor
     std: Tensor
