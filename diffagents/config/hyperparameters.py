@@ -293,7 +293,7 @@ def _checked(name: str, value: Any, kind: Any, optional: bool, about: Hyperparam
             return _whole(name, value, about)
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"{name}={value!r} must be a tuple of whole numbers")
-        return tuple(_whole(name, one, about) for one in value)
+        return tuple(_whole(f"{name}[{i}]", one, about) for i, one in enumerate(value))
     except ValueError as error:
         raise ValueError(f"{error}. {about.description.partition('. ')[0].removesuffix('.')}.") from None
 

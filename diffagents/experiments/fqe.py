@@ -8,14 +8,14 @@ and many policies are evaluated together, as members of one ensemble. d is 1 at 
 value. Paine et al. 2020 (arXiv:2007.09055) found that such estimates rank policies well; they are for ranking, not forecasting.
 Details
   [D1] Qbar is the target network of Q, which also gives the estimate (less noise than Q). The learning rate falls on a cosine.
-  [D2] y is clipped to the range that the rewards allow, [min r, max r] / (1 - gamma), and 0 where episodes terminate: outside
-       the data Q only extrapolates, and may diverge by bootstrapping on itself. `clipped` reports how often this happened.
+  [D2] y is clipped to the range that the rewards allow, [min r, max r] / (1 - gamma), which includes 0 if episodes terminate:
+       outside the data Q only extrapolates, and may diverge by bootstrapping on itself. `clipped` is the share of such targets.
   [D3] Q has LayerNorm, which limits extrapolation. Observations are normalised by the data's moments, actions are in [-1, 1].
   [D4] The network learns in units of the data's returns (their standard deviation) and starts at their mean: starting from 0,
        the target network would need about 1 / (tau (1 - gamma)) steps to get there.
-  [D5] With several fits (`n_seeds`), a target uses the minimum of their Qbar, as TD3 does with its twins: where data are missing
-       they disagree, and a single one tends to overestimate there, and so to rank first the policies that leave the data.
-       n_seeds = 1 is the plain method.
+  [D5] With several fits (`n_seeds`), a target uses the minimum of their Qbar, as TD3 does with its twins: where data are
+       missing they disagree, and a single one tends to overestimate there, and so to rank first the policies that leave the
+       data. n_seeds = 1 is the plain method.
   [D6] All policies share rows, batches and initial weights, so that chance cancels in comparisons.
 """
 
