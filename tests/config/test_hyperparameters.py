@@ -85,7 +85,7 @@ def squeezed(text: str) -> str:
 def test_help_shows_sentence_range_and_default(name: str) -> None:
     shown = [squeezed(pydoc.plain(pydoc.render_doc(CONFIGS[name])))]
     if name in NAMES:
-        shown.append(squeezed(pydoc.plain(pydoc.render_doc(agent_class(name)))))
+        shown.append(squeezed(inspect.getdoc(agent_class(name)) or ""))
     for one in describe(CONFIGS[name]):
         text = squeezed(f"{one.name}: {one.summary}. {one.description}")
         assert all(text in page for page in shown), text
