@@ -97,7 +97,7 @@ class DiffusionBC(Agent):
     policy: ChainPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 2_000_000}
     POLICY_STAGE = "behavior"
-    MODEL: ClassVar[tuple[str, ...]] = ("policy", "policy_ema")  # which of them acts depends on ema_tau, which `load` may change
+    MODEL: ClassVar[tuple[str, ...]] = ("policy", "policy_ema")  # ema_tau, which `load` may change, decides which acts
     LEARNER: ClassVar[tuple[str, ...]] = ()
     CHOICE: ClassVar[tuple[str, ...]] = ("solver", "solver_steps")
 
