@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffagents.config import presets
 from diffagents.config.checks import check_arguments, check_choice, find_device, whole_number
-from diffagents.config.hyperparameters import choose, make_config, signature
+from diffagents.config.hyperparameters import agent_doc, build_config, choose, signature
 from diffagents.data.load import load_dataset
 from diffagents.data.normalize import ObsNormalizer, RewardTransform
 from diffagents.data.replay_buffer import Replay
@@ -64,7 +64,7 @@ class Agent(ABC):
             CUDA graph; "auto" takes what is fastest for the length of the run. All agree to float tolerance; what cannot be
             compiled runs eagerly.
         tf32: On a GPU, let matrix products round to TF32 while training (about 1e-3 relative; faster).
-        hyperparameters: Those of the algorithm; `help(<Algorithm>Config)` lists them.
+        hyperparameters: Those of the algorithm; `help(<Algorithm>)` lists them.
 
     Raises:
         TypeError: An unknown hyperparameter.
@@ -97,6 +97,8 @@ class Agent(ABC):
     def __init_subclass__(cls) -> None:
         """Show an algorithm's hyperparameters in `help()` and in editors, though they arrive as keyword arguments."""
         cls.__signature__ = signature(Agent.__init__, cls.Config)  # type: ignore[attr-defined]
+        if cls.__dict__.get("__doc__"):
+            cls.__doc__ = agent_doc(cls.__dict__["__doc__"], cls.Config)
 
     def __init__(
         self,
@@ -116,7 +118,7 @@ class Agent(ABC):
     ) -> None:
         check_arguments(policy, obs_keys, policy_kwargs)
         check_choice("compile", compile, ("auto", *MODES))
-        self.config = make_config(self.Config, type(self).__name__, hyperparameters)
+        self.config = build_config(self.Config, type(self).__name__, hyperparameters)
         self.explicit = dict(hyperparameters)  # what the user has set wins over any preset
         if preset is not None:
             presets.resolve_preset(self.presets_name(), preset, None)  # refuses an unknown name at once

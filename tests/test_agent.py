@@ -515,7 +515,7 @@ def test_no_trainer_state_on_request(tmp_path: pathlib.Path) -> None:
 def test_load_with_other_knobs(tmp_path: pathlib.Path) -> None:
     path = SRPO(**SMALL).learn(DATA).save(tmp_path / "agent")
     assert SRPO.load(path, beta=0.5, seed=4).config.beta == 0.5
-    with pytest.raises(TypeError, match=r"no knob 'betta'; did you mean 'beta'"):
+    with pytest.raises(TypeError, match=r"no hyperparameter 'betta'; did you mean 'beta'"):
         SRPO.load(path, betta=0.5)
 
 

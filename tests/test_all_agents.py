@@ -230,7 +230,7 @@ def test_no_sampler_to_choose(name: str, trained: dict[str, Agent]) -> None:
 def test_bad_knobs(name: str) -> None:
     """Every knob refuses nonsense by its own name, in one line, before anything is built."""
     cls = agent_class(name)
-    with pytest.raises(TypeError, match=rf"{name} has no knob 'nonsense'.*Valid: "):
+    with pytest.raises(TypeError, match=rf"{name} has no hyperparameter 'nonsense'.*Valid: "):
         cls(nonsense=1)
     for field in dataclasses.fields(cls.Config):
         for value in ("nonsense", float("nan"), -1.5, [1]):

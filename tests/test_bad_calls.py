@@ -77,8 +77,8 @@ class Unbounded(gymnasium.Env[Any, Any]):
 Call = Callable[[SRPO, pathlib.Path], Any]
 BAD: dict[str, tuple[Call, type[Exception], str]] = {
     # arguments
-    "unknown knob": (lambda a, f: SRPO(betta=1), TypeError, r"no knob 'betta'; did you mean 'beta'\? Valid: beta, expectile"),
-    "beta zero": (lambda a, f: SRPO(beta=0), ValueError, r"beta=0.0 must be positive"),
+    "unknown name": (lambda a, f: SRPO(betta=1), TypeError, r"no hyperparameter 'betta'; did you mean 'beta'\? Valid: beta, expectile"),
+    "beta zero": (lambda a, f: SRPO(beta=0), ValueError, r"^beta=0 must be positive\. Weight of Q against the behaviour model: large is greedy, small"),
     "beta a word": (lambda a, f: SRPO(beta="large"), ValueError, r"beta='large' must be a number"),
     "expectile one": (lambda a, f: SRPO(expectile=1.0), ValueError, r"expectile=1\.0 must lie strictly between 0 and 1"),
     "gamma one": (lambda a, f: SRPO(gamma=1.0), ValueError, r"gamma=1\.0 must lie in \[0, 1\)"),

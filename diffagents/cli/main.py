@@ -21,7 +21,7 @@ from diffagents.cli.options import (
     POLICY_HELP,
     add_episodes,
     add_hub,
-    add_knobs,
+    add_hyperparameters,
     add_policy,
     say,
 )
@@ -120,7 +120,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     one.add_argument("--tensorboard", metavar="FOLDER", help="Write TensorBoard logs into this folder.")
     one.add_argument("--quiet", action="store_true", help="Print no training log.")
     one.add_argument("--device", default="auto", help=DEVICE_HELP)
-    add_knobs(one, algorithm)
+    add_hyperparameters(one, algorithm)
 
     one = command(eval_, "diffagents eval me/srpo-hopper --episodes 20 --json | jq .mean_return")
     add_policy(one)

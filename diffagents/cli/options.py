@@ -2,18 +2,17 @@
 
 import argparse
 import ast
-import dataclasses
-import inspect
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-import diffagents
 from diffagents import registry
+from diffagents.config.hyperparameters import describe
 
 if TYPE_CHECKING:
     from diffagents.agent import Agent
 
+HYPERPARAMETER = "hyperparameter "
+"""Prefix of the hyperparameters' names among the parsed arguments, so that none clashes with another option."""
 POLICY_HELP = "Folder or .zip file of a policy, or a Hub id (organisation/name); - reads it from stdin."
 DEVICE_HELP = 'Device: "cpu", "cuda", "cuda:1", ... or "auto" (default).'
 
@@ -42,20 +41,20 @@ def add_hub(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="Use the local cache only.")
 
 
-def add_knobs(one: argparse.ArgumentParser, algorithm: str | None) -> None:
-    """Every knob of the algorithm as an option, explained by the comment that stands beside it in the algorithm's file."""
+def add_hyperparameters(parser: argparse.ArgumentParser, algorithm: str | None) -> None:
+    """Add every hyperparameter of the algorithm as an option, with its description, type, range and default."""
     if algorithm is None:
         return
-    config = getattr(diffagents, algorithm).Config
-    try:
-        said = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
-    except OSError:  # installed without its sources
-        said = {}
-    group = one.add_argument_group(f"knobs of {algorithm}")
-    for knob in dataclasses.fields(config):
-        about = f"{said.get(knob.name, '')} (default: {knob.default})".strip().replace("%", "%%")
-        flag, dest = f"--{knob.name.replace('_', '-')}", f"knob {knob.name}"
-        group.add_argument(flag, dest=dest, type=value, metavar="VALUE", default=argparse.SUPPRESS, help=about)
+    group = parser.add_argument_group(f"hyperparameters of {algorithm}")
+    for each in describe(registry.agent_class(algorithm).Config):
+        text = f"{each.description} ({each.summary})".replace("%", "%%")  # argparse formats it
+        flag, dest = f"--{each.name.replace('_', '-')}", HYPERPARAMETER + each.name
+        group.add_argument(flag, dest=dest, type=value, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def given_hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of the hyperparameters that the command line sets, by name."""
+    return {k.removeprefix(HYPERPARAMETER): v for k, v in vars(args).items() if k.startswith(HYPERPARAMETER)}
 
 
 def value(text: str) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffagents.cli.options import env_arguments, environment, policy, say
+from diffagents.cli.options import env_arguments, environment, given_hyperparameters, policy, say
 from diffagents.errors import ArtifactError, TrainingDiverged, short
 from diffagents.registry import AGENTS, agent_class
 
@@ -27,7 +27,7 @@ def train(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / re.sub(r"[^-.\w]+", "-", f"{args.algorithm.lower()}-{args.dataset}-seed{args.seed}")
     if args.save_every is not None and args.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, not {args.save_every}")
-    hyperparameters = {name.removeprefix("knob "): value for name, value in vars(args).items() if name.startswith("knob ")}
+    hyperparameters = given_hyperparameters(args)
     cls: Any = agent_class(args.algorithm)
     settings = {"device": args.device, "verbose": int(not args.quiet), "tensorboard_log": args.tensorboard}
     if args.resume:

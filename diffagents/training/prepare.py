@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from diffagents.config.checks import whole_number
-from diffagents.config.hyperparameters import make_config
+from diffagents.config.hyperparameters import build_config
 from diffagents.config.presets import BLOCKS, resolve_preset
 from diffagents.data.normalize import ObsNormalizer
 from diffagents.data.transitions import Transitions
@@ -47,7 +47,7 @@ def apply_preset(learner: Learner, dataset_id: str | None) -> None:
     applied, values = resolve_preset(learner.presets_name(), learner.preset, dataset_id)
     kwargs = values.pop("policy_kwargs", {})
     values = {name: value for name, value in values.items() if name not in learner.explicit}
-    learner.config = make_config(learner.Config, type(learner).__name__, {**values, **learner.explicit})
+    learner.config = build_config(learner.Config, type(learner).__name__, {**values, **learner.explicit})
     if learner.state.pristine:
         learner.policy_kwargs = {**kwargs, **learner.policy_kwargs}
         if learner.spec is not None:

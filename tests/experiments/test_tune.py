@@ -279,7 +279,7 @@ def test_a_hyperparameter_of_acting_alone_trains_nothing_more(best_at_3: list[Ag
         ({"steps": 0}, ValueError, "steps=0 must be a positive whole number of gradient steps"),
         ({"fqe": {"gama": 0.9}}, TypeError, "gama"),
         ({"fqe": {"gamma": 2}}, ValueError, "gamma=2 must lie in"),
-        ({"alfa": 1.0}, TypeError, r"TD3BC has no (knob|hyperparameter) 'alfa'; did you mean 'alpha'"),
+        ({"alfa": 1.0}, TypeError, "TD3BC has no hyperparameter 'alfa'; did you mean 'alpha'"),
     ],
 )
 def test_bad_calls_end_before_any_training(
