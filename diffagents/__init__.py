@@ -8,6 +8,7 @@ from diffagents.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from diffagents.agents.awr import AWR
+    from diffagents.agents.bc import BC
     from diffagents.agents.bdpo import BDPO
     from diffagents.agents.diffcps import DiffCPS
     from diffagents.agents.diffusion_bc import DiffusionBC
@@ -47,6 +48,7 @@ _LAZY = {
 __all__ = [
     "AGENTS",
     "AWR",
+    "BC",
     "BDPO",
     "IDQL",
     "IQL",

@@ -24,6 +24,7 @@ AGENTS = {
     "QGPO": "diffagents.agents.qgpo",
     "SfBC": "diffagents.agents.sfbc",
     "DiffusionBC": "diffagents.agents.diffusion_bc",
+    "BC": "diffagents.agents.bc",
     "IDQL": "diffagents.agents.idql",
     "IQL": "diffagents.agents.iql",
     "TD3BC": "diffagents.agents.td3_bc",

@@ -28,7 +28,6 @@ from diffagents.config.checks import MOST, SOLVERS, check_solver, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
-from diffagents.data.sampler import Sampler
 from diffagents.functional import polyak_update_
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.training.plan import Plan
@@ -117,15 +116,7 @@ class DiffusionBC(Agent):
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
         """The data and the best of the finished episodes [O1]; None while there is neither."""
-        mixture = mixture.in_episodes(whole=True)
-        if isinstance(own := mixture.online, Sampler):
-            lengths = torch.diff(own.episode_ends, prepend=torch.zeros(1, dtype=torch.int64)).tolist()
-            returns = torch.stack([rewards.sum() for rewards in torch.split(own.all().rew, lengths)])
-            best = returns.topk(max(1, round(self.config.online_top * len(lengths)))).indices.tolist()
-            pieces = torch.split(own.matrix, lengths)
-            rows = torch.cat([pieces[i] for i in sorted(best)])
-            mixture = Mixture(mixture.offline, Sampler(rows, own.obs_dim, own.act_dim), mixture.ratio)
-        return mixture if mixture.sides else None
+        return mixture.with_best_episodes(self.config.online_top)
 
     def draw_policy(self, n: int, generator: torch.Generator) -> Noise:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}

@@ -292,6 +292,25 @@ class Mixture:
         online = self.online.episodes(whole) if isinstance(self.online, Replay) else self.online
         return Mixture(self.offline, online, self.ratio)
 
+    def with_best_episodes(self, share: float) -> "Mixture | None":
+        """The offline data and the best of the finished episodes, for algorithms that clone.
+
+        Args:
+            share: The share of the finished episodes that is kept, in (0, 1], by return; at least one episode.
+
+        Returns:
+            The new mixture; None if there are neither offline data nor finished episodes.
+        """
+        mixture = self.in_episodes(whole=True)
+        if isinstance(own := mixture.online, Sampler):
+            lengths = torch.diff(own.episode_ends, prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+            returns = torch.stack([rewards.sum() for rewards in torch.split(own.all().rew, lengths)])
+            best = returns.topk(max(1, round(share * len(lengths)))).indices.tolist()
+            episodes = torch.split(own.matrix, lengths)
+            rows = torch.cat([episodes[i] for i in sorted(best)])
+            mixture = Mixture(mixture.offline, Sampler(rows, own.obs_dim, own.act_dim), mixture.ratio)
+        return mixture if mixture.sides else None
+
     @property
     def sides(self) -> list[Sampler]:
         """The sides that are in episodes, offline data first."""

@@ -63,7 +63,7 @@ def test_the_table_names_existing_hyperparameters_ranges_and_stages(name: str) -
 
 
 def test_only_cloning_has_no_main_hyperparameter() -> None:
-    assert set(NAMES) - set(MAIN_HYPERPARAMETER) == {"DiffusionBC"}
+    assert set(NAMES) - set(MAIN_HYPERPARAMETER) == {"BC", "DiffusionBC"}
 
 
 @pytest.mark.parametrize("name", MAIN_HYPERPARAMETER)

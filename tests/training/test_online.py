@@ -22,7 +22,7 @@ from diffagents.errors import ArtifactError, TrainingDiverged
 from diffagents.training.online import MAX_RELAXATION, constraint_relaxation, floors
 from diffagents.training.state import training_tensors
 
-TABLES = {"AWR", "SfBC", "QGPO", "DiffusionBC"}  # whose batches come from tables that a resumed run makes anew
+TABLES = {"AWR", "SfBC", "QGPO", "DiffusionBC", "BC"}  # whose batches come from tables that a resumed run makes anew
 LIMIT = 25
 
 
@@ -760,7 +760,7 @@ def test_a_q_that_runs_away_is_caught() -> None:
         agent.learn_online(60, pendulum(), data(), blow_up, learning_starts=10, log_interval=10)
 
 
-@pytest.mark.parametrize("name", ["DiffusionBC", "SfBC"])
+@pytest.mark.parametrize("name", ["BC", "DiffusionBC", "SfBC"])
 def test_a_run_without_a_whole_episode_says_that_it_learnt_nothing(name: str) -> None:
     agent = small(name)
     with pytest.warns(UserWarning, match="no episode has ended: this run has nothing to learn from"):
