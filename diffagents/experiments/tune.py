@@ -115,6 +115,12 @@ class TuningReport:
     source: str
     n_env_episodes: int
 
+    @property
+    def knob(self) -> str:
+        """The old name of `hyperparameter`, which warns."""
+        warnings.warn("TuningReport.knob is now called hyperparameter; the old name still works", UserWarning, stacklevel=2)
+        return self.hyperparameter
+
     def to_json(self) -> dict[str, Any]:
         """Everything except the agent, as plain JSON types."""
         rest = {name: value for name, value in vars(self).items() if name != "agent"}

@@ -237,6 +237,8 @@ def test_the_old_name_of_the_argument_still_works_and_warns(best_at_3: list[Agen
     with pytest.warns(UserWarning, match="`knob` is now called `hyperparameter`") as warned:
         report = quick(knob="policy_noise", low=0.05, high=0.5, n_trials=1)
     assert report.hyperparameter == "policy_noise" and len([w for w in warned if "`knob`" in str(w.message)]) == 1
+    with pytest.warns(UserWarning, match=r"TuningReport\.knob is now called hyperparameter"):
+        assert report.knob == "policy_noise"
 
 
 def test_a_hyperparameter_of_acting_alone_trains_nothing_more(best_at_3: list[Agent], monkeypatch: pytest.MonkeyPatch) -> None:
