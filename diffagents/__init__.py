@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from diffagents.registry import AGENTS, load
+from diffagents.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from diffagents.agents.awr import AWR
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from diffagents.experiments.learn_many import learn_many
     from diffagents.experiments.select import Selection, select
     from diffagents.experiments.tune import TuningReport, tune
-
-__version__ = "0.1.0"
 
 _LAZY = {
     **AGENTS,

@@ -29,7 +29,22 @@ AGENTS = {
     "TD3BC": "diffagents.agents.td3_bc",
     "AWR": "diffagents.agents.awr",
 }
-"""Algorithm name -> the module that holds the class of that name; imported when first asked for."""
+"""Algorithm name -> the module that holds the class of that name; it is imported on first use."""
+
+
+def agent_class(algorithm: str) -> "type[Agent]":
+    """The class of an algorithm.
+
+    Args:
+        algorithm: a key of `AGENTS`.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    if algorithm not in AGENTS:
+        raise ValueError(f"algorithm={algorithm!r}; choose from {', '.join(AGENTS)}")
+    cls: type[Agent] = getattr(importlib.import_module(AGENTS[algorithm]), algorithm)
+    return cls
 
 
 def load(
@@ -76,8 +91,7 @@ def class_of(source: "Artifact") -> "type[Agent]":
         raise ArtifactError(
             f"{source.path} holds the algorithm {short(algorithm)!r}; this version knows {known}: upgrade diffagents"
         )
-    found: type[Agent] = getattr(importlib.import_module(AGENTS[algorithm]), algorithm)
-    return found
+    return agent_class(algorithm)
 
 
 def push_folder(

@@ -350,7 +350,7 @@ def test_reward_transform_and_normaliser_are_kept() -> None:
 
 def test_refused_data_leave_nothing_behind() -> None:
     agent, fresh = SRPO(**SMALL), SRPO(**SMALL).learn(DATA)
-    with pytest.raises(ValueError, match="nothing to prefer"):
+    with pytest.raises(ValueError, match="no action is better than another"):
         agent.learn({**DATA, "rewards": np.ones(400), "terminations": np.zeros(400, bool)})
     assert agent.reward_transform is None and agent.dataset_info is None and agent.spec is None
     same_networks(agent.learn(DATA), fresh)
@@ -376,7 +376,7 @@ def test_resuming_is_never_something_else(tmp_path: pathlib.Path) -> None:
     for asked in ({"stages": ("policy",)}, {"total_timesteps": 1000}):
         with pytest.raises(ValueError, match=r"a plan of 30 steps over .* is unfinished"):
             agent.learn(DATA, reset_num_timesteps=False, **asked)
-    with pytest.warns(UserWarning, match="other data than arrays, whose unfinished plan"):
+    with pytest.warns(UserWarning, match="these data differ from arrays, whose unfinished plan"):
         agent.clone().learn({**DATA, "rewards": DATA["rewards"] + 1}, reset_num_timesteps=False)
     agent.learn(DATA, reset_num_timesteps=False, total_timesteps=30)
     before = agent.policy.net[0].weight.clone()

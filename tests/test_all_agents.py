@@ -256,7 +256,7 @@ def test_bad_calls(name: str, trained: dict[str, Agent]) -> None:
         agent.predict(np.zeros(4, np.float32))
     with pytest.raises(ValueError, match="NaN"):
         agent.predict(np.full(3, np.nan, np.float32))
-    with pytest.raises(ValueError, match=r"stages=\('nothing',\); give a tuple of some of"):
+    with pytest.raises(ValueError, match=r"stages=\('nothing',\) must be a tuple of some of"):
         agent.learn(DATA, stages=("nothing",))
     with pytest.raises(ValueError, match=r"fresh=\('nothing',\) .*the networks are"):
         agent.clone(fresh=("nothing",))
@@ -339,15 +339,24 @@ def named_networks(agent: Agent) -> dict[str, torch.Tensor]:
     return {f"{n}.{key}": value for n, state in agent.get_parameters().items() for key, value in state.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if agent_class(name).SIZES])
-def test_a_file_cannot_claim_sizes_that_its_tensors_do_not_have(name: str, tmp_path: pathlib.Path) -> None:
-    folder = small(name).learn(DATA).save_pretrained(tmp_path / "a")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_cannot_claim_sizes_that_its_tensors_do_not_have(
+    name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes are compared before memory is taken: no network is built of a file whose tensors have other shapes."""
+    agent = small(name).learn(DATA)
+    folder = agent.save_pretrained(tmp_path / "a")
     config = json.loads((folder / "config.json").read_text())
-    for knob in agent_class(name).SIZES:
-        changed = {**config, "knobs": {**config["knobs"], knob: 10**12}}
+    monkeypatch.setattr(agent_class(name), "set_up", lambda *_: pytest.fail("memory was taken"))
+    other_shapes = "in the artifact but|the artifact lacks|the artifact has the unknown|cannot be built"
+    for size in {"n_critics", "n_diffusion_steps"} & config["knobs"].keys():
+        changed = {**config, "knobs": {**config["knobs"], size: 10**7}}
         (folder / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(diffagents.ArtifactError, match="size that no tensor has"):
+        with pytest.raises(diffagents.ArtifactError, match=other_shapes):
             diffagents.load(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "policy_kwargs": {"net_arch": [10**9, 10**9]}}))
+    with pytest.raises(diffagents.ArtifactError, match=other_shapes):
+        diffagents.load(folder)
 
 
 @pytest.mark.parametrize("name", NAMES)

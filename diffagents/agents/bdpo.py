@@ -44,7 +44,7 @@ from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.chain import reverse_mean
 from diffagents.functional import SELECT, polyak_update_, select_action, td_target
-from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, _on_states
+from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
 from diffagents.networks.mlp import MLP, EnsembleMLP, Mish, mish, orthogonal_, sinusoids
 from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
@@ -188,7 +188,7 @@ class PositionalDenoiser(nn.Module):
         return time
 
     def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
-        return _on_states(self.trunk[0], self.trunk.rest, self.time_features, obs, n_steps)
+        return bind_states(self.trunk[0], self.trunk.rest, self.time_features, obs, n_steps)
 
 
 class StepValue(nn.Module):

@@ -47,7 +47,7 @@ from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import SELECT, eps_loss, polyak_update_, select_action
 from diffagents.networks.critics import IQLCritic
-from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, _on_states
+from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
 from diffagents.networks.mlp import MLP, dropout_masks, xavier_
 from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
@@ -166,7 +166,7 @@ class ResidualDenoiser(nn.Module):
         return time
 
     def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
-        return _on_states(self.input, self.rest, self.time_features, obs, n_steps, state_before_time=True)
+        return bind_states(self.input, self.rest, self.time_features, obs, n_steps, state_before_time=True)
 
     def rest(self, h: Tensor, masks: Tensor | None = None) -> Tensor:
         for k, block in enumerate(self.blocks):

@@ -9,7 +9,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -77,12 +77,6 @@ def train(
         "infos": [{}],
     }
 
-    def goes_on() -> bool:
-        if callback is None:
-            return True
-        callback.update_locals(local)
-        return bool(callback.on_step())
-
     with timed(learner, callback, local), interrupt_between_updates() as interrupted, matmul_precision(learner):
         for stage in learner.stages(plan):
 
@@ -90,7 +84,7 @@ def train(
                 return make_runner(learner, stage, samplers[0], mode)
 
             if stage.name in plan.lengths and not run_stage(
-                [learner], [stage], sampler, runner_for, log_interval, interrupted, goes_on
+                [learner], [stage], sampler, runner_for, log_interval, interrupted, callback, local
             ):
                 break
     if interrupted.is_set():
@@ -104,7 +98,8 @@ def run_stage(
     make_runner: "Callable[[Sequence[Sampler], str], Runner | GraphRunner]",
     log_interval: int | None,
     interrupted: threading.Event,
-    goes_on: Callable[[], bool] = lambda: True,
+    callback: "BaseCallback | None" = None,
+    local: dict[str, Any] | None = None,
     diverged: dict[int, tuple[Snapshot, TrainingDiverged]] | None = None,
 ) -> bool:
     """Bring one stage of one learner, or of several that are trained together, to its planned length.
@@ -116,18 +111,20 @@ def run_stage(
         make_runner: (the sampler that each stage has prepared, mode) -> what runs a step of all.
         log_interval: Gradient steps between log steps; None for a twentieth of the stage, at most 1000.
         interrupted: Set by Ctrl-C.
-        goes_on: Called after each step; False stops.
+        callback: An initialised SB3 callback, called after each step.
+        local: The local variables that it may read.
         diverged: Where the learners that diverge are entered, with the state to go back to. They are computed along with the
             others, whose shapes would change otherwise. None: the first to diverge stops all.
 
     Returns:
-        False if `goes_on` or Ctrl-C stopped it.
+        False if the callback or Ctrl-C stopped it.
 
     Raises:
         TrainingDiverged: If `diverged` is None; the learner holds its last good state.
     """
-    name, plan = stages[0].name, learners[0].state.plan
-    assert plan is not None
+    name, states = stages[0].name, [learner.state for learner in learners]
+    plans = [state.plan for state in states if state.plan is not None]
+    plan = plans[0]
     length, done = plan.lengths[name], plan.done.get(name, 0)
     if done == length:  # a resumed plan: nothing to run, so there is no state to copy either
         return True
@@ -165,20 +162,25 @@ def run_stage(
     while done < length:
         runner.step(earlier + done)
         done += 1
-        for learner in learners:
-            learner.state.count_update(name, done)
+        for state, own_plan in zip(states, plans, strict=True):
+            own_plan.done[name] = done
+            state.stage_steps[name] += 1
+            state.num_timesteps += 1
+            state.n_updates += 1
         if runner.failed:
-            for learner in learners:
-                assert learner.state.plan is not None
-                learner.state.plan.modes[name] = "eager"
+            for own_plan in plans:
+                own_plan.modes[name] = "eager"
         if done % interval == 0 or done == length:
             log()
-        try:
-            stop = not goes_on() or interrupted.is_set()
-        except Exception:
-            log()  # a NaN explains more than the error that it led to
-            raise
-        if stop:
+        goes_on = True
+        if callback is not None:
+            callback.update_locals(local or {})
+            try:
+                goes_on = callback.on_step()
+            except Exception:
+                log()  # a NaN explains more than the error that it led to
+                raise
+        if not goes_on or interrupted.is_set():
             log()  # whoever stops here can save what is here
             return False
     return True

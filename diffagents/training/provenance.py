@@ -69,11 +69,21 @@ def _is_number(value: Any) -> bool:
 
 
 def command_line() -> str | None:
-    """What started this process, as one would type it again in the same folder; None in a notebook or a shell."""
+    """The command that started this process, as one would type it in the same folder, without secrets and private paths.
+
+    Returns:
+        For example `python train.py --seed 1` or, for a package, `python -m diffagents eval runs/a`. None in a notebook or an
+        interactive interpreter.
+    """
     script = sys.argv[0] if sys.argv else ""
     if not script or script == "-c" or "ipykernel" in script or not Path(script).exists():
         return None
-    program = ["python", plain(script)] if script.endswith(".py") else [Path(script).name]
+    if Path(script).name == "__main__.py":
+        program = ["python", "-m", Path(script).resolve().parent.name]
+    elif script.endswith(".py"):
+        program = ["python", plain(script)]
+    else:
+        program = [Path(script).name]
     return _TOKEN.sub("hf_***", shlex.join([*program, *map(plain, sys.argv[1:])]))
 
 

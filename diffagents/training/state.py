@@ -72,14 +72,6 @@ class TrainState:
             self, stage_steps=dict(self.stage_steps), history=list(self.history), provenance=dict(self.provenance)
         )
 
-    def count_update(self, stage: str, done: int) -> None:
-        """Count one gradient step of an offline stage, which is now `done` steps into its plan."""
-        if self.plan is not None:
-            self.plan.done[stage] = done
-        self.stage_steps[stage] += 1
-        self.num_timesteps += 1
-        self.n_updates += 1
-
     @property
     def data(self) -> dict[str, Any]:
         """`dataset_info` of an agent that has learned or is about to. Raises RuntimeError before."""
@@ -213,9 +205,12 @@ def networks_on_meta(learner: Learner, spec: Spec) -> Tensors:
     trial = copy.copy(learner)
     trial.device, trial.spec = torch.device("meta"), spec
     trial.obs_dim, trial.act_dim = spec.obs_dim, spec.act_dim
-    with torch.device("meta"):
-        trial.obs_normalizer = ObsNormalizer(spec.obs_dim)
-        trial.build()
+    try:
+        with torch.device("meta"):
+            trial.obs_normalizer = ObsNormalizer(spec.obs_dim)
+            trial.build()
+    except RuntimeError as error:  # torch's own limits
+        raise ArtifactError(f"config.json describes networks that cannot be built ({short(error)}): {AGAIN}") from None
     return network_tensors(trial, ("obs_normalizer", *learner.MODEL, *learner.LEARNER))
 
 

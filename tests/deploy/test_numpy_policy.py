@@ -365,7 +365,7 @@ def test_a_compiled_choice(traced_only: list[Any], trained: dict[str, Agent]) ->
         )
     with pytest.raises(TypeError, match="no choice 'stochastic'"):
         agent.compile_policy(3, stochastic=1)
-    with pytest.raises(RuntimeError, match="knows no spaces yet"):
+    with pytest.raises(RuntimeError, match="does not know its spaces yet"):
         small("DiffusionQL").compile_policy()
 
 

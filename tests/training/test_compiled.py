@@ -262,7 +262,7 @@ def test_bad_modes(trained: dict[str, Agent], tmp_path: pathlib.Path) -> None:
     path = eager("TD3BC", trained).save(tmp_path / "a")
     with pytest.raises(ValueError, match=says):
         diffagents.load(path, compile="nonsense")
-    with pytest.raises(ValueError, match=r"modes \['nonsense'\] are not of"):
+    with pytest.raises(ValueError, match=r"modes \['nonsense'\] are not among"):
         Plan.from_json({"lengths": {"a": 3}, "done": {}, "modes": {"a": "nonsense"}}, ["a"])
     with pytest.raises(ValueError, match="stages that it does not have"):
         Plan.from_json({"lengths": {"a": 3}, "done": {}, "modes": {"b": "eager"}}, ["a", "b"])

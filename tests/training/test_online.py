@@ -302,7 +302,7 @@ def test_buffer_file(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match="no replay buffer at"):
         again.load_replay_buffer(tmp_path / "nothing")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ArtifactError, match="not a replay buffer of ours"):
+    with pytest.raises(ArtifactError, match="not a replay buffer of diffagents, or it is damaged"):
         again.load_replay_buffer(path)
 
 
@@ -470,7 +470,7 @@ def test_an_environment_that_does_not_come_back_begins_a_new_episode() -> None:
 
     agent = line_agent()
     agent.learn_online(40, Moody(20, 30), callback=lambda a, b: a["self"].n_env_steps < 10, learning_starts=5)
-    with pytest.warns(UserWarning, match="did not come back to where the run stopped"):
+    with pytest.warns(UserWarning, match="did not return to the state in which the run stopped"):
         agent.learn_online()
     assert agent.n_env_steps == 40
 
@@ -517,7 +517,7 @@ def test_what_is_missing_is_named(tmp_path: pathlib.Path) -> None:
     agent = offline("IQL")
     agent.learn_online(30, pendulum(), data(), lambda a, b: a["self"].n_env_steps < 15, learning_starts=5)
     again: Agent = diffagents.load(agent.save(tmp_path / "a"), verbose=0)
-    with pytest.raises(RuntimeError, match=r"replay buffer of its 15 steps.*load_replay_buffer"):
+    with pytest.raises(RuntimeError, match=r"replay buffer with its 15 steps.*load_replay_buffer"):
         again.learn_online(env=pendulum(), dataset=data())
     with pytest.raises(ValueError, match="the unfinished run goes on with"):
         agent.learn_online(utd=3)
@@ -618,7 +618,7 @@ def test_whole_numbers_in_any_dress_can_be_saved(tmp_path: pathlib.Path) -> None
 
 def test_the_default_wait_leaves_something_of_a_short_run() -> None:
     assert offline("IQL").learn_online(50, pendulum()).n_updates > offline("IQL").n_updates
-    with pytest.warns(UserWarning, match="it only collects"):
+    with pytest.warns(UserWarning, match="which only collects"):
         offline("IQL").learn_online(20, pendulum(), learning_starts=20)
 
 
@@ -652,7 +652,7 @@ def test_a_dropped_buffer_is_waited_for_again() -> None:
     agent.learn_online(30, dataset=data(), learning_starts=20)  # the same buffer: 100
     assert agent.state.online is not None and agent.state.online.starts == 0 and agent.replay_buffer is not None
     assert agent.replay_buffer.capacity == 100 and len(agent.replay_buffer) == 70
-    with pytest.warns(UserWarning, match="another buffer_size: the replay buffer of the last online run is dropped"):
+    with pytest.warns(UserWarning, match="buffer_size differs: the replay buffer of the last online run is dropped"):
         agent.learn_online(30, dataset=data(), learning_starts=20, buffer_size=50)
     assert agent.state.online.starts == 20 and len(agent.replay_buffer) == 30
 
