@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from diffagents import registry
-from diffagents.config.hyperparameters import describe
 
 if TYPE_CHECKING:
     from diffagents.agent import Agent
@@ -45,6 +44,8 @@ def add_hyperparameters(parser: argparse.ArgumentParser, algorithm: str | None) 
     """Add every hyperparameter of the algorithm as an option, with its description, type, range and default."""
     if algorithm is None:
         return
+    from diffagents.config.hyperparameters import describe  # imports torch, for which the other commands need not wait
+
     group = parser.add_argument_group(f"hyperparameters of {algorithm}")
     for each in describe(registry.agent_class(algorithm).Config):
         text = f"{each.description} ({each.summary})".replace("%", "%%")  # argparse formats it
