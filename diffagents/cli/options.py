@@ -10,10 +10,10 @@ from diffagents import registry
 if TYPE_CHECKING:
     from diffagents.agent import Agent
 
-HYPERPARAMETER = "hyperparameter "
-"""Prefix of the hyperparameters' names among the parsed arguments, so that none clashes with another option."""
 POLICY_HELP = "Folder or .zip file of a policy, or a Hub id (organisation/name); - reads it from stdin."
 DEVICE_HELP = 'Device: "cpu", "cuda", "cuda:1", ... or "auto" (default).'
+HYPERPARAMETER = "hyperparameter "
+"""Prefix of the hyperparameters among the parsed arguments, so that their names do not clash with those of other options."""
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_hyperparameters(parser: argparse.ArgumentParser, algorithm: str | None) 
     """Add every hyperparameter of the algorithm as an option, with its description, type, range and default."""
     if algorithm is None:
         return
-    from diffagents.config.hyperparameters import describe  # imports torch
+    from diffagents.config.hyperparameters import describe  # imports torch, for which the other commands need not wait
 
     group = parser.add_argument_group(f"hyperparameters of {algorithm}")
     for each in describe(registry.agent_class(algorithm).Config):
@@ -53,8 +53,8 @@ def add_hyperparameters(parser: argparse.ArgumentParser, algorithm: str | None) 
         group.add_argument(flag, dest=dest, type=value, metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
 
-def given_hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
-    """The values of the hyperparameters that the command line sets, by name."""
+def hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of the options of `add_hyperparameters`, by name; only those that were passed."""
     return {k.removeprefix(HYPERPARAMETER): v for k, v in vars(args).items() if k.startswith(HYPERPARAMETER)}
 
 

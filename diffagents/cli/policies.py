@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffagents.cli.options import env_arguments, environment, given_hyperparameters, policy, say
+from diffagents.cli.options import env_arguments, environment, hyperparameters, policy, say
 from diffagents.errors import ArtifactError, TrainingDiverged, short
 from diffagents.registry import AGENTS, agent_class
 
@@ -27,11 +27,11 @@ def train(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / re.sub(r"[^-.\w]+", "-", f"{args.algorithm.lower()}-{args.dataset}-seed{args.seed}")
     if args.save_every is not None and args.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, not {args.save_every}")
-    hyperparameters = given_hyperparameters(args)
+    values = hyperparameters(args)
     cls: Any = agent_class(args.algorithm)
     settings = {"device": args.device, "verbose": int(not args.quiet), "tensorboard_log": args.tensorboard}
     if args.resume:
-        if hyperparameters or args.preset or args.net_arch or args.steps:
+        if values or args.preset or args.net_arch or args.steps:
             raise ValueError(
                 "--resume continues the run as it was planned: omit hyperparameters, --preset, --net-arch and --steps"
             )
@@ -41,7 +41,7 @@ def train(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{out} exists: resume it with --resume, or pass another --out")
     else:
         kwargs = {"net_arch": args.net_arch} if args.net_arch else None
-        agent = cls(env=args.env, preset=args.preset, policy_kwargs=kwargs, seed=args.seed, **settings, **hyperparameters)
+        agent = cls(env=args.env, preset=args.preset, policy_kwargs=kwargs, seed=args.seed, **settings, **values)
     evaluated = {"eval_env": (args.env or True) if args.eval else None, "n_eval_episodes": args.episodes}
 
     def save_regularly(local: dict[str, Any], _: dict[str, Any]) -> bool:

@@ -1,22 +1,25 @@
-"""Fitted Q evaluation: what a policy would earn, from data alone.   Le, Voloshin, Yue, ICML 2019, arXiv:1903.00601.
+"""Fitted Q evaluation: the value of a policy, estimated from data alone.   Le, Voloshin, Yue, ICML 2019, arXiv:1903.00601.
 
     Q <- argmin_Q E[ (Q(s, a) - y)^2 ],   y = r + gamma (1 - d) Qbar(s', pi(s'))       their Algorithm 3, by gradient steps
-    estimate = mean of Qbar(s_0, pi(s_0)) over the first states of the data's episodes: the discounted return of raw rewards
+    estimate = mean of Qbar(s_0, pi(s_0)) over the data's first states: the discounted return of raw rewards
 
-pi is fixed, so its actions are computed once, as it is deployed; an update then costs two small networks, whatever the policy,
-and many policies are evaluated together, as members of one ensemble. d is 1 at a termination only: a time-out never ends a
-value. Paine et al. 2020 (arXiv:2007.09055) found that such estimates rank policies well; they are for ranking, not forecasting.
+pi is fixed, so its actions are computed once, as it is deployed; an update then costs two small networks whatever the policy,
+and many policies are evaluated together as members of one ensemble. d is 1 only at a termination: a time limit never ends the
+value of a state. Paine et al. 2020 (arXiv:2007.09055) found that such estimates rank policies well; they are not forecasts.
 Details
-  [D1] Qbar is the target network of Q, which also gives the estimate (less noise than Q). The learning rate falls on a cosine.
-  [D2] y is clipped to the range that the rewards allow, [min r, max r] / (1 - gamma), which includes 0 if episodes terminate:
-       outside the data Q only extrapolates, and may diverge by bootstrapping on itself. `clipped` is the share of such targets.
-  [D3] Q has LayerNorm, which limits extrapolation. Observations are normalised by the data's moments, actions are in [-1, 1].
-  [D4] The network learns in units of the data's returns (their standard deviation) and starts at their mean: starting from 0,
-       the target network would need about 1 / (tau (1 - gamma)) steps to get there.
-  [D5] With several fits (`n_seeds`), a target uses the minimum of their Qbar, as TD3 does with its twins: where data are
-       missing they disagree, and a single one tends to overestimate there, and so to rank first the policies that leave the
-       data. n_seeds = 1 is the plain method.
-  [D6] All policies share rows, batches and initial weights, so that chance cancels in comparisons.
+  [D1] Qbar is the target network of Q, which also gives the estimate (it is less noisy than Q). The learning rate decays on a
+       cosine.
+  [D2] y is clipped to the range that the rewards allow, [min r, max r] / (1 - gamma), extended to 0 if episodes terminate:
+       away from the data Q extrapolates, and may diverge by bootstrapping from its own extrapolations. `clipped` is the share
+       of targets that were clipped.
+  [D3] Q has LayerNorm, which bounds these extrapolations. Observations are normalised by the moments of the data, actions are
+       in [-1, 1].
+  [D4] The network learns in units of the standard deviation of the data's returns and starts at their mean: from 0 the target
+       network would need about 1 / (tau (1 - gamma)) steps to reach it.
+  [D5] With several fits (`n_seeds`) a target uses the minimum of their Qbar, like the twin critics of TD3: without data they
+       disagree, and a single fit tends to be too optimistic exactly there and to rank a policy first that left the data.
+       n_seeds = 1 is the plain method.
+  [D6] Every policy is evaluated with the same rows, batches and initial weights, so that chance cancels in comparisons.
 """
 
 import copy
@@ -36,7 +39,7 @@ from diffagents.training.updates import Noise, Optimizer, Runner, Stage, Update
 from diffagents.types import Batch, Metrics
 
 MAX_STARTS = 2000
-"""The most first states over which an estimate averages: more add little, and a policy may take long for each."""
+"""At most so many first states are averaged over: more add little, and a policy may be slow."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,17 @@ class FQEConfig(Hyperparameters):
     max_transitions: int = hyperparameter(
         20_000, "Most transitions that are used, as a diffusion policy takes up to 30 ms of a CPU for each.", at_least=1
     )
-    seed: int = hyperparameter(0, "Seed of the random numbers.", at_least=0)
+    seed: int = hyperparameter(0, "Seed of the rows, the batches and the initial weights.", at_least=0)
 
 
 @dataclass(frozen=True)
 class FQEResult:
-    """The evaluation of one policy.
+    """The estimate of one policy.
 
     Attributes:
-        values: Discounted returns from each first state, in raw reward, (n_seeds, n_starts).
-        drift: By how much the mean changed in the last quarter of the steps.
-        clipped: The share of targets in that quarter that were clipped [D2].
+        values: (n_seeds, n_starts), the discounted return of raw reward from each first state.
+        drift: change of the mean in the last quarter of the steps.
+        clipped: share of the targets in that quarter that were clipped [D2].
     """
 
     values: Tensor
@@ -81,10 +84,22 @@ class FQEResult:
 
 
 class FQE:
-    """Data prepared once, on `device`, for the evaluation of any number of policies."""
+    """Data prepared once, on `device`, for the evaluation of any number of policies.
+
+    Args:
+        data: the dataset.
+        config: settings of the evaluation.
+        device: where to fit.
+
+    Attributes:
+        next_obs: (N, S), observations at which the actions of a policy are needed, in raw units.
+        start_obs: (n_starts, S), first states at which the actions of a policy are needed, in raw units.
+
+    Raises:
+        ValueError: if the dataset is empty.
+    """
 
     def __init__(self, data: Transitions, config: FQEConfig, device: torch.device | str = "cpu") -> None:
-        """Raises ValueError if there are no transitions."""
         if len(data) == 0:
             raise ValueError(f"{data.info.get('id', 'the dataset')} holds no transitions: there is nothing to evaluate on")
         self.config, self.device = config, torch.device(device)
@@ -92,7 +107,7 @@ class FQE:
         rows = some_rows(len(data), config.max_transitions, generator)
         starts = first_rows(data)
         starts = starts[some_rows(len(starts), MAX_STARTS, generator)]
-        self.next_obs, self.start_obs = data.next_obs[rows], data.obs[starts]  # for the policy
+        self.next_obs, self.start_obs = data.next_obs[rows], data.obs[starts]
 
         returns = discounted_returns(data, config.gamma)
         self.scale = max(float(returns.std(correction=0)), 0.01 * float(returns.abs().mean()), 1e-6)  # [D4]
@@ -108,11 +123,11 @@ class FQE:
         """Evaluate P policies.
 
         Args:
-            next_act: Their actions in [-1, 1] at `next_obs`, (P, N, A).
-            start_act: Their actions in [-1, 1] at `start_obs`, (P, n_starts, A).
+            next_act: (P, N, A), their actions in [-1, 1] at `next_obs`.
+            start_act: (P, n_starts, A), their actions in [-1, 1] at `start_obs`.
 
         Returns:
-            A result for each policy.
+            One result per policy.
         """
         c, n_policies = self.config, len(next_act)
         q = self._network(n_policies)
@@ -121,7 +136,7 @@ class FQE:
         optimizer.start_schedule(c.steps)
         low, high = self.bounds
 
-        def target(obs: Tensor, act: Tensor) -> Tensor:
+        def target_values(obs: Tensor, act: Tensor) -> Tensor:
             """Qbar of each policy at its own actions: (B, S), (P, B, A) -> (P * n_seeds, B)."""
             pairs = torch.cat([obs.expand(n_policies, -1, -1), act], -1)
             values: Tensor = q_target(pairs.repeat_interleave(c.n_seeds, 0))
@@ -133,25 +148,25 @@ class FQE:
 
         def loss(batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
             with torch.no_grad():
-                next_q = target(batch.next_obs, batch.extras["next_act"].transpose(0, 1))  # (E, B)
+                next_q = target_values(batch.next_obs, batch.extras["next_act"].transpose(0, 1))  # (E, B)
                 goal = td_target(batch.rew, batch.done, least(next_q).clamp(low, high), c.gamma)  # [D2]
                 outside = ((next_q < low) | (next_q > high)).float().mean(-1)
             error = q(torch.cat([batch.obs, batch.act], -1)) - goal
             clipped.add_(outside)
             return error.square().mean(-1).sum(), {}
 
-        def update_target() -> None:
+        def follow() -> None:
             polyak_update_(q_target.parameters(), q.parameters(), c.tau)
 
         @torch.no_grad()
         def estimate() -> Tensor:
-            return target(self.starts, start_act.to(self.device)) * self.scale  # (E, n_starts)
+            return target_values(self.starts, start_act.to(self.device)) * self.scale  # (E, n_starts)
 
-        stage = Stage("fqe", c.batch_size, (Update(loss, optimizers=(optimizer,), after=update_target),))
+        stage = Stage("fqe", c.batch_size, (Update(loss, optimizers=(optimizer,), after=follow),))
         sampler = self.sampler.with_extras(next_act=next_act.transpose(0, 1).contiguous().to(self.device))
         runner = Runner(stage, sampler, torch.Generator(self.device).manual_seed(c.seed))  # [D6]
         clipped, late, before = torch.zeros(n_policies * c.n_seeds, device=self.device), c.steps - c.steps // 4, estimate()
-        for k in range(c.steps):  # nothing here waits for the device
+        for k in range(c.steps):  # nothing in this loop waits for the device
             if k == late:
                 before = estimate()
                 clipped.zero_()
@@ -162,7 +177,7 @@ class FQE:
         return [FQEResult(v, float(d.mean()), float(s.mean())) for v, d, s in zip(*by_policy, strict=True)]
 
     def _network(self, n_policies: int) -> EnsembleMLP:
-        """Q of every policy and seed: the same initial weights for each policy [D6], the output's bias as in [D4]."""
+        """Q of all policies and seeds: equal initial weights for each policy [D6], output bias at the mean return [D4]."""
         c, size = self.config, self.sampler.obs_dim + self.sampler.act_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)
@@ -181,7 +196,7 @@ def some_rows(n: int, most: int, generator: torch.Generator) -> Tensor:
 
 
 def first_rows(data: Transitions) -> Tensor:
-    """The row in which each episode begins, (E,) int64; episodes without any row are skipped."""
+    """The row in which each episode begins, (E,) int64; empty episodes are left out."""
     ends = data.episode_ends
     starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
     return starts[starts < ends]
@@ -190,15 +205,15 @@ def first_rows(data: Transitions) -> Tensor:
 def discounted_returns(data: Transitions, gamma: float, transform: RewardTransform | None = None) -> Tensor:
     """The discounted return of the data from each row on.
 
-    After a time-out or a cut, the mean reward is assumed to continue for ever.
+    If a time limit or a cut ended the recording, the mean reward is assumed to continue for ever.
 
     Args:
-        data: The transitions, N of them.
-        gamma: Discount factor.
-        transform: Transform of the rewards; None leaves them raw.
+        data: the dataset, N transitions.
+        gamma: discount factor, in [0, 1).
+        transform: reward transform. Default: raw reward.
 
     Returns:
-        The returns, (N,), in the units of `transform`.
+        (N,), in the units of `transform`.
     """
     rew = data.rew if transform is None else transform(data.rew)
     beyond = (rew.mean() / (1.0 - gamma)).expand(len(rew))

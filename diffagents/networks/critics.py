@@ -81,7 +81,7 @@ class IQLCritic(nn.Module):
 
 
 class ReturnCritic(nn.Module):
-    """Q(s, a) in standard deviations from the mean return, together with that mean and standard deviation [D1].
+    """Q(s, a) in standard deviations from the mean return, together with that mean and standard deviation (SfBC).
 
     Args:
         obs_dim: S.
