@@ -3,8 +3,6 @@
 A matrix times one vector takes a few microseconds; calling torch for it takes tens.
 """
 
-from typing import Any
-
 import numpy as np
 from torch import nn
 
