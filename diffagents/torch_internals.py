@@ -4,7 +4,7 @@ Such a part may change or disappear in any release of torch. It is therefore loo
 at import, and something public replaces it where it is missing or has changed:
 
 * `torch._fused_adam_` and `torch._fused_adamw_`, because the bookkeeping of `torch.optim` takes longer than the arithmetic, and
-  its import a second, which loading an agent to act would wait for.
+  its first optimiser imports `torch._dynamo`, which takes more than a second.
   Without them: `torch.optim.Adam` and `AdamW`. Slower; the same state, and the same numbers to float tolerance.
 * `torch._foreach_add_`, `torch._foreach_lerp_` and `torch._foreach_zero_`, because one call serves all tensors of a network.
   Without them: a loop over the tensors.
@@ -14,8 +14,8 @@ at import, and something public replaces it where it is missing or has changed:
 * `torch._decomp.decomposition_table` and `make_fx`, because `torch.export` cannot trace an algorithm that takes gradients while
   it acts, as QGPO does.
   Without them: exporting such an algorithm raises RuntimeError. The other algorithms do not need them.
-* `Module._parameters` and `Module._buffers`, because `module.weight` is slower to look up, in a call of `predict` that takes
-  microseconds.
+* `Module._parameters` and `Module._buffers`, because `module.weight` takes many times as long to look up, and a call of
+  `predict` that looks up several takes only microseconds.
   Without them: `getattr`.
 
 This module imports nothing of diffagents.
@@ -120,16 +120,14 @@ def _adam_by_torch_optim(
     weight_decay: float | None,
 ) -> None:
     """The same step on the same tensors by torch.optim, so that the two ways can take turns."""
-    from torch import optim
-
     on_device = lr.device.type == "cuda"  # no value may leave the device there: a CUDA graph can then hold the step
     settings: dict[str, Any] = {"lr": lr if on_device else lr.item(), "betas": (_BETA1, _BETA2), "eps": _EPS}
     settings["capturable"] = on_device
-    optimizer: optim.Optimizer
+    optimizer: torch.optim.Optimizer
     if weight_decay is None:
-        optimizer = optim.Adam(parameters, **settings)
+        optimizer = torch.optim.Adam(parameters, **settings)
     else:
-        optimizer = optim.AdamW(parameters, **settings, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(parameters, **settings, weight_decay=weight_decay)
     for parameter, gradient, mean, square, step in zip(parameters, gradients, exp_avgs, exp_avg_sqs, steps, strict=True):
         parameter.grad = gradient
         optimizer.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
