@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffagents.config.hyperparameters import choose
 from diffagents.functional import action_gradient
+from diffagents.torch_internals import trace_without_autograd
 from diffagents.training.provenance import package_version
 from diffagents.training.state import Learner
 
@@ -165,11 +166,7 @@ def _without_autograd(policy: nn.Module, obs: Tensor) -> nn.Module:
 
     `torch.export` itself traces above autograd, where a gradient is no operation: it fails, or takes its value for a constant.
     """
-    from torch._decomp import decomposition_table
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    table: Any = {op: formula for op, formula in decomposition_table.items() if "_backward" in str(op)}  # unknown to ONNX
-    graph = make_fx(policy, decomposition_table=table, tracing_mode="symbolic", _allow_non_fake_inputs=True)(obs)
+    graph = trace_without_autograd(policy, obs)
     next(iter(graph.graph.nodes)).target = "obs"  # the name of the input
     graph.recompile()
     return graph

@@ -3,13 +3,12 @@
 A matrix times one vector takes a few microseconds; calling torch for it takes tens.
 """
 
-from typing import Any
-
 import numpy as np
 from torch import nn
 
 from diffagents.data.normalize import ObsNormalizer
 from diffagents.networks.mlp import TanhPolicy
+from diffagents.torch_internals import tensor_place
 from diffagents.types import Spec
 
 
@@ -38,8 +37,8 @@ class NumpyPolicy:
         self._shape = spec.observation_space.shape if spec.obs_keys is None else None
         linears = [layer for layer in policy.net if isinstance(layer, nn.Linear)]
         self._policy, self._normalizer = policy, normalizer
-        places: list[tuple[dict[str, Any], str]] = [(layer._parameters, n) for layer in linears for n in ("weight", "bias")]
-        places += [(normalizer._buffers, n) for n in ("mean", "std")]
+        places = [(tensor_place(layer, name), name) for layer in linears for name in ("weight", "bias")]
+        places += [(tensor_place(normalizer, name), name) for name in ("mean", "std")]
         self._watched = [(place, name, place[name], place[name].data_ptr()) for place, name in places]
         arrays = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linears]
         self._hidden, (self._last, self._last_bias) = arrays[:-1], arrays[-1]

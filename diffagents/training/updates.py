@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffagents import torch_internals
 from diffagents.types import Batch, Metrics
 
 Noise = dict[str, Tensor]
@@ -111,10 +112,16 @@ class Stage:
 
 
 class Optimizer:
-    """Adam or AdamW over named parameters, with a constant or cosine learning rate counted in its own steps.
+    """Adam or AdamW (betas 0.9 and 0.999, eps 1e-8) with a constant or cosine learning rate, counted in its own steps.
 
-    weight_decay: None is Adam, a number AdamW. max_grad_norm: clip the norm of all gradients together.
-    beta1 = 0.9, beta2 = 0.999, eps = 1e-8. All that changes is tensors on the device, so that a graph can hold a step.
+    Everything that changes from step to step is a tensor on the device of the parameters, so that a CUDA graph can hold a step.
+
+    Args:
+        parameters: The tensors to train, all on one device.
+        learning_rate: At the start of a schedule.
+        weight_decay: None for Adam; the decoupled weight decay, at least 0, for AdamW.
+        cosine: Let the learning rate fall to 0 along half a cosine over the schedule's horizon.
+        max_grad_norm: Scale the gradients down to this norm, taken over all of them together. Default: no clipping.
     """
 
     def __init__(
@@ -132,24 +139,35 @@ class Optimizer:
         self.lr = torch.tensor(learning_rate, dtype=torch.float32, device=device)
         self.n_steps = torch.zeros((), dtype=torch.float64, device=device)  # of the schedule
         self.horizon = 0
-        self.state: dict[Tensor, dict[str, Tensor]] = {}  # step, exp_avg and exp_avg_sq by parameter, as torch.optim keeps them
+        self.state: dict[Tensor, dict[str, Tensor]] = {}  # step, exp_avg and exp_avg_sq of each parameter, as in torch.optim
         self.param_groups = [{"params": self.parameters, "fused": True, "capturable": device.type == "cuda"}]
+        self._all_steps = torch.empty(0)  # the memory of every "step" in the state: one addition counts them all
+        self._step_entries: list[Tensor] = []
 
     def start_schedule(self, horizon: int, step: int = 0) -> None:
-        """Begin (or go on with, at `step`) a schedule that ends after `horizon` steps; 0: the learning rate is constant."""
+        """Start the learning rate's schedule, or resume it.
+
+        Args:
+            horizon: Its length in steps of this optimiser; 0 for a constant learning rate.
+            step: How many of these steps have been taken.
+        """
         self.horizon = horizon
         self.n_steps.fill_(step)
         self.lr.fill_(self.learning_rate)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:
-        """One step down `gradients`, one for each parameter. The schedule is tensors too, so that a graph can hold it."""
+        """Take one step.
+
+        Args:
+            gradients: One for each parameter, of its shape.
+        """
         if self.cosine and self.horizon > 0:  # lr_k = lr_0 (1 + cos(pi k / K)) / 2, as CosineAnnealingLR(T_max=K)
             share = (self.n_steps / self.horizon).clamp(max=1.0)
             self.lr.copy_(self.learning_rate * 0.5 * (1.0 + torch.cos(math.pi * share)))
             self.n_steps.add_(1.0)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            # The fused kernels read memory in order, whatever the strides say.
+            # The fused kernels read memory in order and ignore strides.
             alike = gradient.stride() == parameter.stride()
             parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
         if self.max_grad_norm is not None:
@@ -157,37 +175,35 @@ class Optimizer:
         self._adam([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def _adam(self, gradients: list[Tensor]) -> None:
-        """torch.optim's fused kernel, without torch.optim, whose bookkeeping takes longer than this arithmetic (and its import
-        a second, which loading an agent to act would wait for)."""
+        """The arithmetic of a step."""
         for parameter in self.parameters:
             if parameter not in self.state:
                 moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
         states = [self.state[parameter] for parameter in self.parameters]
         steps = [state["step"] for state in states]
-        if steps[0]._base is None or steps[0]._base is not steps[-1]._base:  # counted together from now on
-            together = torch.stack(steps)
-            steps = list(together.unbind())
+        if not self._counted_together(steps):  # at the first step, and after loading or copying
+            self._all_steps = torch.stack(steps)
+            self._step_entries = steps = list(self._all_steps.unbind())
             for state, step in zip(states, steps, strict=True):
                 state["step"] = step
-        assert steps[0]._base is not None
-        steps[0]._base.add_(1.0)
-        kernel = torch._fused_adam_ if self.weight_decay is None else torch._fused_adamw_
-        kernel(
+        torch_internals.adam_(
             self.parameters,
             gradients,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [],
             steps,
-            lr=self.lr,
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=self.weight_decay or 0.0,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
+            self._all_steps,
+            self.lr,
+            self.weight_decay,
         )
+
+    def _counted_together(self, steps: list[Tensor]) -> bool:
+        """Whether these are the entries of `_all_steps`. Only the first and the last are checked, which takes no time."""
+        known = self._step_entries
+        if not known or steps[0] is not known[0] or steps[-1] is not known[-1]:
+            return False
+        return known[0].data_ptr() == self._all_steps.data_ptr()  # a copy may have separated them
 
 
 class MetricSums:
@@ -203,7 +219,7 @@ class MetricSums:
         if metrics and not self._sums:
             self._names, self._sums = list(metrics), [torch.zeros_like(value) for value in metrics.values()]
         if metrics:
-            torch._foreach_add_(self._sums, list(metrics.values()))
+            torch_internals.add_(self._sums, list(metrics.values()))
         self.count += 1
 
     def take(self) -> dict[str, float]:
@@ -211,7 +227,7 @@ class MetricSums:
         if self.count == 0 or not self._sums:
             return {}
         means = (torch.stack(self._sums) / self.count).tolist()
-        torch._foreach_zero_(self._sums)
+        torch_internals.zero_(self._sums)
         self.count = 0
         return dict(zip(self._names, means, strict=True))
 
