@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from diffagents.torch_internals import lerp_
+from diffagents.torch_internals import for_each
 
 SELECT = ("softmax", "argmax", "first")
 """The values of `select` that `select_action` knows."""
@@ -102,7 +102,7 @@ def polyak_update_(target: Iterable[Tensor], online: Iterable[Tensor], tau: floa
         online: Parameters of the online network, in the same order.
         tau: Share of the ONLINE network in (0, 1]: 0.005, not 0.995.
     """
-    lerp_(list(target), list(online), tau)
+    for_each("lerp_")(list(target), list(online), tau)
 
 
 def normalized_q_loss(q1: Tensor, q2: Tensor, coin: Tensor) -> Tensor:

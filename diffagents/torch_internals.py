@@ -36,53 +36,17 @@ _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
 
 
 # ---- Adam ------------------------------------------------------------------------------------------------------------
-def adam_(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    all_steps: Tensor,
-    lr: Tensor,
-    weight_decay: float | None,
-) -> None:
-    """One step of Adam (`weight_decay` None) or AdamW, in place.
+@functools.cache
+def fused_adam(decoupled: bool, device: torch.device) -> Callable[..., Any] | None:
+    """torch's fused kernel of a step of Adam.
 
     Args:
-        parameters: The N tensors to move, all on one device.
-        gradients: One for each parameter, with the strides of the parameter.
-        exp_avgs: The running means of the gradients.
-        exp_avg_sqs: The running means of their squares.
-        steps: The numbers of steps so far, as 0-d views of `all_steps`.
-        all_steps: The same numbers as one tensor (N,); increased by one here.
-        lr: The learning rate, a 0-d tensor on the parameters' device.
-        weight_decay: AdamW's decoupled weight decay, at least 0.
+        decoupled: AdamW's instead.
+        device: Where it shall run.
+
+    Returns:
+        The kernel; None where it is missing or does not take the right step with our arguments: use `adam_by_torch_optim`.
     """
-    kernel = _fused_adam(weight_decay is not None, lr.device)
-    if kernel is None:
-        _adam_by_torch_optim(parameters, gradients, exp_avgs, exp_avg_sqs, steps, lr, weight_decay)
-        return
-    all_steps.add_(1.0)
-    kernel(
-        parameters,
-        gradients,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        lr=lr,
-        beta1=_BETA1,
-        beta2=_BETA2,
-        weight_decay=weight_decay or 0.0,
-        eps=_EPS,
-        amsgrad=False,
-        maximize=False,
-    )
-
-
-@functools.cache
-def _fused_adam(decoupled: bool, device: torch.device) -> Callable[..., Any] | None:
-    """The fused kernel of AdamW or Adam, or None where it is missing or does not take the right step with our arguments."""
     kernel: Any = getattr(torch, "_fused_adamw_" if decoupled else "_fused_adam_", None)
     numbers = torch.tensor([1.0, 2.0, 0.0, 0.0, 1.0, 0.25], dtype=torch.float32, device=device)
     parameter, gradient, mean, square, step, lr = numbers.unbind()
@@ -110,7 +74,7 @@ def _fused_adam(decoupled: bool, device: torch.device) -> Callable[..., Any] | N
     return kernel if all(abs(a - b) < 1e-5 for a, b in zip(found, wanted, strict=True)) else None
 
 
-def _adam_by_torch_optim(
+def adam_by_torch_optim(
     parameters: list[Tensor],
     gradients: list[Tensor],
     exp_avgs: list[Tensor],
@@ -119,7 +83,17 @@ def _adam_by_torch_optim(
     lr: Tensor,
     weight_decay: float | None,
 ) -> None:
-    """The same step on the same tensors by torch.optim, so that the two ways can take turns."""
+    """The same step on the same tensors by torch.optim, in place, so that the two ways can take turns.
+
+    Args:
+        parameters: The N tensors to move, all on one device.
+        gradients: One for each parameter.
+        exp_avgs: The running means of the gradients.
+        exp_avg_sqs: The running means of their squares.
+        steps: The numbers of steps so far, 0-d tensors; increased by one here.
+        lr: The learning rate, a 0-d tensor on the parameters' device.
+        weight_decay: None for Adam, AdamW's decoupled weight decay otherwise.
+    """
     on_device = lr.device.type == "cuda"  # no value may leave the device there: a CUDA graph can then hold the step
     settings: dict[str, Any] = {"lr": lr if on_device else lr.item(), "betas": (_BETA1, _BETA2), "eps": _EPS}
     settings["capturable"] = on_device
@@ -135,47 +109,32 @@ def _adam_by_torch_optim(
 
 
 # ---- operations on lists of tensors ----------------------------------------------------------------------------------
-def add_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    """tensors[i] += others[i], in place."""
-    kernel = _foreach("_foreach_add_", True)
-    if kernel is not None:
-        kernel(tensors, others)
-        return
-    for tensor, other in zip(tensors, others, strict=True):
-        tensor.add_(other)
-
-
-def lerp_(tensors: Sequence[Tensor], others: Sequence[Tensor], weight: float) -> None:
-    """tensors[i] += weight * (others[i] - tensors[i]), in place."""
-    kernel = _foreach("_foreach_lerp_", True, 0.5)
-    if kernel is not None:
-        kernel(tensors, others, weight)
-        return
-    for tensor, other in zip(tensors, others, strict=True):
-        tensor.lerp_(other, weight)
-
-
-def zero_(tensors: Sequence[Tensor]) -> None:
-    """All zeros, in place."""
-    kernel = _foreach("_foreach_zero_", False)
-    if kernel is not None:
-        kernel(tensors)
-        return
-    for tensor in tensors:
-        tensor.zero_()
-
-
 @functools.cache
-def _foreach(name: str, binary: bool, *scalars: float) -> Callable[..., Any] | None:
-    """torch's function of this name, or None where it is missing or does not do to a list what its name says."""
-    kernel: Any = getattr(torch, name, None)
+def for_each(operation: str) -> Callable[..., None]:
+    """An in-place operation on lists of tensors: torch's function, or a loop where it is missing or does something else.
+
+    Args:
+        operation: "add_" (tensors, others), "lerp_" (tensors, others, weight) or "zero_" (tensors).
+    """
+    kernel: Any = getattr(torch, f"_foreach_{operation}", None)
     found, wanted, other = torch.tensor([[1.0, 2.0], [1.0, 2.0], [4.0, 8.0]]).unbind()
-    getattr(wanted, name.removeprefix("_foreach_"))(*([other] if binary else []), *scalars)
+    scalars = [0.5] if operation == "lerp_" else []
+    lists = [] if operation == "zero_" else [[other]]
+    loop = functools.partial(_loop, operation)
+    loop([wanted], *lists, *scalars)
     try:
-        kernel([found], *([[other]] if binary else []), *scalars)
+        kernel([found], *lists, *scalars)
     except Exception:  # there is no such function, or its arguments have changed
-        return None
-    return kernel if torch.equal(found, wanted) else None
+        return loop
+    chosen: Callable[..., None] = kernel if torch.equal(found, wanted) else loop
+    return chosen
+
+
+def _loop(operation: str, tensors: Sequence[Tensor], *arguments: Any) -> None:
+    lists = [argument for argument in arguments if not isinstance(argument, float)]
+    scalars = [argument for argument in arguments if isinstance(argument, float)]
+    for tensor, *others in zip(tensors, *lists, strict=True):
+        getattr(tensor, operation)(*others, *scalars)
 
 
 # ---- tracing and compiling -------------------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ def switch() -> Any:
                 setattr(torch, name, kernel if on else REPLACEMENTS[how])
             else:
                 delattr(torch, name)
-        torch_internals._fused_adam.cache_clear()
-        torch_internals._foreach.cache_clear()
+        torch_internals.fused_adam.cache_clear()
+        torch_internals.for_each.cache_clear()
 
     yield turn
     turn(True)
@@ -107,11 +107,11 @@ def test_no_other_module_touches_what_torch_keeps_private() -> None:
 
 
 def test_the_fast_ways_are_taken_with_this_torch() -> None:
-    assert torch_internals._fused_adam(False, CPU) is torch._fused_adam_
-    assert torch_internals._fused_adam(True, CPU) is torch._fused_adamw_
-    assert torch_internals._foreach("_foreach_add_", True) is torch._foreach_add_
-    assert torch_internals._foreach("_foreach_lerp_", True, 0.5) is torch._foreach_lerp_
-    assert torch_internals._foreach("_foreach_zero_", False) is torch._foreach_zero_
+    assert torch_internals.fused_adam(False, CPU) is torch._fused_adam_
+    assert torch_internals.fused_adam(True, CPU) is torch._fused_adamw_
+    assert torch_internals.for_each("add_") is torch._foreach_add_
+    assert torch_internals.for_each("lerp_") is torch._foreach_lerp_
+    assert torch_internals.for_each("zero_") is torch._foreach_zero_
     linear = nn.Linear(2, 2)
     assert torch_internals.tensor_place(linear, "weight") is linear._parameters
     assert torch_internals.tensor_place(nn.BatchNorm1d(2), "running_mean")["running_mean"] is not None
@@ -151,7 +151,7 @@ def test_adam_without_the_fused_kernel(how: str, kind: str, switch: Switch) -> N
     fast, slow = (Optimizer(parameters(), 3e-2, **SETTINGS[kind]) for _ in range(2))
     descend(fast, 0, N_STEPS)
     switch(False, how)
-    assert torch_internals._fused_adam("weight_decay" in SETTINGS[kind], CPU) is None
+    assert torch_internals.fused_adam("weight_decay" in SETTINGS[kind], CPU) is None
     descend(slow, 0, N_STEPS)
     close(slow, fast)
     assert float(slow.state[slow.parameters[-1]]["step"]) == N_STEPS
@@ -226,14 +226,14 @@ def test_lists_of_tensors_without_the_foreach_functions(how: str, switch: Switch
         with torch.no_grad():
             tensors, others = [p.detach() for p in parameters()], gradients()[0]
             zeros = [one.clone() for one in others]
-            torch_internals.add_(tensors, others)
-            torch_internals.lerp_(tensors, gradients()[1], 0.3)
-            torch_internals.zero_(zeros)
+            torch_internals.for_each("add_")(tensors, others)
+            torch_internals.for_each("lerp_")(tensors, gradients()[1], 0.3)
+            torch_internals.for_each("zero_")(zeros)
             return [*tensors, *zeros]
 
     fast = results()
     switch(False, how)
-    assert torch_internals._foreach("_foreach_zero_", False) is None
+    assert torch_internals.for_each("zero_") is not getattr(torch, "_foreach_zero_", None)
     slow = results()
     torch.testing.assert_close(slow, fast, rtol=1e-6, atol=1e-7)
     assert not any(tensor.any() for tensor in slow[len(SHAPES) :]) and not torch.equal(slow[0], parameters()[0])

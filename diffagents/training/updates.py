@@ -187,16 +187,15 @@ class Optimizer:
             self._step_entries = steps = list(self._all_steps.unbind())
             for state, step in zip(states, steps, strict=True):
                 state["step"] = step
-        torch_internals.adam_(
-            self.parameters,
-            gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            steps,
-            self._all_steps,
-            self.lr,
-            self.weight_decay,
-        )
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        kernel = torch_internals.fused_adam(self.weight_decay is not None, self.lr.device)
+        if kernel is None:
+            decay = self.weight_decay
+            torch_internals.adam_by_torch_optim(self.parameters, gradients, means, squares, steps, self.lr, decay)
+            return
+        self._all_steps.add_(1.0)
+        settings = {"lr": self.lr, "beta1": 0.9, "beta2": 0.999, "weight_decay": self.weight_decay or 0.0, "eps": 1e-8}
+        kernel(self.parameters, gradients, means, squares, [], steps, **settings, amsgrad=False, maximize=False)
 
     def _counted_together(self, steps: list[Tensor]) -> bool:
         """Whether these are the entries of `_all_steps`. Only the first and the last are checked, which takes no time."""
@@ -219,7 +218,7 @@ class MetricSums:
         if metrics and not self._sums:
             self._names, self._sums = list(metrics), [torch.zeros_like(value) for value in metrics.values()]
         if metrics:
-            torch_internals.add_(self._sums, list(metrics.values()))
+            torch_internals.for_each("add_")(self._sums, list(metrics.values()))
         self.count += 1
 
     def take(self) -> dict[str, float]:
@@ -227,7 +226,7 @@ class MetricSums:
         if self.count == 0 or not self._sums:
             return {}
         means = (torch.stack(self._sums) / self.count).tolist()
-        torch_internals.zero_(self._sums)
+        torch_internals.for_each("zero_")(self._sums)
         self.count = 0
         return dict(zip(self._names, means, strict=True))
 
