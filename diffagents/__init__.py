@@ -4,9 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from diffagents.registry import AGENTS, load
+from diffagents.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from diffagents.agents.awr import AWR
+    from diffagents.agents.bc import BC
     from diffagents.agents.bdpo import BDPO
     from diffagents.agents.diffcps import DiffCPS
     from diffagents.agents.diffusion_bc import DiffusionBC
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from diffagents.experiments.learn_many import learn_many
     from diffagents.experiments.select import Selection, select
     from diffagents.experiments.tune import TuningReport, tune
-
-__version__ = "0.1.0"
 
 _LAZY = {
     **AGENTS,
@@ -48,6 +48,7 @@ _LAZY = {
 __all__ = [
     "AGENTS",
     "AWR",
+    "BC",
     "BDPO",
     "IDQL",
     "IQL",

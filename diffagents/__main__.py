@@ -1,4 +1,4 @@
-"""`python -m diffagents` is the command `diffagents`."""
+"""Makes `python -m diffagents` equivalent to the command `diffagents`."""
 
 import sys
 

@@ -1,8 +1,11 @@
-"""Agent: the verbs (`learn`, `predict`, `save`, `load`, ...) and the loop behind them. No loss lives here.
+"""Agent: the verbs of the library (`learn`, `predict`, `save`, `load`, `push_to_hub`, ...) with SB3's names. No loss lives
+here.
 
-An algorithm's file gives `Config`, `build`, `stages` and `act`; everything a user calls is here, with SB3's names.
+An algorithm's file gives `Config`, `build`, `stages`, `online_stage` and `act`. What a verb does in detail is in the package
+that it calls: data, training, storage, deploy, evaluation.
 """
 
+import copy
 import functools
 import pathlib
 import secrets
@@ -18,21 +21,22 @@ from torch import Tensor, nn
 
 from diffagents.config import presets
 from diffagents.config.checks import check_arguments, check_choice, find_device, whole_number
-from diffagents.config.hyperparameters import choose, make_config, signature
+from diffagents.config.hyperparameters import agent_doc, build_config, choose, signature
 from diffagents.data.load import load_dataset
 from diffagents.data.normalize import ObsNormalizer, RewardTransform
 from diffagents.data.replay_buffer import Replay
-from diffagents.deploy import compiled_policy
-from diffagents.deploy.numpy_policy import NumpyPolicy, numpy_action
+from diffagents.deploy.compiled_policy import compiled_act
+from diffagents.deploy.numpy_policy import NumpyPath
 from diffagents.envs.make import warn_of_another_env
 from diffagents.envs.vec_env import as_vec_env, check_same_spaces, stub_env
 from diffagents.evaluation.evaluate import Evaluation, evaluate
 from diffagents.networks.mlp import TanhPolicy
 from diffagents.storage import artifact, checkpoint, hub
-from diffagents.training import compiled, offline, online, prepare
+from diffagents.training import offline, online, prepare
 from diffagents.training.callbacks import make_callback, make_logger, with_history
-from diffagents.training.plan import MODES, OnlineRun, OnlineSettings, Plan
-from diffagents.training.state import load_state
+from diffagents.training.compiled import Compiled
+from diffagents.training.plan import MODES, OnlineSettings, Plan
+from diffagents.training.state import TrainState, load_state
 from diffagents.training.updates import Noise, Optimizer, Stage
 from diffagents.types import Spec
 
@@ -43,28 +47,46 @@ if TYPE_CHECKING:
 
 
 class Agent(ABC):
-    """Base of all agents. Knobs of the algorithm are keyword arguments, listed by `help(<Algorithm>Config)`.
+    """Base of all agents.
 
-    policy: "MlpPolicy" (the only kind; "MultiInputPolicy" is accepted for Dict observations).
-    env: None, an environment id, a Gymnasium Env or an SB3 VecEnv; gives the spaces, and the place where callbacks act.
-    preset: None, "auto" (row of zoo/<algorithm>.yml for the dataset's id), "paper", or a row's name. Explicit knobs win.
-    obs_keys: which entries of a Dict observation to concatenate, in this order.
-    policy_kwargs: `net_arch`, a list or a dict such as {"pi": [256, 256], "qf": [256, 256]}.
-    compile: how updates run: "eager"; "compiled" (a minute first, then faster); "graph", compiled and in a CUDA graph; "auto"
-    takes what is fastest in all for the length of the run. All agree to float tolerance; what fails falls back to eager.
-    tf32: on a GPU, let matrix products round to TF32 while training (about 1e-3 relative; faster).
-    verbose: 0 silent, 1 one line per look, 2 also SB3's tables. seed: None draws one and keeps it in `seed`.
+    Args:
+        policy: "MlpPolicy", the only kind; "MultiInputPolicy" is accepted for Dict observations.
+        env: None, an environment id, a Gymnasium Env or an SB3 VecEnv. It gives the spaces, and callbacks act in it.
+        preset: None, "auto" (the row of zoo/<algorithm>.yml for the dataset's id), "paper", or the name of a row.
+            Hyperparameters that are given explicitly win over it.
+        obs_keys: Which entries of a Dict observation to concatenate, in this order.
+        policy_kwargs: `net_arch`, a list or a dict such as {"pi": [256, 256], "qf": [256, 256]}.
+        tensorboard_log: Folder of TensorBoard logs.
+        verbose: 0 silent, 1 one line per log step, 2 also SB3's tables.
+        seed: None draws one and keeps it in `seed`.
+        device: "auto" takes CUDA if it is available.
+        compile: How updates run: "eager"; "compiled" (takes a minute at first and is faster then); "graph", compiled and in a
+            CUDA graph; "auto" takes what is fastest for the length of the run. All agree to float tolerance; what cannot be
+            compiled runs eagerly.
+        tf32: On a GPU, let matrix products round to TF32 while training (about 1e-3 relative; faster).
+        hyperparameters: Those of the algorithm; `help(<Algorithm>)` lists them.
+
+    Raises:
+        TypeError: An unknown hyperparameter.
+        ValueError: A value out of its range, an unknown preset, or an environment whose spaces cannot be learned on.
     """
 
     Config: ClassVar[type[Any]]
-    STAGE_SHARES: ClassVar[dict[str, int]]  # stages in order, in the proportion of the paper's schedule
-    POLICY_STAGE: ClassVar[str]  # the stage without which `predict` is meaningless
-    MODEL: ClassVar[tuple[str, ...]]  # attributes that `predict` needs: model.safetensors
-    LEARNER: ClassVar[tuple[str, ...]]  # every other network: learner.safetensors
-    OFFLINE_RATIO: ClassVar[float | str] = 0.5  # the share of old data in a batch of `learn_online`, or "uniform"
-    CALIBRATES: ClassVar[bool] = False  # whether its critic bootstraps from the policy's actions, and so knows a floor
-    CHOICE: ClassVar[tuple[str, ...]] = ()  # knobs that a call of `predict` may set for itself
-    SIZES: ClassVar[tuple[str, ...]] = ()  # knobs that are sizes of tensors: a file's must agree with its tensors
+    """The frozen dataclass of the algorithm's hyperparameters."""
+    STAGE_SHARES: ClassVar[dict[str, int]]
+    """The stages in order, with gradient steps in the proportion of the paper's schedule."""
+    POLICY_STAGE: ClassVar[str]
+    """The stage without which `predict` is meaningless."""
+    MODEL: ClassVar[tuple[str, ...]]
+    """Attributes with the networks that `predict` needs: model.safetensors."""
+    LEARNER: ClassVar[tuple[str, ...]]
+    """Attributes with all other networks: learner.safetensors."""
+    OFFLINE_RATIO: ClassVar[float | str] = 0.5
+    """The default share of offline data in a batch of `learn_online`, or "uniform"."""
+    CALIBRATES: ClassVar[bool] = False
+    """Whether the critic bootstraps from the policy's actions, so that `calibrate=True` applies."""
+    CHOICE: ClassVar[tuple[str, ...]] = ()
+    """Hyperparameters that a call of `predict` may set for itself."""
 
     config: Any
     obs_dim: int
@@ -73,8 +95,10 @@ class Agent(ABC):
     optimizers: dict[str, Optimizer]
 
     def __init_subclass__(cls) -> None:
-        """Show an algorithm's knobs in `help()` and in editors, though they arrive as **knobs."""
+        """Show an algorithm's hyperparameters in `help()` and in editors, though they arrive as keyword arguments."""
         cls.__signature__ = signature(Agent.__init__, cls.Config)  # type: ignore[attr-defined]
+        if cls.__dict__.get("__doc__"):
+            cls.__doc__ = agent_doc(cls.__dict__["__doc__"], cls.Config)
 
     def __init__(
         self,
@@ -90,53 +114,49 @@ class Agent(ABC):
         device: str | torch.device = "auto",
         compile: str = "auto",
         tf32: bool = True,
-        **knobs: Any,
+        **hyperparameters: Any,
     ) -> None:
         check_arguments(policy, obs_keys, policy_kwargs)
         check_choice("compile", compile, ("auto", *MODES))
-        self.config = make_config(self.Config, type(self).__name__, knobs)
-        self._explicit = dict(knobs)  # what the user asked for wins over any preset
+        self.config = build_config(self.Config, type(self).__name__, hyperparameters)
+        self.explicit = dict(hyperparameters)  # what the user has set wins over any preset
         if preset is not None:
-            presets.resolve_preset(self.presets_name(), preset, None)  # a misspelt name is told at once
+            presets.resolve_preset(self.presets_name(), preset, None)  # refuses an unknown name at once
         self.preset, self.policy_kwargs = preset, dict(policy_kwargs or {})
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
         self.tensorboard_log, self.verbose = tensorboard_log, verbose
         self.compile, self.tf32 = compile, tf32
         self.device = find_device(device)
         self.set_random_seed(seed)
-        self.num_timesteps = self.n_env_steps = self.n_updates = 0
-        self.stage_steps = dict.fromkeys(self.STAGE_SHARES, 0)  # gradient steps ever done, by stage
-        self.plan: Plan | None = None
-        self.online: OnlineRun | None = None  # the last run of `learn_online`
-        self.replay_buffer: Replay | None = None
-        self.constraint_relaxation = 1.0  # by how much the constraint to the data is weaker, while `learn_online` runs
-        self.history: list[dict[str, Any]] = []  # one row per look: step, stage and the means of its metrics
+        self.state = TrainState(stage_steps=dict.fromkeys(self.STAGE_SHARES, 0))
         self.spec: Spec | None = None
-        self.reward_transform: RewardTransform | None = None
-        self.dataset_info: dict[str, Any] | None = None
-        self.provenance: dict[str, Any] = {}  # command, machine, seconds, evaluations: see provenance.py
-        self.origin: hub.Origin | None = None  # the commit on the Hub that the agent was pulled from
-        self.has_learner = True  # False: loaded without critics and behaviour model, to act only
-        self._numpy_policy: NumpyPolicy | None = None
-        self._compiled: dict[Any, compiled.Compiled] = {}  # by number of observations, deterministic, config
-        self._pristine = True  # no weight has been trained or loaded yet
-        self._exploring = False  # `learn_online` is running
-        self._policy_missing = False  # an official checkpoint has no policy
-        self._env: VecEnv | None = None
+        self.replay_buffer: Replay | None = None
+        self.origin: hub.Origin | None = None  # the commit on the Hub that the agent was downloaded from
+        self.has_learner = True  # False: loaded without learner.safetensors, to act only
+        self.env: VecEnv | None = None
+        self.sb3_logger: Logger | None = None
         self._stub: VecEnv | None = None
-        self._logger: Logger | None = None
+        self._numpy_path = NumpyPath()
+        self._compiled: dict[Any, Compiled] = {}  # by number of observations, deterministic, config
         if env is not None:
-            self._env = as_vec_env(env)
-            self._set_up(Spec.from_spaces(self._env.observation_space, self._env.action_space, self.obs_keys))
+            self.env = as_vec_env(env)
+            self.set_up(Spec.from_spaces(self.env.observation_space, self.env.action_space, self.obs_keys))
 
     # ---- what an algorithm gives -----------------------------------------------------------------------------------
     @abstractmethod
     def build(self) -> None:
-        """Make the networks (attributes named in MODEL and LEARNER) and `optimizers` for `self.spec`."""
+        """Make the networks (the attributes named in MODEL and LEARNER) and `optimizers` for `self.spec`."""
 
     @abstractmethod
-    def stages(self) -> list[Stage]:
-        """The stages in the order in which they run, named as in STAGE_SHARES."""
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
+        """The stages in the order in which they run, named as in STAGE_SHARES.
+
+        Args:
+            plan: The plan that they are for, where their updates depend on it; None for the present one.
+
+        Raises:
+            ValueError: The algorithm cannot run this plan.
+        """
 
     @abstractmethod
     def online_stage(self) -> Stage:
@@ -144,11 +164,21 @@ class Agent(ABC):
 
     @abstractmethod
     def act(self, obs: Tensor, noise: Noise, config: Any) -> Tensor:
-        """Normalised observations (B, S) -> actions (B, A) in [-1, 1]; `config` is the agent's, but for CHOICE. Pure."""
+        """Normalised observations (B, S) -> actions (B, A) in [-1, 1]; a pure function.
+
+        Args:
+            obs: Normalised observations (B, S).
+            noise: From `draw_act`.
+            config: The agent's configuration, except for what the call of `predict` chose (CHOICE).
+        """
 
     def draw_act(self, n: int, deterministic: bool, config: Any, generator: torch.Generator) -> Noise:
-        """The random numbers of `act` for n observations; deterministic: stored ones, the same for each (sizes of 1)."""
+        """The noise of `act` for n observations; if deterministic a stored one, equal for all (sizes of 1)."""
         return {}
+
+    def point_policy(self, deterministic: bool) -> TanhPolicy | None:
+        """The network that alone is the policy, which numpy can run for one observation; None if there is no such network."""
+        return None
 
     # ---- learning --------------------------------------------------------------------------------------------------
     def learn(
@@ -163,34 +193,40 @@ class Agent(ABC):
         *,
         stages: Sequence[str] | None = None,
     ) -> Self:
-        """Train on a dataset (anything `load_dataset` reads) and return self.
+        """Train on a dataset.
 
-        total_timesteps: gradient steps in all, split over the stages in the paper's proportion; None takes each stage's own
-        `*_steps` knob, else the preset. log_interval: gradient steps between looks (None: a twentieth of the stage, at most
-        1000).
-        reset_num_timesteps=False: finish an interrupted plan exactly as it would have gone; with total_timesteps or stages on a
-        finished one, a new plan that counts on.
-        stages: run only these, on the others' results, e.g. ("policy",).
-        Raises ValueError (bad data or arguments) before any work, TrainingDiverged on NaN, KeyboardInterrupt after the
-        running update; in all cases the agent can be saved, and a plan be finished later.
+        Args:
+            dataset: Anything that `load_dataset` reads.
+            total_timesteps: Gradient steps in all, split over the stages in the paper's proportion. None takes each stage's own
+                `*_steps` hyperparameter, else the preset.
+            callback: An SB3 callback, a function of (locals, globals), or a list of them; called after each gradient step.
+            log_interval: Gradient steps between log steps. None: a twentieth of the stage, at most 1000.
+            tb_log_name: Name of the run in TensorBoard; the algorithm's by default.
+            reset_num_timesteps: False finishes an interrupted plan exactly as it would have ended; with total_timesteps or
+                stages on a finished one, a new plan continues the counters.
+            progress_bar: Show SB3's progress bar.
+            stages: Run only these, on the results of the others, e.g. ("policy",).
+
+        Returns:
+            The agent itself.
+
+        Raises:
+            ValueError: Bad data or arguments; raised before any work, and the agent is as it was.
+            TrainingDiverged: NaN, or Q has run away; the agent holds its last good state.
+            KeyboardInterrupt: After Ctrl-C, once the running update is complete. The agent can be saved, and the plan be
+                finished later.
         """
         prepare.check_arguments(self, total_timesteps, stages, log_interval)
-        data = load_dataset(dataset, env=self._env, obs_keys=self.obs_keys, verbose=self.verbose)
-        with prepare.nothing_if_refused(self):
-            plan, data = prepare.accept(self, data, total_timesteps, reset_num_timesteps, stages)
-            if plan is None:
-                return self
-            tick = make_callback(self, callback, progress_bar)
-        prepare.begin(self, plan, data, reset_num_timesteps)
-        if self.tensorboard_log is not None:
-            name = tb_log_name or type(self).__name__
-            self._logger = make_logger(self, name, reset_num_timesteps)
-        sampler = data.sampler(self.device, self.reward_transform, self.obs_normalizer)
-        seconds = offline.estimate(self, plan, sampler) if self.verbose or self.compile == "auto" else {}
-        offline.choose_modes(self, plan, seconds)
-        if self.verbose:
-            offline.announce(self, plan, seconds)
-        offline.run(self, plan, sampler, tick, log_interval, tb_log_name)
+        checkpoint.fetch_learner(self)
+        data = load_dataset(dataset, env=self.env, obs_keys=self.obs_keys, verbose=self.verbose)
+        candidate = self.candidate()
+        plan, data = prepare.accept(candidate, data, total_timesteps, reset_num_timesteps, stages)
+        tick = make_callback(callback, progress_bar)
+        self.become(candidate)
+        if plan is not None:
+            if tick is not None:
+                tick.init_callback(self)  # type: ignore[arg-type]
+            offline.train(self, plan, data, tick, log_interval, tb_log_name, reset_num_timesteps)
         return self
 
     def learn_online(
@@ -209,44 +245,86 @@ class Agent(ABC):
         buffer_size: int | None = None,
         calibrate: bool = False,
     ) -> Self:
-        """Go on learning in a live environment, from where `learn` or `load` left the agent, and return self.
+        """Continue learning in a live environment, from where `learn` or `load` left the agent.
 
-        total_timesteps: environment steps to take, in addition to all before (of n environments: rounded up to n). None
-        finishes an interrupted run on the same dataset, by its own settings; saved agents need `load_replay_buffer` first.
-        env: an id, a Gymnasium Env or an SB3 VecEnv; None: the agent's own, else the one stored with its dataset.
-        dataset: old data to mix in, anything that `learn` takes; None: what happens from now on is all there is.
-        offline_ratio: the dataset's share of each batch, in [0, 1], or "uniform" over dataset and replay buffer together; None:
-        what the algorithm's file says: half, for IQL "uniform".
-        learning_starts: steps before the first update, less what the buffer holds; None: 1000 with a dataset, 5000
-        without, at most a fifth of the run. Only an agent that never learnt acts at random in them. utd: updates per step of
-        one environment. buffer_size: how many transitions are kept, None: as many as so far, else a million.
-        calibrate: no target of Q for the dataset's transitions is below the return that followed them there, as in Cal-QL: an
-        offline Q that is too low is not unlearnt first. Only DiffusionQL, DiffCPS, BDPO and TD3BC; the others need it not.
-        How each algorithm explores and loosens its constraint is told at the top of its file, and set by its `online_*` knobs.
-        log_interval: environment steps between looks (None: a twentieth of the run, at most 1000). `train_return` is that of
-        the exploring policy; evaluate the agent itself with an EvalCallback. Updates run as with compile="eager".
-        Raises as `learn` does; RuntimeError where critics or a resumed run's replay buffer are missing.
+        How each algorithm explores and relaxes its constraint to the data is written at the top of its file; its `online_*`
+        hyperparameters set it. Updates run as with compile="eager".
+
+        Args:
+            total_timesteps: Environment steps to take, in addition to all earlier ones (with n environments rounded up to a
+                multiple of n). None finishes an interrupted run on the same dataset with its own settings; a saved agent needs
+                `load_replay_buffer` first.
+            env: An id, a Gymnasium Env or an SB3 VecEnv. Default: the agent's own, else the one stored with its dataset.
+            dataset: Old data to mix in, anything that `learn` takes. None: the agent learns only from what happens from now on.
+            callback: As in `learn`; called after each step of the environments.
+            log_interval: Environment steps between log steps. None: a twentieth of the run, at most 1000. `train_return` is
+                that of the exploring policy; evaluate the agent itself with an EvalCallback.
+            tb_log_name: As in `learn`.
+            progress_bar: As in `learn`.
+            offline_ratio: The dataset's share of each batch, in [0, 1], or "uniform" over dataset and replay buffer together.
+                Default: the algorithm's own, one half, for IQL "uniform".
+            learning_starts: Steps before the first update, less what the buffer holds already. Default: 1000 with a dataset,
+                5000 without, at most a fifth of the run. Only an agent that has never learned acts at random in them.
+            utd: Updates per step of one environment, in (0, 1000].
+            buffer_size: Transitions that the replay buffer holds. Default: the current capacity, or 1,000,000.
+            calibrate: No target of Q for the dataset's transitions is below the return that followed them there, as in Cal-QL,
+                so that an offline Q that is too low need not be unlearned first. Only for DiffusionQL, DiffCPS, BDPO and TD3BC;
+                the other algorithms' critics do not bootstrap from the policy's actions.
+
+        Returns:
+            The agent itself.
+
+        Raises:
+            ValueError: Bad arguments, data or environment; raised before any work, and the agent is as it was.
+            RuntimeError: Critics or the replay buffer of a resumed run are missing.
+            TrainingDiverged: As in `learn`.
+            KeyboardInterrupt: As in `learn`.
         """
-        how = OnlineSettings(offline_ratio, learning_starts, utd, buffer_size, calibrate)
-        online.learn_online(self, total_timesteps, env, dataset, how, callback, log_interval, tb_log_name, progress_bar)
+        settings = OnlineSettings(offline_ratio, learning_starts, utd, buffer_size, calibrate)
+        settings = online.check_arguments(total_timesteps, log_interval, settings)
+        checkpoint.fetch_learner(self)
+        candidate = self.candidate()
+        run, old_data = online.accept(candidate, total_timesteps, env, dataset, settings)
+        tick = make_callback(callback, progress_bar)
+        self.become(candidate)
+        if tick is not None:
+            tick.init_callback(self)  # type: ignore[arg-type]
+        online.train(self, run, old_data, tick, log_interval, tb_log_name)
         return self
 
     # ---- acting ----------------------------------------------------------------------------------------------------
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False, **choice: Any
     ) -> tuple[np.ndarray, Any]:
-        """One observation or a batch -> (action in the environment's units and dtype, `state` unchanged).
+        """The policy's action for one observation or a batch, with SB3's signature.
 
-        choice: values of the knobs in CHOICE (how many candidates, how one is selected, ...) for this call only.
-        Raises ValueError for a wrong shape or NaN, TypeError for an `(obs, info)` tuple, RuntimeError where there is no policy
-        at all. As in SB3, an agent that knows its spaces acts before it is trained: at random.
+        As in SB3, an agent that knows its spaces acts before it is trained: at random.
+
+        Args:
+            observation: As the environment gives it: an array or a dict of arrays, one observation or a batch.
+            state: Returned unchanged.
+            episode_start: Ignored.
+            deterministic: Act without randomness: the action depends on the observation only.
+            choice: Values of the hyperparameters in CHOICE (how many candidates, how one is selected, ...) for this call only.
+
+        Returns:
+            The action, in the environment's units and dtype, and `state`.
+
+        Raises:
+            ValueError: A wrong shape, or NaN.
+            TypeError: An `(obs, info)` tuple.
+            RuntimeError: There is no policy at all.
         """
-        if self.spec is None or self._policy_missing:
-            stages = f', stages=("{self.POLICY_STAGE}",)' if self._policy_missing else ""
+        if self.spec is None or self.state.policy_missing:
+            stages = f', stages=("{self.POLICY_STAGE}",)' if self.state.policy_missing else ""
             raise RuntimeError(f"this {type(self).__name__} has no policy yet: train it with learn(data{stages})")
-        config = self.config if not choice else choose(self, choice)
-        if not choice and (action := numpy_action(self, observation, deterministic)) is not None:
-            return action, state
+        config = self.config if not choice else choose(type(self).__name__, self.config, self.CHOICE, choice)
+        if not choice and type(observation) is np.ndarray and self.device.type == "cpu":
+            policy = self.point_policy(deterministic)
+            if policy is not None:
+                action = self._numpy_path(observation, policy, self.obs_normalizer, self.spec)
+                if action is not None:
+                    return action, state
 
         def act(obs: Tensor) -> Tensor:
             noise = self.draw_act(len(obs), deterministic, config, self.predict_generator)
@@ -255,38 +333,60 @@ class Agent(ABC):
 
         return self.predict_with(act, observation), state
 
-    def compile_policy(self, n_obs: int = 1, deterministic: bool | None = None, **choice: Any) -> Self:
-        """Compile `predict` for batches of n_obs observations, which takes tens of seconds, and return self.
-
-        deterministic: None compiles both kinds. choice: as in `predict`, for calls with the same choice. What is trained or
-        loaded later is acted on. Other calls stay as they are; where compiling fails, so do these, after a warning.
-        """
-        self._need_networks()
-        config = choose(self, choice) if choice else self.config
-        for kind in (False, True) if deterministic is None else (deterministic,):
-            self._compiled[n_obs, kind, config] = compiled_policy.compiled_act(self, n_obs, kind, config)
-        return self
-
-    def point_policy(self, deterministic: bool) -> TanhPolicy | None:
-        """The network that alone is the policy, so that numpy can run it for one observation; None where there is none."""
-        return None
-
     def predict_with(self, act: Callable[[Tensor], Tensor], observation: Any) -> np.ndarray:
-        """Run `act`, normalised observations (B, S) -> actions (B, A) in [-1, 1], on what an environment gave."""
-        self._need_networks()
-        assert self.spec is not None
-        obs, batched = self.spec.flatten_obs(observation)
+        """Run `act`, normalised observations (B, S) -> actions (B, A) in [-1, 1], on an observation of the environment.
+
+        Returns:
+            The action, in the environment's units and dtype.
+
+        Raises:
+            ValueError, TypeError: As in `predict`.
+            RuntimeError: The action is not finite.
+        """
+        spec = self.require_spec()
+        obs, batched = spec.flatten_obs(observation)
         with torch.no_grad():
             flat = act(self.obs_normalizer(torch.from_numpy(obs).to(self.device))).cpu().numpy()
         if not np.isfinite(flat).all():
             raise RuntimeError("the policy's actions are not finite numbers: go back to an earlier checkpoint")
-        action = self.spec.unscale_action(flat)
+        action = spec.unscale_action(flat)
         return action if batched else action[0]
 
-    def evaluate(self, env: Any = None, n_episodes: int = 10, *, choice: Any = None, **kwargs: Any) -> Evaluation:
-        """`diffagents.evaluate(self, ...)`; without `env`, in the environment stored with the dataset, kwargs included.
+    def compile_policy(self, n_obs: int = 1, deterministic: bool | None = None, **choice: Any) -> Self:
+        """Compile `predict` for batches of n_obs observations, which takes tens of seconds.
 
-        choice: given to `predict` at every step, e.g. {"n_candidates": 10}. Warns when `env` is not the stored environment.
+        What is trained or loaded later is acted on. Calls with other batch sizes stay as they are. If compiling fails, these do
+        too, after a warning.
+
+        Args:
+            n_obs: Observations in a call of `predict`.
+            deterministic: None compiles both kinds.
+            choice: As in `predict`, for calls with the same choice.
+
+        Returns:
+            The agent itself.
+        """
+        self.require_spec()
+        config = choose(type(self).__name__, self.config, self.CHOICE, choice) if choice else self.config
+        for kind in (False, True) if deterministic is None else (deterministic,):
+            self._compiled[n_obs, kind, config] = compiled_act(self, n_obs, kind, config)
+        return self
+
+    def forget_compiled(self) -> None:
+        """Drop what `compile_policy` made, because the networks have moved to other memory."""
+        self._compiled = {}
+
+    def evaluate(self, env: Any = None, n_episodes: int = 10, *, choice: Any = None, **kwargs: Any) -> Evaluation:
+        """Run the policy for some episodes and measure it; see `diffagents.evaluate`.
+
+        Args:
+            env: Default: the environment stored with the dataset, its kwargs included, else the agent's own. Another one warns.
+            n_episodes: Number of episodes.
+            choice: Passed to `predict` at every step, e.g. {"n_candidates": 10}.
+            kwargs: As in `diffagents.evaluate`.
+
+        Raises:
+            ValueError: No environment is known, or `learn_online` is acting in it.
         """
         policy: Any = self
         if choice:
@@ -294,37 +394,104 @@ class Agent(ABC):
         stored = (self.dataset_info or {}).get("env_spec")
         if env is not None and stored is not None:
             warn_of_another_env(env, stored, kwargs.get("env_kwargs"))
-        if self._exploring and (env is self._env or (env is None and stored is None)):
+        if self.state.exploring and (env is self.env or (env is None and stored is None)):
             raise ValueError("learn_online is acting in this environment: evaluate in another, env=...")
-        if env is None and stored is None and self._env is None:
+        if env is None and stored is None and self.env is None:
             raise ValueError("no environment is stored with this agent's dataset: pass env=, an id or an environment")
-        return evaluate(policy, env if env is not None else (stored or self._env), n_episodes, **kwargs)
+        return evaluate(policy, env if env is not None else (stored or self.env), n_episodes, **kwargs)
 
     def export(self, path: str | pathlib.Path, format: str = "onnx", **choice: Any) -> pathlib.Path:
-        """Write the deterministic policy as one file that runs without diffagents, "onnx" or "torch_export" (`export.py`)."""
-        from diffagents.deploy.export import export
+        """Write the deterministic policy as one file that runs without diffagents; see `deploy.export.export`.
+
+        Args:
+            path: The file; without a suffix it gets .onnx or .pt2.
+            format: "onnx" or "torch_export".
+            choice: As in `predict`; fixed in the file.
+
+        Returns:
+            The path of the file.
+        """
+        from diffagents.deploy.export import export  # torch's exporter takes seconds to import
 
         return export(self, path, format, **choice)
 
-    # ---- files -----------------------------------------------------------------------------------------------------
+    # ---- files and the Hub -----------------------------------------------------------------------------------------
     def save(self, path: str | pathlib.Path, include_trainer_state: bool = True) -> pathlib.Path:
-        """Write a `.zip` (added when there is no suffix); with the trainer state, `learn` can go on to the bit."""
+        """Write a `.zip` (added if there is no suffix).
+
+        Args:
+            path: The file.
+            include_trainer_state: Keep optimisers, generators and plan, so that `learn` can be resumed bit for bit.
+
+        Returns:
+            The path of the file.
+        """
         return artifact.write(path, *checkpoint.pack(self, include_trainer_state))
 
+    @classmethod
+    def load(
+        cls,
+        path: str | pathlib.Path,
+        env: Any = None,
+        device: str | torch.device = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """Read what `save` or `save_pretrained` wrote. No environment, dataset or pickle is involved.
+
+        Args:
+            path: The file or folder.
+            env: As in `set_env`.
+            device: As in the constructor.
+            custom_objects: SB3's, accepted and ignored.
+            print_system_info: SB3's, accepted and ignored.
+            overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile` or `tf32`.
+
+        Raises:
+            FileNotFoundError: There is nothing at `path`.
+            ArtifactError: It is not a policy of this class, or damaged; the message says what to do.
+        """
+        agent = checkpoint.unpack(cls, artifact.read(path), device, overrides)
+        if env is not None:
+            agent.set_env(env)
+        return agent
+
+    def clone(self, fresh: Sequence[str] = (), **hyperparameters: Any) -> Self:
+        """A copy with other hyperparameters on copied networks.
+
+        `base.clone(beta=0.2, fresh=("policy",)).learn(data, stages=("policy",))` is another policy on the same critic and
+        behaviour model.
+
+        Args:
+            fresh: Networks that start from new weights and moments.
+            hyperparameters: As in `load`.
+        """
+        config, tensors, state = checkpoint.pack(self, True)
+        overrides = {"verbose": self.verbose, "compile": self.compile, "tf32": self.tf32, **hyperparameters}
+        other = checkpoint.restore(type(self), config, tensors, state, self.device, overrides, fresh)
+        other.env, other.state.online = self.env, None
+        return other
+
     def save_replay_buffer(self, path: str | pathlib.Path) -> pathlib.Path:
-        """Write what `learn_online` has collected (safetensors; a `.pkl` suffix is replaced): with `save`, the whole run."""
+        """Write what `learn_online` has collected, as safetensors; together with `save`, the whole run.
+
+        Args:
+            path: The file; a `.pkl` suffix is replaced.
+
+        Raises:
+            RuntimeError: There is no replay buffer yet.
+        """
         if self.replay_buffer is None:
             raise RuntimeError("there is no replay buffer yet: learn_online makes one")
         return self.replay_buffer.save(path, self._moment())
 
     def load_replay_buffer(self, path: str | pathlib.Path) -> None:
-        """Read what `save_replay_buffer` wrote when this agent was saved. Raises FileNotFoundError, artifact.ArtifactError."""
-        self._need_networks()
-        assert self.spec is not None
-        self.replay_buffer = Replay.load(path, self.spec, self.device, self._moment())
+        """Read what `save_replay_buffer` wrote when this agent was saved. Raises FileNotFoundError or ArtifactError."""
+        self.replay_buffer = Replay.load(path, self.require_spec(), self.device, self._moment())
 
     def _moment(self) -> dict[str, int]:
-        """What tells the agents apart whose buffer this could be: the rows are in the learner's units."""
+        """What identifies the agent that a replay buffer belongs to: its rows are in the learner's units."""
         units = [repr(self.reward_transform), *(x.tolist() for x in (self.obs_normalizer.mean, self.obs_normalizer.std))]
         identity = zlib.crc32(repr([self.seed, units]).encode())
         return {"environment steps": self.n_env_steps, "updates": self.n_updates, "units": identity}
@@ -339,13 +506,30 @@ class Agent(ABC):
         video: bool = False,
         license: str = "mit",
     ) -> pathlib.Path:
-        """Write a folder as `push_to_hub` uploads it: the artifact, README.md (the card), and what there is of results.json,
-        curves.png and replay.mp4. A README.md written by hand stays. Arguments as there.
+        """Write a folder as `push_to_hub` uploads it: the artifact, README.md (the model card), results.json, pictures.
+
+        Args:
+            folder: The folder. A README.md in it that somebody wrote is kept.
+            include_trainer_state: As in `push_to_hub`, like all that follow.
+            eval_env: Evaluate in it first.
+            n_eval_episodes: Number of episodes.
+            video: Render an episode.
+            license: Of this policy.
+
+        Returns:
+            The folder.
         """
         from diffagents.storage import publish
 
-        how = publish.How(include_trainer_state, eval_env, n_eval_episodes, video, license)
-        return publish.save_pretrained(self, folder, how)
+        return publish.save_pretrained(
+            self,
+            folder,
+            include_trainer_state=include_trainer_state,
+            eval_env=eval_env,
+            n_eval_episodes=n_eval_episodes,
+            video=video,
+            license=license,
+        )
 
     def push_to_hub(
         self,
@@ -361,20 +545,46 @@ class Agent(ABC):
         include_trainer_state: bool = False,
         license: str = "mit",
     ) -> "CommitInfo":
-        """Publish the policy as a model repository of the Hugging Face Hub, in one commit, and return that.
+        """Publish the policy as a model repository of the Hugging Face Hub, in one commit.
 
-        eval_env: evaluate in it first (an id, an environment, or True for the dataset's own) and put the score on the card;
-        or an Evaluation that was made before.
-        video: render an episode; where that fails, a warning. revision: a branch, made where there is none. token: None takes
-        the one of `hf auth login` or HF_TOKEN. include_trainer_state: so that others can resume the run itself. license: of
-        this policy, as the Hub spells it. Files of an earlier push that the new one has not are deleted.
-        Raises ValueError (no such id), HubError: no access, no connection, somebody else pushed meanwhile. Then nothing is
-        changed on the Hub, but for a new repository staying empty, and a folder that was evaluated is kept and named.
+        Files of an earlier push that the new one does not have are deleted.
+
+        Args:
+            repo_id: "organisation/name".
+            eval_env: Evaluate in it first (an id, an environment, or True for the dataset's own) and put the score on the card;
+                or an Evaluation that was made before.
+            n_eval_episodes: Number of episodes.
+            video: Render an episode; if that fails, there is a warning.
+            private: Make a new repository private.
+            revision: A branch, created if it does not exist.
+            commit_message: Message of the commit.
+            token: None takes the one of `hf auth login` or HF_TOKEN.
+            include_trainer_state: Let others resume the run itself.
+            license: Of this policy, as the Hub spells it.
+
+        Returns:
+            The commit.
+
+        Raises:
+            ValueError: Not a valid repository id.
+            HubError: No access, no connection, or somebody else pushed meanwhile. Nothing has changed on the Hub then, except
+                that a new repository stays empty; a folder that was evaluated is kept and named.
         """
         from diffagents.storage import publish
 
-        how = publish.How(include_trainer_state, eval_env, n_eval_episodes, video, license)
-        return publish.push_to_hub(self, repo_id, how, private, revision, commit_message, token)
+        return publish.push_to_hub(
+            self,
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            token=token,
+            include_trainer_state=include_trainer_state,
+            eval_env=eval_env,
+            n_eval_episodes=n_eval_episodes,
+            video=video,
+            license=license,
+        )
 
     @classmethod
     def from_pretrained(
@@ -391,147 +601,199 @@ class Agent(ABC):
     ) -> Self:
         """Load a policy from an existing folder or .zip, else from the Hub repository of that name, at one commit (`origin`).
 
-        revision: branch, tag or commit. From the Hub only what acting needs is fetched; critics and the like follow when
-        `learn` is called. HF_HUB_OFFLINE=1 or local_files_only=True: from the cache alone. The rest as in `load`.
-        Raises FileNotFoundError, HubError (no such repository, no access, no connection), ArtifactError (not a policy of this
-        class, damaged, from a newer version).
+        From the Hub only what acting needs is downloaded; critics and the like follow when `learn` is called.
+
+        Args:
+            repo_id_or_folder: A folder or .zip that exists, else "organisation/name".
+            revision: Branch, tag or commit.
+            env: As in `load`.
+            device: As in `load`.
+            token: As in `push_to_hub`.
+            cache_dir: The Hub's cache.
+            local_files_only: From the cache alone, as with HF_HUB_OFFLINE=1.
+            overrides: As in `load`.
+
+        Raises:
+            FileNotFoundError: There is nothing of that name.
+            HubError: No such repository, no access, no connection.
+            ArtifactError: Not a policy of this class, damaged, or from a newer version.
         """
         from diffagents.storage import publish
 
-        how = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        load = {"env": env, "device": device, **overrides}
-        agent: Any = publish.open_pretrained(lambda _: cls, repo_id_or_folder, revision, how, load)
-        return agent
+        found = publish.find_pretrained(repo_id_or_folder, revision, token, cache_dir, local_files_only)
+        return publish.load_pretrained(cls, found, env, device, overrides)
 
-    @classmethod
-    def load(
-        cls,
-        path: str | pathlib.Path,
-        env: Any = None,
-        device: str | torch.device = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        **overrides: Any,
-    ) -> Self:
-        """Read what `save` or `save_pretrained` wrote; no environment, dataset or pickle is involved.
-
-        overrides: other knobs (e.g. beta=0.1), `seed`, `verbose` or `tensorboard_log`. custom_objects and print_system_info
-        are SB3's, accepted and not needed. Raises FileNotFoundError, or artifact.ArtifactError with the cause and the cure.
-        """
-        agent: Self = checkpoint.unpack(cls, artifact.read(path), device, overrides)
-        if env is not None:
-            agent.set_env(env)
-        return agent
-
-    def clone(self, fresh: Sequence[str] = (), **knobs: Any) -> Self:
-        """A copy with other knobs on copied networks; those named in `fresh` start from new weights and moments.
-
-        `base.clone(beta=0.2, fresh=("policy",)).learn(data, stages=("policy",))` is another policy on the same critic and
-        behaviour model.
-        """
-        config, tensors, state = checkpoint.pack(self, True)
-        same = {"verbose": self.verbose, "compile": self.compile, "tf32": self.tf32}
-        other: Self = checkpoint.restore(type(self), config, tensors, state, self.device, {**same, **knobs}, fresh)
-        other._env, other.online = self._env, None
-        return other
+    # ---- networks --------------------------------------------------------------------------------------------------
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network by its attribute name, the observation normaliser included."""
+        self.require_spec()
+        return {name: getattr(self, name) for name in ("obs_normalizer", *self.MODEL, *self.LEARNER)}
 
     def get_parameters(self) -> dict[str, dict[str, Tensor]]:
-        """Network name -> its state dict (live tensors)."""
+        """The state dict (live tensors) of each network by name."""
         return {name: module.state_dict() for name, module in self.networks().items()}
 
     def set_parameters(self, parameters: dict[str, dict[str, Tensor]], exact_match: bool = True) -> None:
-        """Load state dicts as `get_parameters` gives them. Raises ValueError on unknown or missing names or shapes."""
+        """Load state dicts as `get_parameters` returns them.
+
+        Args:
+            parameters: Network name -> its state dict.
+            exact_match: Whether every network must be there.
+
+        Raises:
+            ValueError: Unknown or missing names, or other shapes.
+        """
         networks = self.networks()
         wrong = set(parameters) - set(networks) | (set(networks) - set(parameters) if exact_match else set())
         if wrong:
             raise ValueError(f"parameters name {sorted(parameters)}, the agent has {sorted(networks)}")
         for name, tensors in parameters.items():
             load_state(networks[name], tensors)
-        self._pristine = False
+        self.state.pristine = False
         if "policy" in parameters:
-            self._policy_missing = False
+            self.state.policy_missing = False
 
-    def networks(self) -> dict[str, nn.Module]:
-        """Every network by its attribute name, the observation normaliser included."""
-        self._need_networks()
-        return {name: getattr(self, name) for name in ("obs_normalizer", *self.MODEL, *self.LEARNER)}
+    def set_up(self, spec: Spec) -> None:
+        """Build the networks for these spaces from the seed; torch's global generator is left alone."""
+        self.spec, self.obs_keys = spec, spec.obs_keys
+        self.forget_compiled()
+        self.obs_dim, self.act_dim = spec.obs_dim, spec.act_dim
+        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+            torch.manual_seed(self.seed)
+            self.obs_normalizer = ObsNormalizer(self.obs_dim).to(self.device)
+            self.build()
 
-    # ---- environment, logger, seed: SB3's names --------------------------------------------------------------------
+    def require_spec(self) -> Spec:
+        """The spaces. Raises RuntimeError as long as they are unknown, and so no networks are built."""
+        if self.spec is None:
+            raise RuntimeError(f"this {type(self).__name__} does not know its spaces yet: give it env=, or learn(data) first")
+        return self.spec
+
+    def candidate(self) -> Self:
+        """A copy that shares the networks: what is built or set on it changes this agent only when it `become`s the copy."""
+        copied = copy.copy(self)
+        copied.state = self.state.copy()
+        return copied
+
+    def become(self, candidate: Self) -> None:
+        """Take over everything from a `candidate` that has passed all checks."""
+        self.__dict__.update(candidate.__dict__)
+
+    # ---- environment, logger, seed, counters: SB3's names ------------------------------------------------------------
     def set_env(self, env: Any, force_reset: bool = True) -> None:
-        """Give the agent a live environment (id, Env or VecEnv). Raises ValueError when its spaces are others."""
+        """Give the agent a live environment.
+
+        Args:
+            env: An id, a Gymnasium Env or an SB3 VecEnv.
+            force_reset: SB3's, accepted and ignored.
+
+        Raises:
+            ValueError: Its spaces differ from the agent's.
+        """
         vec_env = as_vec_env(env)
         if self.spec is not None:
             check_same_spaces(self.spec, vec_env.observation_space, vec_env.action_space)
-        self._env = vec_env
+        self.env = vec_env
         if self.spec is None:
-            self._set_up(Spec.from_spaces(vec_env.observation_space, vec_env.action_space, self.obs_keys))
+            self.set_up(Spec.from_spaces(vec_env.observation_space, vec_env.action_space, self.obs_keys))
 
     def get_env(self) -> "VecEnv":
-        """The live environment, else a stand-in with the right spaces (SB3's callbacks insist on one)."""
-        if self._env is not None:
-            return self._env
-        self._need_networks()
+        """The live environment, else a stand-in with the right spaces, because SB3's callbacks insist on one."""
+        if self.env is not None:
+            return self.env
+        spec = self.require_spec()
         if self._stub is None:
-            assert self.spec is not None
-            self._stub = stub_env(self.spec)
+            self._stub = stub_env(spec)
         return self._stub
 
     def get_vec_normalize_env(self) -> Any:
         """SB3's VecNormalize around the live environment, if there is one."""
         from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
-        return None if self._env is None else unwrap_vec_normalize(self._env)
+        return None if self.env is None else unwrap_vec_normalize(self.env)
 
     @property
     def logger(self) -> "Logger":
-        if self._logger is None:
-            self._logger = make_logger(self, type(self).__name__, True)
-        return self._logger
+        """SB3's logger, made when it is first asked for."""
+        if self.sb3_logger is None:
+            self.sb3_logger = make_logger(self, type(self).__name__, True)
+        return self.sb3_logger
 
     def set_logger(self, logger: "Logger") -> None:
         """Use this SB3 logger (csv, json, tensorboard, ...) from now on."""
-        self._logger, self.tensorboard_log = with_history(logger, self), None
+        self.sb3_logger, self.tensorboard_log = with_history(logger, self), None
 
     def dump_logs(self) -> None:
         """Write what has been recorded, at the present step."""
         self.logger.dump(self.num_timesteps)
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """Restart both generators: one for training, another for `predict`, so that evaluating never changes training."""
+        """Restart both generators: one is for training, the other for `predict`, so that evaluating never changes training."""
         self.seed = secrets.randbelow(2**31) if seed is None else whole_number("seed", seed, 0)
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
         self.predict_generator = torch.Generator(self.device).manual_seed(self.seed + 1)
 
     @property
     def observation_space(self) -> Any:
-        self._need_networks()
-        return self.spec.observation_space  # type: ignore[union-attr]
+        """The environment's observation space. Raises RuntimeError as long as it is unknown."""
+        return self.require_spec().observation_space
 
     @property
     def action_space(self) -> Any:
-        self._need_networks()
-        return self.spec.action_space  # type: ignore[union-attr]
+        """The environment's action space. Raises RuntimeError as long as it is unknown."""
+        return self.require_spec().action_space
 
     @property
     def n_envs(self) -> int:
-        return 1 if self._env is None else self._env.num_envs
+        """Number of live environments, 1 if there is none."""
+        return 1 if self.env is None else self.env.num_envs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Offline gradient steps plus environment steps."""
+        return self.state.num_timesteps
+
+    @property
+    def n_env_steps(self) -> int:
+        """Environment steps taken by `learn_online`."""
+        return self.state.n_env_steps
+
+    @property
+    def n_updates(self) -> int:
+        """Steps of updates, offline and online."""
+        return self.state.n_updates
+
+    @property
+    def stage_steps(self) -> dict[str, int]:
+        """Gradient steps ever taken, by stage."""
+        return self.state.stage_steps
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the last `learn`, and how far it has come."""
+        return self.state.plan
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One row for each log step: num_timesteps, stage, stage_step and the means of the metrics."""
+        return self.state.history
+
+    @property
+    def reward_transform(self) -> RewardTransform | None:
+        """The transform of rewards, fitted on the first dataset."""
+        return self.state.reward_transform
+
+    @property
+    def dataset_info(self) -> dict[str, Any] | None:
+        """What is known of the first dataset: id, size, returns, environment, ..."""
+        return self.state.dataset_info
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the policy was made: commands, machine, seconds, evaluations during training."""
+        return self.state.provenance
 
     @classmethod
     def presets_name(cls) -> str:
-        """The file of `zoo/` with this algorithm's presets is named like the algorithm's module."""
+        """The file of `zoo/` with the presets of an algorithm is named like the algorithm's module."""
         return cls.__module__.rpartition(".")[2]
-
-    # ---- inside ----------------------------------------------------------------------------------------------------
-    def _need_networks(self) -> None:
-        if self.spec is None:
-            raise RuntimeError(f"this {type(self).__name__} knows no spaces yet: give it env=, or learn(data) first")
-
-    def _set_up(self, spec: Spec) -> None:
-        """Build the networks from the seed, leaving the global generator alone."""
-        self.spec, self.obs_keys = spec, spec.obs_keys
-        self._compiled.clear()
-        self.obs_dim, self.act_dim = spec.obs_dim, spec.act_dim
-        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-            torch.manual_seed(self.seed)
-            self.obs_normalizer = ObsNormalizer(self.obs_dim).to(self.device)
-            self.build()

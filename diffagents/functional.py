@@ -1,6 +1,6 @@
-"""Value maths as plain functions: TD target, expectile loss, returns, Polyak update, choice among candidates.
+"""Value maths as plain functions: TD targets, expectile loss, lambda returns, Polyak update, choice among candidate actions.
 
-Shapes: B batch, A action dimension, E ensemble members. All functions are pure unless their name ends in `_`.
+Shapes: B batch, A action dimension, K candidates. All functions are pure unless their name ends in `_`.
 """
 
 from collections.abc import Callable, Iterable
@@ -8,21 +8,40 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from diffagents.torch_internals import for_each
+
+SELECT = ("softmax", "argmax", "first")
+"""The values of `select` that `select_action` knows."""
+
 
 def td_target(rew: Tensor, done: Tensor, next_value: Tensor, gamma: float, floor: Tensor | None = None) -> Tensor:
-    """One-step target r + gamma (1 - d) V(s'), all (B,). d is 1 on a true termination only, never on a time-out.
+    """One-step TD target r + gamma (1 - d) V(s').
 
-    floor: (B,) what the target is at least, e.g. the return that the data then had (`learn_online(calibrate=True)`).
+    Args:
+        rew: Rewards, (B,).
+        done: 1 at a true termination, else 0, (B,). A time-out is no termination: its next state keeps its value.
+        next_value: V(s'), (B,).
+        gamma: Discount in [0, 1].
+        floor: Lower bound of the target, (B,): the return that the data reached (`learn_online(calibrate=True)`).
+
+    Returns:
+        The targets, (B,).
     """
     target = rew + gamma * (1.0 - done) * next_value
     return target if floor is None else torch.maximum(target, floor)
 
 
 def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
-    """Mean of |tau - 1(u < 0)| u^2 over u = target - prediction, any shape; tau in (0, 1).
+    """Mean of |tau - 1(u < 0)| u^2 over the differences u = target - prediction.
 
-    tau = 0.5 is half the mean squared error; tau -> 1 makes the prediction approach the largest target.
     Source: IQL (Kostrikov et al. 2021), Eq. (5); official `value_net`, `loss`.
+
+    Args:
+        diff: u, of any shape.
+        expectile: tau in (0, 1). 0.5 gives half the mean squared error; towards 1 the prediction approaches the largest target.
+
+    Returns:
+        A scalar.
     """
     weight = torch.where(diff < 0, 1.0 - expectile, expectile)
     return (weight * diff.square()).mean()
@@ -30,12 +49,22 @@ def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
 
 @torch.no_grad()
 def lambda_returns(rew: Tensor, done: Tensor, next_value: Tensor, episode_ends: Tensor, gamma: float, lam: float) -> Tensor:
-    """TD(lambda) returns of the N rows of whole data, episode after episode, (N,) float32 on `rew`'s device.
+    """TD(lambda) returns of N consecutive rows, episode after episode.
 
         G_t = r_t + gamma (1 - d_t) [ (1 - lam) V(s'_t) + lam G_{t+1} ],    in an episode's last row  V(s'_t) alone
 
-    so a termination ends the sum, while a time-out or a cut goes on with V(s'). rew, done, next_value (N,);
-    episode_ends (E,) one past each episode's last row. lam = 1 with a next_value of zero: Monte-Carlo returns.
+    A termination ends the sum; at a time-out or a cut the sum continues with V(s').
+
+    Args:
+        rew: Rewards, (N,).
+        done: 1 at a true termination, else 0, (N,).
+        next_value: V(s'), (N,). With zeros and lam = 1 the result is the Monte-Carlo return.
+        episode_ends: One past the last row of each episode, (E,) int64, in ascending order; equal neighbours are allowed.
+        gamma: Discount in [0, 1].
+        lam: lambda in [0, 1].
+
+    Returns:
+        The returns, (N,) float32 on the device of `rew`; computed in double precision.
     """
     r, d, v = (tensor.cpu().double() for tensor in (rew, done, next_value))
     ends = episode_ends.cpu()
@@ -51,42 +80,68 @@ def lambda_returns(rew: Tensor, done: Tensor, next_value: Tensor, episode_ends: 
 
 
 def action_gradient(value: Callable[[Tensor], Tensor], act: Tensor) -> Tensor:
-    """grad_a value(a) at `act` (B, A), detached; `value` maps (B, A) to (B,), row by row."""
+    """Gradient of a value with respect to the action.
+
+    Args:
+        value: A function of actions (B, A) that returns (B,), row by row.
+        act: Where the gradient is taken, (B, A).
+
+    Returns:
+        grad_a value(a) at `act`, (B, A), detached.
+    """
     gradient: Tensor = torch.func.grad(lambda a: value(a).sum())(act.detach())  # which vmap and tracing can follow
     return gradient.detach()
 
 
 @torch.no_grad()
 def polyak_update_(target: Iterable[Tensor], online: Iterable[Tensor], tau: float) -> None:
-    """target <- (1 - tau) target + tau online, in place; tau is the share of the ONLINE network (0.005, not 0.995)."""
-    torch._foreach_lerp_(list(target), list(online), tau)
+    """Move target parameters towards the online ones in place: target <- (1 - tau) target + tau online.
+
+    Args:
+        target: Parameters of the target network.
+        online: Parameters of the online network, in the same order.
+        tau: Share of the ONLINE network in (0, 1]: 0.005, not 0.995.
+    """
+    for_each("lerp_")(list(target), list(online), tau)
 
 
 def normalized_q_loss(q1: Tensor, q2: Tensor, coin: Tensor) -> Tensor:
-    """Minus the mean of one critic in units of the other's mean size: which is which, a coin in [0, 1) decides.
+    """Minus the mean of one critic, divided by the mean size of the other.
 
-    q1, q2 (B,) at the policy's own actions; the divisor is detached. Source: Diffusion-QL's and DiffCPS's official code.
+    Source: official code of Diffusion-QL and DiffCPS.
+
+    Args:
+        q1: Values of the first critic at the policy's own actions, (B,).
+        q2: Values of the second critic at the same actions, (B,).
+        coin: A random number in [0, 1), a scalar. Above 0.5 the first critic is maximised, else the second.
+
+    Returns:
+        A scalar; the divisor is detached.
     """
     first = -q1.mean() / q2.abs().mean().detach()
     second = -q2.mean() / q1.abs().mean().detach()
     return torch.where(coin > 0.5, first, second)
 
 
-SELECT = ("softmax", "argmax", "first")
-"""Ways of `select_action`."""
-
-
 def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Gumbel noise: the argmax of log p + noise is a draw from p."""
+    """Gumbel noise of `shape` on the generator's device: argmax(log p + noise) is distributed as p."""
     return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
 
 
 def select_action(actions: Tensor, q: Tensor, select: str, temperature: float, noise: Tensor | None) -> Tensor:
-    """One of K candidates for each observation; actions (B, K, A), q (B, K) -> (B, A).
+    """Choose one of K candidate actions for each observation.
 
-    "softmax": drawn with probabilities softmax(q / temperature), q as it is (Diffusion-QL, DiffCPS at temperature 1), by
-    Gumbel `noise` (B, K); without noise, or "argmax": the highest q, the limit of temperature 0 (IDQL, BDPO); "first": q is
-    not asked.
+    Args:
+        actions: Candidates, (B, K, A).
+        q: Their values, (B, K).
+        select: "softmax" samples a candidate with probabilities softmax(q / temperature), where q is not normalised
+            (Diffusion-QL, and DiffCPS with temperature 1); "argmax" takes the highest q (IDQL, BDPO), which is the limit of
+            temperature 0; "first" takes the first candidate and ignores q.
+        temperature: Positive; used by "softmax" alone.
+        noise: `gumbel` noise (B, K) for "softmax". With None, "softmax" takes the highest q as "argmax" does.
+
+    Returns:
+        The chosen actions, (B, A).
     """
     if select == "first":
         return actions[:, 0]
@@ -95,13 +150,31 @@ def select_action(actions: Tensor, q: Tensor, select: str, temperature: float, n
 
 
 def perturb(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x_t = alpha_t x + sigma_t eps; x and eps (B, A), alpha and sigma (B,)."""
+    """The forward process of a diffusion: x_t = alpha_t x + sigma_t eps.
+
+    Args:
+        x: Clean actions, (B, A).
+        eps: Standard normal noise, (B, A).
+        alpha: Share of the action, (B,).
+        sigma: Share of the noise, (B,).
+
+    Returns:
+        The noisy actions, (B, A).
+    """
     return alpha[:, None] * x + sigma[:, None] * eps
 
 
 def eps_loss(predicted: Tensor, eps: Tensor) -> Tensor:
-    """Batch mean of the squared error SUMMED over the A dimensions, (B, A) both (SRPO official `loss_fn`).
+    """Batch mean of the squared error SUMMED over the action dimensions.
 
-    Diffusion-QL, DiffCPS and BDPO take the mean over the dimensions too: `torch.nn.functional.mse_loss`.
+    Source: `loss_fn` of SRPO's official code. Diffusion-QL, DiffCPS and BDPO average over the dimensions too, which is
+    `torch.nn.functional.mse_loss`.
+
+    Args:
+        predicted: Predicted noise, (B, A).
+        eps: The noise that was added, (B, A).
+
+    Returns:
+        A scalar.
     """
     return (predicted - eps).square().sum(-1).mean()

@@ -24,12 +24,28 @@ AGENTS = {
     "QGPO": "diffagents.agents.qgpo",
     "SfBC": "diffagents.agents.sfbc",
     "DiffusionBC": "diffagents.agents.diffusion_bc",
+    "BC": "diffagents.agents.bc",
     "IDQL": "diffagents.agents.idql",
     "IQL": "diffagents.agents.iql",
     "TD3BC": "diffagents.agents.td3_bc",
     "AWR": "diffagents.agents.awr",
 }
-"""Algorithm name -> the module that holds the class of that name; imported when first asked for."""
+"""Algorithm name -> the module that holds the class of that name; it is imported on first use."""
+
+
+def agent_class(algorithm: str) -> "type[Agent]":
+    """The class of an algorithm.
+
+    Args:
+        algorithm: a key of `AGENTS`.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    if algorithm not in AGENTS:
+        raise ValueError(f"algorithm={algorithm!r}; choose from {', '.join(AGENTS)}")
+    cls: type[Agent] = getattr(importlib.import_module(AGENTS[algorithm]), algorithm)
+    return cls
 
 
 def load(
@@ -39,19 +55,35 @@ def load(
     token: str | bool | None = None,
     cache_dir: str | pathlib.Path | None = None,
     local_files_only: bool = False,
-    **kwargs: Any,
+    env: Any = None,
+    device: Any = "auto",
+    **overrides: Any,
 ) -> "Agent":
-    """Load an agent of whatever algorithm a folder, a .zip or a Hub repository holds; arguments as `Agent.from_pretrained`.
+    """Load an agent of whatever algorithm a folder, a .zip or a Hub repository holds.
 
-    Raises FileNotFoundError, HubError or ArtifactError with the cause and the cure.
+    Args:
+        path: A folder or .zip that exists, else "organisation/name" on the Hub.
+        revision: As in `Agent.from_pretrained`, like all that follow.
+        token: For the Hub.
+        cache_dir: The Hub's cache.
+        local_files_only: From the cache alone.
+        env: As in `Agent.load`.
+        device: As in `Agent.load`.
+        overrides: As in `Agent.load`.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        HubError: No such repository, no access, no connection.
+        ArtifactError: It is no policy of ours, damaged, or from a newer version; the message says what to do.
     """
     from diffagents.storage import publish
 
-    how = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    return publish.open_pretrained(_class_of, path, revision, how, kwargs)
+    found = publish.find_pretrained(path, revision, token, cache_dir, local_files_only)
+    return publish.load_pretrained(class_of(found[0]), found, env, device, overrides)
 
 
-def _class_of(source: "Artifact") -> "type[Agent]":
+def class_of(source: "Artifact") -> "type[Agent]":
+    """The class of the algorithm that an artifact holds. Raises ArtifactError if this version does not know it."""
     from diffagents.errors import ArtifactError, short
 
     algorithm = source.config["algorithm"]
@@ -60,8 +92,7 @@ def _class_of(source: "Artifact") -> "type[Agent]":
         raise ArtifactError(
             f"{source.path} holds the algorithm {short(algorithm)!r}; this version knows {known}: upgrade diffagents"
         )
-    found: type[Agent] = getattr(importlib.import_module(AGENTS[algorithm]), algorithm)
-    return found
+    return agent_class(algorithm)
 
 
 def push_folder(

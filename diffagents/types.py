@@ -1,7 +1,7 @@
-"""The three things every module talks about: a `Batch`, a `Spec` (what goes in and out of a policy) and `Metrics`.
+"""The types that every module uses: `Batch` (transitions), `Spec` (the spaces of a policy) and `Metrics`; and spaces as JSON.
 
-Shapes: B batch, S flat observation, A flat action. Actions are in [-1, 1] wherever the name is `act`
-(inside the library) and in the environment's own units wherever it is `action` (outside).
+Shapes: B batch, S flat observation, A flat action. Actions lie in [-1, 1] wherever the name is `act` (inside the library), and
+are in the environment's own units wherever it is `action` (outside).
 """
 
 import math
@@ -15,26 +15,32 @@ from gymnasium import spaces
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
-"""Named 0-d tensors that stay on the device until a log line looks at them."""
+"""Named scalar tensors, which stay on the device until they are logged."""
 
 
 class Batch(NamedTuple):
-    """One mini-batch of transitions, all float32 on the training device."""
+    """A mini-batch of transitions, all float32 on the training device."""
 
     obs: Tensor  # (B, S)
     act: Tensor  # (B, A), scaled to [-1, 1]
     rew: Tensor  # (B,), after the reward transform
     next_obs: Tensor  # (B, S)
-    done: Tensor  # (B,), 1 at a true termination, 0 otherwise; a time-out is not an end
-    extras: dict[str, Tensor] = {}  # noqa: RUF012  (B, ...) each, what a stage's `prepare` put beside each transition
+    done: Tensor  # (B,), 1 at a true termination, else 0; a time-out is no termination
+    extras: dict[str, Tensor] = {}  # noqa: RUF012  (B, ...) each, what a stage's `prepare` added to each transition
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a policy reads and writes: spaces, the order of observation keys, and the way between them and flat arrays.
+    """The observations and actions of a policy, and their conversion to and from flat arrays.
 
-    `obs_keys` is None for a Box observation; for a Dict observation it names the keys that are concatenated, in order.
-    Raises ValueError where a space is of a kind that the library cannot learn on, TypeError for keys that are a string.
+    Args:
+        observation_space: A Box, or a Dict whose keys in `obs_keys` are Boxes; vectors only, no images.
+        action_space: A Box with finite bounds.
+        obs_keys: The keys of a Dict observation that are concatenated, in order; None for a Box observation.
+
+    Raises:
+        ValueError: If a space is of a kind that the library cannot learn on.
+        TypeError: If `obs_keys` is a string.
     """
 
     observation_space: spaces.Space[Any]
@@ -45,18 +51,19 @@ class Spec:
         if not isinstance(self.action_space, spaces.Box):
             raise ValueError(
                 f"action space {self.action_space} is not a Box: diffusion agents need continuous actions; "
-                "wrap the environment or choose another algorithm"
+                "wrap the environment, or choose an algorithm for discrete actions"
             )
         low, high = self.action_space.low, self.action_space.high
         if not (np.all(np.isfinite(low)) and np.all(np.isfinite(high)) and np.all(low < high)):
             raise ValueError(
                 f"action space bounds must be finite with low < high, not [{low.min()}, {high.max()}]: "
-                "wrap the environment with gymnasium.wrappers.RescaleAction, or leave env= out to take bounds from the data"
+                "wrap the environment with gymnasium.wrappers.RescaleAction, or leave env= out to take the bounds from the data"
             )
         with np.errstate(over="ignore"):
             if not np.all(np.isfinite(2.0 * (high - low))):  # `unscale_action` multiplies it by up to 2
                 raise ValueError(
-                    f"action space bounds [{low.min()}, {high.max()}] are too far apart for float32: rescale actions"
+                    f"action space bounds [{low.min()}, {high.max()}] are too far apart for float32; rescale the actions, "
+                    "e.g. with gymnasium.wrappers.RescaleAction"
                 )
         if isinstance(self.obs_keys, str):
             raise TypeError(f"obs_keys={self.obs_keys!r} is a string, not a tuple of keys; pass obs_keys=({self.obs_keys!r},)")
@@ -64,12 +71,12 @@ class Spec:
             _check_box(self.observation_space, "observation space")
             return
         if not isinstance(self.observation_space, spaces.Dict):
-            raise ValueError(f"obs_keys={self.obs_keys} need a Dict observation space, not {self.observation_space}")
+            raise ValueError(f"obs_keys={self.obs_keys} needs a Dict observation space, not {self.observation_space}")
         if not self.obs_keys:
-            raise ValueError(f"obs_keys is empty; choose from {list(self.observation_space.spaces)}")
+            raise ValueError(f"obs_keys is empty; choose at least one of {list(self.observation_space.spaces)}")
         for key in self.obs_keys:
             if key not in self.observation_space.spaces:
-                raise ValueError(f"obs_keys names {key!r}, the observation has {list(self.observation_space.spaces)}")
+                raise ValueError(f"obs_keys names {key!r}, but the observation has {list(self.observation_space.spaces)}")
             _check_box(self.observation_space.spaces[key], f"observation {key!r}")
 
     @classmethod
@@ -79,16 +86,33 @@ class Spec:
         action_space: spaces.Space[Any],
         obs_keys: tuple[str, ...] | None = None,
     ) -> "Spec":
-        """A Spec with the default keys of a Dict observation: `observation` + `desired_goal` if it has both, else all."""
+        """A Spec in which a Dict observation gets default keys.
+
+        Args:
+            observation_space: As in `Spec`.
+            action_space: As in `Spec`.
+            obs_keys: As in `Spec`. Default for a Dict: `observation` and `desired_goal` if it has both, else all keys.
+
+        Returns:
+            The Spec.
+
+        Raises:
+            ValueError: As `Spec`.
+            TypeError: As `Spec`.
+        """
         if isinstance(observation_space, spaces.Dict) and obs_keys is None:
             goal = ("observation", "desired_goal")
             obs_keys = goal if set(goal) <= set(observation_space.spaces) else tuple(observation_space.spaces)
-        if obs_keys is not None and not isinstance(obs_keys, str):  # a string goes on as it is, and is refused
+        if obs_keys is not None and not isinstance(obs_keys, str):  # a string stays one, so that Spec refuses it
             obs_keys = tuple(obs_keys)
         return cls(observation_space, action_space, obs_keys)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, Any]:
-        """Spaces and keys as strict JSON. Raises ValueError for a space that holds more than Boxes and Dicts of them."""
+        """Spaces and keys as strict JSON values.
+
+        Raises:
+            ValueError: If a space is neither a Box nor a Dict of them.
+        """
         keys = list(self.obs_keys) if self.obs_keys is not None else None
         return {
             "observation_space": space_to_json(self.observation_space),
@@ -98,7 +122,11 @@ class Spec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Spec":
-        """What `to_json` described. Raises ValueError where it is malformed."""
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: If `data` is malformed; the message names the place.
+        """
         observation_space = space_from_json(data.get("observation_space"), "observation_space")
         keys = data.get("obs_keys")
         if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
@@ -122,13 +150,21 @@ class Spec:
         return [self.observation_space[key] for key in self.obs_keys]  # type: ignore[index]
 
     def flatten_obs(self, obs: Any) -> tuple[np.ndarray, bool]:
-        """One observation or a batch -> float32 (B, S), and whether it was a batch.
+        """Flatten one observation or a batch.
 
-        Raises ValueError with the shape found and the shape expected; TypeError for Gymnasium's `(obs, info)` tuple.
+        Args:
+            obs: An array or tensor on the CPU; for a Dict observation a mapping of them. With or without a batch dimension.
+
+        Returns:
+            The flat observations, (B, S) float32 with B = 1 for a single one; and whether `obs` was a batch.
+
+        Raises:
+            ValueError: If shape, keys or values do not fit the observation space.
+            TypeError: For Gymnasium's `(obs, info)` tuple.
         """
         if isinstance(obs, tuple):
             raise TypeError(
-                "the observation is a tuple: env.reset() returns (obs, info) and env.step() five values in Gymnasium; "
+                "the observation is a tuple: in Gymnasium, env.reset() returns (obs, info) and env.step() five values; "
                 "pass the observation alone, e.g. obs, info = env.reset()"
             )
         if self.obs_keys is None:
@@ -150,7 +186,7 @@ class Spec:
         return np.concatenate([part for part, _ in parts], axis=1), parts[0][1]
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
-        """Environment units (B, *shape) -> float32 (B, A) in [-1, 1]."""
+        """Scale actions from the environment's units, (B, *shape), to [-1, 1], (B, A) float32."""
         low, high = self._bounds()
         flat = np.asarray(action, np.float32).reshape(-1, self.act_dim)
         if np.all(low == -1) and np.all(high == 1):
@@ -158,7 +194,7 @@ class Spec:
         return (2.0 * (flat - low) / (high - low) - 1.0).astype(np.float32)
 
     def unscale_action(self, act: np.ndarray) -> np.ndarray:
-        """(B, A) in [-1, 1] -> environment units (B, *shape), clipped to the bounds, in the space's dtype."""
+        """Scale actions from [-1, 1], (B, A), to the environment's units, (B, *shape), clipped and in the space's dtype."""
         low, high = self._bounds()
         action = low + (np.clip(act, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
         return np.clip(action, low, high).reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)
@@ -168,18 +204,21 @@ class Spec:
 
 
 _BOX_DTYPES = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint32", "uint16", "uint8"}
-_MAX_BOX_SIZE = 1_000_000  # numbers in one Box that comes from a file
+_MAX_BOX_SIZE = 1_000_000  # numbers in a Box that is read from a file, which may be hostile
 
 
 def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
-    """A Box, or a Dict of them, as strict JSON: bounds exact, one number where all are equal, infinity as "inf" or "-inf".
+    """A Box, or a Dict of them, as strict JSON values.
 
-    Raises ValueError for other spaces.
+    Bounds are exact: a list, or one number where all are equal; infinity is "inf" or "-inf".
+
+    Raises:
+        ValueError: For other spaces.
     """
     if isinstance(space, spaces.Dict):
         return {"type": "Dict", "spaces": {key: space_to_json(item) for key, item in space.spaces.items()}}
     if not isinstance(space, spaces.Box) or str(space.dtype) not in _BOX_DTYPES:
-        raise ValueError(f"the space {space} cannot be stored, only a Box of numbers or a Dict of them can")
+        raise ValueError(f"the space {space} cannot be stored; only a Box of numbers or a Dict of such Boxes can")
     low, high = (_bound(b.flat[0] if b.size and (b == b.flat[0]).all() else b) for b in (space.low, space.high))
     return {"type": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
 
@@ -192,7 +231,18 @@ def _bound(value: Any) -> Any:
 
 
 def space_from_json(data: Any, where: str = "space") -> spaces.Space[Any]:
-    """The space that `space_to_json` described, keys of a Dict in the same order. Raises ValueError, naming the place."""
+    """The inverse of `space_to_json`, with the keys of a Dict in the same order.
+
+    Args:
+        data: What `space_to_json` returned, perhaps from an untrusted file.
+        where: Name of the place, for messages.
+
+    Returns:
+        The space.
+
+    Raises:
+        ValueError: If `data` is malformed; the message begins with the place.
+    """
     try:
         kind = data["type"]
         if kind == "Dict":
@@ -211,24 +261,24 @@ def space_from_json(data: Any, where: str = "space") -> spaces.Space[Any]:
     except Exception as error:  # of many types, from numpy and gymnasium too
         if str(error).startswith(where):
             raise
-        raise ValueError(f"{where} is not a Box or Dict of them ({ascii(str(error))[1:-1][:80]})") from None
+        raise ValueError(f"{where} is not a Box or Dict of Boxes ({ascii(str(error))[1:-1][:80]})") from None
 
 
 def _check_box(space: spaces.Space[Any], name: str) -> None:
     if not isinstance(space, spaces.Box):
-        raise ValueError(f"{name} {space} is not a Box; choose other obs_keys or wrap the environment (FlattenObservation)")
+        raise ValueError(f"{name} {space} is not a Box; choose other obs_keys, or wrap the environment (FlattenObservation)")
     if space.dtype == np.uint8 or len(space.shape) > 2:
-        raise ValueError(f"{name} {space} looks like an image; only vectors are supported, encode it first")
+        raise ValueError(f"{name} {space} looks like an image, but only vectors are supported; encode it as a vector first")
 
 
 def _flat(value: Any, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, bool]:
     if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(f"{name} is a tensor that requires grad; pass it with .detach()")
+        raise ValueError(f"{name} is a tensor that requires grad; call .detach() on it first")
     if isinstance(value, Tensor) and value.device.type != "cpu":
-        raise ValueError(f"{name} is a tensor on {value.device}; pass it with .cpu()")
+        raise ValueError(f"{name} is a tensor on {value.device}; call .cpu() on it first")
     try:
         array = np.asarray(value, dtype=np.float32)
-    except (TypeError, ValueError, RuntimeError) as error:  # the last: a list of tensors that require grad
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a list of tensors that require grad
         raise ValueError(f"{name} cannot be read as float32 numbers: {' '.join(str(error).split())}") from None
     batched = array.ndim == len(shape) + 1
     if array.shape[1 if batched else 0 :] != shape:

@@ -1,10 +1,10 @@
 """Train SRPO on an offline dataset and run it in the dataset's own environment.
 
-  python examples/01_train_and_run.py                                           # the small set that lies beside this file
-  python examples/01_train_and_run.py --dataset mujoco/hopper/medium-v0         # any Minari id, downloaded if need be
+  python examples/01_train_and_run.py                                           # the small dataset next to this file
+  python examples/01_train_and_run.py --dataset mujoco/hopper/medium-v0         # any Minari id, downloaded if necessary
   python examples/01_train_and_run.py --seeds 0 1 2                             # the table of the README
 
-Leaves in --out: the agent (a .zip without pickle), a picture of the training curves, and a video where one can be rendered.
+Writes into --out: the agent (a .zip without pickle), a picture of the training curves, and a video if rendering is possible.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
 SHIPPED = "diffagents/reacher/replay-v0"
-# For the shipped set: small networks and short stages, minutes on two cores. Any other set gets the library's defaults.
-SHIPPED_KNOBS = {
+# For the included dataset: small networks and short stages, minutes on two cores. Other datasets use the library's defaults.
+SHIPPED_SETTINGS = {
     "beta": 0.1,
     "critic_steps": 15_000,
     "behavior_steps": 5_000,
@@ -29,22 +29,26 @@ SHIPPED_KNOBS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default=SHIPPED, help="a Minari id, or a .npz or .hdf5 file (default: %(default)s)")
-    parser.add_argument("--env", default=None, help="environment id; needed only where the dataset names none")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--episodes", type=int, default=10)
-    parser.add_argument("--total-timesteps", type=int, default=None, help="gradient steps in all, instead of the defaults")
+    parser.add_argument("--env", default=None, help="environment id; needed only if the dataset names none")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
+    parser.add_argument("--episodes", type=int, default=10, help="of each evaluation (default: %(default)s)")
+    parser.add_argument(
+        "--total-timesteps", type=int, default=None, help="total number of gradient steps, instead of the defaults"
+    )
     parser.add_argument("--preset", default=None, help='"auto", "paper" or a row of zoo/srpo.yml')
-    parser.add_argument("--beta", type=float, default=None, help="SRPO's one main knob: large = greedy, small = near the data")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    parser.add_argument(
+        "--beta", type=float, default=None, help="main hyperparameter of SRPO: large = greedy, small = near the data"
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the results")
     args = parser.parse_args()
     if args.dataset == SHIPPED:
         os.environ["MINARI_DATASETS_PATH"] = str(HERE / "data")
 
     from diffagents import SRPO, evaluate, load_dataset, record_video
 
-    knobs = dict(SHIPPED_KNOBS) if args.dataset == SHIPPED else {}
+    settings = dict(SHIPPED_SETTINGS) if args.dataset == SHIPPED else {}
     if args.beta is not None:
-        knobs["beta"] = args.beta
+        settings["beta"] = args.beta
     data = load_dataset(args.dataset, env=args.env, verbose=1)
     env = args.env or data.info["env_spec"]
     if env is None:
@@ -53,7 +57,7 @@ def main() -> None:
     rows = []
     for seed in args.seeds:
         start = time.perf_counter()
-        agent = SRPO(seed=seed, preset=args.preset, **knobs).learn(data, total_timesteps=args.total_timesteps)
+        agent = SRPO(seed=seed, preset=args.preset, **settings).learn(data, total_timesteps=args.total_timesteps)
         seconds = time.perf_counter() - start
         # Both policies play the same episodes: same number, same seeds.
         cloned = evaluate(agent.behavior_policy(), env, args.episodes, n_envs=args.episodes, deterministic=False)

@@ -1,9 +1,9 @@
-"""Arrays in, policy out: train on transitions that you recorded yourself, save the agent, load it, act.
+"""Train on transitions that you recorded yourself, save the agent, load it and act.
 
   python examples/02_your_own_data.py [--episodes 60] [--total-timesteps 15000]
 
-The data here are a stumbling controller's episodes on Pendulum-v1; replace `record()` by your own arrays. All you need is
-observations, actions, rewards and, at each row, whether the episode terminated (a true end) or was truncated (a time limit).
+The data are episodes of an unreliable controller on Pendulum-v1; replace `record()` by your own arrays. You need observations,
+actions, rewards and, for each row, whether the episode terminated (a true end) or was truncated (a time limit).
 """
 
 import argparse
@@ -16,7 +16,7 @@ from diffagents import SRPO, evaluate, load
 
 
 def record(n_episodes: int) -> dict[str, np.ndarray]:
-    """A swing-up controller that acts at random half of the time: what a log of a poor system might look like."""
+    """Episodes of a swing-up controller that acts at random half of the time, like the log of a poor system."""
     env, rng = gymnasium.make("Pendulum-v1"), np.random.default_rng(0)
     rows: dict[str, list] = {"observations": [], "actions": [], "rewards": [], "terminations": [], "truncations": []}
     for episode in range(n_episodes):
@@ -26,7 +26,7 @@ def record(n_episodes: int) -> dict[str, np.ndarray]:
             cos, sin, speed = obs
             energy = 0.5 * speed**2 / 3 + 5 * (cos - 1)
             torque = -10 * sin - 2 * speed if cos > 0.9 else 2 * np.sign(speed) * (energy < 0)
-            if rng.random() < 0.5:  # half of the time it stumbles
+            if rng.random() < 0.5:
                 torque = rng.uniform(-2, 2)
             action = np.clip([torque], -2, 2).astype(np.float32)
             next_obs, reward, terminated, truncated, _ = env.step(action)

@@ -1,11 +1,11 @@
-"""Go on where offline learning stopped: take a policy, let it learn in the live environment, and plot before and after.
+"""Fine-tune an offline policy in the live environment, and plot the returns before and after.
 
-  python examples/03_finetune_online.py                                  # trains an SRPO policy on the shipped data first
+  python examples/03_finetune_online.py                                  # first trains SRPO on the included data
   python examples/03_finetune_online.py --policy me/srpo-hopper-medium --dataset diffagents/hopper/medium-v0
 
 --policy is a Hub id, a folder or a .zip, of any algorithm. Half of each batch is old data, half is new; without --dataset a
-pulled policy learns from what it meets alone. Evaluations are of the deterministic policy, in the same episodes each time; the
-training return is that of the exploring one. Left in --out: finetuned.zip, its replay buffer, and finetune.png.
+downloaded policy learns from new data only. Evaluations use the deterministic policy and the same episodes each time; the
+training return is that of the exploring policy. Writes finetuned.zip, its replay buffer and finetune.png into --out.
 """
 
 import argparse
@@ -25,12 +25,12 @@ SHIPPED = "diffagents/reacher/replay-v0"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", help="a Hub id, a folder or a .zip; left out: SRPO is trained on the shipped data")
-    parser.add_argument("--dataset", help="old data to mix in (default: the shipped set for the policy trained here)")
+    parser.add_argument("--policy", help="a Hub id, a folder or a .zip (default: SRPO, trained on the included data)")
+    parser.add_argument("--dataset", help="old data to mix in (default: the included dataset for the policy trained here)")
     parser.add_argument("--offline-steps", type=int, default=12_000, help="gradient steps of the policy trained here")
     parser.add_argument("--steps", type=int, default=5_000, help="environment steps")
-    parser.add_argument("--points", type=int, default=5, help="evaluations on the way")
-    parser.add_argument("--episodes", type=int, default=20, help="of each evaluation")
+    parser.add_argument("--points", type=int, default=5, help="number of evaluations")
+    parser.add_argument("--episodes", type=int, default=20, help="episodes per evaluation")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -46,19 +46,19 @@ def main() -> None:
 
     scores: list[tuple[int, float]] = []
 
-    def look() -> None:
-        found = agent.evaluate(n_episodes=args.episodes, n_envs=args.episodes)
-        scores.append((agent.n_env_steps, found.mean_return))
-        print(f"after {agent.n_env_steps:,} environment steps: {found}", flush=True)
+    def log() -> None:
+        result = agent.evaluate(n_episodes=args.episodes, n_envs=args.episodes)
+        scores.append((agent.n_env_steps, result.mean_return))
+        print(f"after {agent.n_env_steps:,} environment steps: {result}", flush=True)
 
     every = max(1, args.steps // args.points)
 
     def evaluate(local: dict[str, Any], _: Any) -> bool:
         if agent.n_env_steps % every == 0:
-            look()
+            log()
         return True
 
-    look()
+    log()
     agent.learn_online(args.steps, dataset=dataset, callback=evaluate)
     agent.save(args.out / "finetuned.zip")
     agent.save_replay_buffer(args.out / "finetuned_buffer")

@@ -5,8 +5,8 @@
   python examples/04_compare.py --dataset mujoco/hopper/medium-v0 --steps 200000        # any Minari id, .npz or .hdf5
 
 Every algorithm gets the same number of gradient steps, split over its stages in its paper's proportion, and plays the same
-episodes: Gaussian policies act by their mean, diffusion policies by their papers' rule of choice. The table shows the LAST
-policy. Results are added to --out as they come: the same command goes on where it was stopped.
+episodes: Gaussian policies act by their mean, diffusion policies by the rule of their papers. The table shows the LAST policy.
+Each result is added to --out at once: repeating the command continues an interrupted comparison.
 """
 
 import argparse
@@ -23,8 +23,8 @@ import diffagents
 
 HERE = pathlib.Path(__file__).resolve().parent
 SHIPPED = "diffagents/reacher/replay-v0"
-# What differs from the defaults, chosen for a CPU and for the scale of the shipped set's rewards; not tuned per seed.
-KNOBS: dict[str, dict[str, Any]] = {
+# Differences from the defaults, chosen for a CPU and the reward scale of the included dataset; not tuned per seed.
+SETTINGS: dict[str, dict[str, Any]] = {
     "SRPO": {"beta": 0.1, "policy_kwargs": {"behavior_width": 128}},
     "DiffusionQL": {"policy_kwargs": {"net_arch": [128, 128]}},
     "DiffCPS": {"policy_kwargs": {"net_arch": [128, 128]}},
@@ -39,12 +39,12 @@ BY_MEAN = ("IQL", "AWR")  # their deterministic action is the Gaussian's mean, a
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default=SHIPPED, help="a Minari id, .npz or .hdf5 (default: %(default)s)")
-    parser.add_argument("--env", default=None, help="environment id, where the dataset names none")
+    parser.add_argument("--env", default=None, help="environment id, if the dataset names none")
     parser.add_argument("--algorithms", nargs="+", default=list(diffagents.AGENTS), choices=list(diffagents.AGENTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=24_000, help="gradient steps of each run, all its stages together")
+    parser.add_argument("--steps", type=int, default=24_000, help="gradient steps of each run, over all its stages")
     parser.add_argument("--episodes", type=int, default=20)
-    parser.add_argument("--set", nargs="*", default=[], metavar="ALGORITHM.KNOB=VALUE", help="e.g. SRPO.beta=0.05")
+    parser.add_argument("--set", nargs="*", default=[], metavar="ALGORITHM.HYPERPARAMETER=VALUE", help="e.g. SRPO.beta=0.05")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/compare.json"))
     args = parser.parse_args()
@@ -57,23 +57,29 @@ def main() -> None:
     env = args.env or data.info["env_spec"]
     runs: list[dict[str, Any]] = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    knobs = {name: dict(KNOBS.get(name, {})) for name in args.algorithms}
+    hyperparameters = {name: dict(SETTINGS.get(name, {})) for name in args.algorithms}
     for setting in args.set:
         name, _, rest = setting.partition(".")
-        knob, _, value = rest.partition("=")
-        knobs.setdefault(name, {})[knob] = json.loads(value)
+        key, _, value = rest.partition("=")
+        hyperparameters.setdefault(name, {})[key] = json.loads(value)
     for seed in args.seeds:
         for name in args.algorithms:
-            settings = {"algorithm": name, "seed": seed, "steps": args.steps, "dataset": data.info["id"], "knobs": knobs[name]}
+            settings = {
+                "algorithm": name,
+                "seed": seed,
+                "steps": args.steps,
+                "dataset": data.info["id"],
+                "knobs": hyperparameters[name],
+            }
             if any(settings.items() <= run.items() for run in runs):
                 continue
-            agent = getattr(diffagents, name)(seed=seed, **knobs[name])
+            agent = getattr(diffagents, name)(seed=seed, **hyperparameters[name])
             start = time.perf_counter()
             agent.learn(data, total_timesteps=args.steps)
             seconds = time.perf_counter() - start
-            found = diffagents.evaluate(agent, env, args.episodes, n_envs=args.episodes, deterministic=name in BY_MEAN)
-            print(f"== {name}, seed {seed}: {found}; {seconds:.0f} s", flush=True)
-            runs.append(settings | {"seconds": seconds, "stages": agent.stage_steps, "result": found.to_json()})
+            result = diffagents.evaluate(agent, env, args.episodes, n_envs=args.episodes, deterministic=name in BY_MEAN)
+            print(f"== {name}, seed {seed}: {result}; {seconds:.0f} s", flush=True)
+            runs.append(settings | {"seconds": seconds, "stages": agent.stage_steps, "result": result.to_json()})
             info = {key: data.info[key] for key in ("id", "n_steps", "n_episodes", "mean_return", "sha256")}
             machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
             args.out.write_text(json.dumps({"data": info, "machine": machine, "runs": runs}, indent=1))
@@ -81,7 +87,11 @@ def main() -> None:
     print(f"\n{data.info['id']}: mean return of its {data.info['n_episodes']} episodes {data.info['mean_return']:.2f}")
     print(f"{'algorithm':<12} {'return, mean ± std over seeds':>30}  seeds  {'updates':<40} seconds")
     for name in args.algorithms:
-        rows = [run for run in runs if run["algorithm"] == name and run["steps"] == args.steps and run["knobs"] == knobs[name]]
+        rows = [
+            run
+            for run in runs
+            if run["algorithm"] == name and run["steps"] == args.steps and run["knobs"] == hyperparameters[name]
+        ]
         returns = [run["result"]["mean_return"] for run in rows]
         stages = ", ".join(f"{stage} {steps:,}" for stage, steps in rows[0]["stages"].items())
         mean_seconds = np.mean([run["seconds"] for run in rows])

@@ -1,12 +1,12 @@
-"""Six ways to imitate a noisy circle: which policies can be many-valued? (the bandit of the DiffCPS paper, arXiv:2310.05333)
+"""Six ways to imitate a noisy circle: which policies can be multimodal? (the bandit of the DiffCPS paper, arXiv:2310.05333)
 
   python examples/05_noisy_circle.py [--steps 6000] [--out out/circle.png]
 
-The data are points of a circle with noise, all of reward 1, so a good policy is anything on the ring. A Gaussian (AWR) puts its
-mass in the middle, a deterministic policy (TD3+BC) on one point, diffusion policies around the ring. Printed and in the titles:
-`on` is the share of actions nearer than 0.05 to a data point, `around` the share of the ring's angles that they reach.
-The chains have 20 steps here: with the 5 of the MuJoCo tasks the last step alone averages over a third of the ring, and even
-plain cloning ends in a disc (--diffusion-steps 5).
+The data are noisy points on a circle, all with reward 1, so every point of the ring is a good action. A Gaussian (AWR) puts its
+mass in the middle, a deterministic policy (TD3+BC) on one point, and diffusion policies around the ring. In the output and the
+titles `on` is the share of actions within 0.05 of a data point, and `around` the share of the ring's angles that they reach.
+The chains have 20 steps here: with the 5 steps of the MuJoCo tasks the last step alone averages over a third of the ring, and
+even plain cloning yields a disc (--diffusion-steps 5).
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000, help="gradient steps of each algorithm")
     parser.add_argument("--points", type=int, default=5000)
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--diffusion-steps", type=int, default=20, help="T of the discrete chains; not of SfBC's solver")
+    parser.add_argument("--diffusion-steps", type=int, default=20, help="steps T of the discrete chains (SfBC has none)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/circle.png"))
     args = parser.parse_args()
@@ -36,15 +36,15 @@ def main() -> None:
     observations = np.zeros((args.samples, 1), np.float32)
     panels = [("data", xy[: args.samples], "")]
     for name in args.algorithms:
-        knobs = {"policy_kwargs": {"net_arch": [128, 128]}, "batch_size": 128, "learning_rate": 1e-3}
+        settings = {"policy_kwargs": {"net_arch": [128, 128]}, "batch_size": 128, "learning_rate": 1e-3}
         if name in ("DiffusionQL", "DiffCPS", "DiffusionBC"):
-            knobs["n_diffusion_steps"] = args.diffusion_steps
+            settings["n_diffusion_steps"] = args.diffusion_steps
         if name == "DiffCPS":
-            knobs["policy_freq"] = 1  # as many steps of the policy as the others take
+            settings["policy_freq"] = 1  # as many policy updates as the other algorithms
         if name == "SfBC":
-            knobs |= {"policy_kwargs": {"behavior_width": 128}, "n_support_states": 100, "learning_rate": 3e-4}
+            settings |= {"policy_kwargs": {"behavior_width": 128}, "n_support_states": 100, "learning_rate": 3e-4}
         start = time.perf_counter()
-        agent = getattr(diffagents, name)("MlpPolicy", bandits.Bandit("circle"), seed=args.seed, verbose=0, **knobs)
+        agent = getattr(diffagents, name)("MlpPolicy", bandits.Bandit("circle"), seed=args.seed, verbose=0, **settings)
         agent.learn(data, total_timesteps=args.steps)
         actions = agent.predict(observations)[0]
         found = bandits.measure(actions, xy)

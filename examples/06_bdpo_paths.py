@@ -2,10 +2,10 @@
 
   python examples/06_bdpo_paths.py --task 8gaussians [--behavior-steps 8000 --train-steps 8000] [--out out/bdpo.png]
 
-Above: the data, coloured by reward; the target, the data resampled by exp(reward / eta); samples of the learned policy. Below:
-paths of the policy (its denoising ODE, DDIM) in five windows of time, over a heat map of V_n at the window's end: the value of
-a half-denoised action is what makes the paths turn towards better modes. Trained agents are kept beside the figure and used
-again.
+Top: the data, coloured by reward; the target, which is the data resampled by exp(reward / eta); samples of the learned policy.
+Bottom: paths of the policy (its denoising ODE, DDIM) in five windows of time, over a heat map of V_n at the end of the window:
+the value of a partly denoised action makes the paths turn towards better modes. The trained agent is stored next to the figure
+and reused.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
             bandits.Bandit(args.task),
             seed=args.seed,
             eta=args.eta,
-            gamma=0.0,  # one step: nothing follows
+            gamma=0.0,  # episodes have one step
             rho=0.0,
             n_critics=2,
             n_samples=4,
@@ -70,7 +70,7 @@ def main() -> None:
 
 @torch.no_grad()
 def ddim_paths(agent: BDPO, n: int) -> torch.Tensor:
-    """(T + 1, n, 2): noise, and what is left of it after each step of the deterministic sampler of the same network."""
+    """(T + 1, n, 2): the noise, and the states after each step of the deterministic sampler of the same network."""
     chain, obs = agent.policy_ema.chain, torch.zeros(n, 1)
     x, eps_fn = torch.randn(n, 2, generator=torch.Generator().manual_seed(1)), agent.policy_ema.on_states(obs)
     path = [x]
@@ -84,7 +84,7 @@ def ddim_paths(agent: BDPO, n: int) -> torch.Tensor:
 
 @torch.no_grad()
 def value_map(agent: BDPO, n: int, side: torch.Tensor) -> torch.Tensor:
-    """V_n on a grid of half-denoised actions (Q where n = 0)."""
+    """V_n on a grid of partly denoised actions; Q if n = 0."""
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).reshape(-1, 2)
     obs = torch.zeros(len(grid), 1)
     if n == 0:

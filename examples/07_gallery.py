@@ -10,8 +10,8 @@ circle  The noisy circle of DiffCPS for six algorithms: 05_noisy_circle.py.
 bdpo    BDPO's generation paths over its values: 06_bdpo_paths.py.
 
 The papers train on a GPU for hundreds of thousands of updates. To resolve thin curves in minutes of a CPU the behaviour model
-here differs in three ways from SRPO's: a small net, slower time features (T_FEATURES), and more training near t = 0
-(`ToySRPO`). Trained models are kept in --out and used again.
+here differs in three ways from SRPO's: a small network, slower time features (T_FEATURES), and more training near t = 0
+(`ToySRPO`). Trained models are stored in --out and reused.
 """
 
 import argparse
@@ -32,11 +32,11 @@ HERE = pathlib.Path(__file__).resolve().parent
 TASKS = [name for name in bandits.TASKS if name != "circle"]
 LEVELS = np.linspace(0.0, 1.0, 11)  # of 1 / beta
 T_FEATURES = 0.1  # factor on the frequencies of the score network's time features
-T_SCORE = 0.01  # the score is taken near t = 0: the model blurs the data by sigma = .045 of the action range's half
+T_SCORE = 0.01  # the score is evaluated near t = 0: the data are blurred by sigma = .045 of half the action range
 
 
 class ToySRPO(SRPO):
-    """SRPO whose behaviour stage draws t = u^3: a tenth of it below .001, where data are told from what lies between them."""
+    """SRPO with t = u^3 in its behaviour stage: a tenth of it lies below .001, where thin curves are resolved."""
 
     def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
         noise = super().draw_behavior(n, generator)
@@ -78,7 +78,7 @@ def run(script: str, *arguments: str) -> None:
 
 
 def srpo_column(name: str, scaled, seed: int, kept: pathlib.Path) -> dict[str, object]:
-    """Train a behaviour model on a toy, or take the one in `kept`, and shift a grid of greedy actions by its score."""
+    """Train a behaviour model on a toy task, or load `kept`, and shift a grid of greedy actions by its score."""
     start = time.perf_counter()
     if kept.exists():
         agent = ToySRPO.load(kept, verbose=0)
@@ -101,7 +101,7 @@ def srpo_column(name: str, scaled, seed: int, kept: pathlib.Path) -> dict[str, o
 
 
 def behavior_model(name: str, scaled, seed: int) -> ToySRPO:
-    """SRPO's behaviour stage alone, its learning rate cut to a tenth for the last quarter."""
+    """The behaviour stage of SRPO, with a tenth of the learning rate in the last part."""
     agent = ToySRPO(
         "MlpPolicy",
         bandits.Bandit(name),
@@ -122,9 +122,9 @@ def behavior_model(name: str, scaled, seed: int) -> ToySRPO:
 
 
 def shift(agent: SRPO, target: np.ndarray, bound: float, steps: int) -> np.ndarray:
-    """(levels, n, 2): where free actions end that climb Q + (1 / beta) log mu, each level starting where the last one ended.
+    """(levels, n, 2): actions after gradient ascent on Q + (1 / beta) log mu, each level starting from the previous one.
 
-    The gradient is that of SRPO's policy loss with weight alpha / sigma at T_SCORE, in the toy's units.
+    The gradient is that of SRPO's policy loss with weight alpha / sigma at T_SCORE, in the units of the task.
     """
     net, goal = agent.behavior.net, torch.from_numpy(target)
     generator = torch.Generator().manual_seed(0)

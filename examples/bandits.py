@@ -1,4 +1,4 @@
-"""Toy tasks with two-dimensional actions and a single state: data, rewards, an environment, and measures of a sample.
+"""Toy tasks with two-dimensional actions and a single state: data, rewards, an environment and measures of samples.
 
 Six mixtures within about +-4 (Lu et al. 2023, arXiv:2304.12824, also in BDPO and SRPO's figures) and the noisy circle of
 DiffCPS (arXiv:2310.05333). An episode is one action: the observation is always 0, every step terminates. The reward of a
@@ -18,13 +18,22 @@ import torch
 Points = tuple[np.ndarray, np.ndarray]
 Task = Callable[[int, np.random.Generator, bool], Points]
 CIRCLE_STD = 0.05  # DiffCPS prints N(0, .05); taken as the standard deviation
-N_CLEAN = 4096  # points that stand for a task's curves without noise
+N_CLEAN = 4096  # points that represent the curves of a task without noise
 
 
 def points(name: str, n: int, seed: int = 0) -> Points:
-    """n points of a task and their rewards: float32 (n, 2) and (n,), in random order. Raises ValueError for another name.
+    """Draw points of a task. The rare ones beyond the action bounds are clipped.
 
-    The one in a million that a Gaussian tail throws past the action bounds is put on the bound.
+    Args:
+        name: A key of TASKS.
+        n: Number of points.
+        seed: Seed of the points.
+
+    Returns:
+        Points (n, 2) and their rewards (n,), float32, in random order.
+
+    Raises:
+        ValueError: For an unknown name.
     """
     rng = np.random.default_rng(seed)
     xy, reward = _task(name)(n, rng, True)
@@ -33,12 +42,12 @@ def points(name: str, n: int, seed: int = 0) -> Points:
 
 
 def bound(name: str) -> float:
-    """Actions lie in [-bound, bound] in both dimensions; all data do."""
+    """Actions and data lie in [-bound, bound] in both dimensions."""
     return 1.25 if name == "circle" else 4.5
 
 
 def dataset(name: str, n: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """`points` as one-step episodes, the arrays that `load_dataset` reads (with env=Bandit(name), for the bounds)."""
+    """`points` as one-step episodes, in arrays that `load_dataset` reads (with env=Bandit(name) for the bounds)."""
     xy, reward = points(name, n, seed)
     zeros = np.zeros((n, 1), np.float32)
     ends = np.ones(n, bool)
@@ -46,10 +55,10 @@ def dataset(name: str, n: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def energy(name: str, xy: np.ndarray) -> np.ndarray:
-    """The reward of any actions (n, 2) -> (n,), on the data and off them.
+    """The rewards of arbitrary actions, (n, 2) -> (n,).
 
-    swissroll and checkerboard have it in closed form. circle: 1 within 4 standard deviations of the circle, else 0. The others:
-    that of the nearest point of the task without noise (a centre, a ring, an arm, a moon), however far it is.
+    swissroll and checkerboard have closed forms. circle: 1 within 4 standard deviations of the circle, else 0. All others:
+    the reward of the nearest point of the task without noise (a centre, ring, arm or moon), at any distance.
     """
     if name == "swissroll":
         return _swissroll_energy(xy)
@@ -79,21 +88,28 @@ class Bandit(gym.Env[np.ndarray, np.ndarray]):
         return np.zeros(1, np.float32), reward, True, False, {}
 
 
-# ---- the truth, and how near a sample comes ----------------------------------------------------------------------------
+# ---- the optimum, and distances of samples from it --------------------------------------------------------------------
 
 
 def resample(xy: np.ndarray, reward: np.ndarray, beta: float, n: int, seed: int = 0) -> np.ndarray:
-    """n of the points (m, 2), drawn with replacement by softmax(beta reward): the best policy at temperature 1 / beta."""
+    """Draw n of the points (m, 2) with replacement by softmax(beta reward): the best policy at temperature 1 / beta."""
     weight = np.exp(beta * (reward - reward.max()).astype(np.float64))
     return xy[np.random.default_rng(seed).choice(len(xy), n, p=weight / weight.sum())]
 
 
 def measure(xy: np.ndarray, data: np.ndarray, near: float = 0.05, n_bins: int = 72, bandwidth: float = 0.1) -> dict[str, float]:
-    """How actions (n, 2) lie to the data (m, 2), in the task's units.
+    """Compare actions with the data, in the units of the task.
 
-    distance: mean distance to the nearest data point. jaccard: share of actions nearer to one than `near` (DiffCPS, where
-    it is 1e-8; continuous samples never come so close). coverage: of `n_bins` angles around the origin that data have, the
-    share with such a near action. log_density: mean log of the data's kernel density, Gaussian of that bandwidth.
+    Args:
+        xy: Actions, (n, 2).
+        data: Data points, (m, 2).
+        near: Distance below which an action counts as near (1e-8 in DiffCPS, which continuous samples never reach).
+        n_bins: Number of angles around the origin.
+        bandwidth: Standard deviation of the Gaussian kernels.
+
+    Returns:
+        distance: mean distance to the nearest data point. jaccard: share of near actions. coverage: share of the angles of
+        the data that have a near action. log_density: mean log kernel density of the data.
     """
     apart = _pairwise(xy, data)
     nearest = apart.min(1).values.numpy()
@@ -112,7 +128,7 @@ def _angle_bins(xy: np.ndarray, n_bins: int) -> np.ndarray:
 
 
 def _pairwise(a: np.ndarray, b: np.ndarray) -> torch.Tensor:
-    """Distances (n, m); not by a matrix product, which in float32 is wrong by more than a line's width."""
+    """Distances (n, m); not by a matrix product, whose float32 error exceeds the width of a line."""
     first, second = (torch.from_numpy(np.asarray(x, np.float32)) for x in (a, b))
     return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -127,7 +143,7 @@ def _task(name: str) -> Task:
 
 
 def _gaussians(n: int, rng: np.random.Generator, noise: bool) -> Points:
-    """Eight at radius 4 / 1.414, from the top counter-clockwise; component k earns k / 7."""
+    """Eight Gaussians at radius 4 / 1.414, counter-clockwise from the top; component k has reward k / 7."""
     k = rng.integers(8, size=n)
     angle = np.pi / 2 + k * np.pi / 4
     centre = 4.0 * np.stack([np.cos(angle), np.sin(angle)], -1)
@@ -158,7 +174,7 @@ def _checkerboard_energy(xy: np.ndarray) -> np.ndarray:
 
 
 def _spirals(n: int, rng: np.random.Generator, noise: bool) -> Points:
-    """Two arms, the second the first turned by half a circle; the energy falls from 1 in the middle outwards."""
+    """Two arms, the second one rotated by half a turn; the energy decreases outwards from 1 in the middle."""
     angle = np.sqrt(rng.random(n)) * 3.0 * np.pi
     shift = rng.uniform(0, 0.5, (n, 2)) if noise else 0.25
     arm = np.stack([-np.cos(angle), np.sin(angle)], -1) * angle[:, None] + shift
@@ -176,7 +192,7 @@ def _rings(n: int, rng: np.random.Generator, noise: bool) -> Points:
 
 
 def _moons(n: int, rng: np.random.Generator, noise: bool) -> Points:
-    """Two half circles that reach into each other; the lower one earns 1."""
+    """Two interleaving half circles; the lower one has reward 1."""
     lower = np.arange(n) % 2
     angle = np.pi * rng.random(n)
     x = np.where(lower, 1.0 - np.cos(angle), np.cos(angle))

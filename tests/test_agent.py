@@ -350,7 +350,7 @@ def test_reward_transform_and_normaliser_are_kept() -> None:
 
 def test_refused_data_leave_nothing_behind() -> None:
     agent, fresh = SRPO(**SMALL), SRPO(**SMALL).learn(DATA)
-    with pytest.raises(ValueError, match="nothing to prefer"):
+    with pytest.raises(ValueError, match="no action is better than another"):
         agent.learn({**DATA, "rewards": np.ones(400), "terminations": np.zeros(400, bool)})
     assert agent.reward_transform is None and agent.dataset_info is None and agent.spec is None
     same_networks(agent.learn(DATA), fresh)
@@ -376,7 +376,7 @@ def test_resuming_is_never_something_else(tmp_path: pathlib.Path) -> None:
     for asked in ({"stages": ("policy",)}, {"total_timesteps": 1000}):
         with pytest.raises(ValueError, match=r"a plan of 30 steps over .* is unfinished"):
             agent.learn(DATA, reset_num_timesteps=False, **asked)
-    with pytest.warns(UserWarning, match="other data than arrays, whose unfinished plan"):
+    with pytest.warns(UserWarning, match="these data differ from arrays, whose unfinished plan"):
         agent.clone().learn({**DATA, "rewards": DATA["rewards"] + 1}, reset_num_timesteps=False)
     agent.learn(DATA, reset_num_timesteps=False, total_timesteps=30)
     before = agent.policy.net[0].weight.clone()
@@ -428,7 +428,7 @@ def test_nan_between_looks_is_caught_when_somebody_stops(tmp_path: pathlib.Path,
 
 def test_history_of_a_long_run_stays_small() -> None:
     agent = SRPO(**SMALL).learn(DATA)
-    agent.history = agent.history * 400
+    agent.state.history = agent.history * 400
     agent.learn(DATA, stages=("policy",), reset_num_timesteps=False)
     assert len(agent.history) <= 6011 and agent.history[-1]["num_timesteps"] == 40
 
@@ -515,7 +515,7 @@ def test_no_trainer_state_on_request(tmp_path: pathlib.Path) -> None:
 def test_load_with_other_knobs(tmp_path: pathlib.Path) -> None:
     path = SRPO(**SMALL).learn(DATA).save(tmp_path / "agent")
     assert SRPO.load(path, beta=0.5, seed=4).config.beta == 0.5
-    with pytest.raises(TypeError, match=r"no knob 'betta'; did you mean 'beta'"):
+    with pytest.raises(TypeError, match=r"no hyperparameter 'betta'; did you mean 'beta'"):
         SRPO.load(path, betta=0.5)
 
 

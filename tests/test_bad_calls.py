@@ -77,8 +77,8 @@ class Unbounded(gymnasium.Env[Any, Any]):
 Call = Callable[[SRPO, pathlib.Path], Any]
 BAD: dict[str, tuple[Call, type[Exception], str]] = {
     # arguments
-    "unknown knob": (lambda a, f: SRPO(betta=1), TypeError, r"no knob 'betta'; did you mean 'beta'\? Valid: beta, expectile"),
-    "beta zero": (lambda a, f: SRPO(beta=0), ValueError, r"beta=0.0 must be positive"),
+    "unknown name": (lambda a, f: SRPO(betta=1), TypeError, r"no hyperparameter 'betta'; did you mean 'beta'\? Valid: beta, expectile"),
+    "beta zero": (lambda a, f: SRPO(beta=0), ValueError, r"^beta=0 must be positive\. Weight of Q against the behaviour model: large is greedy, small"),
     "beta a word": (lambda a, f: SRPO(beta="large"), ValueError, r"beta='large' must be a number"),
     "expectile one": (lambda a, f: SRPO(expectile=1.0), ValueError, r"expectile=1\.0 must lie strictly between 0 and 1"),
     "gamma one": (lambda a, f: SRPO(gamma=1.0), ValueError, r"gamma=1\.0 must lie in \[0, 1\)"),
@@ -101,9 +101,9 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     # learn
     "no data": (lambda a, f: a.learn(None), TypeError, r"NoneType"),
     "env as data": (lambda a, f: a.learn(gymnasium.make("Pendulum-v1")), TypeError, r"cannot learn from|dataset"),
-    "stage": (lambda a, f: a.learn(DATA, stages=("actor",)), ValueError, r"stages=\('actor',\); give a tuple of some of"),
-    "stage as a word": (lambda a, f: a.learn(DATA, stages="policy"), ValueError, r"stages='policy'; give a tuple"),
-    "no stage": (lambda a, f: a.learn(DATA, stages=()), ValueError, r"stages=\(\); give a tuple"),
+    "stage": (lambda a, f: a.learn(DATA, stages=("actor",)), ValueError, r"stages=\('actor',\) must be a tuple of some of"),
+    "stage as a word": (lambda a, f: a.learn(DATA, stages="policy"), ValueError, r"stages='policy' must be a tuple"),
+    "no stage": (lambda a, f: a.learn(DATA, stages=()), ValueError, r"stages=\(\) must be a tuple"),
     "no steps": (lambda a, f: a.learn(DATA, total_timesteps=0), ValueError, r"total_timesteps=0 must be a positive whole number"),
     "half a step": (lambda a, f: a.learn(DATA, total_timesteps=9.5), ValueError, r"total_timesteps=9\.5"),
     "fewer steps than stages": (lambda a, f: a.learn(DATA, total_timesteps=2), ValueError, r"fewer than the 3 stages"),
@@ -134,7 +134,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "evaluate nowhere": (lambda a, f: a.evaluate(), ValueError, r"no environment is stored.*pass env="),
     "evaluate elsewhere": (lambda a, f: a.evaluate("MountainCarContinuous-v0"), ValueError, r"\(2,\).*\(3,\)|\(3,\).*\(2,\)"),
     "no episodes": (lambda a, f: diffagents.evaluate(a, "Pendulum-v1", 0), ValueError, r"n_episodes"),
-    "obs_keys of a box": (lambda a, f: SRPO(env="Pendulum-v1", obs_keys=("observation",)), ValueError, r"need a Dict observation"),
+    "obs_keys of a box": (lambda a, f: SRPO(env="Pendulum-v1", obs_keys=("observation",)), ValueError, r"needs a Dict observation"),
     # files
     "load on no device": (lambda a, f: SRPO.load(f / "good.zip", device="gpu"), ValueError, r"^device='gpu' is not usable here"),
     "load with a bad seed": (lambda a, f: SRPO.load(f / "good.zip", seed=-1), ValueError, r"^seed=-1 must be"),
@@ -149,7 +149,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "no model": (lambda a, f: SRPO.load(f / "gutted"), ValueError, r"model\.safetensors"),
     "wrong shapes": (lambda a, f: SRPO.load(f / "shapes"), ValueError, r"\(9"),
     "save over a folder of others": (lambda a, f: a.save_pretrained(f / "busy"), FileExistsError, r"busy"),
-    "save before learning": (lambda a, f: SRPO(**SMALL).save(f / "x"), RuntimeError, r"knows no spaces yet"),
+    "save before learning": (lambda a, f: SRPO(**SMALL).save(f / "x"), RuntimeError, r"does not know its spaces yet"),
     "official file missing": (lambda a, f: SRPO.from_official(f / "b.pth", f / "c.pth"), FileNotFoundError, r"no official behavior"),
     "official file foreign": (lambda a, f: SRPO.from_official(f / "weights.pth", f / "weights.pth"), ValueError, r"no SRPO behaviour network"),
 }  # fmt: skip

@@ -148,8 +148,8 @@ def test_dict_observations_are_concatenated_in_order() -> None:
 @pytest.mark.parametrize(
     ("obs", "message"),
     [
-        (torch.zeros(6, requires_grad=True), r"observation is a tensor that requires grad; pass it with \.detach\(\)"),
-        (torch.zeros(6, device="meta"), r"observation is a tensor on meta; pass it with \.cpu\(\)"),
+        (torch.zeros(6, requires_grad=True), r"observation is a tensor that requires grad; call \.detach\(\) on it first"),
+        (torch.zeros(6, device="meta"), r"observation is a tensor on meta; call \.cpu\(\) on it first"),
         ([torch.zeros((), requires_grad=True)] * 6, r"observation cannot be read as float32 numbers: .*requires grad"),
     ],
     ids=["requires grad", "not on the CPU", "list"],

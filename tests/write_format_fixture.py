@@ -1,7 +1,7 @@
-"""Writes tests/data/format<N>: a small agent of every algorithm as this version saves it, and what it does.
+"""Adds to tests/data/format<N> a small agent of every algorithm as this version saves it, and its actions.
 
-Run once for each new format (`python tests/write_format_fixture.py`), never again for an old one: what was published in
-it must load for ever (tests/test_format.py).
+Run it for a new format or a new algorithm: `python tests/write_format_fixture.py`. Existing files are never changed: what was
+published in a format must load for ever (tests/storage/test_format.py).
 """
 
 import json
@@ -32,13 +32,14 @@ def toy_data() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    if FOLDER.exists():
-        raise SystemExit(f"{FOLDER} is there already, and must stay as it is")
-    FOLDER.mkdir(parents=True)
-    actions = {}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    table = FOLDER / "actions.json"
+    actions = json.loads(table.read_text()) if table.exists() else {}
     for name in NAMES:
+        if name in actions:
+            continue
         agent = small(name, normalize_obs=True)
         agent.learn(toy_data())
         agent.save(FOLDER / f"{name}.zip", include_trainer_state=name not in LARGE)
         actions[name] = agent.predict(OBS, deterministic=True)[0].tolist()
-    (FOLDER / "actions.json").write_text(json.dumps(actions, indent=1) + "\n")
+    table.write_text(json.dumps(actions, indent=1) + "\n")

@@ -3,23 +3,23 @@
 Order      V is fitted to the data's returns and frozen; then the policy is cloned from the data by weight.
 Critic     V <- argmin E[ (R - V(s))^2 ],   R the discounted return from s
 Policy     max_pi E[ w log pi(a|s) ],   w = min(exp(A / T), weight_clip),   A = R^lambda - V(s), standardised
-           pi(.|s) = N(tanh(MLP(s)), diag sigma^2), one learnt sigma for all s
-Symbols    V -> critic, T -> temperature, R^lambda: `values.lambda_returns`
+           pi(.|s) = N(tanh(MLP(s)), diag sigma^2), one learned sigma for all s
+Symbols    V -> critic, T -> temperature, R^lambda: `functional.lambda_returns`
 Details
-  [D1] The official algorithm learns online: each of its rounds collects data, fits V to TD(lambda) returns of the last V, then
-       the policy. On fixed data there is one round and no last V, so V is fitted to Monte-Carlo returns, once. A time-out or
-       a cut ENDS their sum: near one, V is low by what would have followed.
-  [D2] The policy's R^lambda goes on with V(s') after a time-out or a cut, and ends at a termination only.
-  [D3] A is standardised over ALL data, (A - mean) / (std + 1e-5) (official code). Otherwise the weights degenerate: the scale
-       of rewards would set the temperature.
-  [D4] The official code has a fixed sigma (0.2 or 0.4), SGD, layers of [128, 64], Xavier starts, a penalty on means out of
-       bounds, and running normalisers of observations, actions and values. Ours: IQL's Gaussian policy, Adam, [256, 256],
-       PyTorch's starts; `normalize_obs` is the observations' part.
+  [D1] The official algorithm learns online: each of its rounds collects data, fits V to TD(lambda) returns of the previous V,
+       then fits the policy. On fixed data there is one round and no previous V, so V is fitted once, to Monte-Carlo returns.
+       Their sum ENDS at a time-out or a cut: shortly before one, V is too low by the rewards that would have followed.
+  [D2] The policy's R^lambda bootstraps with V(s') after a time-out or a cut, and ends at a termination only.
+  [D3] A is standardised over ALL data, (A - mean) / (std + 1e-5) (official code). Otherwise the weights degenerate, because the
+       scale of the rewards would set the temperature.
+  [D4] The official code has a fixed sigma (0.2 or 0.4), SGD, layers of [128, 64], Xavier initialisation, a penalty on means
+       outside the bounds, and running normalisers of observations, actions and values. Ours has IQL's Gaussian policy, Adam,
+       [256, 256] and PyTorch's initialisation; of the normalisers only `normalize_obs` remains.
 Online (the official algorithm, in rounds)
-  [O1] A round is 1000 environment steps: then V is fitted to TD(lambda) returns of the last V, and the policy by weight, on old
-       and new data, one update of each for each environment step, the policy's at `online_learning_rate`. A is standardised
-       over both.
-  [O2] It acts by sampling its Gaussian, whose sigma is learnt ([D4]); nothing is loosened.
+  [O1] A round is 1000 environment steps: then V is fitted to TD(lambda) returns of the previous V, and the policy by weighted
+       cloning, on old and new data, with one update of each per environment step, the policy's at `online_learning_rate`. A is
+       standardised over both.
+  [O2] It acts by sampling its Gaussian, whose sigma is learned ([D4]). No constraint is relaxed.
 """
 
 from collections.abc import Sequence
@@ -30,51 +30,66 @@ import torch
 from torch import Tensor
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, net_arch
+from diffagents.config.checks import MOST, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
 from diffagents.functional import lambda_returns
 from diffagents.networks.mlp import MLP, GaussianPolicy, TanhPolicy
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 ROWS_AT_ONCE = 65_536
-"""Of the whole data through V: bounds the memory of hidden layers."""
+"""How many rows V evaluates at once, which limits the memory of its hidden layers."""
 
 
 @dataclass(frozen=True)
-class AWRConfig:
-    """Knobs of AWR. temperature, weight_clip, td_lambda and gamma are the official code's; no values per task are published."""
+class AWRConfig(Hyperparameters):
+    """Hyperparameters of AWR.
 
-    temperature: float = 1.0  # T > 0, of standardised advantages; small = greedy, large = cloning
-    weight_clip: float = 20.0  # largest weight
-    td_lambda: float = 0.95  # in [0, 1]: 1 trusts the data's returns, 0 the critic
-    gamma: float = 0.99  # discount
-    learning_rate: float = 3e-4  # critic and policy
-    batch_size: int = 256
-    online_learning_rate: float = 3e-5  # policy, constant [O1]
-    reward_transform: str = "none"  # the policy's weights do not depend on the scale of rewards
-    normalize_obs: bool = True  # [D4]
-    critic_steps: int | None = None  # None: the `default:` block of zoo/awr.yml
-    policy_steps: int | None = None
+    temperature, weight_clip, td_lambda and gamma are the official code's; no values for single tasks are published.
+    """
 
-    def __post_init__(self) -> None:
-        check_number("weight_clip", self.weight_clip, "must be positive", lambda x: x > 0)
-        check_number("td_lambda", self.td_lambda, "must lie in [0, 1]", lambda x: 0 <= x <= 1)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+    temperature: float = hyperparameter(
+        1.0, "Temperature T of the standardised advantages: small is greedy, large clones the data.", above=0
+    )
+    weight_clip: float = hyperparameter(20.0, "Largest weight of an action.", above=0)
+    td_lambda: float = hyperparameter(
+        0.95, "Lambda of the returns: 1 relies on the returns of the data, 0 on the critic.", at_least=0, at_most=1
+    )
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    learning_rate: float = hyperparameter(3e-4, "Learning rate of the critic and of the policy.", above=0)
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O1].", above=0)
+    reward_transform: str = hyperparameter(
+        "none",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        "The policy's weights do not depend on the scale of the rewards.",
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        True, "Whether observations are normalised by the mean and standard deviation of the data [D4]."
+    )
+    critic_steps: int | None = hyperparameter(
+        None, "Gradient steps of the critic stage. None: the `default` block of zoo/awr.yml.", at_least=0
+    )
+    policy_steps: int | None = hyperparameter(
+        None, "Gradient steps of the policy stage. None: the `default` block of zoo/awr.yml.", at_least=0
+    )
 
 
 class AWR(Agent):
-    """Advantage-weighted regression: a Gaussian policy, cloned from the data by the weight of its returns."""
+    """Advantage-weighted regression: a Gaussian policy, cloned from the data with weights that grow with the advantage."""
 
     Config = AWRConfig
     config: AWRConfig
     policy: GaussianPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 200_000, "policy": 1_000_000}  # official code: 200 to 1000
     POLICY_STAGE = "policy"
-    MODEL = ("policy",)
-    LEARNER = ("critic",)
+    MODEL: ClassVar[tuple[str, ...]] = ("policy",)
+    LEARNER: ClassVar[tuple[str, ...]] = ("critic",)
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -86,7 +101,7 @@ class AWR(Agent):
             "policy": Optimizer(self.policy.parameters(), c.learning_rate),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         size, opt = self.config.batch_size, self.optimizers
         return [
             Stage("critic", size, (Update(self.critic_loss, optimizers=(opt["critic"],)),), self.prepare_critic),
@@ -98,7 +113,7 @@ class AWR(Agent):
         return Stage("online", self.config.batch_size, updates, self.prepare_online)
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture:
-        """The returns and weights of every row, by the last V [O1]."""
+        """The returns and weights of every row, computed with the previous V [O1]."""
         mixture = mixture.in_episodes(whole=False)
         returns, weights = self.returns_and_weights(mixture.sides)
         return mixture.with_extras(returns=returns, weights=weights)
@@ -134,7 +149,7 @@ class AWR(Agent):
 
     @torch.no_grad()
     def values(self, obs: Tensor) -> Tensor:
-        """V at normalised observations (N, S) -> (N,), a part at a time."""
+        """V at normalised observations (N, S) -> (N,), in pieces of ROWS_AT_ONCE."""
         return torch.cat([self.critic(part).squeeze(-1) for part in torch.split(obs, ROWS_AT_ONCE)])
 
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
@@ -153,7 +168,7 @@ class AWR(Agent):
         return {"eps": torch.randn(n, self.act_dim, **kwargs)}
 
     def act(self, obs: Tensor, noise: Noise, config: AWRConfig) -> Tensor:
-        """(B, S) -> (B, A): a sample of the Gaussian, clamped to [-1, 1]; deterministic: its mean."""
+        """(B, S) -> (B, A): a sample of the Gaussian, clipped to [-1, 1]; if deterministic, its mean."""
         if "eps" in noise:
             return self.policy.sample(obs, noise["eps"])
         mean: Tensor = self.policy(obs)

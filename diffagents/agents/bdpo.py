@@ -5,28 +5,28 @@ Objective  max_pi E[ sum gamma^t (r - eta KL_path(pi || nu)) ],  KL_path = E_pi[
 Penalty    l_n = || mu_pi - mu_nu ||^2 / (2 beta_n) = w_n || eps_pi - eps_nu ||^2,   w_n = beta_n / (2 alpha_n (1 - abar_n))
 Q          y = r + gamma (1 - d) ( agg_e mean_k Qbar_e(s', a_k) - eta mean_k sum_n l_n ),   a_1..a_K ~ pi_ema(s')
 V_n        z = agg_e mean_k Vbar_n-1,e(s, a^n-1_k) - eta l_n,  V_0 = Q,  n uniform, a^n: the data's action with noise,
-           a^n-1_k ~ pi_ema( . | a^n, s): K draws around one predicted mean
+           a^n-1_k ~ pi_ema( . | a^n, s): K samples around one predicted mean
 Policy     max agg_e mean_k Vbar_n-1,e(s, a^n-1_k) - eta l_n,  a^n-1_k ~ pi: the gradient passes ONE denoising step
 Symbols    pi -> policy (targets and acting: policy_ema), nu -> behavior (reference: behavior_ema), Q -> critic, V -> value
-Every step of `train`: critic and value; every `policy_freq`-th after the warm-up: policy, and the behaviour is fitted further.
-The paper's text was not at hand: what follows is its author's code (flow-rl), and the equations carry no numbers.
+Every step of `train`: critic and value; every `policy_freq`-th after the warm-up: policy, and the behaviour model once more.
+The paper's text was not available: this follows its author's code (flow-rl), and the equations carry no numbers.
 Details
   [D1] sigma_n^2 is beta_n, in the penalty and in the sampler; the true posterior's is 0 at n = 1, where l_1 would be infinite.
-  [D2] The penalty compares predicted noises, while the sampler clips the action they imply; and l_1 is charged though the last
-       step adds no noise.
+  [D2] The penalty compares predicted noises, while the sampler clips the action that they imply; and l_1 counts although the
+       last step adds no noise.
   [D3] `aggregation` over the ensemble: "lcb" mean - rho std (population), "min", "mean", "convex" rho min + (1 - rho) max,
-       "random_convex" a weighting drawn anew for each update (uniform numbers, normalised; how the code draws it is unknown).
+       "random_convex" a random weighting for each update (uniform numbers, normalised; how the code samples it is unknown).
   [D4] `max_q_backup` (AntMaze): the maximum over k instead of the mean, in the target of Q only; the penalty stays a mean.
   [D5] The cosine of the policy's learning rate counts policy steps against the length of the stage, as optax does: with
-       policy_freq 5 it ends at 0.905 of its start. Those of critic and value end at 0.
-  [D6] `warmup_steps`: the paper's 50k of 2M; None is the same share, 2.5 %, of the stage at hand.
+       policy_freq 5 it ends at 0.905 of the initial rate. Those of critic and value end at 0.
+  [D6] `warmup_steps`: the paper's 50k of 2M; None is the same share, 2.5 %, of the stage's actual length.
   [D7] The policy's learning rate is 30 times smaller than the critics': it only refines the behaviour.
   [D8] Acting: 10 candidates of policy_ema, argmax of the ensemble's MEAN target Q, not of the bound.
-Online (a design of ours; neither paper nor code has one)
-  [O1] The updates of `train` on old and new data, without warm-up, at constant learning rates ([D5] is over). nu goes on being
-       fitted, now to what the policy does as well: a trust region that moves with it.
-  [O2] The constraint loosens: eta halves every `online_halflife` environment steps, to a 16th at most.
-  [O3] It acts as it does offline [D8], by random candidates, plus Gaussian noise of `online_noise`.
+Online (our design; neither the paper nor the official code has one)
+  [O1] The updates of `train` on old and new data, without warm-up, at constant learning rates ([D5] no longer applies). nu is
+       still fitted, now also to what the policy does: a trust region that moves with it.
+  [O2] The constraint is relaxed: eta halves every `online_halflife` environment steps, down to a 16th.
+  [O3] It acts as offline [D8], by random candidates, plus Gaussian noise of `online_noise`.
 """
 
 import copy
@@ -39,12 +39,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.config.checks import MOST, N_FIXED, SOLVERS, check_solver, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.chain import reverse_mean
 from diffagents.functional import SELECT, polyak_update_, select_action, td_target
-from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, _on_states
+from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
 from diffagents.networks.mlp import MLP, EnsembleMLP, Mish, mish, orthogonal_, sinusoids
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -52,52 +54,169 @@ AGGREGATIONS = ("lcb", "min", "mean", "convex", "random_convex")
 
 
 @dataclass(frozen=True)
-class BDPOConfig:
-    """Knobs of BDPO. Defaults are the official code's for halfcheetah; per-task values are rows of zoo/bdpo.yml."""
+class BDPOConfig(Hyperparameters):
+    """Hyperparameters of BDPO.
 
-    eta: float = 0.05  # > 0, in units of reward; THE knob: large stays with the data, small is greedy. hopper .2, walker2d .15
-    rho: float = 0.5  # of "lcb" (standard deviations below the mean) or "convex" (share of the minimum) [D3]
-    aggregation: str = "lcb"
-    n_critics: int = 10  # members of Q's and of V's ensemble; two are enough for a CPU
-    n_samples: int = 10  # K
-    n_diffusion_steps: int = 5  # T
-    clip_x0: bool = True  # the sampler clamps the implied action to [-1, 1]; off in the 2-D toys
-    gamma: float = 0.99  # discount; .995 on AntMaze
-    tau: float = 0.005  # share of the online critic and value in their lagged copies, every step
-    ema_tau: float = 0.005  # the same for policy and behaviour, at each of their steps
-    policy_freq: int = 5  # critic steps per policy step
-    warmup_steps: int | None = None  # critic steps before the first policy step [D6]
-    learning_rate: float = 1e-5  # policy [D7]
-    critic_learning_rate: float = 3e-4  # critic and value
-    behavior_learning_rate: float = 3e-4  # 1e-4 on AntMaze
-    max_grad_norm: float | None = 1.0  # each network for itself
-    batch_size: int = 256
-    max_q_backup: bool = False  # [D4]
-    q_layer_norm: bool = False  # in Q; V always has it
-    n_candidates: int = 10  # acting [D8]
-    select: str = "argmax"  # "argmax", "softmax" or "first"
-    temperature: float = 1.0  # of the softmax, in units of Q
-    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
-    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    online_learning_rate: float = 1e-5  # policy, constant [O1]
-    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O3]
-    online_halflife: int | None = 20_000  # environment steps in which eta halves, None: it stays [O2]
-    reward_transform: str = "auto"  # locomotion "iql_locomotion", AntMaze "antmaze100"; eta belongs to its scale
-    normalize_obs: bool = False
-    behavior_steps: int | None = None  # None: the `default:` block of zoo/bdpo.yml; paper 2M
-    train_steps: int | None = None  # paper 2M
+    The defaults are the official code's for halfcheetah; values for each task are rows of zoo/bdpo.yml.
+    """
+
+    eta: float = hyperparameter(
+        0.05,
+        "Weight, in units of reward, of the KL from the behaviour model: large stays close to the data, small is greedy. "
+        "The main hyperparameter. Hopper: 0.2; walker2d: 0.15.",
+        above=0,
+    )
+    rho: float = hyperparameter(
+        0.5, 'Standard deviations below the mean for "lcb", or the share of the minimum for "convex" [D3].', at_least=0
+    )
+    aggregation: str = hyperparameter("lcb", "How the values of an ensemble are combined [D3].", choices=AGGREGATIONS)
+    n_critics: int = hyperparameter(
+        10, "Number of members in the ensembles of Q and of V. Two are enough on a CPU.", at_least=1, at_most=MOST
+    )
+    n_samples: int = hyperparameter(
+        10, "Number K of actions sampled for each state in the targets and in the policy's loss.", at_least=1, at_most=MOST
+    )
+    n_diffusion_steps: int = hyperparameter(5, "Number T of denoising steps of the diffusion models.", at_least=1, at_most=MOST)
+    clip_x0: bool = hyperparameter(
+        True, "Whether the sampler clips the action implied by the predicted noise to [-1, 1]. Off in the 2-D toys."
+    )
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards. AntMaze: 0.995.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target networks of Q and V, at every critic update.", above=0, at_most=1
+    )
+    ema_tau: float = hyperparameter(
+        0.005,
+        "Soft update coefficient of the moving averages (EMA) of the policy and the behaviour model, at each of their updates.",
+        above=0,
+        at_most=1,
+    )
+    policy_freq: int = hyperparameter(5, "Critic updates for each policy update.", at_least=1, at_most=MOST)
+    warmup_steps: int | None = hyperparameter(
+        None, "Critic updates before the first policy update. None: 2.5 % of the stage [D6].", at_least=0
+    )
+    learning_rate: float = hyperparameter(1e-5, "Learning rate of the policy [D7].", above=0)
+    critic_learning_rate: float = hyperparameter(3e-4, "Learning rate of Q and V.", above=0)
+    behavior_learning_rate: float = hyperparameter(3e-4, "Learning rate of the behaviour model. AntMaze: 1e-4.", above=0)
+    max_grad_norm: float | None = hyperparameter(
+        1.0, "Largest norm of the gradient, for each network separately. None: gradients are not clipped.", above=0
+    )
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    max_q_backup: bool = hyperparameter(
+        False,
+        "Whether the target of Q takes the maximum over the sampled next actions instead of their mean [D4]. AntMaze: True.",
+    )
+    q_layer_norm: bool = hyperparameter(False, "Whether Q has LayerNorm; V always has it.")
+    n_candidates: int = hyperparameter(
+        10,
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises [D8].",
+        at_least=1,
+        at_most=N_FIXED,
+    )
+    select: str = hyperparameter(
+        "argmax",
+        'How one candidate is selected when acting: "softmax" samples it by its Q, "argmax" takes the best, "first" ignores Q.',
+        choices=SELECT,
+    )
+    temperature: float = hyperparameter(1.0, 'Temperature of select="softmax", in units of Q.', above=0)
+    solver: str = hyperparameter(
+        "ddpm",
+        'Sampler used when acting: "ddpm" runs the chain itself, "ddim" is deterministic given its noise and may skip steps; '
+        "solvers in continuous time (DPM-Solver, EDM) need noise levels that the network was not trained on.",
+        choices=SOLVERS,
+    )
+    solver_steps: int | None = hyperparameter(
+        None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
+    )
+    online_learning_rate: float = hyperparameter(1e-5, "Learning rate of the policy in `learn_online`, constant [O1].", above=0)
+    online_noise: float = hyperparameter(
+        0.1, "Standard deviation of the exploration noise in `learn_online`, for actions in [-1, 1] [O3].", at_least=0
+    )
+    online_halflife: int | None = hyperparameter(
+        20_000,
+        "Time in which eta halves in `learn_online` [O2]. None: eta stays constant.",
+        at_least=1,
+        unit="environment steps",
+    )
+    reward_transform: str = hyperparameter(
+        "auto",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        'Locomotion: "iql_locomotion". AntMaze: "antmaze100". eta depends on its scale.',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    behavior_steps: int | None = hyperparameter(
+        None, "Gradient steps of the behaviour stage. None: the `default` block of zoo/bdpo.yml. Paper: 2M.", at_least=0
+    )
+    train_steps: int | None = hyperparameter(
+        None, "Gradient steps of the training stage. None: the `default` block of zoo/bdpo.yml. Paper: 2M.", at_least=0
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
-        check_number("eta", self.eta, "must be positive: large stays close to the data", lambda x: x > 0)
-        check_number("rho", self.rho, "must not be negative", lambda x: x >= 0)
-        check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        if self.aggregation == "convex":
-            check_number(
-                "rho", self.rho, 'must be at most 1, the share of the minimum, with aggregation="convex"', lambda x: x <= 1
-            )
-        check_choice("select", self.select, SELECT)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+        if self.aggregation == "convex" and self.rho > 1:
+            raise ValueError(f'rho={self.rho!r} must be at most 1, the share of the minimum, with aggregation="convex"')
+
+
+class PositionalDenoiser(nn.Module):
+    """Noise predictor eps(a_n, s, n) of BDPO: the backbone of its policy and behaviour in the official code.
+
+    Time: 64 sinusoids [cos, sin] of n = i + 1, two Linear 64 with Mish after both. Input [a_n, time, s]; layers with Mish;
+    Linear to A. Orthogonal initialisation.
+    """
+
+    TIME_DIM = 64
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.time_mlp = nn.Sequential(MLP(self.TIME_DIM, (self.TIME_DIM,), self.TIME_DIM, Mish), Mish())
+        self.trunk = MLP(act_dim + self.TIME_DIM + obs_dim, hidden, act_dim, Mish)
+        orthogonal_(self)
+
+    def forward(self, a_n: Tensor, obs: Tensor, i: Tensor) -> Tensor:
+        """`a_n` (..., A); `obs` (..., S) and the step `i` (...,), counted from 0, may have sizes of 1 to expand."""
+        lead = a_n.shape[:-1]
+        out: Tensor = self.trunk(torch.cat([a_n, self.time_features(i).expand(*lead, -1), obs.expand(*lead, -1)], -1))
+        return out
+
+    def time_features(self, i: Tensor) -> Tensor:
+        """i (...,) -> (..., TIME_DIM)."""
+        sin, cos = sinusoids(i + 1, self.TIME_DIM)
+        time: Tensor = self.time_mlp(torch.cat([cos, sin], -1))
+        return time
+
+    def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
+        return bind_states(self.trunk[0], self.trunk.rest, self.time_features, obs, n_steps)
+
+
+class StepValue(nn.Module):
+    """E values V_n(s, a_n) of BDPO for the steps n = 1..T of a chain, with LayerNorm: (B, S), (B, ..., A), (B,) -> (E, B, ...).
+
+    Time, for each member: 64 sinusoids [cos, sin] of n, Linear 64-128, Mish, Linear 128-64, Mish. Input [s, a_n, time].
+    """
+
+    positions: Tensor
+
+    def __init__(self, n_members: int, obs_dim: int, act_dim: int, n_steps: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = [obs_dim, act_dim, 64]
+        sin, cos = sinusoids(torch.arange(1, n_steps + 1), 64)
+        self.register_buffer("positions", torch.cat([cos, sin], -1), persistent=False)
+        self.time_mlp = EnsembleMLP(n_members, 64, (128,), mish, out_dim=64)
+        self.trunk = EnsembleMLP(n_members, sum(self.sizes), hidden, mish, layer_norm=True)
+        orthogonal_(self)
+
+    def forward(self, obs: Tensor, a_n: Tensor, i: Tensor) -> Tensor:
+        """`i` = n - 1 counts from 0. The first layer is evaluated once for each of the T times and once for each state."""
+        n_members, rows = self.trunk.n_members, a_n.flatten(0, -2)
+        of_state, of_act, of_time = self.trunk.weights[0].split(self.sizes, 1)
+        time = torch.baddbmm(self.trunk.biases[0], mish(self.time_mlp(self.positions)), of_time)  # (E, T, H)
+        shared = torch.bmm(obs.expand(n_members, *obs.shape), of_state) + time[:, i]  # (E, B, H)
+        h = torch.bmm(rows.expand(n_members, *rows.shape), of_act).view(n_members, len(obs), -1, shared.shape[-1])
+        out: Tensor = self.trunk.rest((h + shared[:, :, None]).flatten(1, 2))
+        return out.view(n_members, *a_n.shape[:-1])
 
 
 class BDPO(Agent):
@@ -108,11 +227,10 @@ class BDPO(Agent):
     policy: ChainPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 2_000_000, "train": 2_000_000}
     POLICY_STAGE = "train"
-    MODEL = ("policy_ema", "critic_target")
-    LEARNER = ("policy", "behavior", "behavior_ema", "critic", "value", "value_target")
+    MODEL: ClassVar[tuple[str, ...]] = ("policy_ema", "critic_target")
+    LEARNER: ClassVar[tuple[str, ...]] = ("policy", "behavior", "behavior_ema", "critic", "value", "value_target")
     CALIBRATES = True
-    CHOICE = ("n_candidates", "select", "temperature", "solver", "solver_steps")
-    SIZES = ("n_critics", "n_diffusion_steps")
+    CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -139,14 +257,15 @@ class BDPO(Agent):
             "behavior": Optimizer(self.behavior.parameters(), rates[2], max_grad_norm=clip),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
-        planned, done = (0, 0) if self.plan is None else (d.get("train", 0) for d in (self.plan.lengths, self.plan.done))
+        plan = plan or self.plan
+        planned, done = (0, 0) if plan is None else (d.get("train", 0) for d in (plan.lengths, plan.done))
         begun = self.stage_steps["train"] > done  # in an earlier plan, whose warm-up was the only one
         warmup = 0 if begun else round(0.025 * planned) if c.warmup_steps is None else c.warmup_steps  # [D6]
         if 0 < planned <= warmup:
             raise ValueError(
-                f"warmup_steps={warmup} leaves none of the {planned} train steps to the policy: give fewer, or None for 2.5 %"
+                f"warmup_steps={warmup} leaves none of the {planned} train steps for the policy: use fewer, or None for 2.5 %"
             )
         behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior)
         alone = (behavior, Update(after=self.act_like_behavior)) if self.stage_steps["train"] == 0 else (behavior,)
@@ -159,7 +278,7 @@ class BDPO(Agent):
         return Stage("online", self.config.batch_size, self.train_parts(warmup=0))  # [O1]
 
     def train_parts(self, warmup: int) -> tuple[Update, ...]:
-        """Critics, policy and behaviour; the last two from the `warmup`-th critic step on."""
+        """Updates of critics, policy and behaviour model; the last two start at the `warmup`-th critic step."""
         c, opt = self.config, self.optimizers
         late: dict[str, int] = {"every": c.policy_freq, "start": warmup}
         return (
@@ -168,7 +287,7 @@ class BDPO(Agent):
             Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior, **late),
         )
 
-    # ---- behaviour: alone, and then beside the policy ----------------------------------------------------------------
+    # ---- behaviour: alone, and then together with the policy -----------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         return {
@@ -186,12 +305,12 @@ class BDPO(Agent):
         polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
 
     def act_like_behavior(self) -> None:
-        """Until it is trained, the policy is the (lagged) behaviour: what it starts from, and something to act with."""
+        """Until it is trained, the policy is the EMA of the behaviour model: its initial weights, and able to act."""
         for policy in (self.policy, self.policy_ema):
             polyak_update_(policy.parameters(), self.behavior_ema.parameters(), 1.0)
 
     def start_from_behavior(self, sampler: Any, generator: torch.Generator) -> Any:
-        """The same at the start of `train`, where the policy may be a fresh one."""
+        """The same at the start of `train`, where the policy may be newly built."""
         if self.stage_steps["train"] == 0:
             for policy in (self.policy, self.policy_ema):
                 policy.load_state_dict(self.behavior_ema.state_dict())
@@ -205,7 +324,7 @@ class BDPO(Agent):
         return noise
 
     def critic_losses(self, batch: Batch, noise: Noise) -> tuple[tuple[Tensor, Tensor], Metrics]:
-        """The critic's loss, and the value's."""
+        """The losses of the critic and of the value."""
         with torch.no_grad():  # both targets, before either network moves
             q_goal, q_penalty = self.q_target(batch, noise)
             v_goal, penalty = self.step_objective(batch, noise, self.policy_ema)
@@ -227,9 +346,9 @@ class BDPO(Agent):
         polyak_update_(self.value_target.parameters(), self.value.parameters(), self.config.tau)
 
     def q_target(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
-        """y (B,), and the path's penalty (B, K): K whole paths of the lagged policy from each s'."""
+        """y (B,), and the penalty of the path (B, K): K whole paths of the policy's EMA from each s'."""
         c, chain, n = self.config, self.policy.chain, len(batch.rew)
-        if "path" not in noise:  # gamma = 0: a bandit has no next state to walk to
+        if "path" not in noise:  # gamma = 0: a bandit has no next state
             return batch.rew, torch.zeros(n, c.n_samples, device=batch.rew.device)
         obs, path = batch.next_obs[:, None], noise["path"]  # (B, 1, S), (T + 1, B, K, A)
         x, penalty = path[0], torch.zeros(path.shape[1:3], device=path.device)
@@ -242,13 +361,13 @@ class BDPO(Agent):
                 x = x + chain.beta_std[i] * z
         q = self.critic_target.on_parts(obs, x)  # (E, B, K)
         q = q.amax(-1) if c.max_q_backup else q.mean(-1)  # [D4]
-        next_v = self.aggregate(q, noise) - c.eta / self.constraint_relaxation * penalty.mean(-1)
+        next_v = self.aggregate(q, noise) - c.eta / self.state.constraint_relaxation * penalty.mean(-1)
         return td_target(batch.rew, batch.done, next_v, c.gamma, batch.extras.get("floor")), penalty
 
     def step_objective(self, batch: Batch, noise: Noise, policy: ChainPolicy) -> tuple[Tensor, Tensor]:
         """agg_e mean_k Vbar_n-1,e(s, a^n-1_k) - eta l_n (B,), one step of `policy` from noised data; and l_n (B,).
 
-        What the value is fitted to with the lagged policy, and what the policy climbs with itself.
+        With the policy's EMA it is the target of the value; with the policy itself, the objective of the policy.
         """
         c, chain, i = self.config, self.policy.chain, noise["i"]
         a_n = self.policy.perturbed(batch.act, noise["eps"], i)
@@ -259,10 +378,10 @@ class BDPO(Agent):
         mean = reverse_mean(chain, i[:, None], a_n, eps, c.clip_x0)
         std = torch.where(i > 0, chain.beta_std[i], 0.0)
         before = mean[:, None] + std[:, None, None] * noise["z"]  # (B, K, A), a^n-1
-        v = self.value_target(batch.obs, before, (i - 1).clamp(min=0)).mean(-1)  # (E, B); where n = 1, V is not asked
-        q = self.critic_target(torch.cat([batch.obs, mean], -1))  # (E, B); there the K actions are all the mean
+        v = self.value_target(batch.obs, before, (i - 1).clamp(min=0)).mean(-1)  # (E, B); not used where n = 1
+        q = self.critic_target(torch.cat([batch.obs, mean], -1))  # (E, B); where n = 1, all K actions are the mean
         next_v = torch.where(i > 0, v, q)  # V_0 = Q
-        return self.aggregate(next_v, noise) - c.eta / self.constraint_relaxation * penalty, penalty
+        return self.aggregate(next_v, noise) - c.eta / self.state.constraint_relaxation * penalty, penalty
 
     def penalty(self, eps: Tensor, eps_nu: Tensor, i: int | Tensor) -> Tensor:
         """l_n = w_n || eps_pi - eps_nu ||^2, (..., A) -> (...)."""
@@ -289,7 +408,7 @@ class BDPO(Agent):
         return noise
 
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """Minus the objective of one denoising step."""
+        """Minus the objective of one denoising step, by the policy."""
         loss = -self.step_objective(batch, noise, self.policy)[0].mean()
         return loss, {"policy_loss": loss.detach()}
 
@@ -302,9 +421,9 @@ class BDPO(Agent):
         return self.policy_ema.draw_candidates(n, n_candidates, deterministic, generator)
 
     def act(self, obs: Tensor, noise: Noise, config: BDPOConfig) -> Tensor:
-        """(B, S) -> (B, A): candidates of the lagged policy, one chosen by the ensemble's mean target Q [D8].
+        """(B, S) -> (B, A): candidates of the policy's EMA, one of them selected by the ensemble's mean target Q [D8].
 
-        deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
+        If deterministic, the candidates come from the stored noise and argmax selects ("first" still takes the first).
         """
         c = config
         actions = self.policy_ema.candidates(obs, noise["noises"], config)  # (B, n, A)
@@ -312,62 +431,3 @@ class BDPO(Agent):
             return actions[:, 0]
         q = self.critic_target.on_parts(obs[:, None], actions).mean(0)
         return select_action(actions, q, c.select, c.temperature, noise.get("gumbel"))
-
-
-class PositionalDenoiser(nn.Module):
-    """Noise predictor eps(a_n, s, n) of BDPO: the backbone of its policy and behaviour in the official code.
-
-    Time: 64 sinusoids [cos, sin] of n = i + 1, two Linear 64 with Mish after both. Input [a_n, time, s]; layers with Mish;
-    Linear to A. Orthogonal start.
-    """
-
-    TIME_DIM = 64
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.time_mlp = nn.Sequential(MLP(self.TIME_DIM, (self.TIME_DIM,), self.TIME_DIM, Mish), Mish())
-        self.trunk = MLP(act_dim + self.TIME_DIM + obs_dim, hidden, act_dim, Mish)
-        orthogonal_(self)
-
-    def forward(self, a_n: Tensor, obs: Tensor, i: Tensor) -> Tensor:
-        """`a_n` (..., A); `obs` (..., S) and the step `i` (...,), counted from 0, may have sizes of 1 to expand."""
-        lead = a_n.shape[:-1]
-        out: Tensor = self.trunk(torch.cat([a_n, self.time_features(i).expand(*lead, -1), obs.expand(*lead, -1)], -1))
-        return out
-
-    def time_features(self, i: Tensor) -> Tensor:
-        """i (...,) -> (..., TIME_DIM)."""
-        sin, cos = sinusoids(i + 1, self.TIME_DIM)
-        time: Tensor = self.time_mlp(torch.cat([cos, sin], -1))
-        return time
-
-    def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
-        return _on_states(self.trunk[0], self.trunk.rest, self.time_features, obs, n_steps)
-
-
-class StepValue(nn.Module):
-    """E values V_n(s, a_n) of BDPO for the steps n = 1..T of a chain, with LayerNorm: (B, S), (B, ..., A), (B,) -> (E, B, ...).
-
-    Time, for each member: 64 sinusoids [cos, sin] of n, Linear 64-128, Mish, Linear 128-64, Mish. Input [s, a_n, time].
-    """
-
-    positions: Tensor
-
-    def __init__(self, n_members: int, obs_dim: int, act_dim: int, n_steps: int, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.sizes = [obs_dim, act_dim, 64]
-        sin, cos = sinusoids(torch.arange(1, n_steps + 1), 64)
-        self.register_buffer("positions", torch.cat([cos, sin], -1), persistent=False)
-        self.time_mlp = EnsembleMLP(n_members, 64, (128,), mish, out_dim=64)
-        self.trunk = EnsembleMLP(n_members, sum(self.sizes), hidden, mish, layer_norm=True)
-        orthogonal_(self)
-
-    def forward(self, obs: Tensor, a_n: Tensor, i: Tensor) -> Tensor:
-        """`i` = n - 1 counts from 0. The first layer takes each of the T times once, and each state, whatever the rest."""
-        n_members, rows = self.trunk.n_members, a_n.flatten(0, -2)
-        of_state, of_act, of_time = self.trunk.weights[0].split(self.sizes, 1)
-        time = torch.baddbmm(self.trunk.biases[0], mish(self.time_mlp(self.positions)), of_time)  # (E, T, H)
-        shared = torch.bmm(obs.expand(n_members, *obs.shape), of_state) + time[:, i]  # (E, B, H)
-        h = torch.bmm(rows.expand(n_members, *rows.shape), of_act).view(n_members, len(obs), -1, shared.shape[-1])
-        out: Tensor = self.trunk.rest((h + shared[:, :, None]).flatten(1, 2))
-        return out.view(n_members, *a_n.shape[:-1])

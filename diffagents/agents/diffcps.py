@@ -1,7 +1,7 @@
 """DiffCPS: Diffusion Model based Constrained Policy Search for Offline RL.   He et al. 2023, arXiv:2310.05333.
 
 Problem      max_pi E[ Q(s, a) ]   subject to   L_c(pi) <= kappa, the cross-entropy to the data bounded by the denoising loss
-Every step   critic; every `policy_freq`-th: policy, then multiplier, on the same batch; targets act with policy_ema
+Every step   critic; every `policy_freq`-th: policy, then multiplier, on the same batch; targets use policy_ema
 Critic       y = r + gamma (1 - d) min_j Qbar_j(s', a'),  a' ~ policy_ema(s');   loss = MSE_1 + MSE_2
 Policy       L = lambda L_c + L_q,   lambda within [lambda_min, lambda_max]
              L_c = E || eps - eps_theta(sqrt(abar_i) a + sqrt(1 - abar_i) eps, s, i) ||^2,  mean over dimensions too
@@ -9,24 +9,25 @@ Policy       L = lambda L_c + L_q,   lambda within [lambda_min, lambda_max]
 Multiplier   descends lambda (kappa - L_c): it rises while the data are fitted worse than kappa allows
 Symbols      kappa -> target_kl (the official flag), lambda -> `multiplier`
 Details
-  [D1] L_q is divided by the other ONLINE critic's mean size, by a coin (official code; the paper says target critic).
-  [D2] a' is drawn from policy_ema (official code; the paper's listing draws it from the policy).
-  [D3] The official code clips only a copy of lambda for use; the parameter itself wanders out and needs as long to return.
-       Ours is projected onto [lambda_min, lambda_max] after each of its steps: the same while inside.
+  [D1] L_q is divided by the mean size of the other ONLINE critic; which is which is random (official code; the paper says
+       target critic).
+  [D2] a' is sampled from policy_ema (official code; the paper's listing samples it from the policy).
+  [D3] The official code clips only a copy of lambda for use; the parameter itself drifts outside and needs as long to return.
+       Ours is projected onto [lambda_min, lambda_max] after each of its steps: there is no difference inside.
   [D4] kappa is a noise error per dimension: its scale depends on T. Where L_c never reaches it, lambda grows by
-       `lambda_learning_rate` per policy step (Adam makes the step that size whatever the gradient), 30 in a million steps.
+       `lambda_learning_rate` per policy step (Adam's steps have that size whatever the gradient), by 30 in a million steps.
   [D5] `max_q_backup` (AntMaze): a' is the best of 10 for each critic, then the minimum of the two.
-  [D6] Constant learning rates: the official cosine is a no-op (see diffusion_ql.py, [D4]).
-  [D7] `max_grad_norm` is tuned per task in the official code (1 to 10, rows of zoo/diffcps.yml) and cuts lambda's gradient too.
-  [D8] The lagged policy stands still for 1000 steps and then follows every 5th (official code).
-  [D9] Acting: 50 candidates of the policy, one drawn by softmax of min Qbar / temperature. The published scores are the best
-       evaluation of a run; ours ends with the last policy.
-Online (a design of ours; the paper has none)
-  [O1] The same update on old and new data, lambda adapting on.
-  [O2] The constraint loosens: kappa doubles every `online_halflife` environment steps, 16-fold at most; lambda then falls by
+  [D6] Learning rates are constant: the official cosine has no effect (see agents/diffusion_ql.py, [D4]).
+  [D7] `max_grad_norm` is tuned per task in the official code (1 to 10, rows of zoo/diffcps.yml) and clips lambda's too.
+  [D8] The policy's EMA is constant for 1000 steps and then updated at every 5th (official code).
+  [D9] Acting: 50 candidates of the policy, one sampled by softmax of min Qbar / temperature. The published scores are the best
+       evaluation of a run; ours is the last policy.
+Online (our design; the paper has none)
+  [O1] The same update on old and new data; lambda continues to adapt.
+  [O2] The constraint is relaxed: kappa doubles every `online_halflife` environment steps, up to 16-fold; lambda then falls by
        itself.
-  [O3] It acts as it does offline [D9], plus Gaussian noise of `online_noise`: the chain itself grows narrow where Q is sharp.
-  [O4] The lagged policy follows from the first step on ([D8]'s wait is over). The policy learns at
+  [O3] It acts as offline [D9], plus Gaussian noise of `online_noise`, because the chain itself becomes narrow where Q is sharp.
+  [O4] The policy's EMA is updated from the first step on ([D8] no longer applies). The policy learns at
        `online_learning_rate`.
 """
 
@@ -40,66 +41,116 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.config.checks import MOST, N_FIXED, SOLVERS, check_solver, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP, mish
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
-class DiffCPSConfig:
-    """Knobs of DiffCPS. Defaults are the paper's for locomotion; per-task values are rows of zoo/diffcps.yml."""
+class DiffCPSConfig(Hyperparameters):
+    """Hyperparameters of DiffCPS.
 
-    target_kl: float = 0.05  # kappa > 0: the denoising loss that is allowed. THE knob; locomotion .03 to .06, AntMaze .09 to .3
-    lambda_init: float = 1.0
-    lambda_min: float = 0.0  # 0.3 on AntMaze
-    lambda_max: float = 100.0
-    lambda_learning_rate: float = 3e-5
-    policy_freq: int = 2  # critic steps per policy step; 4 on large AntMaze
-    n_diffusion_steps: int = 5  # T
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every step
-    ema_tau: float = 0.005  # share of the policy in its lagged copy, [D8]
-    ema_every: int = 5
-    ema_start: int = 1000
-    learning_rate: float = 3e-4  # policy; 1e-3 on one AntMaze task
-    critic_learning_rate: float = 3e-4
-    max_grad_norm: float | None = 5.0  # policy, critics and lambda, each for itself [D7]; None: no clipping
-    batch_size: int = 256
-    max_q_backup: bool = False  # [D5]
-    n_backup_samples: int = 10  # of the max-Q backup
-    n_candidates: int = 50  # acting [D9]
-    select: str = "softmax"  # "softmax", "argmax" or "first"
-    temperature: float = 1.0  # of the softmax, in units of Q
-    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
-    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    online_learning_rate: float = 3e-5  # policy, constant [O4]
-    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O3]
-    online_halflife: int | None = 20_000  # environment steps in which target_kl doubles, None: it stays [O2]
-    reward_transform: str = "none"  # "cql_antmaze" on AntMaze
-    normalize_obs: bool = False
-    train_steps: int | None = None  # None: the `default:` block of zoo/diffcps.yml; paper 2M (AntMaze 1M)
+    The defaults are the paper's for locomotion; values for each task are rows of zoo/diffcps.yml.
+    """
+
+    target_kl: float = hyperparameter(
+        0.05,
+        "Bound kappa on the denoising loss: small stays close to the data, large is greedy. "
+        "The main hyperparameter. Locomotion: 0.03 to 0.06; AntMaze: 0.09 to 0.3.",
+        above=0,
+    )
+    lambda_init: float = hyperparameter(
+        1.0, "Initial value of the multiplier lambda, within lambda_min and lambda_max.", at_least=0
+    )
+    lambda_min: float = hyperparameter(0.0, "Lower bound of the multiplier lambda. AntMaze: 0.3.", at_least=0)
+    lambda_max: float = hyperparameter(100.0, "Upper bound of the multiplier lambda, above lambda_min.", above=0)
+    lambda_learning_rate: float = hyperparameter(3e-5, "Learning rate of the multiplier lambda [D4].", above=0)
+    policy_freq: int = hyperparameter(2, "Critic updates for each policy update. Large AntMaze: 4.", at_least=1, at_most=MOST)
+    n_diffusion_steps: int = hyperparameter(5, "Number T of denoising steps of the diffusion model.", at_least=1, at_most=MOST)
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    ema_tau: float = hyperparameter(
+        0.005, "Soft update coefficient of the policy's moving average (EMA), at each of its updates [D8].", above=0, at_most=1
+    )
+    ema_every: int = hyperparameter(5, "Gradient steps between two updates of the policy's EMA [D8].", at_least=1, at_most=MOST)
+    ema_start: int = hyperparameter(1000, "Gradient steps before the first update of the policy's EMA [D8].", at_least=0)
+    learning_rate: float = hyperparameter(3e-4, "Learning rate of the policy. One AntMaze task: 1e-3.", above=0)
+    critic_learning_rate: float = hyperparameter(3e-4, "Learning rate of Q.", above=0)
+    max_grad_norm: float | None = hyperparameter(
+        5.0,
+        "Largest norm of the gradient, for policy, critics and lambda separately [D7]. None: gradients are not clipped.",
+        above=0,
+    )
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    max_q_backup: bool = hyperparameter(
+        False, "Whether the target of Q takes the best of several sampled next actions instead of one [D5]. AntMaze: True."
+    )
+    n_backup_samples: int = hyperparameter(10, "Number of next actions sampled for max_q_backup.", at_least=1, at_most=MOST)
+    n_candidates: int = hyperparameter(
+        50,
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises [D9].",
+        at_least=1,
+        at_most=N_FIXED,
+    )
+    select: str = hyperparameter(
+        "softmax",
+        'How one candidate is selected when acting: "softmax" samples it by its Q, "argmax" takes the best, "first" ignores Q.',
+        choices=SELECT,
+    )
+    temperature: float = hyperparameter(1.0, 'Temperature of select="softmax", in units of Q.', above=0)
+    solver: str = hyperparameter(
+        "ddpm",
+        'Sampler used when acting: "ddpm" runs the chain itself, "ddim" is deterministic given its noise and may skip steps; '
+        "solvers in continuous time (DPM-Solver, EDM) need noise levels that the network was not trained on.",
+        choices=SOLVERS,
+    )
+    solver_steps: int | None = hyperparameter(
+        None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
+    )
+    online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O4].", above=0)
+    online_noise: float = hyperparameter(
+        0.1, "Standard deviation of the exploration noise in `learn_online`, for actions in [-1, 1] [O3].", at_least=0
+    )
+    online_halflife: int | None = hyperparameter(
+        20_000,
+        "Time in which target_kl doubles in `learn_online` [O2]. None: target_kl stays constant.",
+        at_least=1,
+        unit="environment steps",
+    )
+    reward_transform: str = hyperparameter(
+        "none",
+        'Transform of the rewards, of which "auto" chooses one from the data. AntMaze: "cql_antmaze".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    train_steps: int | None = hyperparameter(
+        None,
+        "Gradient steps of the training stage. None: the `default` block of zoo/diffcps.yml. Paper: 2M (AntMaze: 1M).",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
-        check_number("target_kl", self.target_kl, "must be positive: the denoising loss to keep to", lambda x: x > 0)
-        check_number("lambda_min", self.lambda_min, "must not be negative", lambda x: x >= 0)
-        check_number("lambda_max", self.lambda_max, "must exceed lambda_min", lambda x: x > self.lambda_min)
-        check_number(
-            "lambda_init",
-            self.lambda_init,
-            "must lie in [lambda_min, lambda_max]",
-            lambda x: self.lambda_min <= x <= self.lambda_max,
-        )
-        check_choice("select", self.select, SELECT)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+        low, high = self.lambda_min, self.lambda_max
+        if not high > low:
+            raise ValueError(f"lambda_max={high!r} must exceed lambda_min={low!r}")
+        if not low <= self.lambda_init <= high:
+            raise ValueError(f"lambda_init={self.lambda_init!r} must lie in [lambda_min, lambda_max] = [{low!r}, {high!r}]")
 
 
 class Multiplier(nn.Module):
-    """lambda, one number that is learnt."""
+    """The multiplier lambda, one learned number."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -107,18 +158,17 @@ class Multiplier(nn.Module):
 
 
 class DiffCPS(Agent):
-    """A diffusion policy that climbs Q as far as a bound on its denoising loss allows."""
+    """A diffusion policy that maximises Q as far as a bound on its denoising loss allows."""
 
     Config = DiffCPSConfig
     config: DiffCPSConfig
     policy: ChainPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 2_000_000}
     POLICY_STAGE = "train"
-    MODEL = ("policy", "critic_target")
-    LEARNER = ("policy_ema", "critic", "multiplier")
-    SIZES = ("n_diffusion_steps",)
+    MODEL: ClassVar[tuple[str, ...]] = ("policy", "critic_target")
+    LEARNER: ClassVar[tuple[str, ...]] = ("policy_ema", "critic", "multiplier")
     CALIBRATES = True
-    CHOICE = ("n_candidates", "select", "temperature", "solver", "solver_steps")
+    CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -136,7 +186,7 @@ class DiffCPS(Agent):
             "multiplier": Optimizer(self.multiplier.parameters(), c.lambda_learning_rate, max_grad_norm=clip),  # [D7]
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         updates = (
             Update(self.critic_loss, self.draw_critic, (opt["critic"],), self.follow_critic),
@@ -162,7 +212,7 @@ class DiffCPS(Agent):
         return {"noises": self.policy.noises((n * each,), generator)}
 
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's action [D2]."""
+        """MSE_1 + MSE_2 against the minimum of the target critics at an action of the policy's EMA [D2]."""
         c = self.config
         with torch.no_grad():
             each = c.n_backup_samples if c.max_q_backup else 1  # [D5]
@@ -194,10 +244,10 @@ class DiffCPS(Agent):
         bc_loss, q_loss = self.bc_loss(batch, noise), self.q_loss(batch, noise)
         multiplier = self.multiplier.value.detach().clamp(c.lambda_min, c.lambda_max)
         policy_loss = multiplier * bc_loss + q_loss
-        multiplier_loss = self.multiplier.value * (c.target_kl * self.constraint_relaxation - bc_loss.detach())  # [O2]
+        multiplier_loss = self.multiplier.value * (c.target_kl * self.state.constraint_relaxation - bc_loss.detach())  # [O2]
         metrics = {
             "policy_loss": policy_loss.detach(),
-            "bc_loss": bc_loss.detach(),  # to be compared with target_kl
+            "bc_loss": bc_loss.detach(),  # compare with target_kl
             "q_loss": q_loss.detach(),
             "lambda": multiplier,
         }
@@ -208,14 +258,14 @@ class DiffCPS(Agent):
         self.multiplier.value.clamp_(self.config.lambda_min, self.config.lambda_max)  # [D3]
 
     def bc_loss(self, batch: Batch, noise: Noise) -> Tensor:
-        """L_c: the noise in the data's actions, predicted; mean over batch and dimensions [D4]."""
+        """L_c: the error of the predicted noise in the data's actions, mean over batch and dimensions [D4]."""
         a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         return F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
 
     def q_loss(self, batch: Batch, noise: Noise) -> Tensor:
-        """L_q: minus one critic at the policy's actions, in units of the other's mean size there [D1]."""
+        """L_q: minus one critic at the policy's actions, in units of the other critic's mean size there [D1]."""
         a0 = self.policy.sample(batch.obs, noise["noises"])
-        q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; online, already updated
+        q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; already updated in this step
         return normalized_q_loss(q1, q2, noise["coin"])
 
     def follow_policy(self) -> None:
@@ -227,9 +277,9 @@ class DiffCPS(Agent):
         return self.policy.draw_candidates(n, n_candidates, deterministic, generator)
 
     def act(self, obs: Tensor, noise: Noise, config: DiffCPSConfig) -> Tensor:
-        """(B, S) -> (B, A): candidates of the policy, one chosen by min Qbar [D9].
+        """(B, S) -> (B, A): candidates of the policy, one of them selected by min Qbar [D9].
 
-        deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
+        If deterministic, the candidates come from the stored noise and argmax selects ("first" still takes the first).
         """
         c = config
         actions = self.policy.candidates(obs, noise["noises"], config)  # (B, n, A)
@@ -240,10 +290,18 @@ class DiffCPS(Agent):
 
     @classmethod
     def from_official(cls, actor: Any, critic: Any, **kwargs: Any) -> "DiffCPS":
-        """Load the authors' files `actor_<n>.pth` and `critic_<n>.pth` (paths or state dicts); kwargs as the constructor's.
+        """Load the authors' files.
 
-        They hold no lagged copies and no multiplier: those start equal and at lambda_init, with one warning.
-        Raises FileNotFoundError, ValueError.
+        They hold no target networks, no EMA and no multiplier: these start as copies and at lambda_init, with one warning.
+
+        Args:
+            actor: Path or state dict of `actor_<n>.pth`.
+            critic: Path or state dict of `critic_<n>.pth`.
+            **kwargs: Arguments of the constructor.
+
+        Raises:
+            FileNotFoundError: If a file does not exist.
+            ValueError: If a file holds no such network.
         """
         from diffagents.storage.official_checkpoints import chain_from_official
 

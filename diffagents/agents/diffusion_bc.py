@@ -5,12 +5,12 @@ Acting       one sample of the chain of T steps. No critic, and rewards are neve
 Source       `--algo bc` of Diffusion-QL's official code
 Details
   [D1] L_d is the mean over batch and dimensions (official code; IDQL's and SRPO's behaviour models sum over dimensions).
-  [D2] `ema_tau`: the official code acts with the trained network ("None"). With a number (0.005, 0.001) the lagged copy acts,
-       which is smoother. Without, the copy is kept equal, so that an averaged run can go on from a plain one.
-  [D3] Adam at 3e-4, constant and without clipping: what the official runner passes. Its class alone has 2e-4.
-Online (a design of ours: cloning alone improves nothing)
-  [O1] It clones the data and the best of its own episodes: `online_top` of those that ended, by return, chosen anew every 1000
-       environment steps. This is the one place where rewards are read. It acts by its own samples, and learns at
+  [D2] `ema_tau`: the official code acts with the trained network (None). With a number (0.005, 0.001) its EMA acts, which is
+       smoother. With None the EMA is kept equal to the network, so that a run with averaging can continue one without.
+  [D3] Adam at 3e-4, constant and without clipping: these are the arguments of the official runner; its class defaults to 2e-4.
+Online (our design: cloning alone improves nothing)
+  [O1] It clones the data and the best of its own episodes: the share `online_top` of those that ended, by return, selected anew
+       every 1000 environment steps. Only here are rewards read. It acts by its own samples, and learns at
        `online_learning_rate`.
 """
 
@@ -24,36 +24,68 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.config.checks import MOST, SOLVERS, check_solver, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
-from diffagents.data.sampler import Sampler
 from diffagents.functional import polyak_update_
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
-class DiffusionBCConfig:
-    """Knobs of DiffusionBC. Defaults: the official code's; per-task values are rows of zoo/diffusion_bc.yml."""
+class DiffusionBCConfig(Hyperparameters):
+    """Hyperparameters of DiffusionBC.
 
-    n_diffusion_steps: int = 5  # T
-    ema_tau: float | None = None  # share of the network in its lagged copy, every step; None: the network itself acts [D2]
-    online_learning_rate: float = 3e-5  # policy, constant [O1]
-    online_top: float = 0.25  # in (0, 1], share of its own episodes that it clones online [O1]
-    learning_rate: float = 3e-4  # [D3]; 1e-3 on one AntMaze task, 3e-5 on adroit
-    batch_size: int = 256
-    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
-    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    reward_transform: str = "none"  # changes nothing here: cloning reads no rewards
-    normalize_obs: bool = False
-    behavior_steps: int | None = None  # None: the `default:` block of zoo/diffusion_bc.yml; paper 2M (AntMaze, adroit 1M)
+    The defaults are the official code's; values for each task are rows of zoo/diffusion_bc.yml.
+    """
+
+    n_diffusion_steps: int = hyperparameter(5, "Number T of denoising steps of the diffusion model.", at_least=1, at_most=MOST)
+    ema_tau: float | None = hyperparameter(
+        None,
+        "Soft update coefficient of the moving average (EMA) of the network, which then acts, at every step [D2]. "
+        "None: the network itself acts.",
+        above=0,
+        at_most=1,
+    )
+    online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O1].", above=0)
+    online_top: float = hyperparameter(
+        0.25, "Share of its own episodes that it clones in `learn_online`, the best by return [O1].", above=0, at_most=1
+    )
+    learning_rate: float = hyperparameter(
+        3e-4, "Learning rate of the policy [D3]. One AntMaze task: 1e-3; adroit: 3e-5.", above=0
+    )
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    solver: str = hyperparameter(
+        "ddpm",
+        'Sampler used when acting: "ddpm" runs the chain itself, "ddim" is deterministic given its noise and may skip steps; '
+        "solvers in continuous time (DPM-Solver, EDM) need noise levels that the network was not trained on.",
+        choices=SOLVERS,
+    )
+    solver_steps: int | None = hyperparameter(
+        None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
+    )
+    reward_transform: str = hyperparameter(
+        "none",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        "It changes nothing here, because cloning reads no rewards.",
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    behavior_steps: int | None = hyperparameter(
+        None,
+        "Gradient steps of the behaviour stage. None: the `default` block of zoo/diffusion_bc.yml. "
+        "Paper: 2M (AntMaze, adroit: 1M).",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
-        check_number("online_top", self.online_top, "must lie in (0, 1]", lambda x: 0 < x <= 1)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
 
 
 class DiffusionBC(Agent):
@@ -64,10 +96,9 @@ class DiffusionBC(Agent):
     policy: ChainPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 2_000_000}
     POLICY_STAGE = "behavior"
-    MODEL = ("policy", "policy_ema")  # which of them acts is a knob that `load` may change
-    LEARNER = ()
-    SIZES = ("n_diffusion_steps",)
-    CHOICE = ("solver", "solver_steps")
+    MODEL: ClassVar[tuple[str, ...]] = ("policy", "policy_ema")  # ema_tau, which `load` may change, decides which acts
+    LEARNER: ClassVar[tuple[str, ...]] = ()
+    CHOICE: ClassVar[tuple[str, ...]] = ("solver", "solver_steps")
 
     def build(self) -> None:
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256, 256)})
@@ -76,7 +107,7 @@ class DiffusionBC(Agent):
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
         self.optimizers = {"policy": Optimizer(self.policy.parameters(), self.config.learning_rate)}  # [D3]
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         update = Update(self.bc_loss, self.draw_policy, (self.optimizers["policy"],), self.follow_policy)
         return [Stage("behavior", self.config.batch_size, (update,))]
 
@@ -84,16 +115,8 @@ class DiffusionBC(Agent):
         return dataclasses.replace(self.stages()[0], name="online", prepare=self.prepare_online)
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
-        """The data, and the best of the episodes that ended [O1]; None while there is neither."""
-        mixture = mixture.in_episodes(whole=True)
-        if isinstance(own := mixture.online, Sampler):
-            lengths = torch.diff(own.episode_ends, prepend=torch.zeros(1, dtype=torch.int64)).tolist()
-            returns = torch.stack([rewards.sum() for rewards in torch.split(own.all().rew, lengths)])
-            best = returns.topk(max(1, round(self.config.online_top * len(lengths)))).indices.tolist()
-            pieces = torch.split(own.matrix, lengths)
-            rows = torch.cat([pieces[i] for i in sorted(best)])
-            mixture = Mixture(mixture.offline, Sampler(rows, own.obs_dim, own.act_dim), mixture.ratio)
-        return mixture if mixture.sides else None
+        """The data and the best of the finished episodes [O1]; None while there is neither."""
+        return mixture.with_best_episodes(self.config.online_top)
 
     def draw_policy(self, n: int, generator: torch.Generator) -> Noise:
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
@@ -103,13 +126,13 @@ class DiffusionBC(Agent):
         }
 
     def bc_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """L_d: the noise in the data's actions, predicted [D1]."""
+        """L_d: the error of the predicted noise in the data's actions [D1]."""
         a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         loss = F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
         return loss, {"bc_loss": loss.detach()}
 
     def follow_policy(self) -> None:
-        tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # 1 copies [D2]
+        tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # tau = 1 copies the weights [D2]
         polyak_update_(self.policy_ema.parameters(), self.policy.parameters(), tau)
 
     def draw_act(self, n: int, deterministic: bool, config: DiffusionBCConfig, generator: torch.Generator) -> Noise:
@@ -117,6 +140,6 @@ class DiffusionBC(Agent):
         return policy.draw_candidates(n, 1, deterministic, generator)
 
     def act(self, obs: Tensor, noise: Noise, config: DiffusionBCConfig) -> Tensor:
-        """(B, S) -> (B, A): one sample; deterministic: from the stored noise, the same for every observation."""
+        """(B, S) -> (B, A): one sample; if deterministic, from the stored noise, which all observations share."""
         policy = self.policy if config.ema_tau is None else self.policy_ema  # [D2]
         return policy.candidates(obs, noise["noises"], config)[:, 0]

@@ -1,29 +1,29 @@
 """Diffusion-QL: Diffusion Policies as an Expressive Policy Class.   Wang, Hunt, Zhou, ICLR 2023, arXiv:2208.06193.
 
-Every step   critic, then policy, on one batch; targets act with the lagged policy (policy_ema).
+Every step   critic, then policy, on one batch; next actions in the targets come from the policy's EMA (policy_ema).
 Critic       y = r + gamma (1 - d) min_j Qbar_j(s', a'),  a' ~ policy_ema(s');   loss = MSE_1 + MSE_2                Eq. (4)
 Policy       L = L_d + eta L_q                                                                                        Eq. (3)
              L_d = E || eps - eps_theta(sqrt(abar_i) a + sqrt(1 - abar_i) eps, s, i) ||^2,  i uniform                 Eq. (2)
              L_q = - E[ Q_k(s, a0) ] / E| Q_l(s, a0) |,   a0 ~ pi(s) with gradients through all T denoising steps
 Details
-  [D1] L_q: (k, l) is (1, 2) or (2, 1) by a coin, and the divisor is the mean size of Q_l on the POLICY's actions, detached
+  [D1] L_q: (k, l) is (1, 2) or (2, 1) at random, and the divisor is the mean size of Q_l on the POLICY's actions, detached
        (official code). The paper normalises eta by E|Q| over the data.
   [D2] `max_q_backup` (AntMaze): a' is the best of 10 for each critic, then the minimum of the two.
-  [D3] L_d is the mean over batch and dimensions, the score network's time is the 0-based step (official code).
-  [D4] The learning rate is constant. The official code's cosine is stepped once per 50 epochs of a schedule in epochs: its
+  [D3] L_d is the mean over batch and dimensions; the denoiser's time is the 0-based step (official code).
+  [D4] The learning rate is constant. The official code's cosine is stepped once in 50 epochs of a schedule in epochs: its
        last factor is 0.999.
   [D5] `max_grad_norm` is tuned per task in the official code (1 to 10, rows of zoo/diffusion_ql.yml); 5 elsewhere.
-  [D6] The lagged policy stands still for 1000 steps and then follows every 5th (official code).
-  [D7] Acting: 50 candidates of the policy (not the lagged one), one drawn by softmax of min Qbar / temperature. With returns
-       in the hundreds that is all but the argmax.
-  [D8] The official run reports a checkpoint chosen by its diffusion loss, or the best evaluation; ours ends with the last.
-Online (a design of ours; the paper has none)
-  [O1] The same update on old and new data: cloning what both hold, its own better actions among them, and climbing Q. (A
-       port's fine-tuning clones the actor's own samples instead, which holds it to nothing but itself.)
-  [O2] The constraint loosens: eta doubles every `online_halflife` environment steps, 16-fold at most.
-  [O3] It acts as it does offline [D7] (drawn candidates, softmax of Q), plus Gaussian noise of `online_noise`: the chain
-       itself grows narrow where Q is sharp.
-  [O4] The lagged policy follows from the first step on ([D6]'s wait is over). The policy learns at
+  [D6] The policy's EMA is constant for 1000 steps and then updated at every 5th (official code).
+  [D7] Acting: 50 candidates of the policy (not of its EMA), one sampled by softmax of min Qbar / temperature. With returns in
+       the hundreds this is nearly the argmax.
+  [D8] The official run reports a checkpoint chosen by its diffusion loss, or the best evaluation; ours is the last policy.
+Online (our design; the paper has none)
+  [O1] The same update on old and new data: it clones both, including its own better actions, and maximises Q. (The fine-tuning
+       of a port clones the actor's own samples instead, which constrains it to nothing but itself.)
+  [O2] The constraint is relaxed: eta doubles every `online_halflife` environment steps, up to 16-fold.
+  [O3] It acts as offline [D7] (random candidates, softmax of Q), plus Gaussian noise of `online_noise`, because the chain
+       itself becomes narrow where Q is sharp.
+  [O4] The policy's EMA is updated from the first step on ([D6] no longer applies). The policy learns at
        `online_learning_rate`.
 """
 
@@ -37,49 +37,98 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.config.checks import MOST, N_FIXED, SOLVERS, check_solver, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP, mish
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
-class DiffusionQLConfig:
-    """Knobs of Diffusion-QL. Defaults: the official code's for locomotion; per task: zoo/diffusion_ql.yml."""
+class DiffusionQLConfig(Hyperparameters):
+    """Hyperparameters of Diffusion-QL.
 
-    eta: float = 1.0  # >= 0; weight of the Q term against cloning. THE knob; 0 is behaviour cloning, AntMaze 0.5 to 4.5
-    n_diffusion_steps: int = 5  # T
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every step
-    ema_tau: float = 0.005  # share of the policy in its lagged copy, [D6]
-    ema_every: int = 5
-    ema_start: int = 1000
-    learning_rate: float = 3e-4  # policy; 1e-3 on one AntMaze task, 3e-5 on adroit
-    critic_learning_rate: float = 3e-4
-    max_grad_norm: float | None = 5.0  # policy and critics, each for itself [D5]; None: no clipping
-    batch_size: int = 256
-    max_q_backup: bool = False  # [D2]
-    n_backup_samples: int = 10  # of the max-Q backup
-    n_candidates: int = 50  # acting [D7]
-    select: str = "softmax"  # "softmax", "argmax" or "first"
-    temperature: float = 1.0  # of the softmax, in units of Q
-    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
-    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    online_learning_rate: float = 3e-5  # policy, constant [O4]
-    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O3]
-    online_halflife: int | None = 20_000  # environment steps in which eta doubles, None: it stays [O2]
-    reward_transform: str = "none"  # "cql_antmaze" on AntMaze, "normalize" on adroit
-    normalize_obs: bool = False
-    train_steps: int | None = None  # None: the `default:` block of zoo/diffusion_ql.yml; paper 2M (AntMaze, adroit 1M)
+    The defaults are the official code's for locomotion; values for each task are rows of zoo/diffusion_ql.yml.
+    """
+
+    eta: float = hyperparameter(
+        1.0,
+        "Weight of Q against cloning: 0 clones the data, large is greedy. The main hyperparameter. AntMaze: 0.5 to 4.5.",
+        at_least=0,
+    )
+    n_diffusion_steps: int = hyperparameter(5, "Number T of denoising steps of the diffusion model.", at_least=1, at_most=MOST)
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    ema_tau: float = hyperparameter(
+        0.005, "Soft update coefficient of the policy's moving average (EMA), at each of its updates [D6].", above=0, at_most=1
+    )
+    ema_every: int = hyperparameter(5, "Gradient steps between two updates of the policy's EMA [D6].", at_least=1, at_most=MOST)
+    ema_start: int = hyperparameter(1000, "Gradient steps before the first update of the policy's EMA [D6].", at_least=0)
+    learning_rate: float = hyperparameter(3e-4, "Learning rate of the policy. One AntMaze task: 1e-3; adroit: 3e-5.", above=0)
+    critic_learning_rate: float = hyperparameter(3e-4, "Learning rate of Q.", above=0)
+    max_grad_norm: float | None = hyperparameter(
+        5.0, "Largest norm of the gradient, for policy and critics separately [D5]. None: gradients are not clipped.", above=0
+    )
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    max_q_backup: bool = hyperparameter(
+        False, "Whether the target of Q takes the best of several sampled next actions instead of one [D2]. AntMaze: True."
+    )
+    n_backup_samples: int = hyperparameter(10, "Number of next actions sampled for max_q_backup.", at_least=1, at_most=MOST)
+    n_candidates: int = hyperparameter(
+        50,
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises [D7].",
+        at_least=1,
+        at_most=N_FIXED,
+    )
+    select: str = hyperparameter(
+        "softmax",
+        'How one candidate is selected when acting: "softmax" samples it by its Q, "argmax" takes the best, "first" ignores Q.',
+        choices=SELECT,
+    )
+    temperature: float = hyperparameter(1.0, 'Temperature of select="softmax", in units of Q.', above=0)
+    solver: str = hyperparameter(
+        "ddpm",
+        'Sampler used when acting: "ddpm" runs the chain itself, "ddim" is deterministic given its noise and may skip steps; '
+        "solvers in continuous time (DPM-Solver, EDM) need noise levels that the network was not trained on.",
+        choices=SOLVERS,
+    )
+    solver_steps: int | None = hyperparameter(
+        None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
+    )
+    online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O4].", above=0)
+    online_noise: float = hyperparameter(
+        0.1, "Standard deviation of the exploration noise in `learn_online`, for actions in [-1, 1] [O3].", at_least=0
+    )
+    online_halflife: int | None = hyperparameter(
+        20_000,
+        "Time in which eta doubles in `learn_online` [O2]. None: eta stays constant.",
+        at_least=1,
+        unit="environment steps",
+    )
+    reward_transform: str = hyperparameter(
+        "none",
+        'Transform of the rewards, of which "auto" chooses one from the data. AntMaze: "cql_antmaze". Adroit: "normalize".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    train_steps: int | None = hyperparameter(
+        None,
+        "Gradient steps of the training stage. None: the `default` block of zoo/diffusion_ql.yml. "
+        "Paper: 2M (AntMaze, adroit: 1M).",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
-        check_number("eta", self.eta, "must not be negative: 0 clones the data, 1 is usual", lambda x: x >= 0)
-        check_choice("select", self.select, SELECT)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
 
 
 class DiffusionQL(Agent):
@@ -90,11 +139,10 @@ class DiffusionQL(Agent):
     policy: ChainPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 2_000_000}
     POLICY_STAGE = "train"
-    MODEL = ("policy", "critic_target")
-    LEARNER = ("policy_ema", "critic")
-    SIZES = ("n_diffusion_steps",)
+    MODEL: ClassVar[tuple[str, ...]] = ("policy", "critic_target")
+    LEARNER: ClassVar[tuple[str, ...]] = ("policy_ema", "critic")
     CALIBRATES = True
-    CHOICE = ("n_candidates", "select", "temperature", "solver", "solver_steps")
+    CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -109,7 +157,7 @@ class DiffusionQL(Agent):
             "critic": Optimizer(self.critic.parameters(), c.critic_learning_rate, max_grad_norm=c.max_grad_norm),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         updates = (
             Update(self.critic_loss, self.draw_critic, (opt["critic"],), self.follow_critic),
@@ -129,7 +177,7 @@ class DiffusionQL(Agent):
         return {"noises": self.policy.noises((n * each,), generator)}
 
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """Eq. (4): MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's action."""
+        """Eq. (4): MSE_1 + MSE_2 against the minimum of the target critics at an action of the policy's EMA."""
         c = self.config
         with torch.no_grad():
             each = c.n_backup_samples if c.max_q_backup else 1  # [D2]
@@ -158,18 +206,18 @@ class DiffusionQL(Agent):
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Eq. (3): L_d + eta L_q."""
         bc_loss, q_loss = self.bc_loss(batch, noise), self.q_loss(batch, noise)
-        loss = bc_loss + self.config.eta * self.constraint_relaxation * q_loss
+        loss = bc_loss + self.config.eta * self.state.constraint_relaxation * q_loss
         return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "q_loss": q_loss.detach()}
 
     def bc_loss(self, batch: Batch, noise: Noise) -> Tensor:
-        """Eq. (2): the noise in the data's actions, predicted [D3]."""
+        """Eq. (2): the error of the predicted noise in the data's actions [D3]."""
         a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         return F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
 
     def q_loss(self, batch: Batch, noise: Noise) -> Tensor:
-        """L_q: minus one critic at the policy's actions, in units of the other's mean size there [D1]."""
+        """L_q: minus one critic at the policy's actions, in units of the other critic's mean size there [D1]."""
         a0 = self.policy.sample(batch.obs, noise["noises"])
-        q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; online, already updated
+        q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; already updated in this step
         return normalized_q_loss(q1, q2, noise["coin"])
 
     def follow_policy(self) -> None:
@@ -181,9 +229,9 @@ class DiffusionQL(Agent):
         return self.policy.draw_candidates(n, n_candidates, deterministic, generator)
 
     def act(self, obs: Tensor, noise: Noise, config: DiffusionQLConfig) -> Tensor:
-        """(B, S) -> (B, A): candidates of the policy, one chosen by min Qbar [D7].
+        """(B, S) -> (B, A): candidates of the policy, one of them selected by min Qbar [D7].
 
-        deterministic: the candidates of the stored noise, then argmax ("first" stays the first).
+        If deterministic, the candidates come from the stored noise and argmax selects ("first" still takes the first).
         """
         c = config
         actions = self.policy.candidates(obs, noise["noises"], config)  # (B, n, A)
@@ -194,9 +242,16 @@ class DiffusionQL(Agent):
 
     @classmethod
     def from_official(cls, actor: Any, critic: Any, **kwargs: Any) -> "DiffusionQL":
-        """Load the authors' files `actor_<n>.pth` and `critic_<n>.pth` (paths or state dicts); kwargs as the constructor's.
+        """Load the authors' files. They hold no target networks and no EMA: these start as copies, with one warning.
 
-        They hold no lagged copies: those start equal, with one warning. Raises FileNotFoundError, ValueError.
+        Args:
+            actor: Path or state dict of `actor_<n>.pth`.
+            critic: Path or state dict of `critic_<n>.pth`.
+            **kwargs: Arguments of the constructor.
+
+        Raises:
+            FileNotFoundError: If a file does not exist.
+            ValueError: If a file holds no such network.
         """
         from diffagents.storage.official_checkpoints import chain_from_official
 

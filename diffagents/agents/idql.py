@@ -1,31 +1,32 @@
 """IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion Policies.   Hansen-Estruch et al. 2023, arXiv:2304.10573.
 
-Order        critic and behaviour model are trained alone: neither asks the other.
-Critic       IQL's, by expectile regression: iql_critic.py
+Order        critic and behaviour model are trained independently of each other.
+Critic       IQL's, by expectile regression: networks/critics.py
 Behaviour    L = E || eps - eps_mu(sqrt(abar_i) a + sqrt(1 - abar_i) eps, s, i) ||^2, i uniform, summed over dimensions
-Acting       N samples of mu(.|s), of which the best by min_j Qbar_j; or, as the paper's implicit actor, one drawn with weights
+Acting       the best of N samples of mu(.|s) by min_j Qbar_j; or, as the paper's implicit actor, one sampled with weights
              |tau - 1(A <= 0)|,   A = min_j Qbar_j(s, a) - V(s)
 Symbols      mu -> behavior (behavior_ema acts), Q, Qbar and V -> critic
 Source       philippe-eecs/IDQL, its current learner `ddpm_iql_simple`; the older `ddpm_iql` has the implicit actor
 Details
-  [D1] The released loop updates both parts at every step, on one batch; comments in it speak of two behaviour updates for each
-       of the critic. Apart, as here, it comes to the same with lengths to choose: `preset="official_code"` and "paper".
-  [D2] V(s') is taken before V's step (iql_critic.py); the official code steps V first, and Q towards the new V.
-  [D3] `v_layer_norm` (current code; the older learner without): V sees its observation normalised over its own dimensions.
-       Of one or two dimensions this would leave nothing or a sign: there it is left out. The author says that the current
-       code, with this and a smaller batch, is a few points below the paper's.
-  [D4] The sampler uses the noise estimate as it is (no clipping of the action that it implies), clips every x to [-1, 1], and
+  [D1] The released loop updates both networks at every step, on one batch; comments in it mention two behaviour updates for
+       each critic update. Separate stages, as here, give the same result, and their lengths can be chosen:
+       `preset="official_code"` and "paper".
+  [D2] V(s') is computed before the V step (networks/critics.py); the official code updates V first, and Q towards the new V.
+  [D3] `v_layer_norm` (current code; the older learner has none): the input of V is normalised over its own dimensions. With
+       one or two dimensions this would leave nothing or only a sign, so there it is omitted. The author says that the current
+       code, with this and a smaller batch, scores a few points below the paper.
+  [D4] The sampler uses the noise estimate as it is (the action that it implies is not clipped), clips every x to [-1, 1], and
        has standard deviation sqrt(beta_i) `sampling_temperature`.
-  [D5] The critic's layers start Xavier-uniform. In the behaviour's blocks the official layers start as LeCun's normal with
-       zero biases; ours as PyTorch's.
-  [D6] The official code learns from 95 % of the data and holds the rest out for a loss that it prints; ours from all.
-  [D7] It clips actions to +-(1 - 1e-5), which matters to the densities of squashed actions; nothing here has one.
-  [D8] `select="softmax"` over Q / temperature is a port's (CleanDiffuser's) rule, whose weights of the advantage are 1 /
+  [D5] The critic's layers are initialised Xavier-uniform. In the blocks of the behaviour model the official layers are
+       initialised by LeCun's normal with zero biases; ours as in PyTorch.
+  [D6] The official code trains on 95 % of the data and keeps the rest for a validation loss; ours trains on all of it.
+  [D7] It clips actions to +-(1 - 1e-5), which matters for densities of squashed actions; there are none here.
+  [D8] `select="softmax"` over Q / temperature is the rule of a port (CleanDiffuser), whose weights of the advantage are 1 /
        temperature: 5 to 400 on locomotion, with a sampling_temperature of 0.5.
 Online (the released fine-tuning loop)
-  [O1] The critic alone goes on learning, on half old and half new data; the behaviour model is frozen. What can be gained is
-       what the data's support holds.
-  [O2] It acts by the best of N samples, as it is evaluated. The released loop waits 5000 steps (`learning_starts`) and
+  [O1] Only the critic continues to learn, on half old and half new data; the behaviour model is frozen. The improvement is
+       limited to the support of the data.
+  [O2] It acts by the best of N samples, as in evaluation. The released loop waits 5000 steps (`learning_starts`) and
        evaluates with 128 samples.
 """
 
@@ -41,61 +42,156 @@ from torch.nn import functional as F
 
 from diffagents.agent import Agent
 from diffagents.agents.srpo import ResidualBlock
-from diffagents.config.checks import check_choice, check_number, check_solver, net_arch
+from diffagents.config.checks import MOST, N_FIXED, SOLVERS, check_solver, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import SELECT, eps_loss, polyak_update_, select_action
 from diffagents.networks.critics import IQLCritic
-from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, _on_states
+from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
 from diffagents.networks.mlp import MLP, dropout_masks, xavier_
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
-class IDQLConfig:
-    """Knobs of IDQL. Defaults: the official code's for locomotion; per-task values are rows of zoo/idql.yml."""
+class IDQLConfig(Hyperparameters):
+    """Hyperparameters of IDQL.
 
-    expectile: float = 0.7  # in (0, 1); 0.9 on AntMaze
-    n_candidates: int = 64  # acting. THE knob: large follows Q, 1 clones; the paper sweeps 16, 64, 256
-    select: str = "argmax"  # "argmax", "expectile", "softmax" or "first", which is the behaviour itself
-    temperature: float = 1.0  # of the softmax, in units of Q [D8]
-    sampling_temperature: float = 1.0  # share of the sampler's noise; below 1 keeps to the likelier actions [D4]
-    n_diffusion_steps: int = 5  # T
-    ema_tau: float = 0.001  # share of the behaviour in its lagged copy, every step
-    weight_decay: float = 1e-4  # of the behaviour
-    dropout: float = 0.1  # in the behaviour's residual blocks, while it is trained
-    v_layer_norm: bool = True  # [D3]
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every step
-    learning_rate: float = 3e-4  # critic, and behaviour at first: its own falls to 0 on a cosine over the stage
-    batch_size: int = 512  # both stages
-    solver: str = "ddpm"  # of acting; "ddim": deterministic from its noise, and may skip steps
-    solver_steps: int | None = None  # network calls a sample, at most n_diffusion_steps; None: all
-    reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
-    normalize_obs: bool = False
-    critic_steps: int | None = None  # None: the `default:` block of zoo/idql.yml; paper 1.5M [D1]
-    behavior_steps: int | None = None  # paper 3M
+    The defaults are the official code's for locomotion; values for each task are rows of zoo/idql.yml.
+    """
+
+    expectile: float = hyperparameter(
+        0.7,
+        "Expectile of Q that V is fitted to: near 1, V approaches the best actions of the data. AntMaze: 0.9.",
+        above=0,
+        below=1,
+    )
+    n_candidates: int = hyperparameter(
+        64,
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises. "
+        "The main hyperparameter: large follows Q, 1 clones the data; the paper sweeps 16, 64, 256.",
+        at_least=1,
+        at_most=N_FIXED,
+    )
+    select: str = hyperparameter(
+        "argmax",
+        'How one candidate is selected when acting: "softmax" samples it by its Q, "argmax" takes the best, "first" ignores Q. '
+        '"expectile" is the implicit actor of the paper; "first" is the behaviour model itself.',
+        choices=(*SELECT, "expectile"),
+    )
+    temperature: float = hyperparameter(1.0, 'Temperature of select="softmax", in units of Q [D8].', above=0)
+    sampling_temperature: float = hyperparameter(
+        1.0, "Factor on the standard deviation of the sampler's noise: below 1, likelier actions are preferred [D4].", above=0
+    )
+    n_diffusion_steps: int = hyperparameter(5, "Number T of denoising steps of the diffusion model.", at_least=1, at_most=MOST)
+    ema_tau: float = hyperparameter(
+        0.001, "Soft update coefficient of the moving average (EMA) of the behaviour model, at every step.", above=0, at_most=1
+    )
+    weight_decay: float = hyperparameter(1e-4, "Weight decay of the behaviour model.", at_least=0)
+    dropout: float = hyperparameter(
+        0.1, "Dropout rate in the residual blocks of the behaviour model during training.", at_least=0, below=1
+    )
+    v_layer_norm: bool = hyperparameter(True, "Whether V normalises its input by LayerNorm [D3].")
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    learning_rate: float = hyperparameter(
+        3e-4,
+        "Learning rate of the critic, constant, and the initial one of the behaviour model, which falls to 0 on a cosine.",
+        above=0,
+    )
+    batch_size: int = hyperparameter(512, "Number of transitions in a batch, in both stages.", at_least=1, at_most=MOST)
+    solver: str = hyperparameter(
+        "ddpm",
+        'Sampler used when acting: "ddpm" runs the chain itself, "ddim" is deterministic given its noise and may skip steps; '
+        "solvers in continuous time (DPM-Solver, EDM) need noise levels that the network was not trained on.",
+        choices=SOLVERS,
+    )
+    solver_steps: int | None = hyperparameter(
+        None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
+    )
+    reward_transform: str = hyperparameter(
+        "auto",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        'Locomotion: "iql_locomotion". AntMaze: "iql_antmaze".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    critic_steps: int | None = hyperparameter(
+        None, "Gradient steps of the critic stage. None: the `default` block of zoo/idql.yml. Paper: 1.5M [D1].", at_least=0
+    )
+    behavior_steps: int | None = hyperparameter(
+        None, "Gradient steps of the behaviour stage. None: the `default` block of zoo/idql.yml. Paper: 3M.", at_least=0
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
-        check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
-        check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
-        check_number("weight_decay", self.weight_decay, "must not be negative", lambda x: x >= 0)
-        check_choice("select", self.select, (*SELECT, "expectile"))
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+
+
+class ResidualDenoiser(nn.Module):
+    """Noise predictor eps(a_t, s, i) of IDQL: `DDPM` around `MLPResNet` in its official code.
+
+    Time: 64 learned frequencies W, initially N(0, 0.2^2), features [cos, sin](2 pi W i), Linear 128-256, SiLU, Linear 256-256.
+    Input [a_t, s, time]; Linear to `width`; residual blocks with SiLU; SiLU; Linear to A. All but the blocks use `xavier_`.
+    """
+
+    N_FREQUENCIES, TIME_DIM = 64, 256
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
+        super().__init__()
+        self.width, self.n_blocks = width, n_blocks
+        self.frequencies = nn.Parameter(0.2 * torch.randn(self.N_FREQUENCIES))
+        self.time_mlp = MLP(2 * self.N_FREQUENCIES, (self.TIME_DIM,), self.TIME_DIM, nn.SiLU)
+        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width, F.silu) for _ in range(n_blocks))
+        self.output = nn.Linear(width, act_dim)
+        for layers in (self.time_mlp, self.input, self.output):
+            xavier_(layers)
+
+    def forward(self, a_t: Tensor, obs: Tensor, i: Tensor, masks: Tensor | None = None) -> Tensor:
+        """As `MLPDenoiser`; `masks` (n_blocks, ..., width) are dropout masks, None when acting."""
+        lead = a_t.shape[:-1]
+        h = self.input(torch.cat([a_t, obs.expand(*lead, -1), self.time_features(i).expand(*lead, -1)], -1))
+        return self.rest(h, masks)
+
+    def time_features(self, i: Tensor) -> Tensor:
+        """i (...,) -> (..., TIME_DIM)."""
+        phase = 2.0 * math.pi * i[..., None] * self.frequencies
+        time: Tensor = self.time_mlp(torch.cat([torch.cos(phase), torch.sin(phase)], -1))
+        return time
+
+    def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
+        return bind_states(self.input, self.rest, self.time_features, obs, n_steps, state_before_time=True)
+
+    def rest(self, h: Tensor, masks: Tensor | None = None) -> Tensor:
+        for k, block in enumerate(self.blocks):
+            h = block(h, None if masks is None else masks[k])
+        out: Tensor = self.output(F.silu(h))
+        return out
 
 
 class IDQL(Agent):
-    """Implicit diffusion Q-learning: samples of the behaviour, chosen by a critic that never leaves the data."""
+    """Implicit diffusion Q-learning: samples of a behaviour model, selected by a critic that is trained on the data alone."""
 
     Config = IDQLConfig
     config: IDQLConfig
     STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 1_500_000, "behavior": 3_000_000}
     POLICY_STAGE = "behavior"
-    MODEL = ("behavior_ema", "critic")
-    LEARNER = ("behavior",)
-    SIZES = ("n_diffusion_steps",)
-    CHOICE = ("n_candidates", "select", "temperature", "sampling_temperature", "solver", "solver_steps")
+    MODEL: ClassVar[tuple[str, ...]] = ("behavior_ema", "critic")
+    LEARNER: ClassVar[tuple[str, ...]] = ("behavior",)
+    CHOICE: ClassVar[tuple[str, ...]] = (
+        "n_candidates",
+        "select",
+        "temperature",
+        "sampling_temperature",
+        "solver",
+        "solver_steps",
+    )
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -116,7 +212,7 @@ class IDQL(Agent):
             "behavior": Optimizer(self.behavior.parameters(), c.learning_rate, weight_decay=c.weight_decay, cosine=True),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         n, opt = self.config.batch_size, self.optimizers
         return [  # [D1]
             Stage("critic", n, (Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),
@@ -147,7 +243,7 @@ class IDQL(Agent):
         return noise
 
     def behavior_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """L: the noise in the data's actions, predicted."""
+        """L: the error of the predicted noise in the data's actions."""
         a_i = self.behavior.perturbed(batch.act, noise["eps"], noise["i"])
         loss = eps_loss(self.behavior.net(a_i, batch.obs, noise["i"], noise.get("masks")), noise["eps"])
         return loss, {"behavior_loss": loss.detach()}
@@ -161,9 +257,9 @@ class IDQL(Agent):
         return self.behavior_ema.draw_candidates(n, n_candidates, deterministic, generator)
 
     def act(self, obs: Tensor, noise: Noise, config: IDQLConfig) -> Tensor:
-        """(B, S) -> (B, A): samples of the lagged behaviour, one chosen by min Qbar.
+        """(B, S) -> (B, A): samples of the behaviour model's EMA, one of them selected by min Qbar.
 
-        deterministic: the samples of the stored noise, then argmax ("first" stays the first).
+        If deterministic, the samples come from the stored noise and argmax selects ("first" still takes the first).
         """
         c, gumbel_noise = config, noise.get("gumbel")
         actions = self.behavior_ema.candidates(obs, noise["noises"], c, c.sampling_temperature)  # (B, n, A)
@@ -176,52 +272,19 @@ class IDQL(Agent):
 
 
 def implicit_choice(actions: Tensor, advantage: Tensor, expectile: float, noise: Tensor) -> Tensor:
-    """The paper's implicit actor: one of K samples, weighing `expectile` above V and 1 - `expectile` below.
+    """The paper's implicit actor: samples one of K actions with weight `expectile` above V and 1 - `expectile` below.
 
-    actions (B, K, A), advantage (B, K) = Q - V, Gumbel noise (B, K) -> (B, A). Source: official `sample_implicit_policy`.
+    Source: `sample_implicit_policy` of the official code.
+
+    Args:
+        actions: (B, K, A).
+        advantage: Q - V, (B, K).
+        expectile: The expectile of V, in (0, 1).
+        noise: Gumbel noise, (B, K).
+
+    Returns:
+        The sampled actions, (B, A).
     """
     weights = torch.where(advantage > 0, expectile, 1.0 - expectile)
     drawn = (weights.log() + noise).argmax(-1, keepdim=True)
     return actions.gather(1, drawn[..., None].expand(-1, 1, actions.shape[-1])).squeeze(1)
-
-
-class ResidualDenoiser(nn.Module):
-    """Noise predictor eps(a_t, s, i) of IDQL: `DDPM` around `MLPResNet` in its official code.
-
-    Time: 64 learnt frequencies W, first N(0, 0.2^2), features [cos, sin](2 pi W i), Linear 128-256, SiLU, Linear 256-256.
-    Input [a_t, s, time]; Linear to `width`; residual blocks with SiLU; SiLU; Linear to A. All but the blocks: `xavier_`.
-    """
-
-    N_FREQUENCIES, TIME_DIM = 64, 256
-
-    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
-        super().__init__()
-        self.width, self.n_blocks = width, n_blocks
-        self.frequencies = nn.Parameter(0.2 * torch.randn(self.N_FREQUENCIES))
-        self.time_mlp = MLP(2 * self.N_FREQUENCIES, (self.TIME_DIM,), self.TIME_DIM, nn.SiLU)
-        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width, F.silu) for _ in range(n_blocks))
-        self.output = nn.Linear(width, act_dim)
-        for layers in (self.time_mlp, self.input, self.output):
-            xavier_(layers)
-
-    def forward(self, a_t: Tensor, obs: Tensor, i: Tensor, masks: Tensor | None = None) -> Tensor:
-        """As `MLPDenoiser`; `masks` (n_blocks, ..., width) are dropout masks, None in use."""
-        lead = a_t.shape[:-1]
-        h = self.input(torch.cat([a_t, obs.expand(*lead, -1), self.time_features(i).expand(*lead, -1)], -1))
-        return self.rest(h, masks)
-
-    def time_features(self, i: Tensor) -> Tensor:
-        """i (...,) -> (..., TIME_DIM)."""
-        phase = 2.0 * math.pi * i[..., None] * self.frequencies
-        time: Tensor = self.time_mlp(torch.cat([torch.cos(phase), torch.sin(phase)], -1))
-        return time
-
-    def on_states(self, obs: Tensor, n_steps: int) -> DenoiserOnStates:
-        return _on_states(self.input, self.rest, self.time_features, obs, n_steps, state_before_time=True)
-
-    def rest(self, h: Tensor, masks: Tensor | None = None) -> Tensor:
-        for k, block in enumerate(self.blocks):
-            h = block(h, None if masks is None else masks[k])
-        out: Tensor = self.output(F.silu(h))
-        return out

@@ -1,30 +1,30 @@
 """IQL: Offline Reinforcement Learning with Implicit Q-Learning.   Kostrikov, Nair, Levine, ICLR 2022, arXiv:2110.06169.
 
-Every step  critic (V by expectile regression, twin Q, lagged twins), then policy, on one batch
-Critic      Eqs. (5) and (6): iql_critic.py. No action outside the data is ever valued.
+Every step  critic (V by expectile regression, twin Q, twin target networks), then policy, on one batch
+Critic      Eqs. (5) and (6): networks/critics.py. No action outside the data is ever evaluated.
 Policy      L = - E[ min(exp(beta A), 100) log pi(a|s) ],   A = min_j Qbar_j(s, a) - V(s)                             Eq. (7)
             pi(.|s) = N(tanh(MLP(s)), diag sigma^2): the squashing is of the mean only, sigma does not depend on s
 Details
-  [D1] Order: V(s') is taken before the V step, then V and Q step together, the lagged twins follow, and the policy weighs
-       with the new V and twins. The official code steps V, policy, Q (towards the new V), twins; a well-known port (CORL)
-       has our order but weighs with V and twins from before the step. The difference is of one step of 0.005.
-  [D2] `deterministic_policy`: the squared error takes the place of -log pi; a port's (CORL's) option for hopper-medium.
-  [D3] `dropout` is in the policy's hidden layers while it is trained (official code: 0.1 on adroit and kitchen). The offline
+  [D1] Order: V(s') is computed before the V step, then V and Q are updated together, then the target networks, and the policy's
+       weights use the new V and targets. The official code updates V, policy, Q (towards the new V), targets; a well-known port
+       (CORL) has our order, but its weights use V and targets from before the step. The difference is one step of 0.005.
+  [D2] `deterministic_policy`: the squared error replaces -log pi; an option of that port (CORL) for hopper-medium.
+  [D3] `dropout` applies to the policy's hidden layers during training (official code: 0.1 on adroit and kitchen). The offline
        part of that port accepts it and never uses it.
   [D4] The policy's learning rate falls to 0 on a cosine over the stage.
-  [D5] Layers start as PyTorch's do; the official code starts them orthogonal.
-  [D6] log sigma counts within [-5, 2] (official code; the port [-20, 2]).
+  [D5] Layers are initialised as in PyTorch; the official code uses orthogonal initialisation.
+  [D6] log sigma is clipped to [-5, 2] (official code; the port uses [-20, 2]).
   [D7] L_Q is the mean of the twins' squared errors, as in that port; the official code adds them, which under Adam is the same
-       but for its epsilon.
+       except for its epsilon.
 Online (official fine-tuning; the paper's section 5.3)
-  [O1] The same update on new data too, one for each environment step. It acts by sampling its Gaussian and clipping; nothing is
-       loosened: better actions enter by being found and weighed.
-  [O2] Batches are uniform from one buffer that begins with the data (official), `offline_ratio="uniform"`. With half of each
-       from a short run, as the others have it, the same few transitions are repeated, and their steep advantages come to
-       dominate the weights of Eq. (7).
-  [O3] Learning rates are constant ([D4] is over), the policy's `online_learning_rate`. The official 3e-4 goes with an offline
-       phase without decay; back at it after a cosine, a settled policy is thrown off. (A well-known port goes on stepping the
-       cosine, which climbs back from 0 by accident.)
+  [O1] The same update on old and new data, one for each environment step. It acts by sampling its Gaussian and clipping. No
+       constraint is relaxed: the policy improves by finding better actions and weighting them.
+  [O2] Batches are uniform from one buffer that begins with the data (official code), `offline_ratio="uniform"`. If half of each
+       batch came from a short run, as in the other algorithms, the same few transitions would be repeated, and their large
+       advantages would dominate the weights of Eq. (7).
+  [O3] Learning rates are constant ([D4] no longer applies); the policy's is `online_learning_rate`. The official 3e-4 follows
+       an offline phase without decay; returning to it after a cosine destroys a converged policy. (A well-known port keeps
+       stepping the cosine, which rises again from 0 by accident.)
 """
 
 import dataclasses
@@ -35,52 +35,75 @@ import torch
 from torch import Tensor
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, net_arch
+from diffagents.config.checks import MOST, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.mlp import GaussianPolicy, TanhPolicy, dropout_masks
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 MAX_WEIGHT = 100.0
-"""The cap of Eq. (7)'s weights (official code)."""
+"""The upper limit of the weights in Eq. (7) (official code)."""
 
 
 @dataclass(frozen=True)
-class IQLConfig:
-    """Knobs of IQL. Defaults: the paper's for locomotion; per-task values are rows of zoo/iql.yml."""
+class IQLConfig(Hyperparameters):
+    """Hyperparameters of IQL. The defaults are the paper's for locomotion; values for each task are rows of zoo/iql.yml."""
 
-    expectile: float = 0.7  # in (0, 1); 0.9 on AntMaze
-    beta: float = 3.0  # >= 0; 0 clones the data, large = greedy (the official code's `temperature`); AntMaze 10, adroit 0.5
-    dropout: float = 0.0  # [D3]
-    deterministic_policy: bool = False  # [D2]
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every step
-    learning_rate: float = 3e-4  # critic, and policy at first [D4]
-    batch_size: int = 256
-    online_learning_rate: float = 3e-5  # policy, constant [O3]
-    reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
-    normalize_obs: bool = False
-    train_steps: int | None = None  # None: the `default:` block of zoo/iql.yml; paper 1M
-
-    def __post_init__(self) -> None:
-        check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
-        check_number("beta", self.beta, "must not be negative: 0 clones the data, 3 is usual", lambda x: x >= 0)
-        check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+    expectile: float = hyperparameter(
+        0.7,
+        "Expectile of Q that V is fitted to: near 1, V approaches the best actions of the data. AntMaze: 0.9.",
+        above=0,
+        below=1,
+    )
+    beta: float = hyperparameter(
+        3.0,
+        "Inverse temperature of the advantage weights: 0 clones the data, large is greedy. "
+        "The official code calls it `temperature`. AntMaze: 10; adroit: 0.5.",
+        at_least=0,
+    )
+    dropout: float = hyperparameter(
+        0.0, "Dropout rate in the hidden layers of the policy during training [D3].", at_least=0, below=1
+    )
+    deterministic_policy: bool = hyperparameter(False, "Whether the policy is deterministic and fitted by squared error [D2].")
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    learning_rate: float = hyperparameter(
+        3e-4,
+        "Learning rate of the critic, constant, and the initial one of the policy, which falls to 0 on a cosine [D4].",
+        above=0,
+    )
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O3].", above=0)
+    reward_transform: str = hyperparameter(
+        "auto",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        'Locomotion: "iql_locomotion". AntMaze: "iql_antmaze".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    train_steps: int | None = hyperparameter(
+        None, "Gradient steps of the training stage. None: the `default` block of zoo/iql.yml. Paper: 1M.", at_least=0
+    )
 
 
 class IQL(Agent):
-    """Implicit Q-learning: a critic that never leaves the data, and a Gaussian policy cloned from it by weight."""
+    """Implicit Q-learning: a critic trained on the data's actions alone, and a Gaussian policy cloned by advantage weights."""
 
     Config = IQLConfig
     config: IQLConfig
     policy: TanhPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 1_000_000}
     POLICY_STAGE = "train"
-    MODEL = ("policy",)
+    MODEL: ClassVar[tuple[str, ...]] = ("policy",)
     OFFLINE_RATIO = "uniform"  # [O2]
-    LEARNER = ("critic",)
+    LEARNER: ClassVar[tuple[str, ...]] = ("critic",)
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -93,7 +116,7 @@ class IQL(Agent):
             "policy": Optimizer(self.policy.parameters(), c.learning_rate, cosine=True),  # [D4]
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         opt = self.optimizers
         updates = (
             Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),
@@ -118,7 +141,7 @@ class IQL(Agent):
         return {"masks": dropout_masks((n, sum(self.policy.hidden)), self.config.dropout, generator)}  # [D3]
 
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """Eq. (7): cloning, each action by the weight of its advantage."""
+        """Eq. (7): cloning, where each action is weighted by its advantage."""
         with torch.no_grad():
             q = self.critic.q_target(torch.cat([batch.act, batch.obs], -1)).amin(0)  # (B,)
             advantage = q - self.critic.v(batch.obs).squeeze(-1)
@@ -142,9 +165,9 @@ class IQL(Agent):
         return {"eps": torch.randn(n, self.act_dim, **kwargs)}
 
     def act(self, obs: Tensor, noise: Noise, config: IQLConfig) -> Tensor:
-        """(B, S) -> (B, A): the mean (the paper's evaluation), or a sample of the Gaussian, clamped to [-1, 1].
+        """(B, S) -> (B, A): a sample of the Gaussian, clipped to [-1, 1]; if deterministic, its mean (the paper's evaluation).
 
-        deterministic: the mean. With `deterministic_policy` both are.
+        With `deterministic_policy` it is the mean in both cases.
         """
         if "eps" in noise:
             assert isinstance(self.policy, GaussianPolicy)

@@ -1,37 +1,38 @@
 """QGPO: Contrastive Energy Prediction for Exact Energy-Guided Diffusion Sampling.   Lu et al., ICML 2023, arXiv:2304.12824.
 
-Order      behavior; critic on it; energy on both. Nothing else is learnt: the policy is guided sampling.
+Order      behavior; critic on it; energy on both. Nothing else is learned: the policy is guided sampling.
 Target     pi(a|s) ~ mu(a|s) exp(beta Q(s, a))
 Score      grad log pi_t(a_t|s) = grad log mu_t(a_t|s) + s_g grad_a f(a_t, s, t); exact for s_g = 1 and
            f = log E_mu[ exp(beta Q(s, a)) | a_t ] + any function of s and t
-Support    a_1 .. a_M ~ mu(.|s), M actions for every state of the data, made once
+Support    a_1 .. a_M ~ mu(.|s), M actions for every state of the data, sampled once
 Critic     y = r + gamma (1 - d) sum_i softmax_i(beta_q Qbar(s', a'_i)) Qbar(s', a'_i);   loss = (MSE_1 + MSE_2) / 2
 Energy     L = - E[ sum_i softmax_i(beta Qbar(s, a_i)) log softmax_i f(a_i,t, s, t) ],   a_i,t = alpha_t a_i + sigma_t eps_i
-Symbols    mu -> behavior, Q -> critic, Qbar -> minimum of the lagged twins (critic_target), f -> energy, s_g -> guidance_scale
-The paper's text was not at hand: what follows is its official code (thu-ml/CEP-energy-guided-diffusion), and the equations
+Symbols    mu -> behavior, Q -> critic, Qbar -> critic_target (minimum of the two), f -> energy, s_g -> guidance_scale
+The paper's text was not available: this follows its official code (thu-ml/CEP-energy-guided-diffusion), and the equations
 carry no numbers.
 Details
-  [D1] Stages in turn. The official code trains the energy beside the critic from the first step on and stops the critic at
-       half of the way; ours meets the finished critic only.
-  [D2] Making the support costs M x `solver_steps` network calls a state, at s' for the critic and at s for the energy, and
-       holds M x A floats a state in memory: with the paper's sizes 20 ms each a state on one CPU core, hours for a million.
-       `n_support_states` draws that many transitions once and trains on them alone; None takes all, as the paper
-       and `preset="paper"`.
-       The table is made anew when a stage begins or is resumed (the same numbers each time); no file holds it.
+  [D1] Stages run one after the other. The official code trains energy and critic together from the first step on and stops the
+       critic half-way; our energy is trained with the finished critic only.
+  [D2] Sampling the support costs M x `solver_steps` network calls per state, at s' for the critic and at s for the energy, and
+       M x A floats of memory per state: with the paper's sizes 20 ms each per state on one CPU core, hours for a million.
+       `n_support_states` transitions are drawn once, and training uses these alone; None takes all, as do the paper and
+       `preset="paper"`.
+       The table is computed anew when a stage begins or is resumed (the same numbers each time); it is not saved.
   [D3] t ~ U(0.001, 1) everywhere; the M actions of a state share one.
   [D4] `energy_loss`, the paper's comparisons: "mse" regresses beta Qbar at the data's actions, "emse" its exponential,
        relative to the best of the support and with the exponent clipped to [-100, 4.5]. Only "cep" is exact.
-  [D5] beta and beta_q are in units of Q, and so belong to the reward transform. None: beta_q = beta.
-  [D6] guidance_scale is swept at evaluation in the official code (locomotion 0 to 10, AntMaze 1 to 4); which one a task took is
-       not published. `predict(obs, guidance_scale=...)` does the same.
-  [D7] DPM-Solver++, order 2. Support actions are not clipped, the chosen action at the very end (the official code leaves it
-       to the environment).
-  [D8] The behaviour stage's batch is 4096 in the official code, and in `preset="paper"`. Ours is 256, for CPUs.
-  [D9] The official loader shuffles epochs; we draw uniformly with replacement, as everywhere in this library.
-Online (a design of ours; neither paper nor code has one)
-  [O1] Behaviour, critic and energy go on together, on `n_online_states` transitions drawn from old and new data every 1000
-       environment steps, with a support from the behaviour as it is then.
-  [O2] It acts as it does offline [D7]: one guided sample from random noise. Nothing is loosened: what the policy did enters mu.
+  [D5] beta and beta_q are in units of 1 / Q, and so depend on the reward transform. None: beta_q = beta.
+  [D6] guidance_scale is swept at evaluation in the official code (locomotion 0 to 10, AntMaze 1 to 4); the value for each task
+       is not published. `predict(obs, guidance_scale=...)` does the same.
+  [D7] DPM-Solver++, order 2. Support actions are not clipped; the final action is (the official code leaves that to the
+       environment).
+  [D8] The batch of the behaviour stage is 4096 in the official code and in `preset="paper"`. Ours is 256, for CPUs.
+  [D9] The official loader goes through shuffled epochs; we sample uniformly with replacement, as everywhere in this library.
+Online (our design; neither the paper nor the official code has one)
+  [O1] Behaviour, critic and energy continue together, on `n_online_states` transitions drawn from old and new data every 1000
+       environment steps, with support actions from the behaviour model at that time.
+  [O2] It acts as offline [D7]: one guided sample from random noise. No constraint is relaxed, because mu learns what the policy
+       did.
 """
 
 import copy
@@ -44,7 +45,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, net_arch, whole_number
+from diffagents.config.checks import MOST, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
@@ -52,6 +54,7 @@ from diffagents.diffusion.sde import SolverStep, dpm_solve, dpm_solver_steps, vp
 from diffagents.functional import action_gradient, perturb, polyak_update_, td_target
 from diffagents.networks.mlp import MLP, EnsembleMLP
 from diffagents.networks.score_model import FourierTime, UNetDenoiser, VPBehavior
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -59,40 +62,67 @@ ENERGY_LOSSES = ("cep", "mse", "emse")
 
 
 @dataclass(frozen=True)
-class QGPOConfig:
-    """Knobs of QGPO. The defaults are the official code's for locomotion but for [D8]; per task: zoo/qgpo.yml."""
+class QGPOConfig(Hyperparameters):
+    """Hyperparameters of QGPO.
 
-    beta: float = 3.0  # > 0, in units of 1 / Q: large follows Q, small stays close to the data
-    beta_q: float | None = None  # >= 0, the same inside the critic's target [D5]
-    n_support: int = 16  # M; 32 on AntMaze
-    n_support_states: int | None = 20_000  # how many transitions get a support, None: all [D2]
-    n_online_states: int = 1000  # transitions that get a support every 1000 environment steps online [O1]
-    energy_loss: str = "cep"  # "cep", "mse" or "emse" [D4]
-    guidance_scale: float = 1.0  # >= 0; 0 is the behaviour model [D6]
-    solver_steps: int = 15  # network calls a sample
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every critic step
-    learning_rate: float = 3e-4  # critic and energy
-    behavior_learning_rate: float = 1e-4
-    batch_size: int = 256  # critic and energy stage
-    behavior_batch_size: int = 256  # behaviour stage [D8]
-    reward_transform: str = "auto"  # locomotion "iql_locomotion", AntMaze "iql_antmaze"
-    normalize_obs: bool = False
-    behavior_steps: int | None = None  # None: the `default:` block of zoo/qgpo.yml; paper 600k
-    critic_steps: int | None = None  # paper 500k
-    energy_steps: int | None = None  # paper 1M
+    The defaults are the official code's for locomotion except for [D8]; values for each task are rows of zoo/qgpo.yml.
+    """
 
-    def __post_init__(self) -> None:
-        check_number("beta", self.beta, "must be positive: large follows Q, small stays close to the data", lambda x: x > 0)
-        if self.beta_q is not None:
-            check_number("beta_q", self.beta_q, "must not be negative: 0 averages over the support", lambda x: x >= 0)
-        check_number(
-            "guidance_scale", self.guidance_scale, "must not be negative: 0 acts as the behaviour model", lambda x: x >= 0
-        )
-        check_choice("energy_loss", self.energy_loss, ENERGY_LOSSES)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
-        whole_number("solver_steps", self.solver_steps, 1)
-        check_number("solver_steps", self.solver_steps, "must be at most 1000", lambda n: n <= 1000)
+    beta: float = hyperparameter(
+        3.0, "Inverse temperature, in units of 1 / Q: large follows Q, small stays close to the data [D5].", above=0
+    )
+    beta_q: float | None = hyperparameter(
+        None,
+        "Inverse temperature inside the critic's target: 0 averages over the support [D5]. None: equal to beta.",
+        at_least=0,
+    )
+    n_support: int = hyperparameter(
+        16, "Number M of the behaviour model's actions at each state of the support. AntMaze: 32.", at_least=1, at_most=MOST
+    )
+    n_support_states: int | None = hyperparameter(
+        20_000, "Number of transitions for which support actions are sampled [D2]. None: all of them.", at_least=1, at_most=MOST
+    )
+    n_online_states: int = hyperparameter(
+        1000,
+        "Number of transitions for which support actions are sampled in `learn_online`, every 1000 environment steps [O1].",
+        at_least=1,
+        at_most=MOST,
+    )
+    energy_loss: str = hyperparameter("cep", 'Loss of the energy model; only "cep" is exact [D4].', choices=ENERGY_LOSSES)
+    guidance_scale: float = hyperparameter(
+        1.0, "Scale s_g of the guidance when acting: 0 acts as the behaviour model [D6].", at_least=0
+    )
+    solver_steps: int = hyperparameter(15, "Network evaluations for each sampled action.", at_least=1, at_most=1000)
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    learning_rate: float = hyperparameter(3e-4, "Learning rate of the critic and of the energy model.", above=0)
+    behavior_learning_rate: float = hyperparameter(1e-4, "Learning rate of the behaviour model.", above=0)
+    batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the critic and energy stages.", at_least=1, at_most=MOST
+    )
+    behavior_batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the behaviour stage [D8].", at_least=1, at_most=MOST
+    )
+    reward_transform: str = hyperparameter(
+        "auto",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        'Locomotion: "iql_locomotion". AntMaze: "iql_antmaze".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    behavior_steps: int | None = hyperparameter(
+        None, "Gradient steps of the behaviour stage. None: the `default` block of zoo/qgpo.yml. Paper: 600k.", at_least=0
+    )
+    critic_steps: int | None = hyperparameter(
+        None, "Gradient steps of the critic stage. None: the `default` block of zoo/qgpo.yml. Paper: 500k.", at_least=0
+    )
+    energy_steps: int | None = hyperparameter(
+        None, "Gradient steps of the energy stage. None: the `default` block of zoo/qgpo.yml. Paper: 1M.", at_least=0
+    )
 
 
 class Energy(nn.Module):
@@ -117,9 +147,9 @@ class QGPO(Agent):
     config: QGPOConfig
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 600_000, "critic": 500_000, "energy": 1_000_000}
     POLICY_STAGE = "energy"
-    MODEL = ("behavior", "energy")
-    LEARNER = ("critic", "critic_target")
-    CHOICE = ("guidance_scale", "solver_steps")
+    MODEL: ClassVar[tuple[str, ...]] = ("behavior", "energy")
+    LEARNER: ClassVar[tuple[str, ...]] = ("critic", "critic_target")
+    CHOICE: ClassVar[tuple[str, ...]] = ("guidance_scale", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -135,7 +165,7 @@ class QGPO(Agent):
             "energy": Optimizer(self.energy.parameters(), c.learning_rate),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
         critic = Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic)
@@ -152,7 +182,7 @@ class QGPO(Agent):
         return Stage("online", self.config.batch_size, (behavior, critic, energy), self.prepare_online)
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Sampler:
-        """Some transitions with actions of the behaviour model at s and at s' beside them [O1]."""
+        """Some transitions with actions of the behaviour model at s and at s' as extras [O1]."""
         b = mixture.sample(self.config.n_online_states, generator)
         matrix = torch.cat([b.obs, b.act, b.rew[:, None], b.done[:, None], b.next_obs], 1)
         actions, next_actions = (self._support(None, obs, generator) for obs in (b.obs, b.next_obs))
@@ -172,12 +202,12 @@ class QGPO(Agent):
 
     # ---- stage 2: critic -------------------------------------------------------------------------------------------
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
-        """Some actions of the behaviour model at s' beside each transition [D2]."""
+        """Adds actions of the behaviour model at s' to each transition [D2]."""
         sampler = self._with_support(sampler, generator)
         return sampler.with_extras(actions=self._support("critic", sampler.next_obs, generator))
 
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """The mean of the two squared errors against a backup that stays within the support of the data."""
+        """The mean of the two squared errors; the target stays within the support of the data."""
         c = self.config
         with torch.no_grad():
             q = self.lower_q(batch.next_obs[:, None], batch.extras["actions"])  # (B, M)
@@ -191,7 +221,7 @@ class QGPO(Agent):
         polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
 
     def lower_q(self, obs: Tensor, act: Tensor) -> Tensor:
-        """Qbar, the minimum of the lagged twins: act (..., A), obs (..., S) with sizes of 1 to expand -> (...,)."""
+        """Qbar, the minimum of the target critics: act (..., A), obs (..., S) with sizes of 1 to expand -> (...,)."""
         return self.critic_target.on_parts(obs, act).amin(0)
 
     # ---- stage 3: energy -------------------------------------------------------------------------------------------
@@ -211,7 +241,7 @@ class QGPO(Agent):
         return loss, {"energy_loss": loss.detach()}
 
     def energy_misfit(self, batch: Batch, noise: Noise) -> Tensor:
-        """Contrastive energy prediction: which of a state's M noisy actions was how good; or a regression [D4]."""
+        """Contrastive energy prediction: how good each of a state's M noisy actions is; or a regression [D4]."""
         c = self.config
         t = 1e-3 + (1.0 - 1e-3) * noise["u"]  # (B,) [D3]
         alpha, sigma = vp_alpha_sigma(t)
@@ -235,14 +265,14 @@ class QGPO(Agent):
         return {"eps": self.behavior.noise(n, 1, deterministic, generator)}
 
     def act(self, obs: Tensor, noise: Noise, config: QGPOConfig) -> Tensor:
-        """(B, S) -> (B, A): one guided sample [D7]. deterministic: it starts from the stored noise."""
+        """(B, S) -> (B, A): one guided sample [D7]; if deterministic, it starts from the stored noise."""
         sample = self.guided_sample(obs, noise["eps"], config.guidance_scale, self._solver(config.solver_steps))
         return sample[:, 0].clamp(-1.0, 1.0)
 
     def guided_sample(self, obs: Tensor, noise: Tensor, scale: float, steps: tuple[SolverStep, ...]) -> Tensor:
         """a ~ mu(.|s) exp(f) from x_1 = `noise` (B or 1, M, A) for obs (B, S): (B, M, A), not clipped.
 
-        The noise that belongs to the guided score is eps - sigma_t s_g grad_a f.
+        The noise that corresponds to the guided score is eps - sigma_t s_g grad_a f.
         """
         obs = obs[:, None]
 
@@ -259,7 +289,7 @@ class QGPO(Agent):
         return dpm_solver_steps(n_evals, order=2, data_prediction=True)
 
     def _with_support(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
-        """The transitions that a stage is trained on: all, or some drawn once."""
+        """The transitions on which a stage is trained: all, or some drawn once."""
         n = self.config.n_support_states
         if n is None or n >= len(sampler):
             return sampler

@@ -3,35 +3,35 @@
 Chen et al., ICLR 2023, arXiv:2209.14548.
 
 Order      behavior; critic on the data's returns; planning: the critic again, on returns that the first critic improves
-Policy     pi(a|s) ~ mu(a|s) exp(alpha Q(s, a)), by resampling candidates of mu: no network is trained for it
+Policy     pi(a|s) ~ mu(a|s) exp(alpha Q(s, a)), by resampling candidates of mu: it needs no network of its own
 Critic     Q(s_n, a_n) -> R_n, regression.   Round 0: R_n = r_n + gamma R_n+1, the Monte-Carlo return
 Planning   round k: R_n = max( r_n + gamma R_n+1, V(s_n) ), backwards through each trajectory, R = 0 after its end;
-           V(s) = sum_i softmax_i(alpha Q(s, a_i)) Q(s, a_i),   a_1 .. a_M ~ mu(.|s),   Q of the round before
-Symbols    mu -> behavior, Q -> critic, Q of the round before -> critic_before
-The paper's text was not at hand: what follows is its official code (ChenDRAG/SfBC), and the equations carry no numbers.
+           V(s) = sum_i softmax_i(alpha Q(s, a_i)) Q(s, a_i),   a_1 .. a_M ~ mu(.|s),   Q of the previous round
+Symbols    mu -> behavior, Q -> critic, Q of the previous round -> critic_before
+The paper's text was not available: this follows its official code (ChenDRAG/SfBC), and the equations carry no numbers.
 Details
-  [D1] Q is of standardised returns, (R - mean) / max(std, 0.1), and alpha and temperature act on those; mean and std are taken
-       anew in each round.
-  [D2] A time-out ends a trajectory like a terminal: nothing is added for what would have followed.
+  [D1] Q is fitted to standardised returns, (R - mean) / max(std, 0.1), and alpha and temperature act on those; mean and std are
+       computed anew in each round.
+  [D2] A time-out ends a trajectory like a termination: nothing is added for the rewards that would have followed.
   [D3] Each planning round begins with the critic's initial weights and a new optimiser. Two rounds in all (K = 2) are the
        stages `critic` and `planning`; `learn(data, stages=("planning",), reset_num_timesteps=False)` is one more.
-  [D4] V costs M x `solver_steps` network calls a state: with the paper's sizes 20 ms on one CPU core, hours for a million
-       states. `n_support_states` takes V at that many random states only, and R passes the others by; None takes all, as
-       the paper and `preset="paper"`. V is computed anew when a resumed stage goes on (the same numbers each time); no file
-       holds it.
-  [D5] t ~ U(0.00001, 1). DPM-Solver, order 3. Candidates are not clipped, the chosen action at the very end (the official code
-       leaves it to the environment).
+  [D4] V costs M x `solver_steps` network calls per state: with the paper's sizes 20 ms on one CPU core, hours for a million
+       states. With `n_support_states`, V is computed at that many random states only, and the maximum in R skips the others;
+       None takes all, as do the paper and `preset="paper"`. V is computed anew when a stage is resumed (the same numbers each
+       time); it is not saved.
+  [D5] t ~ U(0.00001, 1). DPM-Solver, order 3. Candidates are not clipped; the final action is (the official code leaves that to
+       the environment).
   [D6] Acting: 32 candidates, `average_top` of them drawn without replacement by softmax(Q / 0.01), and averaged: 4 on
-       locomotion, elsewhere 1. The official code caps Q at 40 temperatures above the 4th best before it draws, which is for
-       its arithmetic only: the same ones are drawn but for one time in e^40.
-  [D7] Batches are 4096 in the official code, and in `preset="paper"`. Ours are 256, for CPUs.
-  [D8] The official loader shuffles epochs; we draw uniformly with replacement, as everywhere in this library. It also drops
-       AntMaze trajectories of less than 5 steps.
-Online (a design of ours; neither paper nor code has one)
-  [O1] Behaviour and critic go on together on old and new data, the critic towards Monte-Carlo returns of whole episodes, taken
-       anew every 1000 environment steps, in the units of the last fit. So mu learns what the policy did, and the critic what
-       came of it: each is the policy's next improvement. No planning.
-  [O2] It acts as it does offline: random candidates, resampled by Q. Nothing is loosened.
+       locomotion, 1 elsewhere. The official code caps Q at 40 temperatures above the 4th best before it draws, for numerical
+       reasons only: the same candidates are drawn, except one time in e^40.
+  [D7] Batches are 4096 in the official code and in `preset="paper"`. Ours are 256, for CPUs.
+  [D8] The official loader goes through shuffled epochs; we sample uniformly with replacement, as everywhere in this library. It
+       also drops AntMaze trajectories of less than 5 steps.
+Online (our design; neither the paper nor the official code has one)
+  [O1] Behaviour and critic continue together on old and new data. The critic is fitted to Monte-Carlo returns of whole
+       episodes, computed anew every 1000 environment steps, in the units of the last fit. So mu learns what the policy did,
+       and the critic what it earned: each improves the policy further. There is no planning.
+  [O2] It acts as offline: random candidates, resampled by Q. No constraint is relaxed.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, net_arch, whole_number
+from diffagents.config.checks import MOST, N_FIXED, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
@@ -50,50 +51,81 @@ from diffagents.diffusion.sde import SolverStep, dpm_solver_steps
 from diffagents.functional import gumbel
 from diffagents.networks.critics import ReturnCritic
 from diffagents.networks.score_model import UNetDenoiser, VPBehavior
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
-class SfBCConfig:
-    """Knobs of SfBC. The defaults are the official code's but for [D7]; per task: zoo/sfbc.yml."""
+class SfBCConfig(Hyperparameters):
+    """Hyperparameters of SfBC.
 
-    alpha: float = 20.0  # >= 0, of V in planning, in standard deviations of the return; 0: the mean over the support
-    n_support: int = 16  # M
-    n_support_states: int | None = 20_000  # how many states V is taken at, None: all [D4]
-    n_candidates: int = 32  # acting [D6]
-    temperature: float = 0.01  # > 0, of the choice among them, in standard deviations of the return
-    average_top: int = 1  # how many are averaged, 4 on locomotion; all candidates where they are fewer
-    solver_steps: int = 15  # network calls a sample
-    gamma: float = 0.99  # discount
-    learning_rate: float = 1e-4  # behaviour
-    critic_learning_rate: float = 1e-3
-    batch_size: int = 256  # critic and planning stage [D7]
-    behavior_batch_size: int = 256  # behaviour stage [D7]
-    reward_transform: str = "none"  # on every task: returns are standardised [D1]
-    normalize_obs: bool = False
-    behavior_steps: int | None = None  # None: the `default:` block of zoo/sfbc.yml; paper 586k
-    critic_steps: int | None = None  # paper 24.5k
-    planning_steps: int | None = None  # paper 24.5k
+    The defaults are the official code's except for [D7]; values for each task are rows of zoo/sfbc.yml.
+    """
 
-    def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, "must not be negative: 20 is usual", lambda x: x >= 0)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
-        whole_number("average_top", self.average_top, 1)
-        whole_number("solver_steps", self.solver_steps, 1)
-        check_number("solver_steps", self.solver_steps, "must be at most 1000", lambda n: n <= 1000)
+    alpha: float = hyperparameter(
+        20.0,
+        "Inverse temperature of V in planning, per standard deviation of the return: 0 averages over the support [D1].",
+        at_least=0,
+    )
+    n_support: int = hyperparameter(
+        16, "Number M of the behaviour model's actions from which V is computed at a state.", at_least=1, at_most=MOST
+    )
+    n_support_states: int | None = hyperparameter(
+        20_000, "Number of states at which V is computed [D4]. None: all of them.", at_least=1, at_most=MOST
+    )
+    n_candidates: int = hyperparameter(
+        32,
+        "Number of actions sampled when acting, some of which Q selects; deterministic acting uses stored noises [D6].",
+        at_least=1,
+        at_most=N_FIXED,
+    )
+    temperature: float = hyperparameter(
+        0.01, "Temperature of the draw among the candidates, in standard deviations of the return [D1].", above=0
+    )
+    average_top: int = hyperparameter(
+        1, "Number of drawn candidates whose mean is the action, all if there are fewer. Locomotion: 4.", at_least=1
+    )
+    solver_steps: int = hyperparameter(15, "Network evaluations for each sampled action.", at_least=1, at_most=1000)
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    learning_rate: float = hyperparameter(1e-4, "Learning rate of the behaviour model.", above=0)
+    critic_learning_rate: float = hyperparameter(1e-3, "Learning rate of the critic.", above=0)
+    batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the critic and planning stages [D7].", at_least=1, at_most=MOST
+    )
+    behavior_batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the behaviour stage [D7].", at_least=1, at_most=MOST
+    )
+    reward_transform: str = hyperparameter(
+        "none",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        '"none" on every task, because returns are standardised [D1].',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False, "Whether observations are normalised by the mean and standard deviation of the data."
+    )
+    behavior_steps: int | None = hyperparameter(
+        None, "Gradient steps of the behaviour stage. None: the `default` block of zoo/sfbc.yml. Paper: 586k.", at_least=0
+    )
+    critic_steps: int | None = hyperparameter(
+        None, "Gradient steps of the critic stage. None: the `default` block of zoo/sfbc.yml. Paper: 24.5k.", at_least=0
+    )
+    planning_steps: int | None = hyperparameter(
+        None, "Gradient steps of the planning stage. None: the `default` block of zoo/sfbc.yml. Paper: 24.5k.", at_least=0
+    )
 
 
 class SfBC(Agent):
-    """Candidates of a diffusion model of the data, chosen by a critic of planned returns."""
+    """Candidates of a diffusion model of the data, selected by a critic of planned returns."""
 
     Config = SfBCConfig
     config: SfBCConfig
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 586_200, "critic": 24_500, "planning": 24_500}
     POLICY_STAGE = "critic"
-    MODEL = ("behavior", "critic")
-    LEARNER = ("critic_before",)
-    CHOICE = ("n_candidates", "temperature", "average_top", "solver_steps")
+    MODEL: ClassVar[tuple[str, ...]] = ("behavior", "critic")
+    LEARNER: ClassVar[tuple[str, ...]] = ("critic_before",)
+    CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "temperature", "average_top", "solver_steps")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -108,7 +140,7 @@ class SfBC(Agent):
             "critic": Optimizer(self.critic.parameters(), c.critic_learning_rate),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
         critic = Update(self.critic_loss, optimizers=(opt["critic"],))
@@ -123,12 +155,12 @@ class SfBC(Agent):
         return Stage("online", self.config.batch_size, updates, self.prepare_online)
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
-        """The returns of every whole episode [O1]; None while there is none."""
+        """The returns of all whole episodes [O1]; None while there are none."""
         mixture = mixture.in_episodes(whole=True)
         if not mixture.sides:
             return None
         returns = [planned_returns(side, self.config.gamma) for side in mixture.sides]
-        if self._pristine:  # there was no fit yet
+        if self.state.pristine:  # nothing has been fitted yet
             self._goals(torch.cat(returns))
         mean, std = self.critic.mean, self.critic.std
         return mixture.with_extras(goals=[(some.float().to(self.device) - mean) / std for some in returns])
@@ -147,19 +179,19 @@ class SfBC(Agent):
         return sampler.with_extras(goals=self._goals(planned_returns(sampler, self.config.gamma)))
 
     def prepare_planning(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
-        """A round that begins makes the critic of the last one `critic_before`, and starts anew; one that goes on has both."""
+        """At its beginning, a round copies the critic to `critic_before` and resets it; a resumed round has both already."""
         begins = self.plan is None or self.plan.done.get("planning", 0) == 0
         if begins:
             self.critic_before.load_state_dict(self.critic.state_dict())
         goals = self._goals(planned_returns(sampler, self.config.gamma, self.state_values(sampler, generator)))
-        if begins:  # [D3], last: whoever breaks in before has lost nothing
+        if begins:  # [D3], last, so that an interruption before it loses nothing
             self.critic.net.load_state_dict(self.initial_weights)
             self.optimizers["critic"].state.clear()
         return sampler.with_extras(goals=goals)
 
     @torch.no_grad()
     def state_values(self, sampler: Sampler, generator: torch.Generator) -> Tensor:
-        """V(s_n) of `critic_before` in units of reward, (N,); minus infinity where it is not taken [D4]."""
+        """V(s_n) of `critic_before` in units of reward, (N,); minus infinity where it is not computed [D4]."""
         c, critic, n = self.config, self.critic_before, self.config.n_support_states
         values = torch.full((len(sampler),), -torch.inf, device=self.device)
         rows, obs = torch.arange(len(sampler), device=self.device), sampler.obs
@@ -173,7 +205,7 @@ class SfBC(Agent):
         return values
 
     def _goals(self, returns: Tensor) -> Tensor:
-        """`returns` (N,) standardised [D1], what the critic is fitted to; it keeps their mean and spread."""
+        """The targets of the critic: `returns` (N,), standardised [D1]. The critic stores their mean and standard deviation."""
         std, mean = torch.std_mean(returns, correction=0)
         self.critic.mean.copy_(mean)
         self.critic.std.copy_(std.clamp(min=0.1))
@@ -195,12 +227,12 @@ class SfBC(Agent):
     def act(self, obs: Tensor, noise: Noise, config: SfBCConfig) -> Tensor:
         """(B, S) -> (B, A): the mean of some candidates, drawn by their Q [D6].
 
-        deterministic: candidates of the stored noise, and the best of them.
+        If deterministic, the candidates come from the stored noise, and the best of them are taken.
         """
         c = config
         candidates = self.behavior.sample(obs, noise["eps"], self._solver(c.solver_steps))  # (B, n, A)
         scores = self.critic(obs[:, None], candidates) / c.temperature  # (B, n)
-        if "gumbel" in noise:  # the largest of log weight + Gumbel noise are draws without replacement
+        if "gumbel" in noise:  # the largest of log weight + Gumbel noise are samples without replacement
             scores = scores + noise["gumbel"]
         best = scores.topk(min(c.average_top, c.n_candidates), -1).indices  # (B, k)
         chosen = candidates.gather(1, best[..., None].expand(-1, -1, self.act_dim))
@@ -212,9 +244,15 @@ class SfBC(Agent):
 
 
 def planned_returns(sampler: Sampler, gamma: float, values: Tensor | None = None) -> Tensor:
-    """R_n = max(r_n + gamma R_n+1, V(s_n)) backwards through every trajectory, R = 0 after its end [D2]: (N,) float64, CPU.
+    """R_n = max(r_n + gamma R_n+1, V(s_n)) backwards through every trajectory, R = 0 after its end [D2].
 
-    values: V (N,); None leaves the Monte-Carlo return.
+    Args:
+        sampler: Transitions in the order in which they happened.
+        gamma: Discount factor.
+        values: V, (N,); None gives the Monte-Carlo returns.
+
+    Returns:
+        The returns, (N,) float64 on the CPU.
     """
     batch = sampler.all()
     last = batch.done.cpu() > 0

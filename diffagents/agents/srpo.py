@@ -3,31 +3,32 @@
 Order      behavior and critic (IQL) are trained alone and frozen; then the policy is extracted from the two.
 Objective  max_pi  E_s[ Q(s, pi(s)) ] - 1/beta KL(pi || mu), with the KL averaged over diffusion times
 Gradient   E[ ( dQ/da - w(t)/beta (eps_mu(a_t | s, t) - eps) ) dpi/dtheta ],   a_t = alpha_t pi(s) + sigma_t eps      Eq. (10)
-Symbols    mu -> behavior, Q -> critic (mean of the lagged twins), pi -> policy (deterministic)
+Symbols    mu -> behavior, Q -> critic (mean of the twin target networks), pi -> policy (deterministic)
 Details
   [D1] Everything is multiplied by beta, as in the official code: the loss is w (eps_mu - eps) . a - beta dQ/da . a.
   [D2] `subtract_noise`: the "- eps" is a zero-mean control variate. Paper: on. Official code: its default weighting string
        leaves it OFF. Same mean gradient, less variance when on; ours is on.
-  [D3] `weight`: w(t) = sigma_t^2 ("sigma2", official `VDS`), 1 ("constant", `stable`), alpha_t / sigma_t
+  [D3] `weight`: w(t) = sigma_t^2 ("sigma2", `VDS` in the official code), 1 ("constant", `stable`) or alpha_t / sigma_t
        ("alpha_over_sigma", `score`: a uniform average of the KLs, dominated by small t).
   [D4] `q_grad_norm`: AntMaze divides dQ/da by its size per sample. Paper: by the L2 norm ("l2"). Official code: by the root
        mean square over dimensions ("rms"), so its beta acts sqrt(A) times stronger; the published AntMaze betas are for "rms".
   [D5] t ~ U(0.02, 0.98) in the policy stage, U(0.001, 1) in the behaviour stage (official code).
   [D6] The policy's learning rate falls to 0 on a cosine over its stage (official code; not in the paper's text).
   [D7] Q in the gradient is the mean of the twin TARGET critics (official code; the paper writes Q).
-  [D8] The official loader shuffles epochs; we draw uniformly with replacement, as everywhere in this library.
-  [D9] The behaviour stage's batch is 2048 in the official code, and in `preset="paper"`. Ours is 256: on a CPU, where one
-       update of 2048 costs several of 256, the same time buys more from the smaller batch.
-Online (a design of ours; neither paper nor code has one)
+  [D8] The official loader goes through shuffled epochs; we sample uniformly with replacement, as everywhere in this library.
+  [D9] The batch of the behaviour stage is 2048 in the official code and in `preset="paper"`. Ours is 256: on a CPU one update
+       with 2048 costs as much as several with 256, and the smaller batch learns more in the same time.
+Online (our design; neither the paper nor the official code has one)
   [O1] Each update trains all three on one batch of old and new data: the critic by IQL, the behaviour model by noise matching,
        the policy by Eq. (10) on both. So mu becomes a model of the data AND of what the policy did, and regularising towards
-       it is a trust region that moves with the policy; frozen, it would bound what can be gained. `online_behavior_every`:
-       its updates are the dearest, and what it models moves slowly.
-  [O2] It acts by pi plus Gaussian noise of `online_noise`, clipped: mu(.|s) around pi(s) would be the wider the worse it fits.
-  [O3] The constraint loosens: beta doubles every `online_halflife` environment steps, 16-fold at most.
-  [O4] Learning rates are constant, the policy's `online_learning_rate` ([D6] is over): back at the first rate of a cosine that
-       had ended at 0, a settled policy is thrown off (seen with IQL).
-Details of the critic stage: iql_critic.py. The official code trains an IQL policy beside the critic, to watch it; left out.
+       it is a trust region that moves with the policy; a frozen mu would limit the improvement. The behaviour model is
+       updated only every `online_behavior_every` updates: its updates cost most, and what it models changes slowly.
+  [O2] It acts with pi plus Gaussian noise of `online_noise`, clipped. Sampling mu(.|s) around pi(s) instead would explore the
+       more widely the worse mu fits.
+  [O3] The constraint is relaxed: beta doubles every `online_halflife` environment steps, up to 16-fold.
+  [O4] Learning rates are constant, the policy's is `online_learning_rate`; [D6] no longer applies. Returning to the initial
+       rate after a cosine that had ended at 0 destroys a converged policy (seen with IQL).
+Details of the critic stage: networks/critics.py. The official code also trains an IQL policy, for monitoring only; we do not.
 """
 
 import dataclasses
@@ -41,56 +42,154 @@ import torch
 from torch import Tensor, nn
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, net_arch
+from diffagents.config.checks import MOST, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
 from diffagents.functional import action_gradient, eps_loss, perturb
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.mlp import Mish, TanhPolicy, dropout_masks, mish
 from diffagents.storage import checkpoint
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 WEIGHTS = ("sigma2", "constant", "alpha_over_sigma")
-Q_GRAD_NORMS = (None, "l2", "rms")
+Q_GRAD_NORMS = ("l2", "rms")
 
 
 @dataclass(frozen=True)
-class SRPOConfig:
-    """Knobs of SRPO. The defaults are the paper's for locomotion but for [D9]; per-task values are rows of zoo/srpo.yml."""
+class SRPOConfig(Hyperparameters):
+    """Hyperparameters of SRPO.
 
-    beta: float = 0.05  # > 0; large = greedy, small = close to the data. THE knob; sweep .01 .02 .05 .1 .2 .5
-    expectile: float = 0.7  # in (0, 1); 0.9 on AntMaze
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online critic in its lagged copy, every critic step
-    learning_rate: float = 3e-4  # all three stages
-    batch_size: int = 256  # critic and policy stage
-    behavior_batch_size: int = 256  # behaviour stage [D9]
-    dropout: float = 0.1  # in the behaviour's residual blocks, while it is trained
-    weight: str = "sigma2"  # [D3]
-    subtract_noise: bool = True  # [D2]
-    q_grad_norm: str | None = None  # [D4]
-    reward_transform: str = "auto"  # normalize.REWARD_TRANSFORMS; locomotion "iql_locomotion", AntMaze "iql_antmaze"
-    normalize_obs: bool = False  # the paper does not; switch on for observations in pixels or other large units
-    online_learning_rate: float = 1e-4  # policy, constant [O4]
-    online_noise: float = 0.2  # >= 0, std of the noise on actions in [-1, 1] [O2]
-    online_halflife: int | None = 50_000  # environment steps in which beta doubles, None: it stays [O3]
-    online_behavior_every: int = 4  # updates for each of the behaviour model [O1]
-    critic_steps: int | None = None  # None: the `default:` block of zoo/srpo.yml; paper 1.5M
-    behavior_steps: int | None = None  # paper 2.0M (0.5M nearly as good)
-    policy_steps: int | None = None  # paper 1.0M
+    The defaults are the paper's for locomotion except for [D9]; values for each task are rows of zoo/srpo.yml.
+    """
 
-    def __post_init__(self) -> None:
-        check_number("beta", self.beta, "must be positive: large follows Q, small stays close to the data", lambda x: x > 0)
-        check_number("expectile", self.expectile, "must lie strictly between 0 and 1 (0.7 is usual)", lambda x: 0 < x < 1)
-        check_number("dropout", self.dropout, "must lie in [0, 1)", lambda x: 0 <= x < 1)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
-        check_choice("weight", self.weight, WEIGHTS)
-        check_choice("q_grad_norm", self.q_grad_norm, Q_GRAD_NORMS)
+    beta: float = hyperparameter(
+        0.05,
+        "Weight of Q against the behaviour model: large is greedy, small stays close to the data. "
+        "The main hyperparameter: sweep 0.01, 0.02, 0.05, 0.1, 0.2, 0.5.",
+        above=0,
+    )
+    expectile: float = hyperparameter(
+        0.7,
+        "Expectile of Q that V is fitted to: near 1, V approaches the best actions of the data. AntMaze: 0.9.",
+        above=0,
+        below=1,
+    )
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1
+    )
+    learning_rate: float = hyperparameter(3e-4, "Learning rate in all three stages.", above=0)
+    batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the critic and policy stages.", at_least=1, at_most=MOST
+    )
+    behavior_batch_size: int = hyperparameter(
+        256, "Number of transitions in a batch of the behaviour stage [D9].", at_least=1, at_most=MOST
+    )
+    dropout: float = hyperparameter(
+        0.1, "Dropout rate in the residual blocks of the behaviour model during training.", at_least=0, below=1
+    )
+    weight: str = hyperparameter(
+        "sigma2", "Weight w(t) of the diffusion time t in the policy's gradient [D3].", choices=WEIGHTS
+    )
+    subtract_noise: bool = hyperparameter(
+        True, "Whether the noise is subtracted from its prediction, which lowers the variance of the policy's gradient [D2]."
+    )
+    q_grad_norm: str | None = hyperparameter(
+        None, "Norm by which each sample's dQ/da is divided [D4]. None: it is used as it is.", choices=Q_GRAD_NORMS
+    )
+    reward_transform: str = hyperparameter(
+        "auto",
+        'Transform of the rewards, of which "auto" chooses one from the data. '
+        'Locomotion: "iql_locomotion". AntMaze: "iql_antmaze".',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        False,
+        "Whether observations are normalised by the mean and standard deviation of the data. "
+        "The paper does not; switch it on for observations in pixels or other large units.",
+    )
+    online_learning_rate: float = hyperparameter(1e-4, "Learning rate of the policy in `learn_online`, constant [O4].", above=0)
+    online_noise: float = hyperparameter(
+        0.2, "Standard deviation of the exploration noise in `learn_online`, for actions in [-1, 1] [O2].", at_least=0
+    )
+    online_halflife: int | None = hyperparameter(
+        50_000,
+        "Time in which beta doubles in `learn_online` [O3]. None: beta stays constant.",
+        at_least=1,
+        unit="environment steps",
+    )
+    online_behavior_every: int = hyperparameter(
+        4, "Updates in `learn_online` for each update of the behaviour model [O1].", at_least=1, at_most=MOST
+    )
+    critic_steps: int | None = hyperparameter(
+        None, "Gradient steps of the critic stage. None: the `default` block of zoo/srpo.yml. Paper: 1.5M.", at_least=0
+    )
+    behavior_steps: int | None = hyperparameter(
+        None,
+        "Gradient steps of the behaviour stage. None: the `default` block of zoo/srpo.yml. "
+        "Paper: 2.0M (0.5M is nearly as good).",
+        at_least=0,
+    )
+    policy_steps: int | None = hyperparameter(
+        None, "Gradient steps of the policy stage. None: the `default` block of zoo/srpo.yml. Paper: 1.0M.", at_least=0
+    )
+
+
+class ResidualBlock(nn.Module):
+    """x + W2 f(W1 LayerNorm(dropout(x))), width d -> 4d -> d, f Mish; the skip carries the un-normalised input."""
+
+    def __init__(self, width: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
+        super().__init__()
+        self.activation = activation
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.project = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = x if mask is None else x * mask
+        out: Tensor = x + self.project(self.activation(self.expand(self.norm(h))))
+        return out
+
+
+class ResidualScoreNet(nn.Module):
+    """Noise predictor eps(a_t, s, t) of SRPO's behaviour model: `ScoreNet` in the official code, (B, A) -> (B, A).
+
+    Time: 32 fixed random frequencies W ~ N(0, 30^2), features [sin, cos](2 pi W t), then Linear 64-128, Mish,
+    Linear 128-128. Input [a_t, s, time]; Linear to `width`; residual blocks; Mish; Linear to A. The official code also
+    allocates three 256x256 shortcut layers that no input reaches; they are omitted here.
+    """
+
+    frequencies: Tensor
+    N_FREQUENCIES, FREQUENCY_SCALE, TIME_DIM = 32, 30.0, 128
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
+        super().__init__()
+        self.width, self.n_blocks = width, n_blocks
+        self.register_buffer("frequencies", torch.randn(self.N_FREQUENCIES) * self.FREQUENCY_SCALE)
+        self.time_mlp = nn.Sequential(
+            nn.Linear(2 * self.N_FREQUENCIES, self.TIME_DIM), Mish(), nn.Linear(self.TIME_DIM, self.TIME_DIM)
+        )
+        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(n_blocks))
+        self.output = nn.Linear(width, act_dim)
+
+    def forward(self, a_t: Tensor, obs: Tensor, t: Tensor, masks: Tensor | None = None) -> Tensor:
+        """`a_t` (B, A), `obs` (B, S), `t` (B,) in (0, 1]; `masks` (n_blocks, B, width) are dropout masks, None when acting."""
+        # Phases reach 600 radians, where float32 rounds at 3e-5: the order of the products is the official one.
+        phase = t[:, None] * self.frequencies * 2.0 * math.pi
+        time = self.time_mlp(torch.cat([torch.sin(phase), torch.cos(phase)], -1))
+        h = self.input(torch.cat([a_t, obs, time], -1))
+        for i, block in enumerate(self.blocks):
+            h = block(h, None if masks is None else masks[i])
+        out: Tensor = self.output(mish(h))
+        return out
 
 
 class Behavior(nn.Module):
-    """The diffusion model mu(a|s): noise predictor, and the fixed x_1 that makes its deterministic sample."""
+    """The diffusion model mu(a|s): the noise predictor, and the fixed x_1 from which its deterministic sample starts."""
 
     noise: Tensor
 
@@ -112,8 +211,8 @@ class SRPO(Agent):
     policy: TanhPolicy
     STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 1_500_000, "behavior": 2_000_000, "policy": 1_000_000}  # paper's
     POLICY_STAGE = "policy"
-    MODEL = ("policy",)
-    LEARNER = ("critic", "behavior")
+    MODEL: ClassVar[tuple[str, ...]] = ("policy",)
+    LEARNER: ClassVar[tuple[str, ...]] = ("critic", "behavior")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -131,7 +230,7 @@ class SRPO(Agent):
             "policy": Optimizer(self.policy.parameters(), c.learning_rate, cosine=True),  # [D6]
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         return [
             Stage("critic", c.batch_size, (Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),
@@ -173,7 +272,7 @@ class SRPO(Agent):
         return {"u": torch.rand(n, **kwargs), "eps": torch.randn(n, self.act_dim, **kwargs)}
 
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """A surrogate whose gradient is minus beta times Eq. (10) [D1]."""
+        """A surrogate loss whose gradient is minus beta times Eq. (10) [D1]."""
         c, obs, eps = self.config, batch.obs, noise["eps"]
         a = self.policy(obs)  # (B, A)
         with torch.no_grad():
@@ -193,7 +292,7 @@ class SRPO(Agent):
             dq_da = dq_da / (norm + 1e-8)
         elif c.q_grad_norm == "rms":
             dq_da = dq_da / (norm / self.act_dim**0.5 + 1e-8)
-        loss = ((pull - c.beta * self.constraint_relaxation * dq_da) * a).sum(-1).mean()
+        loss = ((pull - c.beta * self.state.constraint_relaxation * dq_da) * a).sum(-1).mean()
         metrics = {"policy_loss": loss.detach(), "q_grad_norm": norm.mean(), "score_pull": pull.norm(dim=-1).mean()}
         return loss, metrics
 
@@ -202,28 +301,40 @@ class SRPO(Agent):
         return self.policy
 
     def act(self, obs: Tensor, noise: Noise, config: SRPOConfig) -> Tensor:
-        """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
+        """(B, S) -> (B, A): the policy is deterministic, whatever `deterministic` is."""
         action: Tensor = self.policy(obs)
         return action
 
     def behavior_policy(self, n_evals: int = 15) -> "BehaviorPolicy":
-        """The behaviour model as something with `predict`: this agent's own behaviour cloning baseline."""
+        """The behaviour model as a policy with `predict`: this agent's own baseline of behaviour cloning.
+
+        Args:
+            n_evals: Network evaluations for each sampled action.
+        """
         return BehaviorPolicy(self, n_evals)
 
     @classmethod
     def from_official(cls, behavior: Any, critic: Any, policy: Any = None, **kwargs: Any) -> "SRPO":
-        """Load the authors' checkpoint files (paths or state dicts): `diffusion_behavior.*`; `q0.*, q0_target.*, vf.v.*`.
+        """Load the authors' checkpoint files.
 
-        The official code never saves the policy: without `policy`, `predict` raises until
-        `learn(data, stages=("policy",))` has extracted one. kwargs as the constructor's. Raises FileNotFoundError, ValueError.
+        Args:
+            behavior: Path or state dict of the behaviour model, `diffusion_behavior.*`.
+            critic: Path or state dict of the critic, `q0.*, q0_target.*, vf.v.*`.
+            policy: Path or state dict of the policy. The official code never saves it: without one, `predict` raises until
+                `learn(data, stages=("policy",))` has extracted it.
+            **kwargs: Arguments of the constructor.
+
+        Raises:
+            FileNotFoundError: If a file does not exist.
+            ValueError: If a file holds no such network.
         """
         from diffagents.storage.official_checkpoints import srpo_from_official
 
-        return srpo_from_official(behavior, critic, policy, **kwargs)
+        return srpo_from_official(cls, behavior, critic, policy, **kwargs)
 
 
 class BehaviorPolicy:
-    """`predict` for the behaviour model: a sample per observation; deterministic=True starts all from one fixed noise."""
+    """`predict` of the behaviour model: one sample for each observation; with deterministic=True, all from one fixed noise."""
 
     def __init__(self, agent: SRPO, n_evals: int) -> None:
         self._agent, self._n_evals = agent, n_evals
@@ -232,8 +343,8 @@ class BehaviorPolicy:
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
-        """As `Agent.predict`; the noise of a random sample comes from the agent's generator for predictions."""
-        checkpoint.need_learner(self._agent)
+        """As `Agent.predict`; random noise comes from the agent's generator for predictions."""
+        checkpoint.fetch_learner(self._agent)
         agent, fixed = self._agent, self._agent.behavior.noise
 
         def act(obs: Tensor) -> Tensor:
@@ -243,53 +354,3 @@ class BehaviorPolicy:
             return agent.behavior.sample(obs, noise, self._n_evals)
 
         return agent.predict_with(act, observation), state
-
-
-class ResidualBlock(nn.Module):
-    """x + W2 f(W1 LayerNorm(dropout(x))), width d -> 4d -> d, f Mish; the skip carries the un-normalised input."""
-
-    def __init__(self, width: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
-        super().__init__()
-        self.activation = activation
-        self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 4 * width)
-        self.project = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = x if mask is None else x * mask
-        out: Tensor = x + self.project(self.activation(self.expand(self.norm(h))))
-        return out
-
-
-class ResidualScoreNet(nn.Module):
-    """Noise predictor eps(a_t, s, t) of SRPO's behaviour model: `ScoreNet` in the official code, (B, A) -> (B, A).
-
-    Time: 32 fixed random frequencies W ~ N(0, 30^2), features [sin, cos](2 pi W t), then Linear 64-128, Mish,
-    Linear 128-128. Input [a_t, s, time]; Linear to `width`; residual blocks; Mish; Linear to A. The official code also
-    allocates three 256x256 shortcut layers that no input ever reaches; they are left out.
-    """
-
-    frequencies: Tensor
-    N_FREQUENCIES, FREQUENCY_SCALE, TIME_DIM = 32, 30.0, 128
-
-    def __init__(self, obs_dim: int, act_dim: int, width: int = 256, n_blocks: int = 3) -> None:
-        super().__init__()
-        self.width, self.n_blocks = width, n_blocks
-        self.register_buffer("frequencies", torch.randn(self.N_FREQUENCIES) * self.FREQUENCY_SCALE)
-        self.time_mlp = nn.Sequential(
-            nn.Linear(2 * self.N_FREQUENCIES, self.TIME_DIM), Mish(), nn.Linear(self.TIME_DIM, self.TIME_DIM)
-        )
-        self.input = nn.Linear(act_dim + obs_dim + self.TIME_DIM, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(n_blocks))
-        self.output = nn.Linear(width, act_dim)
-
-    def forward(self, a_t: Tensor, obs: Tensor, t: Tensor, masks: Tensor | None = None) -> Tensor:
-        """`a_t` (B, A), `obs` (B, S), `t` (B,) in (0, 1]; `masks` (n_blocks, B, width) are dropout masks, None in use."""
-        # Phases reach 600 radians, where float32 rounds at 3e-5: the order of the products is the official one.
-        phase = t[:, None] * self.frequencies * 2.0 * math.pi
-        time = self.time_mlp(torch.cat([torch.sin(phase), torch.cos(phase)], -1))
-        h = self.input(torch.cat([a_t, obs, time], -1))
-        for i, block in enumerate(self.blocks):
-            h = block(h, None if masks is None else masks[i])
-        out: Tensor = self.output(mish(h))
-        return out

@@ -1,6 +1,6 @@
 """TD3+BC: A Minimalist Approach to Offline Reinforcement Learning.   Fujimoto, Gu, NeurIPS 2021, arXiv:2106.06860.
 
-Every step  critic; every `policy_freq`-th: policy, then both lagged copies, on the same batch
+Every step  critic; every `policy_freq`-th: policy, then both target networks, on the same batch
 Critic      y = r + gamma (1 - d) min_j Qbar_j(s', a'),  a' = clip(pibar(s') + clip(N(0, policy_noise), +-noise_clip), +-1)
             loss = MSE_1 + MSE_2
 Policy      L = - lambda Q_1(s, pi(s)) + (pi(s) - a)^2,   lambda = alpha / E|Q_1(s, pi(s))|                       Eqs. (3), (5)
@@ -8,15 +8,15 @@ Symbols     pibar -> policy_target, Qbar -> critic_target
 Details
   [D1] lambda is measured on the policy's own actions in the batch, and detached (official code; the paper's Eq. (5) has the
        data's actions).
-  [D2] The squared error is a mean over dimensions too (official code): with more of them, each is held less.
-  [D3] The lagged copies follow on policy steps only, and these are the 2nd, 4th, ... step (official code).
-  [D4] `normalize_obs`: (s - mean) / (std + 1e-3) over the data, the same numbers when acting. On AntMaze the author advises
-       against it, and a larger alpha.
-  [D5] Q starts near 0, so lambda starts large; a policy that it drives into tanh's flat ends stays there for long. On small
-       problems a learning rate above the paper's invites that.
+  [D2] The squared error is a mean over dimensions too (official code): the more dimensions, the weaker its hold on each.
+  [D3] The target networks are updated on policy steps only, and these are the 2nd, 4th, ... step (official code).
+  [D4] `normalize_obs`: (s - mean) / (std + 1e-3) over the data, with the same numbers when acting. On AntMaze the author
+       advises against it, and recommends a larger alpha.
+  [D5] Q starts near 0, so lambda starts large; a policy that it drives into the flat ends of tanh stays there for long. A
+       learning rate above the paper's makes this likely on small problems.
 Online (the usual recipe; the authors publish none)
-  [O1] TD3 goes on on old and new data, and the cloning term fades: halved every `online_halflife` environment steps, to a
-       16th at most. It acts with Gaussian noise of `online_noise` (TD3's 0.1). The policy learns at `online_learning_rate`.
+  [O1] TD3 continues on old and new data, and the cloning term fades: it is halved every `online_halflife` environment steps,
+       down to a 16th. It acts with Gaussian noise of `online_noise` (TD3's 0.1). The policy learns at `online_learning_rate`.
 """
 
 import copy
@@ -29,38 +29,58 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import check_choice, check_number, net_arch
+from diffagents.config.checks import MOST, net_arch
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.functional import polyak_update_, td_target
 from diffagents.networks.mlp import EnsembleMLP, TanhPolicy
+from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
-class TD3BCConfig:
-    """Knobs of TD3+BC. Defaults: the paper's, the same for all of its tasks."""
+class TD3BCConfig(Hyperparameters):
+    """Hyperparameters of TD3+BC. The defaults are the paper's, the same for all of its tasks."""
 
-    alpha: float = 2.5  # >= 0; weight of Q against cloning. THE knob; 0 clones the data
-    policy_noise: float = 0.2  # std of the noise on the lagged policy's actions, which are in [-1, 1]
-    noise_clip: float = 0.5  # its bound
-    policy_freq: int = 2  # critic steps per policy step
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # share of the online networks in their lagged copies, on policy steps [D3]
-    learning_rate: float = 3e-4  # policy and critic
-    batch_size: int = 256
-    online_learning_rate: float = 3e-5  # policy, constant [O1]
-    online_noise: float = 0.1  # >= 0, std of the noise on actions in [-1, 1] [O1]
-    online_halflife: int | None = 20_000  # environment steps in which the cloning term halves, None: it stays [O1]
-    reward_transform: str = "none"  # normalize.REWARD_TRANSFORMS; a port (CORL) takes "iql_antmaze" on AntMaze
-    normalize_obs: bool = True  # [D4]
-    train_steps: int | None = None  # None: the `default:` block of zoo/td3_bc.yml; paper 1M
-
-    def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, "must not be negative: 0 clones the data, 2.5 is usual", lambda x: x >= 0)
-        check_number("policy_noise", self.policy_noise, "must not be negative", lambda x: x >= 0)
-        check_number("noise_clip", self.noise_clip, "must not be negative", lambda x: x >= 0)
-        check_choice("reward_transform", self.reward_transform, REWARD_TRANSFORMS)
+    alpha: float = hyperparameter(
+        2.5, "Weight of Q against cloning: 0 clones the data, large is greedy. The main hyperparameter.", at_least=0
+    )
+    policy_noise: float = hyperparameter(
+        0.2, "Standard deviation of the noise on the target policy's actions, which lie in [-1, 1].", at_least=0
+    )
+    noise_clip: float = hyperparameter(0.5, "Bound at which that noise is clipped.", at_least=0)
+    policy_freq: int = hyperparameter(2, "Critic updates for each policy update.", at_least=1, at_most=MOST)
+    gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
+    tau: float = hyperparameter(
+        0.005,
+        "Soft update (Polyak) coefficient of the target networks of Q and the policy, at every policy update [D3].",
+        above=0,
+        at_most=1,
+    )
+    learning_rate: float = hyperparameter(3e-4, "Learning rate of the policy and of Q.", above=0)
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O1].", above=0)
+    online_noise: float = hyperparameter(
+        0.1, "Standard deviation of the exploration noise in `learn_online`, for actions in [-1, 1] [O1].", at_least=0
+    )
+    online_halflife: int | None = hyperparameter(
+        20_000,
+        "Time in which the weight of the cloning term halves in `learn_online` [O1]. None: it stays constant.",
+        at_least=1,
+        unit="environment steps",
+    )
+    reward_transform: str = hyperparameter(
+        "none",
+        'Transform of the rewards, of which "auto" chooses one from the data. A port (CORL) takes "iql_antmaze" on AntMaze.',
+        choices=REWARD_TRANSFORMS,
+    )
+    normalize_obs: bool = hyperparameter(
+        True, "Whether observations are normalised by the mean and standard deviation of the data [D4]."
+    )
+    train_steps: int | None = hyperparameter(
+        None, "Gradient steps of the training stage. None: the `default` block of zoo/td3_bc.yml. Paper: 1M.", at_least=0
+    )
 
 
 class TD3BC(Agent):
@@ -72,8 +92,8 @@ class TD3BC(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 1_000_000}
     POLICY_STAGE = "train"
     CALIBRATES = True
-    MODEL = ("policy",)
-    LEARNER = ("policy_target", "critic", "critic_target")
+    MODEL: ClassVar[tuple[str, ...]] = ("policy",)
+    LEARNER: ClassVar[tuple[str, ...]] = ("policy_target", "critic", "critic_target")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -87,7 +107,7 @@ class TD3BC(Agent):
             "critic": Optimizer(self.critic.parameters(), c.learning_rate),
         }
 
-    def stages(self) -> list[Stage]:
+    def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
         updates = (
             Update(self.critic_loss, self.draw_critic, (opt["critic"],)),
@@ -109,7 +129,7 @@ class TD3BC(Agent):
         return {"eps": torch.randn(n, self.act_dim, generator=generator, device=self.device)}
 
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """MSE_1 + MSE_2 against the minimum of the lagged twins at the lagged policy's smoothed action."""
+        """MSE_1 + MSE_2 against the minimum of the target critics at the target policy's smoothed action."""
         c = self.config
         with torch.no_grad():
             smoothing = (c.policy_noise * noise["eps"]).clamp(-c.noise_clip, c.noise_clip)
@@ -120,14 +140,14 @@ class TD3BC(Agent):
         loss = (q - goal).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
-    # ---- policy and lagged copies ----------------------------------------------------------------------------------
+    # ---- policy and target networks --------------------------------------------------------------------------------
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Eq. (3) with the weight of Eq. (5)."""
         act = self.policy(batch.obs)
         q = self.critic(torch.cat([batch.obs, act], -1))[0]  # (B,), the first of the twins; online, already updated
         weight = self.config.alpha / q.abs().mean().detach()  # lambda [D1]
         bc_loss = F.mse_loss(act, batch.act)  # [D2]
-        loss = bc_loss / self.constraint_relaxation - weight * q.mean()
+        loss = bc_loss / self.state.constraint_relaxation - weight * q.mean()
         return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "lambda": weight}
 
     def follow_both(self) -> None:
@@ -139,6 +159,6 @@ class TD3BC(Agent):
         return self.policy
 
     def act(self, obs: Tensor, noise: Noise, config: TD3BCConfig) -> Tensor:
-        """(B, S) -> (B, A): the policy is a point, so `deterministic` makes no difference."""
+        """(B, S) -> (B, A): the policy is deterministic, whatever `deterministic` is."""
         action: Tensor = self.policy(obs)
         return action

@@ -1,4 +1,7 @@
-"""Commands for whoever makes data, compares and chooses: bench, collect, tune, select."""
+"""Commands for data and experiments: bench, collect, select and tune. Each is a thin layer over one call of the library.
+
+Their docstrings are the texts of --help.
+"""
 
 import argparse
 import contextlib
@@ -11,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffagents
-from diffagents.cli.options import add_policy, env_arguments, environment, policy, say
+from diffagents.cli.options import DEVICE_HELP, add_policy, env_arguments, environment, policy, say
+from diffagents.errors import one_line
+from diffagents.registry import AGENTS
 
 if TYPE_CHECKING:
     from diffagents.experiments.grid import RunSpec
@@ -21,106 +25,144 @@ Command = Callable[[Any, str], argparse.ArgumentParser]
 
 
 def add_commands(command: Command) -> None:
-    """Add them to the parser; `command` makes one of a function and an example."""
+    """Add the commands of this module to the parser.
+
+    Args:
+        command: adds the command of a function and returns its parser; the second argument is an example.
+    """
     one = command(bench, "diffagents bench zoo/grids/zoo.yml --only srpo-hopper --root runs/zoo")
-    one.add_argument("grid", type=Path, metavar="GRID.yml", help="what to run: see zoo/grids and diffagents/sweep.py")
-    one.add_argument("--root", type=Path, metavar="FOLDER", help="where runs and tables go; default: runs/NAME-OF-THE-GRID")
-    one.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="runs whose name contains one of these")
-    one.add_argument("--executor", choices=("serial", "ray"), default="serial", help="ray: side by side")
-    one.add_argument("--cpus", type=float, default=1, metavar="N", help="of a run under ray; default: 1")
-    one.add_argument("--gpus", type=float, metavar="N", help="of a run under ray; 0.25 puts four on a card; default: 1, if any")
-    one.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster; --root must then be a shared folder")
-    one.add_argument("--threads", type=int, default=1, metavar="N", help="of a run, on the CPU; default: 1")
-    one.add_argument("--device", default="auto")
-    one.add_argument("--status", action="store_true", help="show how far the runs are and leave")
-    one.add_argument("--report", action="store_true", help="write the tables of what is finished and leave")
+    one.add_argument(
+        "grid", type=Path, metavar="GRID.yml", help="The runs; see zoo/grids and diffagents/experiments/grid.py for the format."
+    )
+    one.add_argument("--root", type=Path, metavar="FOLDER", help="Folder for runs and tables. Default: runs/NAME-OF-THE-GRID.")
+    one.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="Select the runs whose name contains one of these texts."
+    )
+    one.add_argument("--executor", choices=("serial", "ray"), default="serial", help='"ray" makes runs in parallel.')
+    one.add_argument("--cpus", type=float, default=1, metavar="N", help="CPUs reserved for each run under Ray. Default: 1.")
+    one.add_argument(
+        "--gpus",
+        type=float,
+        metavar="N",
+        help="GPUs reserved for each run under Ray; 0.25 puts four runs on one GPU. Default: 1 if there is a GPU.",
+    )
+    one.add_argument("--address", metavar="HOST:PORT", help="Address of a Ray cluster; --root must be a shared folder then.")
+    one.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of each run. Default: 1.")
+    one.add_argument("--device", default="auto", help=DEVICE_HELP)
+    one.add_argument("--status", action="store_true", help="Show the progress of the runs and exit.")
+    one.add_argument("--report", action="store_true", help="Write the tables of the finished runs and exit.")
 
     one = command(collect, "diffagents collect me/srpo-hopper --steps 100000 --id me/hopper/srpo-v0 --noise gaussian:0.1")
     add_policy(one)
-    one.add_argument("--id", required=True, metavar="DATASET_ID", help="the new Minari id, namespace/name-v0")
-    one.add_argument("--steps", type=int, default=100_000, metavar="N", help="of the environment; default: 100000")
-    one.add_argument("--noise", metavar="KIND:SIZE", help="gaussian:S, in the units of actions, or uniform:P, a probability")
-    one.add_argument("--deterministic", action="store_true", help="default: the policy draws its actions")
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--root", type=Path, metavar="FOLDER", help="of all datasets; default: $MINARI_DATASETS_PATH")
+    one.add_argument("--id", required=True, metavar="DATASET_ID", help="Id of the new Minari dataset, namespace/name-v0.")
+    one.add_argument("--steps", type=int, default=100_000, metavar="N", help="Environment steps. Default: 100000.")
+    one.add_argument(
+        "--noise",
+        metavar="KIND:SIZE",
+        help="Exploration noise: gaussian:S adds noise with standard deviation S, in units of the actions; "
+        "uniform:P replaces an action by a random one with probability P.",
+    )
+    one.add_argument("--deterministic", action="store_true", help="Use deterministic actions. Default: sample them.")
+    one.add_argument("--seed", type=int, default=0, help="Seed of the episodes and the noise. Default: 0.")
+    one.add_argument("--root", type=Path, metavar="FOLDER", help="Folder of all datasets. Default: $MINARI_DATASETS_PATH.")
 
     one = command(select, "diffagents push $(diffagents select runs/zoo/*/policy --dataset mujoco/hopper/medium-v0) me/hopper")
-    one.add_argument("policies", nargs="+", metavar="POLICY", help="folders, .zip files or Hub ids")
-    one.add_argument("--dataset", required=True, metavar="DATASET", help="best the data that they were trained on")
-    one.add_argument("--gamma", type=float, default=0.99, help="discount of the estimate; default: 0.99")
-    one.add_argument("--fqe-steps", type=int, default=10_000, metavar="N", help="default: 10000")
+    one.add_argument("policies", nargs="+", metavar="POLICY", help="Folders, .zip files or Hub ids.")
+    one.add_argument("--dataset", required=True, metavar="DATASET", help="Dataset, ideally the one that they were trained on.")
+    one.add_argument("--gamma", type=float, default=0.99, help="Discount factor of the estimate. Default: 0.99.")
+    one.add_argument("--fqe-steps", type=int, default=10_000, metavar="N", help="Gradient steps. Default: 10000.")
     one.add_argument(
-        "--n-seeds", type=int, default=2, metavar="N", help="fits for each policy; pessimistic from 2 on (default)"
+        "--n-seeds",
+        type=int,
+        default=2,
+        metavar="N",
+        help="Fits per policy; with 2 or more the estimate is pessimistic. Default: 2.",
     )
-    one.add_argument("--max-transitions", type=int, default=20_000, metavar="N", help="of the data; default: 20000")
+    one.add_argument("--max-transitions", type=int, default=20_000, metavar="N", help="Transitions used. Default: 20000.")
     one.add_argument(
         "--episodes",
         dest="n_episodes",
         type=int,
         default=0,
         metavar="N",
-        help="also play N episodes with each of the --top best",
+        help="Also play N episodes with each of the --top best policies. Default: 0.",
     )
-    one.add_argument("--top", type=int, default=3, metavar="N", help="default: 3")
-    one.add_argument("--env", metavar="ID", help="of the episodes; default: the dataset's own")
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--device", default="auto")
-    one.add_argument("--json", action="store_true", help="the whole report as one line of JSON")
+    one.add_argument("--top", type=int, default=3, metavar="N", help="Number of policies that play. Default: 3.")
+    one.add_argument("--env", metavar="ID", help="Environment of the episodes. Default: the one stored with the dataset.")
+    one.add_argument("--seed", type=int, default=0, help="Seed of the estimate and the episodes. Default: 0.")
+    one.add_argument("--device", default="auto", help=DEVICE_HELP)
+    one.add_argument("--json", action="store_true", help="Print the whole report as one line of JSON.")
 
     one = command(tune, "diffagents tune SRPO mujoco/hopper/medium-v0 --trials 8 --storage srpo.log --out runs/tuned")
-    one.add_argument("algorithm", choices=diffagents.AGENTS, metavar="ALGORITHM")
-    one.add_argument("dataset", metavar="DATASET", help="as for train")
-    one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the best policy; must be new")
+    one.add_argument("algorithm", choices=AGENTS, metavar="ALGORITHM", help="Name of the algorithm, see `diffagents list`.")
+    one.add_argument("dataset", metavar="DATASET", help="As for train.")
+    one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="Folder for the best policy; must not exist.")
     one.add_argument(
-        "--trials", dest="n_trials", type=int, default=10, metavar="N", help="in all, those in --storage included; default: 10"
+        "--trials",
+        dest="n_trials",
+        type=int,
+        default=10,
+        metavar="N",
+        help="Number of trials in all, including those in --storage. Default: 10.",
     )
-    one.add_argument("--knob", help="default: the algorithm's main knob, on its published range")
-    one.add_argument("--low", type=float, help="of the range")
-    one.add_argument("--high", type=float, help="of the range")
-    one.add_argument("--objective", choices=("fqe", "return"), default="fqe", help="fqe: no environment; return: play episodes")
     one.add_argument(
-        "--episodes", dest="n_episodes", type=int, default=10, metavar="N", help="of each trial with --objective return"
+        "--hyperparameter",
+        metavar="NAME",
+        help="The hyperparameter to search. Default: the main one of the algorithm, over its published range.",
     )
-    one.add_argument("--steps", type=int, metavar="N", help="gradient steps of one agent")
-    one.add_argument("--preset", help="as for train")
-    one.add_argument("--env", metavar="ID", help="gives the true spaces, and the place of --objective return")
-    one.add_argument("--storage", metavar="FILE", help="a file or sqlite:///URL; the same command goes on there")
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--device", default="auto")
+    one.add_argument("--knob", help=argparse.SUPPRESS)  # the old name of --hyperparameter
+    one.add_argument("--low", type=float, help="Lower end of the range.")
+    one.add_argument("--high", type=float, help="Upper end of the range.")
+    one.add_argument(
+        "--objective",
+        choices=("fqe", "return"),
+        default="fqe",
+        help='"fqe" estimates the return from the data (default), "return" plays episodes.',
+    )
+    one.add_argument(
+        "--episodes", dest="n_episodes", type=int, default=10, metavar="N", help="Episodes per trial for --objective return."
+    )
+    one.add_argument("--steps", type=int, metavar="N", help="Gradient steps of each agent.")
+    one.add_argument("--preset", help="As for train.")
+    one.add_argument(
+        "--env", metavar="ID", help="Environment that provides the exact spaces and is used by --objective return."
+    )
+    one.add_argument("--storage", metavar="FILE", help="File or sqlite:///URL of the search; the same command continues it.")
+    one.add_argument("--seed", type=int, default=0, help="Seed of the search and the agents. Default: 0.")
+    one.add_argument("--device", default="auto", help=DEVICE_HELP)
 
 
-def bench(given: argparse.Namespace) -> None:
-    """Make the runs of a grid, algorithm x dataset x seed, and their tables and curves; print the path of the table.
+def bench(args: argparse.Namespace) -> None:
+    """Make the runs of a grid (algorithm x dataset x seed), tables and curves; print the path of the tables.
 
-    Finished runs are not made again, cut ones go on. Start the same command in another shell, and both share the work.
+    Finished runs are not repeated and interrupted runs resume. The same command in a second shell shares the work.
     """
     from diffagents.experiments import grid, report
     from diffagents.training.provenance import plain
 
-    specs = grid.read_grid(given.grid)
-    chosen = [spec for spec in specs if not given.only or any(text in spec.name for text in given.only)]
+    specs = grid.read_grid(args.grid)
+    chosen = [spec for spec in specs if not args.only or any(text in spec.name for text in args.only)]
     if not chosen:
-        raise ValueError(f"no run of {given.grid} has {' or '.join(given.only)} in its name, e.g. {specs[0].name}")
-    root = given.root or Path("runs") / given.grid.stem
-    if given.status:
+        raise ValueError(f"no run of {args.grid} has {' or '.join(args.only)} in its name; the first run is {specs[0].name}")
+    root = args.root or Path("runs") / args.grid.stem
+    if args.status:
         print(_plain_table(chosen, root))
         return
     failed: list[str] = []
-    if not given.report:
-        failed = _make(given, chosen, root)
+    if not args.report:
+        failed = _make(args, chosen, root)
     wanted = {spec.name for spec in specs}
     finished = [run for run in report.read_runs(root) if run["name"] in wanted]
     if not finished:
-        raise RuntimeError(f"no run of {given.grid} is finished in {root}" + "".join(f"; {text}" for text in failed[:1]))
-    command = f"diffagents bench {shlex.quote(plain(str(given.grid)))} --root {shlex.quote(plain(str(root)))} --only CELL"
-    print(report.write_report(finished, root, specs=specs, command=command, title=given.grid.stem))
+        raise RuntimeError(f"no run of {args.grid} is finished in {root}" + "".join(f"; {text}" for text in failed[:1]))
+    command = f"diffagents bench {shlex.quote(plain(str(args.grid)))} --root {shlex.quote(plain(str(root)))} --only CELL"
+    print(report.write_report(finished, root, specs=specs, command=command, title=args.grid.stem))
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(chosen)} runs failed, the first: {failed[0]}")
+        raise RuntimeError(f"{len(failed)} of {len(chosen)} runs failed; the first: {failed[0]}")
 
 
-def _make(given: argparse.Namespace, specs: "Sequence[RunSpec]", root: Path) -> list[str]:
-    """Run them, showing how far they are; returns what failed and why."""
-    from diffagents.errors import one_line
+def _make(args: argparse.Namespace, specs: "Sequence[RunSpec]", root: Path) -> list[str]:
+    """Make the runs while showing their progress; returns one line for each that failed."""
     from diffagents.experiments import executors, grid
 
     failed: list[str] = []
@@ -131,23 +173,23 @@ def _make(given: argparse.Namespace, specs: "Sequence[RunSpec]", root: Path) -> 
             now = grid.status(spec, root)
             text = f"return {now['last']:.2f}" + (f", D4RL scale {now['score']:.1f}" if now["score"] is not None else "")
         elif isinstance(error, grid.Busy):
-            text = "left to another process, which is at it"
+            text = "skipped: another process is working on it"
         else:
             failed.append(f"{spec.name}: {one_line(error)} ({root / spec.name / grid.ERROR})")
             text = f"failed: {one_line(error)}"
         say(f"{spec.name}: {text} ({(time.monotonic() - started) / 60:.1f} min)")
 
-    how = {"device": given.device, "threads": given.threads}
+    settings = {"device": args.device, "threads": args.threads}
     with _live(specs, root):
-        if given.executor == "ray":
-            executors.run_with_ray(specs, root, done, cpus=given.cpus, gpus=given.gpus, address=given.address, **how)
+        if args.executor == "ray":
+            executors.run_with_ray(specs, root, done, cpus=args.cpus, gpus=args.gpus, address=args.address, **settings)
         else:
-            executors.run_serially(specs, root, done, **how)
+            executors.run_serially(specs, root, done, **settings)
     return failed
 
 
 def _rows(specs: "Sequence[RunSpec]", root: Path) -> list[tuple[str, ...]]:
-    """(run, state, progress, stage, newest return) of each."""
+    """(run, state, progress, stage, newest return) of each run."""
     from diffagents.experiments import grid
 
     rows: list[tuple[str, ...]] = []
@@ -163,6 +205,7 @@ def _rows(specs: "Sequence[RunSpec]", root: Path) -> list[tuple[str, ...]]:
 
 
 def _plain_table(specs: "Sequence[RunSpec]", root: Path) -> str:
+    """The progress of the runs as aligned text."""
     rows = _rows(specs, root)
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -170,7 +213,7 @@ def _plain_table(specs: "Sequence[RunSpec]", root: Path) -> str:
 
 @contextlib.contextmanager
 def _live(specs: "Sequence[RunSpec]", root: Path) -> Any:
-    """A table on stderr that follows the runs, where stderr is a terminal; elsewhere each run's one line is all."""
+    """Show a live table of the runs on stderr if it is a terminal."""
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield
         return
@@ -181,7 +224,7 @@ def _live(specs: "Sequence[RunSpec]", root: Path) -> Any:
     def draw() -> Table:
         table = Table("run", "state", "done", "stage", "return (D4RL scale)")
         rows = [(name.rpartition("-")[0], *rest) for name, *rest in _rows(specs, root)]  # without the hash
-        order = ("running", "failed", "cut", "done", "waiting")
+        order = ("running", "failed", "interrupted", "done", "waiting")
         console_rows = max(5, console.size.height - 6)
         for row in sorted(rows, key=lambda row: order.index(row[1]))[:console_rows]:
             table.add_row(*row)
@@ -194,41 +237,47 @@ def _live(specs: "Sequence[RunSpec]", root: Path) -> Any:
         yield
 
 
-def collect(given: argparse.Namespace) -> None:
-    """Let a policy act and keep what happens as a Minari dataset, whose id is printed."""
-    agent = policy(given)
-    how = _handed_on(given, "seed", "noise", "deterministic", "root") | {"env_kwargs": env_arguments(given) or None}
+def collect(args: argparse.Namespace) -> None:
+    """Let a policy act in an environment, store the episodes as a Minari dataset and print its id."""
+    from diffagents.data import collect as collecting
+
+    agent = policy(args)
+    settings = _options(args, "seed", "noise", "deterministic", "root") | {"env_kwargs": env_arguments(args) or None}
     with contextlib.redirect_stdout(sys.stderr):
-        diffagents.collect(agent, environment(given, agent), given.steps, given.id, verbose=1, **how)
-    print(given.id)
+        collecting.collect(agent, environment(args, agent), args.steps, args.id, verbose=1, **settings)
+    print(args.id)
 
 
-def select(given: argparse.Namespace) -> None:
-    """Order policies by what data say of them, without an environment; print the best (the table goes to stderr)."""
-    how = _handed_on(given, "gamma", "fqe_steps", "n_seeds", "max_transitions", "n_episodes", "top", "env", "seed", "device")
+def select(args: argparse.Namespace) -> None:
+    """Rank policies by what data say about them, without an environment; print the best one, and the table to stderr."""
+    from diffagents.experiments import select as selecting
+
+    names = ("gamma", "fqe_steps", "n_seeds", "max_transitions", "n_episodes", "top", "env", "seed", "device")
     with contextlib.redirect_stdout(sys.stderr):
-        found = diffagents.select(given.policies, given.dataset, **how)
-        print(found)
-    if not found[found.best].trusted:
-        raise ValueError(
-            "the data tell nothing reliable about any of these policies: play episodes (--episodes), or take other data"
-        )
-    print(json.dumps(found.to_json()) if given.json else found.best)
+        selection = selecting.select(args.policies, args.dataset, **_options(args, *names))
+        print(selection)
+    if not selection[selection.best].trusted:
+        raise ValueError("no estimate can be trusted: play episodes with --episodes, or use other data")
+    print(json.dumps(selection.to_json()) if args.json else selection.best)
 
 
-def tune(given: argparse.Namespace) -> None:
-    """Search an algorithm's main knob, without an environment; write the best policy as a folder, whose path is printed."""
-    if given.out.exists():
-        raise FileExistsError(f"{given.out} exists: give another --out")
-    search = _handed_on(given, "n_trials", "knob", "low", "high", "objective", "n_episodes", "storage")
-    how = _handed_on(given, "steps", "env", "seed", "device", "preset")
+def tune(args: argparse.Namespace) -> None:
+    """Search the main hyperparameter of an algorithm, without an environment; save the best policy and print its folder."""
+    from diffagents.experiments import tune as tuning
+
+    if args.out.exists():
+        raise FileExistsError(f"{args.out} exists: pass another --out")
+    search = _options(args, "n_trials", "hyperparameter", "low", "high", "objective", "n_episodes", "storage")
+    if args.knob is not None:
+        search["knob"] = args.knob
+    settings = _options(args, "steps", "env", "seed", "device", "preset")
     with contextlib.redirect_stdout(sys.stderr):
-        report = diffagents.tune(given.algorithm, given.dataset, **search, **how)
-        report.agent.save_pretrained(given.out, include_trainer_state=True)
+        report = tuning.tune(args.algorithm, args.dataset, **search, **settings)
+        report.agent.save_pretrained(args.out, include_trainer_state=True)
         print(report)
-    print(given.out)
+    print(args.out)
 
 
-def _handed_on(given: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Options that the library's call takes under the same name."""
-    return {name: getattr(given, name) for name in names}
+def _options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options that the library's function takes under the same name."""
+    return {name: getattr(args, name) for name in names}

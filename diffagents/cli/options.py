@@ -1,92 +1,98 @@
-"""Options and small things that the commands share."""
+"""Options and helper functions that several commands share."""
 
 import argparse
 import ast
-import dataclasses
-import inspect
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-import diffagents
+from diffagents import registry
 
 if TYPE_CHECKING:
     from diffagents.agent import Agent
 
-POLICY_HELP = "a folder or .zip of ours, or a Hub id (organisation/name); - reads it from stdin"
+POLICY_HELP = "Folder or .zip file of a policy, or a Hub id (organisation/name); - reads it from stdin."
+DEVICE_HELP = 'Device: "cpu", "cuda", "cuda:1", ... or "auto" (default).'
+HYPERPARAMETER = "hyperparameter "
+"""Prefix of the hyperparameters among the parsed arguments, so that their names do not clash with those of other options."""
 
 
-def add_policy(one: argparse.ArgumentParser) -> None:
-    """The policy, and where it acts."""
-    one.add_argument("policy", metavar="POLICY", help=POLICY_HELP)
-    one.add_argument("--env", metavar="ID", help="default: the environment stored with the dataset")
-    one.add_argument(
-        "--env-arg", action="append", default=[], metavar="NAME=VALUE", help="for the environment; may be repeated"
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a policy and the environment in which it acts."""
+    parser.add_argument("policy", metavar="POLICY", help=POLICY_HELP)
+    parser.add_argument("--env", metavar="ID", help="Id of the environment. Default: the one stored with the dataset.")
+    parser.add_argument(
+        "--env-arg", action="append", default=[], metavar="NAME=VALUE", help="Argument of the environment; may be repeated."
     )
-    one.add_argument("--device", default="auto")
-    add_hub(one)
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    add_hub(parser)
 
 
-def add_episodes(one: argparse.ArgumentParser, episodes: int = 10) -> None:
-    """Which episodes it plays, and how."""
-    one.add_argument("--episodes", type=int, default=episodes, metavar="N", help=f"default: {episodes}")
-    one.add_argument("--seed", type=int, default=0, help="of the first episode; default: 0")
-    one.add_argument("--sampled", action="store_true", help="sample actions; default: deterministic ones")
+def add_episodes(parser: argparse.ArgumentParser, episodes: int = 10) -> None:
+    """Add the options for the episodes that a policy plays; `episodes` is their default number."""
+    parser.add_argument("--episodes", type=int, default=episodes, metavar="N", help=f"Number of episodes. Default: {episodes}.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the first episode. Default: 0.")
+    parser.add_argument("--sampled", action="store_true", help="Sample the actions. Default: deterministic actions.")
 
 
-def add_hub(one: argparse.ArgumentParser) -> None:
-    """Which state of a Hub repository."""
-    one.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
-    one.add_argument("--offline", action="store_true", help="from the cache alone")
+def add_hub(parser: argparse.ArgumentParser) -> None:
+    """Add the options for reading a repository of the Hugging Face Hub."""
+    parser.add_argument("--revision", metavar="NAME", help="Branch, tag or commit on the Hub. Default: main.")
+    parser.add_argument("--offline", action="store_true", help="Use the local cache only.")
 
 
-def add_knobs(one: argparse.ArgumentParser, algorithm: str | None) -> None:
-    """Every knob of the algorithm as an option, explained by the comment that stands beside it in the algorithm's file."""
+def add_hyperparameters(parser: argparse.ArgumentParser, algorithm: str | None) -> None:
+    """Add every hyperparameter of the algorithm as an option, with its description, type, range and default."""
     if algorithm is None:
         return
-    config = getattr(diffagents, algorithm).Config
-    try:
-        said = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
-    except OSError:  # installed without its sources
-        said = {}
-    group = one.add_argument_group(f"knobs of {algorithm}")
-    for knob in dataclasses.fields(config):
-        about = f"{said.get(knob.name, '')} (default: {knob.default})".strip().replace("%", "%%")
-        flag, dest = f"--{knob.name.replace('_', '-')}", f"knob {knob.name}"
-        group.add_argument(flag, dest=dest, type=value, metavar="VALUE", default=argparse.SUPPRESS, help=about)
+    from diffagents.config.hyperparameters import describe  # imports torch, for which the other commands need not wait
+
+    group = parser.add_argument_group(f"hyperparameters of {algorithm}")
+    for each in describe(registry.agent_class(algorithm).Config):
+        text = f"{each.description} ({each.summary})".replace("%", "%%")  # argparse formats it
+        flag, dest = f"--{each.name.replace('_', '-')}", HYPERPARAMETER + each.name
+        group.add_argument(flag, dest=dest, type=value, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of the options of `add_hyperparameters`, by name; only those that were passed."""
+    return {k.removeprefix(HYPERPARAMETER): v for k, v in vars(args).items() if k.startswith(HYPERPARAMETER)}
 
 
 def value(text: str) -> Any:
-    """What a word of the command line means: a Python literal, true, false, none, else itself."""
+    """The value of a word of the command line: a Python literal, true, false, none or null, else the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
 
 
-def policy(given: argparse.Namespace) -> "Agent":
-    """The agent that `add_policy` asked for."""
-    where = given.policy if given.policy != "-" else sys.stdin.readline().strip()
-    revision, offline = getattr(given, "revision", None), getattr(given, "offline", False)
-    device = getattr(given, "device", "auto")
-    return diffagents.load(where, revision=revision, local_files_only=offline, device=device, verbose=0)
+def policy(args: argparse.Namespace) -> "Agent":
+    """Load the agent named by the options of `add_policy`; - reads its name from stdin."""
+    where = args.policy if args.policy != "-" else sys.stdin.readline().strip()
+    revision, offline = getattr(args, "revision", None), getattr(args, "offline", False)
+    device = getattr(args, "device", "auto")
+    return registry.load(where, revision=revision, local_files_only=offline, device=device, verbose=0)
 
 
-def environment(given: argparse.Namespace, agent: "Agent") -> Any:
-    """What --env names, else what is stored with the agent's dataset. Raises ValueError where there is neither."""
-    env = given.env or (agent.dataset_info or {}).get("env_spec")
+def environment(args: argparse.Namespace, agent: "Agent") -> Any:
+    """The environment of --env, else the one stored with the agent's dataset.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    env = args.env or (agent.dataset_info or {}).get("env_spec")
     if env is None:
-        raise ValueError("no environment is stored with this policy's dataset: give --env ID")
+        raise ValueError("no environment is stored with this policy's dataset: pass --env ID")
     return env
 
 
-def env_arguments(given: argparse.Namespace) -> dict[str, Any]:
-    """Every --env-arg."""
-    pairs = [text.partition("=") for text in given.env_arg]
+def env_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the environment from all --env-arg options."""
+    pairs = [text.partition("=") for text in args.env_arg]
     return {name: value(text) for name, _, text in pairs}
 
 
 def say(text: str, code: int = 0) -> int:
-    """One line on stderr; returns the exit code."""
+    """Print one line to stderr and return the exit code `code`."""
     print(f"diffagents: {text}", file=sys.stderr)
     return code

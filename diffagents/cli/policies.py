@@ -1,8 +1,6 @@
-"""The command `diffagents`: train, eval, enjoy, push, pull, list; collect, bench, tune, select stand in cli_lab.py. Each is a
-thin line over one call of the library.
+"""Commands for one policy: train, eval, enjoy, push, pull and list. Each is a thin layer over one call of the library.
 
-Results go to stdout, everything else to stderr, so that commands work in pipes. Exit codes: 0 done, 1 failed (one line says
-why), 2 not understood, 130 interrupted by Ctrl-C, 141 nobody reads the output any more.
+Their docstrings are the texts of --help.
 """
 
 import argparse
@@ -16,185 +14,179 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffagents
-from diffagents.cli.options import (
-    env_arguments,
-    environment,
-    policy,
-    say,
-)
-
-# ---- the commands: their docstrings are their --help -----------------------------------------------------------------
+from diffagents.cli.options import env_arguments, environment, hyperparameters, policy, say
+from diffagents.errors import ArtifactError, TrainingDiverged, short
+from diffagents.registry import AGENTS, agent_class
 
 
-def train(given: argparse.Namespace) -> None:
-    """Train an algorithm on a dataset and write the policy as a folder, whose path is printed.
+def train(args: argparse.Namespace) -> None:
+    """Train an algorithm on a dataset, save the policy as a folder and print its path.
 
-    Ctrl-C keeps what has been trained; `--resume` then finishes the same run.
+    Ctrl-C saves the progress; the same command with --resume, without hyperparameters, then finishes the run.
     """
-    out = given.out or Path("runs") / re.sub(r"[^-.\w]+", "-", f"{given.algorithm.lower()}-{given.dataset}-seed{given.seed}")
-    if given.save_every is not None and given.save_every < 1:
-        raise ValueError(f"--save-every must be at least 1, not {given.save_every}")
-    knobs = {name.removeprefix("knob "): value for name, value in vars(given).items() if name.startswith("knob ")}
-    cls: Any = getattr(diffagents, given.algorithm)
-    settings = {"device": given.device, "verbose": int(not given.quiet), "tensorboard_log": given.tensorboard}
-    if given.resume:
-        if knobs or given.preset or given.net_arch or given.steps:
-            raise ValueError("--resume finishes the run as it was planned: leave knobs, --preset, --net-arch and --steps out")
+    out = args.out or Path("runs") / re.sub(r"[^-.\w]+", "-", f"{args.algorithm.lower()}-{args.dataset}-seed{args.seed}")
+    if args.save_every is not None and args.save_every < 1:
+        raise ValueError(f"--save-every must be at least 1, not {args.save_every}")
+    values = hyperparameters(args)
+    cls: Any = agent_class(args.algorithm)
+    settings = {"device": args.device, "verbose": int(not args.quiet), "tensorboard_log": args.tensorboard}
+    if args.resume:
+        if values or args.preset or args.net_arch or args.steps:
+            raise ValueError(
+                "--resume continues the run as it was planned: omit hyperparameters, --preset, --net-arch and --steps"
+            )
         del settings["device"]
-        agent = cls.load(out, env=given.env, device=given.device, **settings)
+        agent = cls.load(out, env=args.env, device=args.device, **settings)
     elif out.exists():
-        raise FileExistsError(f"{out} exists: finish it with --resume, or give another --out")
+        raise FileExistsError(f"{out} exists: resume it with --resume, or pass another --out")
     else:
-        kwargs = {"net_arch": given.net_arch} if given.net_arch else None
-        agent = cls(env=given.env, preset=given.preset, policy_kwargs=kwargs, seed=given.seed, **settings, **knobs)
-    evaluated = {"eval_env": (given.env or True) if given.eval else None, "n_eval_episodes": given.episodes}
+        kwargs = {"net_arch": args.net_arch} if args.net_arch else None
+        agent = cls(env=args.env, preset=args.preset, policy_kwargs=kwargs, seed=args.seed, **settings, **values)
+    evaluated = {"eval_env": (args.env or True) if args.eval else None, "n_eval_episodes": args.episodes}
 
-    def save_now_and_then(local: dict[str, Any], _: dict[str, Any]) -> bool:
-        if agent.num_timesteps % given.save_every == 0:
+    def save_regularly(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        if agent.num_timesteps % args.save_every == 0:
             agent.save_pretrained(out, include_trainer_state=True)
         return True
 
-    callback = save_now_and_then if given.save_every is not None else None
+    callback = save_regularly if args.save_every is not None else None
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            agent.learn(given.dataset, given.steps, callback, progress_bar=given.progress, reset_num_timesteps=not given.resume)
-        except (KeyboardInterrupt, diffagents.TrainingDiverged):
+            agent.learn(args.dataset, args.steps, callback, progress_bar=args.progress, reset_num_timesteps=not args.resume)
+        except (KeyboardInterrupt, TrainingDiverged):
             if agent.spec is not None:
                 agent.save_pretrained(out, include_trainer_state=True)
-                say(f"what there is lies in {out}; go on with the same command and --resume, knobs left out")
+                say(f"progress saved in {out}; continue with the same command and --resume, without hyperparameters")
             raise
-        agent.save_pretrained(out, include_trainer_state=True)  # before anything else can fail
-        if given.eval or given.video:
-            agent.save_pretrained(out, include_trainer_state=True, video=given.video, **evaluated)
+        agent.save_pretrained(out, include_trainer_state=True)  # before the evaluation, which may fail
+        if args.eval or args.video:
+            agent.save_pretrained(out, include_trainer_state=True, video=args.video, **evaluated)
     print(out)
 
 
-def eval_(given: argparse.Namespace) -> None:
-    """Play whole episodes and print the return, with its interval, the D4RL scale and the success rate where there are any."""
-    found = policy(given).evaluate(
-        given.env,
-        given.episodes,
-        seed=given.seed,
-        deterministic=not given.sampled,
-        n_envs=given.n_envs,
-        env_kwargs=env_arguments(given) or None,
+def eval_(args: argparse.Namespace) -> None:
+    """Play whole episodes and print the return with its interval, and the D4RL score and success rate if they exist."""
+    result = policy(args).evaluate(
+        args.env,
+        args.episodes,
+        seed=args.seed,
+        deterministic=not args.sampled,
+        n_envs=args.n_envs,
+        env_kwargs=env_arguments(args) or None,
     )
-    print(json.dumps(found.to_json()) if given.json else found)
+    print(json.dumps(result.to_json()) if args.json else result)
 
 
-def enjoy(given: argparse.Namespace) -> None:
-    """Watch a policy: in a window, or as a video."""
+def enjoy(args: argparse.Namespace) -> None:
+    """Watch a policy in a window, or write a video."""
     from diffagents.envs.make import make_env
+    from diffagents.evaluation.video import record_video
 
-    agent = policy(given)
-    env = environment(given, agent)
-    if given.video is not None:
-        settings: dict[str, Any] = {"seed": given.seed, "deterministic": not given.sampled, "env_kwargs": env_arguments(given)}
+    agent = policy(args)
+    env = environment(args, agent)
+    if args.video is not None:
+        settings: dict[str, Any] = {"seed": args.seed, "deterministic": not args.sampled, "env_kwargs": env_arguments(args)}
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            path = diffagents.record_video(agent, env, given.video, **settings)
+            path = record_video(agent, env, args.video, **settings)
         print(path)
         return
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise ValueError("there is no screen here: give --video FILE.mp4")
-    with contextlib.closing(make_env(env, render_mode="human", **env_arguments(given))) as window:
-        print(agent.evaluate(window, given.episodes, seed=given.seed, deterministic=not given.sampled))
+        raise ValueError("there is no screen: pass --video FILE.mp4")
+    with contextlib.closing(make_env(env, render_mode="human", **env_arguments(args))) as window:
+        print(agent.evaluate(window, args.episodes, seed=args.seed, deterministic=not args.sampled))
 
 
-def push(given: argparse.Namespace) -> None:
-    """Publish a policy on the Hugging Face Hub in one commit, whose address is printed.
+def push(args: argparse.Namespace) -> None:
+    """Publish a policy on the Hugging Face Hub in one commit and print its URL.
 
-    Log in first: `hf auth login`, or the variable HF_TOKEN.
+    Log in first with `hf auth login`, or set the environment variable HF_TOKEN.
     """
-    commit = {"private": given.private, "revision": given.revision, "commit_message": given.message}
-    local = Path(given.policy)
-    if local.is_dir() and not (given.eval or given.video or given.trainer_state):
+    commit = {"private": args.private, "revision": args.revision, "commit_message": args.message}
+    local = Path(args.policy)
+    if local.is_dir() and not (args.eval or args.video or args.trainer_state):
         from diffagents.registry import push_folder
 
-        print(push_folder(local, given.repo_id, **commit).commit_url)
+        print(push_folder(local, args.repo_id, **commit).commit_url)
         return
-    agent = policy(argparse.Namespace(policy=given.policy))
+    agent = policy(argparse.Namespace(policy=args.policy))
     print(
         agent.push_to_hub(
-            given.repo_id,
-            eval_env=(given.env or True) if given.eval else None,
-            n_eval_episodes=given.episodes,
-            video=given.video,
-            license=given.license,
-            include_trainer_state=given.trainer_state,
+            args.repo_id,
+            eval_env=(args.env or True) if args.eval else None,
+            n_eval_episodes=args.episodes,
+            video=args.video,
+            license=args.license,
+            include_trainer_state=args.trainer_state,
             **commit,
         ).commit_url
     )
 
 
-def pull(given: argparse.Namespace) -> None:
-    """Fetch a policy from the Hugging Face Hub, the whole of it, and print the folder where it lies."""
+def pull(args: argparse.Namespace) -> None:
+    """Download a complete policy from the Hugging Face Hub and print its folder."""
     from diffagents.storage import hub
 
-    print(hub.pull(given.repo_id, given.to, given.revision, local_files_only=given.offline))
+    print(hub.pull(args.repo_id, args.to, args.revision, local_files_only=args.offline))
 
 
-def list_(given: argparse.Namespace) -> None:
-    """List the algorithms; or the policies in a folder, or of the zoo; or those of an author on the Hub."""
-    if given.zoo:
-        given.where = _zoo()
-    if given.where is None:
-        rows: Iterator[Sequence[Any]] = (
-            (name, (getattr(diffagents, name).__doc__ or "").partition("\n")[0]) for name in diffagents.AGENTS
-        )
-    elif Path(given.where).is_dir():
-        rows = _local_policies(Path(given.where))
+def list_(args: argparse.Namespace) -> None:
+    """List the algorithms, or the policies in a folder, in the zoo, or of an author on the Hub."""
+    if args.zoo:
+        args.where = _zoo()
+    if args.where is None:
+        rows: Iterator[Sequence[Any]] = ((name, (agent_class(name).__doc__ or "").partition("\n")[0]) for name in AGENTS)
+    elif Path(args.where).is_dir():
+        rows = _local_policies(Path(args.where))
     else:
         from diffagents.storage import hub
 
-        rows = (
-            (name, *sorted(set(tags) & set(diffagents.AGENTS)), _env_tag(tags)) for name, tags in hub.list_policies(given.where)
-        )
-    found = 0
-    for found, row in enumerate(rows, start=1):  # noqa: B007
+        rows = ((name, *sorted(set(tags) & set(AGENTS)), _env_tag(tags)) for name, tags in hub.list_policies(args.where))
+    count = 0
+    for count, row in enumerate(rows, start=1):  # noqa: B007
         print("\t".join(str(item) for item in row))
-    if not found:
-        say(f"no policy of diffagents in {given.where}")
+    if not count:
+        say(f"there is no policy of diffagents in {args.where}")
 
 
 def _local_policies(folder: Path) -> Iterator[Sequence[Any]]:
-    """(path, algorithm, dataset, score) of every artifact below, at most three folders deep."""
-    from diffagents import errors
+    """(path, algorithm, dataset, score) of every policy in a folder, at most three levels deep."""
     from diffagents.storage import artifact
 
-    places = {found.parent for depth in ("", "*/", "*/*/", "*/*/*/") for found in folder.glob(f"{depth}{artifact.CONFIG}")}
+    places = {path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for path in folder.glob(f"{depth}{artifact.CONFIG}")}
     for place in sorted({*places, *folder.glob("**/*.zip")}):
-        with contextlib.suppress(diffagents.ArtifactError, OSError):
+        with contextlib.suppress(ArtifactError, OSError):
             config = artifact.read(place).config
             data = config.get("dataset") if isinstance(config.get("dataset"), dict) else None
-            yield place, errors.short(config["algorithm"]), errors.short((data or {}).get("id", "-")), _score(place)
+            yield place, short(config["algorithm"]), short((data or {}).get("id", "-")), _score(place)
 
 
 def _zoo() -> Path:
-    """The folder `zoo` of the checkout, as one would type it from here."""
-    folder = Path(diffagents.__file__).resolve().parents[1] / "zoo"
+    """The folder `zoo` of the checkout, relative to the current folder if it lies below."""
+    folder = Path(__file__).resolve().parents[2] / "zoo"
     if not any(folder.glob("*/config.json")):
         raise ValueError(
-            "there is no zoo beside this installation: its policies lie in a checkout of the repository, in zoo/; "
-            "published ones are listed by `diffagents list ORGANISATION`"
+            "this installation has no zoo: its policies are in the folder zoo/ of a checkout of the repository; "
+            "`diffagents list ORGANISATION` lists published ones"
         )
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _score(place: Path) -> str:
+    """The results stored with a policy, in one line."""
     from diffagents.storage import artifact
 
-    with contextlib.suppress(diffagents.ArtifactError, OSError, KeyError, TypeError, ValueError):
+    with contextlib.suppress(ArtifactError, OSError, KeyError, TypeError, ValueError):
         results = artifact.read_json(place, "results.json")
-        told = f"return {results['mean_reward']:.2f} ± {results['std_reward']:.2f}"
+        line = f"return {results['mean_reward']:.2f} ± {results['std_reward']:.2f}"
         if results.get("normalized_score") is not None:
-            told += f"; D4RL scale {results['normalized_score']:.1f}"
+            line += f"; D4RL scale {results['normalized_score']:.1f}"
         if results.get("success_rate") is not None:
-            told += f"; success {100 * results['success_rate']:.0f} %"
-        return told
+            line += f"; success {100 * results['success_rate']:.0f} %"
+        return line
     return "not evaluated"
 
 
 def _env_tag(tags: Sequence[str]) -> str:
+    """The environment id among the tags of a Hub repository, else a dash."""
     return next((tag for tag in tags if re.search(r"-v\d+$", tag)), "-")

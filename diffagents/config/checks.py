@@ -22,7 +22,7 @@ def whole_number(name: str, value: Any, least: int, unit: str = "") -> int:
 
 
 def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
-    """Raises ValueError, naming the knob and the rule, unless `value` is a finite number for which `holds` is true."""
+    """Raises ValueError, with the name, the value and the rule, unless `value` is a finite number for which `holds` is true."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ValueError(f"{name}={value!r} must be a number")
     if not abs(float(value)) < 1e38:  # what float32 holds
@@ -39,19 +39,22 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 SOLVERS = ("ddpm", "ddim")
-"""Samplers of a discrete chain: the chain itself, and its deterministic one, which may skip steps."""
+"""Samplers of a discrete chain: the chain itself, and a deterministic one, which may skip steps."""
 
 
-def check_solver(solver: Any, solver_steps: int | None, n_diffusion_steps: int) -> None:
-    """Raises ValueError where a chain of T steps cannot be sampled so."""
-    if solver not in SOLVERS:
-        raise ValueError(
-            f"solver={solver!r}; choose from {', '.join(map(repr, SOLVERS))}: the network knows the chain's "
-            f"{n_diffusion_steps} steps only, so a solver in continuous time (DPM-Solver, EDM) would ask what it never learnt"
-        )
+def check_solver(solver: str, solver_steps: int | None, n_diffusion_steps: int) -> None:
+    """Check that a solver suits the chain.
+
+    Args:
+        solver: One of SOLVERS.
+        solver_steps: Steps that the solver takes, None for all of the chain's.
+        n_diffusion_steps: The number T of steps of the chain.
+
+    Raises:
+        ValueError: If there are more solver steps than steps in the chain, or "ddpm" would have to skip some.
+    """
     if solver_steps is None:
         return
-    whole_number("solver_steps", solver_steps, 1)
     if solver_steps > n_diffusion_steps:
         raise ValueError(f"solver_steps={solver_steps} is more than the chain's n_diffusion_steps={n_diffusion_steps}")
     if solver == "ddpm" and solver_steps < n_diffusion_steps:

@@ -2,9 +2,11 @@
 
     default: {<stage>_steps: ...}                  what a plain run takes
     paper:   {<stage>_steps: ..., source: ...}     the paper's schedule
-    official_code: {<knob>: ..., source: ...}      optional: where the authors' code as published is not the paper
-    <row>:   {<knob>: ..., aliases: [<dataset id>, ...], source: ...}    only what differs from the knobs' defaults
-             paper: {<knob>: ...}              optional: what the task has of its own in the paper's schedule
+    official_code: {<name>: ..., source: ...}      optional: where the authors' code as published differs from the paper
+    <row>:   {<name>: ..., aliases: [<dataset id>, ...], source: ...}    only what differs from the defaults
+             paper: {<name>: ...}              optional: what the paper's schedule has for this task alone
+
+where each name is a hyperparameter.
 
 Applied only when asked for, a row's `paper` with "paper" and "official_code" only. `aliases` and `source` are for finding and
 for readers; they never reach an agent.
@@ -54,7 +56,7 @@ def find_preset(algorithm: str, name_or_id: str) -> tuple[str, dict[str, Any]] |
 
 
 def resolve_preset(algorithm: str, preset: str | None, dataset_id: str | None) -> tuple[list[str], dict[str, Any]]:
-    """(names of what was applied over the default budget, the values of all: knobs, budgets, `policy_kwargs`).
+    """(names of what was applied over the default budget, the values of all: hyperparameters, budgets, `policy_kwargs`).
 
     preset            applied, in this order
     None              []
@@ -102,14 +104,14 @@ def _check(table: Any, path: Path) -> None:
     for row, entries in table.items():
         where = f"{path}, row {row!r}"
         if not isinstance(row, str) or not isinstance(entries, dict) or not all(isinstance(k, str) for k in entries):
-            raise ValueError(f"{where} must be a name with a mapping of knobs under it")
+            raise ValueError(f"{where} must be a name with a mapping of hyperparameters under it")
         aliases = entries.get("aliases", [])
         if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
             raise ValueError(f"{where}: aliases must be a list of dataset ids, not {aliases!r}")
         if row in BLOCKS and (aliases or "paper" in entries):
             raise ValueError(f"{where}: a block has no aliases and no paper: of its own")
         if not isinstance(entries.get("paper", {}), dict):
-            raise ValueError(f"{where}: paper must be a mapping of knobs, not {entries['paper']!r}")
+            raise ValueError(f"{where}: paper must be a mapping of hyperparameters, not {entries['paper']!r}")
         if not isinstance(entries.get("source"), str):
             raise ValueError(f"{where}: source must say where the values come from")
         for name in {_bare(alias) for alias in (row, *aliases)}:

@@ -1,0 +1,1 @@
+"""Datasets: reading, checking, caching, collecting, normalising and sampling them; and the replay buffer of online training."""

@@ -1,4 +1,4 @@
-"""Datasets that were read once are kept as safetensors, so that reading them again is quick."""
+"""The cache of datasets: what was read once is kept as safetensors, so that reading it again is quick."""
 
 import contextlib
 import hashlib
@@ -12,30 +12,40 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from diffagents.data import validation as check
 from diffagents.data.transitions import Transitions
-from diffagents.data.validation import warn
 from diffagents.errors import one_line
 
 
-def _stamp(files: Iterable[Path]) -> str:
-    """Changes when a file's name, size or time of writing does."""
+def stamp_of(files: Iterable[Path]) -> str:
+    """A hash that changes with the name, size or modification time of any of the files, in any order."""
     facts = sorted((file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: Callable[[], Transitions]) -> Transitions:
-    """What `read` gives, from the cache file of `key` if that carries `stamp`, else read and put there.
+def cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: Callable[[], Transitions]) -> Transitions:
+    """Return a dataset from the cache, or read it and store it there.
 
-    One file per key, replaced when the stamp is another, so that the folder does not grow with every change of a set.
+    There is one file per key, which is replaced if the stamp differs, so that the folder does not grow with every change of a
+    dataset. If the file cannot be written, a warning says so.
+
+    Args:
+        name: Of the dataset; begins the file's name.
+        key: JSON values that identify the source and how it is read.
+        stamp: JSON values that change if the content of the source changes.
+        read: Reads the dataset.
+
+    Returns:
+        The dataset.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     slug = re.sub(r"[^-\w]+", "-", name)
     try:
         folder = Path(os.environ.get("DIFFAGENTS_CACHE") or Path.home() / ".cache" / "diffagents")
         path = folder / f"{slug}-{digest}.safetensors"
-    except RuntimeError:  # nobody's home
+    except RuntimeError:  # there is no home folder
         return read()
-    with contextlib.suppress(Exception):  # absent, stale, truncated, foreign: whatever it is, it is made again
+    with contextlib.suppress(Exception):  # absent, stale, truncated, foreign: in any case it is made again
         return Transitions.load(path, extra=stamp)
     data = read()
     temporary = None
@@ -49,5 +59,5 @@ def _cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: C
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         cure = "set DIFFAGENTS_CACHE to a folder that can be written, or pass cache=False"
-        warn(f"{name} is not cached ({one_line(error)}); {cure}")
+        check.warn(f"{name} is not cached ({one_line(error)}); {cure}")
     return data

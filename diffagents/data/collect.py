@@ -1,7 +1,7 @@
-"""A policy acts in an environment and what happens becomes a Minari dataset, complete or not at all.
+"""`collect` and `write_dataset`: making Minari datasets, from a policy that acts or from recorded episodes.
 
-Everything is checked before the first step, kept in memory while the policy acts, written into a hidden folder beside the
-other datasets and moved to its place when it is whole.
+A dataset appears complete or not at all: everything is checked before the first step, kept in memory while the policy acts,
+written to a hidden folder next to the other datasets, and moved to its place when it is complete.
 
 Shapes: T steps of an episode; observations have T + 1 rows, everything else T.
 """
@@ -24,7 +24,8 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from diffagents.config.checks import whole_number
-from diffagents.envs.make import env_id_of, make_env
+from diffagents.data.minari import minari_root
+from diffagents.envs.make import env_id_of, make_env, without_monitor
 from diffagents.errors import one_line
 from diffagents.evaluation.episodes import check_actions, check_spaces, stack, succeeded
 from diffagents.evaluation.evaluate import Evaluation
@@ -34,10 +35,10 @@ if TYPE_CHECKING:
     from minari import MinariDataset
 
 _COLUMNS = ("actions", "rewards", "terminations", "truncations")
-# Minari makes a folder of a malformed id before it refuses it, and every listing of datasets fails on that folder afterwards.
+# Stricter than Minari, which makes a folder for a malformed id before it refuses it; listing the datasets then always fails.
 _ID = re.compile(r"(?:(?P<namespace>[-\w]+(?:/[-\w]+)*)/)?[-\w]+-v(?:0|[1-9]\d*)", re.ASCII)
-_MONITOR = "stable_baselines3.common.monitor:Monitor"  # only records
 Act = Callable[[Any, bool], np.ndarray]
+"""(observation, whether it is the first of an episode) -> one action."""
 
 
 def collect(
@@ -57,29 +58,46 @@ def collect(
     code_permalink: str | None = None,
     verbose: int = 0,
 ) -> "MinariDataset":
-    """Let `policy` act for `n_steps` steps of `env` and write that as the Minari dataset `dataset_id`, which is returned.
+    """Let a policy act in an environment, and write its episodes as a Minari dataset.
 
-    policy: an agent of ours, an SB3 model or anything with `predict`, which is given batches of one; or a plain callable
-    obs -> action, which is given what the environment gives. A `reset()` that it has is called before every episode.
-    env: an id, a stored spec (`env_kwargs` are for these two) or a Gymnasium Env, which stays open. It must have a spec: that
-    is stored, so that agents are evaluated where their data come from.
-    dataset_id: `(namespace/)name-vN`; it must be new. root: the folder of all datasets; default: $MINARI_DATASETS_PATH, else
-    Minari's own. deterministic: given to `predict`; False lets a policy draw its actions as it does by itself.
-    noise: None; "gaussian:S" adds noise of the standard deviation S, in the units of the action, to each of its numbers;
-    "uniform:P" replaces an action by a uniform one with the probability P.
+    Stored are observations as the environment returns them, actions as they were executed (clipped to the bounds), rewards,
+    terminations and truncations; floats become float32, actions have the dtype of their space. All episodes are whole except
+    the last, which is cut at `n_steps` with a truncation. The metadata hold the environment's spec, D4RL's reference returns
+    if there are any (`ref_min_score`, `ref_max_score`), who acted (class, commit on the Hub, dataset that it learnt from),
+    noise, seed and success rate: in words in `description`, as JSON in `collection`.
 
-    Stored are observations as the environment gives them (T+1 an episode), actions as they were executed (clipped to the
-    bounds), rewards, terminations, truncations; what is float becomes float32, actions have the dtype of their space. Episodes
-    are whole but for the last, which is cut at `n_steps` with a truncation. In the metadata: the environment's spec, D4RL's
-    reference returns where there are any (`ref_min_score`, `ref_max_score`), who acted (class, commit on the Hub, dataset that
-    it learnt from), noise, seed, success rate: as words in `description`, as JSON in `collection`.
+    If anything fails, or on Ctrl-C, no dataset is left behind, not even the finished episodes.
 
-    Same seed, same data: `seed` goes to the first `env.reset`, to the noise and, for as long as this lasts, to torch's
-    generator and that of an agent of ours. A generator of another policy's own is its own affair.
-    Whatever goes wrong, Ctrl-C included, leaves no dataset behind, not even the finished episodes. verbose=1 prints one line.
+    Args:
+        policy: An agent, an SB3 model or anything with `predict`, which is called with batches of one; or a callable
+            obs -> action, which is called with the environment's own observations. If it has a method `reset`, that is called
+            before every episode.
+        env: An id, a stored spec, or a Gymnasium Env, which stays open. It must have a spec, which is stored, so that agents
+            are evaluated where their data come from.
+        n_steps: Number of environment steps, at least 1.
+        dataset_id: `(namespace/)name-vN` of a dataset that does not exist yet.
+        seed: Of the first `env.reset`, of the noise and, during this call, of torch's generator and that of an agent, so that
+            the same seed gives the same data. Other generators that a policy may have are not seeded.
+        noise: None; "gaussian:S" adds noise of standard deviation S, in the units of the action, to each of its numbers;
+            "uniform:P" replaces an action by a uniform one with probability P.
+        deterministic: Passed to `predict`; False lets the policy sample its actions.
+        env_kwargs: Keyword arguments of the environment; for an id or a stored spec only.
+        root: Folder of all datasets. Default: $MINARI_DATASETS_PATH, else Minari's own.
+        algorithm_name: For the metadata. Default: the class of the policy.
+        author: For the metadata.
+        description: For the metadata; who acted is appended.
+        code_permalink: For the metadata.
+        verbose: 1 prints one line at the end.
 
-    Raises ValueError, TypeError or FileExistsError with the cure before anything is done; later ValueError for actions of
-    a wrong shape or with NaN and for observations or rewards with NaN; and what `make_env`, policy and environment raise.
+    Returns:
+        The dataset.
+
+    Raises:
+        ValueError: Before the first step, if an argument is bad or the environment cannot be stored; later, if an action has a
+            wrong shape or NaN, or an observation or reward has NaN.
+        TypeError: If `policy` or `env` is of a wrong kind.
+        FileExistsError: If the dataset exists.
+        ImportError: As `make_env`.
     """
     n_steps = whole_number("n_steps", n_steps, 1, " of environment steps")
     seed = whole_number("seed", seed, 0)
@@ -120,17 +138,34 @@ def write_dataset(
     author: str | None = None,
     code_permalink: str | None = None,
 ) -> "MinariDataset":
-    """Write episodes that were recorded elsewhere as a Minari dataset of the environment `env` (what `make_env` takes).
+    """Write recorded episodes as a Minari dataset.
 
-    Each is a mapping of `observations` (T+1, ...) or a dict of such arrays, `actions` (T, ...), `rewards`, `terminations`,
-    `truncations` (T,), in the environment's units. One without a flag at its end gets a truncation there.
-    Raises ValueError, TypeError or FileExistsError, as `collect`; ValueError for an episode of other shapes.
+    Args:
+        episodes: Mappings of `observations`, (T + 1, ...) or a dict of such arrays, `actions`, (T, ...), `rewards`,
+            `terminations` and `truncations`, (T,), in the environment's units. An episode without a flag at its end gets a
+            truncation there.
+        env: The environment in which they were recorded; what `make_env` takes.
+        dataset_id: As in `collect`.
+        root: As in `collect`.
+        algorithm_name: For the metadata.
+        description: For the metadata.
+        author: For the metadata.
+        code_permalink: For the metadata.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        ValueError: If an episode does not fit the environment; and as `collect`.
+        TypeError: As `collect`.
+        FileExistsError: If the dataset exists.
+        ImportError: As `make_env`.
     """
     place = _new_place(dataset_id, root)
     with _opened(env, None) as (world, env_spec):
         whole = [_checked(episode, i, world) for i, episode in enumerate(episodes)]
         if not whole:
-            raise ValueError(f"there are no episodes to write as {dataset_id}")
+            raise ValueError(f"there are no episodes to write as {dataset_id}; pass at least one")
         made = {
             "algorithm_name": algorithm_name,
             "author": author,
@@ -141,15 +176,24 @@ def write_dataset(
 
 
 def summary(episodes: Sequence[Mapping[str, Any]], env_id: str, successes: Sequence[bool | None] = ()) -> Evaluation:
-    """What the episodes of a dataset came to; without a last one that was cut before its time."""
+    """The returns, lengths and successes of a dataset's episodes, without the last one if it was cut early.
+
+    Args:
+        episodes: As in `write_dataset`.
+        env_id: Id of the environment, for scores.
+        successes: Whether each episode succeeded; None if not known.
+
+    Returns:
+        The same kind of result as that of `evaluate`.
+    """
     lengths = [len(episode["rewards"]) for episode in episodes]
     cut = lengths and lengths[-1] < max(lengths) and not episodes[-1]["terminations"][-1]
     whole = slice(None, -1 if cut else None)
-    said = [bool(success) for success in successes[whole] if success is not None]
+    reported = [bool(success) for success in successes[whole] if success is not None]
     return Evaluation(
         returns=tuple(float(np.sum(episode["rewards"], dtype=np.float64)) for episode in episodes[whole]),
         lengths=tuple(lengths[whole]),
-        successes=tuple(said) or None,
+        successes=tuple(reported) or None,
         env_id=env_id,
     )
 
@@ -158,76 +202,88 @@ def summary(episodes: Sequence[Mapping[str, Any]], env_id: str, successes: Seque
 
 
 def _check_policy(policy: Any) -> None:
+    """Raise TypeError for what cannot act."""
     if isinstance(policy, str | os.PathLike):
-        raise TypeError(f"the policy is the name {str(policy)!r}; load it first, with diffagents.load(...)")
+        raise TypeError(f"the policy is the name {str(policy)!r}; load it first with diffagents.load(...)")
     if isinstance(policy, type):
-        raise TypeError(f"the policy is the class {policy.__name__}; pass one that was made and trained")
+        raise TypeError(f"the policy is the class {policy.__name__}; pass a trained instance of it")
     if not callable(getattr(policy, "predict", None)) and not callable(policy):
-        raise TypeError(f"the policy, a {type(policy).__name__}, has no predict(obs, ...) and cannot be called with obs either")
+        raise TypeError(f"the policy, a {type(policy).__name__}, has no predict(obs, ...), and it is not callable either")
 
 
 def _new_place(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
-    """The folder that the dataset will lie in. Raises ValueError, FileExistsError, or OSError where nothing can be written."""
-    found = _ID.fullmatch(dataset_id) if isinstance(dataset_id, str) else None
-    if found is None or len(found["namespace"] or "ab") < 2:  # Minari reads no namespace of one letter
+    """The folder of the new dataset. Raises ValueError, FileExistsError, or OSError if nothing can be written there."""
+    parts = _ID.fullmatch(dataset_id) if isinstance(dataset_id, str) else None
+    if parts is None or len(parts["namespace"] or "ab") < 2:  # Minari cannot read a namespace of one letter
         raise ValueError(
             f"{dataset_id!r} is no Minari id: it must look like namespace/name-v0, of letters, digits, - and _, "
-            "with a namespace of two letters or more"
+            "with a namespace of at least two letters"
         )
-    given = root if root is not None else os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
-    folder = Path(given).expanduser().resolve()
+    folder = Path(root if root is not None else minari_root()).expanduser().resolve()
     place = folder / dataset_id
     if os.path.lexists(place):
         what = "a dataset" if (place / "data" / "metadata.json").is_file() else "something else"
-        raise FileExistsError(f"{place} exists and is {what}: choose another version, such as -v1, or delete that folder")
+        raise FileExistsError(f"{place} exists and is {what}; choose another version, such as -v1, or delete that folder")
     outer = next((up for up in place.parents if up.is_relative_to(folder) and (up / "data").exists()), None)
     if outer is not None:
         raise ValueError(f"{dataset_id!r} would lie inside the dataset {outer}, where Minari never finds it; choose another id")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".collect-"):  # raises what writing would raise hours later
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".collect-"):  # raises now what writing would raise hours later
         return place
 
 
 @contextlib.contextmanager
 def _opened(env: Any, env_kwargs: Mapping[str, Any] | None) -> Iterator[tuple[gym.Env[Any, Any], EnvSpec]]:
-    """The environment and the spec to store with the data. What was made here is closed here."""
+    """The environment and the spec to store with the data; an environment that is made here is closed at the end."""
     made = make_env(env, **(env_kwargs or {}))
     with contextlib.closing(made) if isinstance(env, str | EnvSpec) else contextlib.nullcontext():
         if not isinstance(made, gym.Env):
-            raise TypeError(f"the environment is a {type(made).__name__}: pass a single one, or its id")
+            raise TypeError(f"the environment is a {type(made).__name__}; pass a single Env, or its id")
         if made.spec is None:
-            raise ValueError(f"{made} has no spec to make it again from: register it (gymnasium.register) and pass its id")
-        Spec.from_spaces(made.observation_space, made.action_space)  # raises for what no agent could learn on
+            raise ValueError(f"{made} has no spec to make it again from; register it (gymnasium.register) and pass its id")
+        Spec.from_spaces(made.observation_space, made.action_space)  # raises for spaces that no agent could learn on
         stored_space(made.observation_space)
         yield made, _spec_to_store(made.spec)
 
 
 def _spec_to_store(spec: EnvSpec) -> EnvSpec:
-    wrappers = tuple(wrapper for wrapper in spec.additional_wrappers if wrapper.entry_point != _MONITOR)
+    """The spec without Monitor and render mode. Raises ValueError if no environment could be made from it again."""
     kwargs = {key: value for key, value in spec.kwargs.items() if key != "render_mode"}
-    spec = replace(spec, additional_wrappers=wrappers, kwargs=kwargs)
+    spec = replace(without_monitor(spec), kwargs=kwargs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the wrappers: said below, in the words of this moment
+        warnings.simplefilter("ignore")  # about the wrappers; a warning that fits this situation follows
         try:
             env_id_of(spec.to_json())  # refuses what evaluation would refuse
         except (TypeError, ValueError) as error:
             cure = "make it with arguments that are numbers, short names or lists of them"
             raise ValueError(f"the spec of {spec.id} cannot be stored with the data ({one_line(error)}); {cure}") from None
-    if wrappers:
-        names = [wrapper.name for wrapper in wrappers]
-        warnings.warn(f"evaluation will make {spec.id} without its wrappers {names}: register an id with them", stacklevel=5)
+    if names := [wrapper.name for wrapper in spec.additional_wrappers]:
+        warnings.warn(
+            f"evaluation will make {spec.id} without its wrappers {names}; register an id that includes them", stacklevel=5
+        )
     return spec
 
 
 def stored_space(space: spaces.Space[Any], name: str = "observation space") -> spaces.Space[Any]:
-    """A Box, or a Dict of them, with float32 for every float. Raises ValueError for another kind of space."""
+    """The observation space of a dataset: with float32 in place of every other float.
+
+    Args:
+        space: A Box, or a Dict of them.
+        name: What to call it in messages.
+
+    Returns:
+        The space.
+
+    Raises:
+        ValueError: For another kind of space.
+    """
     if isinstance(space, spaces.Dict):
         return spaces.Dict({key: stored_space(item, f"observation {key!r}") for key, item in space.spaces.items()})
     if not isinstance(space, spaces.Box):
         raise ValueError(f"{name} {space} is not a Box; wrap the environment (FilterObservation, FlattenObservation)")
     if space.dtype.kind != "f":
         return space
-    with np.errstate(over="ignore"):  # the largest float64 stands for no bound
+    with np.errstate(over="ignore"):  # the largest float64, which means no bound, overflows
         return spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), space.shape, np.float32)
 
 
@@ -235,7 +291,7 @@ def stored_space(space: spaces.Space[Any], name: str = "observation space") -> s
 
 
 def _noise(noise: str | None) -> Callable[[np.ndarray, spaces.Box, np.random.Generator], np.ndarray]:
-    """What is done to an action before it is clipped. Raises ValueError for noise of no such kind or size."""
+    """What is done to an action before it is clipped. Raises ValueError for noise of another kind or size."""
     if noise is None:
         return lambda action, space, rng: action
     kind, _, text = str(noise).partition(":")
@@ -251,7 +307,7 @@ def _noise(noise: str | None) -> Callable[[np.ndarray, spaces.Box, np.random.Gen
 
 
 def _actor(policy: Any, deterministic: bool, space: spaces.Space[Any]) -> Act:
-    """(observation, whether it is the first of an episode) -> one action."""
+    """The policy as a function of one observation."""
     if not callable(predict := getattr(policy, "predict", None)):
         return lambda obs, first: check_actions(np.asarray(policy(obs))[None], 1, space)[0]
     state = None
@@ -268,12 +324,14 @@ def _actor(policy: Any, deterministic: bool, space: spaces.Space[Any]) -> Act:
 
 @contextlib.contextmanager
 def _seeded(policy: Any, seed: int) -> Iterator[None]:
-    """In here the policy draws from `seed` on; afterwards its generators are as they were: collecting changes no training."""
+    """Seed torch's and the policy's generators, and restore them afterwards, so that collecting does not affect training."""
     own = getattr(policy, "predict_generator", None)
     own = own if isinstance(own, torch.Generator) else torch.Generator()
     kept, on_gpu = own.get_state(), torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else []):
-        (torch.manual_seed if on_gpu else torch.default_generator.manual_seed)(seed)  # the first would start CUDA's later
+        (torch.manual_seed if on_gpu else torch.default_generator.manual_seed)(
+            seed
+        )  # the first would affect CUDA's generator when CUDA is initialised later
         own.manual_seed(seed)
         try:
             yield
@@ -284,7 +342,7 @@ def _seeded(policy: Any, seed: int) -> Iterator[None]:
 def _play(
     env: gym.Env[Any, Any], act: Act, begin: Any, perturb: Any, n_steps: int, seed: int
 ) -> tuple[list[dict[str, Any]], list[bool | None]]:
-    """`n_steps` steps as episodes, the last one cut, and whether each succeeded at any step (None: the env never says)."""
+    """`n_steps` steps as episodes, the last one cut, and whether each succeeded (None: the environment never reports it)."""
     rng, space, stored = np.random.default_rng(seed), env.action_space, stored_space(env.observation_space)
     episodes: list[dict[str, Any]] = []
     successes: list[bool | None] = []
@@ -298,7 +356,7 @@ def _play(
         while not over:
             action = perturb(act(obs, not rows["actions"]), space, rng)
             action = np.clip(action, space.low, space.high).astype(space.dtype)  # type: ignore[attr-defined]
-            # A copy: what the environment does to its argument is not what it was told to do.
+            # A copy, because an environment may change its argument.
             obs, reward, terminated, truncated, info = env.step(action.copy())
             n_steps -= 1
             over = bool(terminated or truncated or n_steps == 0)
@@ -308,13 +366,13 @@ def _play(
             success = succeeded(info, success)
         observations = rows.pop("observations")
         episode = {"observations": stack(observations)} | {name: np.asarray(column) for name, column in rows.items()}
-        episodes.append(_checked(episode, len(episodes), env))  # where the budget ends it, truncated
+        episodes.append(_checked(episode, len(episodes), env))  # truncated if the budget ends it
         successes.append(success)
     return episodes, successes
 
 
 def _copied(obs: Any, space: spaces.Space[Any]) -> Any:
-    """An observation in the stored dtypes; a copy, as environments may go on writing into theirs."""
+    """A copy of an observation in the stored dtypes; environments may reuse their arrays."""
     if isinstance(space, spaces.Dict):
         return {key: _copied(obs[key], item) for key, item in space.spaces.items()}
     return np.array(obs, space.dtype)
@@ -324,23 +382,24 @@ def _copied(obs: Any, space: spaces.Space[Any]) -> Any:
 
 
 def _checked(episode: Mapping[str, Any], i: int, env: gym.Env[Any, Any]) -> dict[str, Any]:
-    """An episode in the stored dtypes and with a flag at its end. Raises ValueError for a wrong shape or NaN."""
+    """An episode in the stored dtypes, with a flag at its end. Raises ValueError for a wrong shape or NaN."""
     n, where = len(episode["rewards"]), f"of episode {i}"
-    found: dict[str, Any] = {
+    checked: dict[str, Any] = {
         "observations": _rows(episode["observations"], n + 1, stored_space(env.observation_space), f"observations {where}"),
         "actions": _rows(episode["actions"], n, env.action_space, f"actions {where}"),
         "rewards": _rows(episode["rewards"], n, spaces.Box(-np.inf, np.inf, (), np.float32), f"rewards {where}"),
     }
     for name in ("terminations", "truncations"):
-        found[name] = _rows(episode[name], n, spaces.Box(0, 1, (), np.uint8), f"{name} {where}").astype(bool)
-    ends = np.flatnonzero(found["terminations"] | found["truncations"])
+        checked[name] = _rows(episode[name], n, spaces.Box(0, 1, (), np.uint8), f"{name} {where}").astype(bool)
+    ends = np.flatnonzero(checked["terminations"] | checked["truncations"])
     if n == 0 or (len(ends) and ends[0] != n - 1):
-        raise ValueError(f"episode {i} has {n} steps, but ends at step {ends[0] if len(ends) else 0}: split or drop it")
-    found["truncations"][-1] |= not found["terminations"][-1]
-    return found
+        raise ValueError(f"episode {i} has {n} steps, but ends at step {ends[0] if len(ends) else 0}; split it or leave it out")
+    checked["truncations"][-1] |= not checked["terminations"][-1]
+    return checked
 
 
 def _rows(value: Any, n: int, space: spaces.Space[Any], name: str) -> Any:
+    """`n` rows of a space in its dtype. Raises ValueError for another shape, NaN or infinity."""
     if isinstance(space, spaces.Dict):
         return {key: _rows(value[key], n, item, f"{name}[{key!r}]") for key, item in space.spaces.items()}
     array = np.asarray(value, space.dtype)
@@ -348,14 +407,16 @@ def _rows(value: Any, n: int, space: spaces.Space[Any], name: str) -> Any:
         raise ValueError(f"the {name} have the shape {array.shape}, expected {(n, *(space.shape or ()))} by the spaces of env")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         step = int(np.argmin(np.isfinite(array.reshape(n, -1)).all(axis=1)))
-        raise ValueError(f"the {name} hold NaN or infinity at step {step}: nothing could learn from that; mend the environment")
+        raise ValueError(
+            f"the {name} hold NaN or infinity at step {step}, from which nothing can learn; repair the environment"
+        )
     return array
 
 
 def _write(
     episodes: Iterable[Mapping[str, Any]], place: Path, dataset_id: str, env: gym.Env[Any, Any], env_spec: EnvSpec, made: Any
 ) -> "MinariDataset":
-    """The dataset, made in a hidden folder, which Minari does not look into, and moved to `place` at the end."""
+    """Write the dataset to a hidden folder, which Minari ignores, and move it to `place` at the end."""
     import minari
     from minari.data_collector.episode_buffer import EpisodeBuffer
     from minari.dataset.minari_storage import MinariStorage
@@ -378,22 +439,22 @@ def _write(
             namespace.mkdir(parents=True, exist_ok=True)
             if not (namespace / "namespace_metadata.json").exists():
                 (namespace / "namespace_metadata.json").write_text("{}")
-        os.rename(data.parent, place)  # fails where another has made the same dataset meanwhile
+        os.rename(data.parent, place)  # fails if another process has made the same dataset meanwhile
     return minari.MinariDataset(place / "data")
 
 
 def type_name(policy: Any) -> str:
-    """The class of a policy; of a plain function its own name."""
+    """The name of a policy's class, or of a function."""
     return str(getattr(policy, "__name__", type(policy).__name__))
 
 
 def _facts(policy: Any, deterministic: bool, noise: str | None, seed: int, successes: Sequence[bool | None]) -> dict[str, Any]:
-    """How the data came to be, as JSON: who acted (class, where it is from, what it learnt on: as far as it says), ..."""
+    """How the data came to be, as JSON: who acted (class, origin and dataset as far as known), noise, seed, success rate."""
     origin, data = getattr(policy, "origin", None), getattr(policy, "dataset_info", None)
     learnt = data.get("id") if isinstance(data, Mapping) else None
-    asked = callable(getattr(policy, "predict", None))  # a plain callable is not told how to act
+    predicts = callable(getattr(policy, "predict", None))  # a function has no argument `deterministic`
     how = ", deterministic actions" if deterministic else ", actions drawn by itself"
-    parts = [f" from {origin}" if origin else "", f" learnt on {learnt}" if learnt else "", how if asked else ""]
-    said = [success for success in successes if success is not None]
+    parts = [f" from {origin}" if origin else "", f" learnt on {learnt}" if learnt else "", how if predicts else ""]
+    reported = [success for success in successes if success is not None]
     facts = {"policy": type_name(policy) + "".join(parts), "noise": noise, "seed": seed}
-    return facts | {"success_rate": float(np.mean(said)) if said else None}
+    return facts | {"success_rate": float(np.mean(reported)) if reported else None}

@@ -1,8 +1,4 @@
-"""Episodes of a Minari set in HDF5, read by h5py's low-level calls.
-
-Minari's own iterator spends most of its time on the objects that h5py's high-level calls make, some two milliseconds an
-episode; this reads the same arrays in less than half (zoo/benchmarks/data_loading.py prints both). Infos are not read.
-"""
+"""Minari datasets: finding them on this machine, downloading them, and reading them into Transitions."""
 
 import hashlib
 import json
@@ -17,46 +13,38 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from diffagents.data.arrays import Keys, from_episodes
-from diffagents.data.cache import _cached, _stamp
+from diffagents.data.cache import cached, stamp_of
 from diffagents.data.transitions import Transitions
 from diffagents.errors import one_line
 from diffagents.types import Spec
 
-_COLUMNS = (b"observations", b"actions", b"rewards", b"terminations", b"truncations")
-
-
-def read_episodes(folder: Path, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """The episodes `indices` of the set in `folder` (its `data` folder): column name -> array, or dict of arrays.
-
-    Raises OSError or KeyError where the file or an episode is damaged.
-    """
-    import h5py
-
-    def read(group: Any, name: bytes) -> Any:
-        found = h5py.h5o.open(group, name)
-        if isinstance(found, h5py.h5g.GroupID):  # a Dict observation
-            return {key.decode(): read(found, key) for key in found}
-        array = np.empty(found.shape, found.dtype)
-        found.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
-        return array
-
-    with h5py.File(folder / "main_data.hdf5", "r") as file:
-        for index in indices:
-            group = h5py.h5g.open(file.id, f"episode_{index}".encode())
-            yield {name.decode(): read(group, name) for name in _COLUMNS}
-
-
+_COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations")
 _MADE = ("algorithm_name", "description", "code_permalink", "author", "minari_version")  # how a Minari set came to be
 _MINARI_ID = re.compile(r"(?:[-\w][-\w/]*[-\w]/)?[-\w]+-v\d+")
 
 
-# ---- Minari ----------------------------------------------------------------------------------------------------------
+def minari_root() -> Path:
+    """The folder of all local Minari datasets: $MINARI_DATASETS_PATH, by default Minari's own."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
 
 
-def _local_minari(source: str, download: bool) -> Path:
-    """The folder that holds metadata.json of a Minari set, downloaded if need be."""
+def find_minari(source: str, download: bool) -> Path:
+    """Find a Minari dataset on this machine, or download it.
+
+    Args:
+        source: Its id, with the remote in front if there is one, such as `hf://user/namespace/name-v0`.
+        download: Whether it may be downloaded.
+
+    Returns:
+        The dataset's `data` folder, which holds metadata.json.
+
+    Raises:
+        ValueError: If `source` is no Minari id.
+        FileNotFoundError: If there is no such dataset.
+        ConnectionError: If the download fails.
+    """
     remote, identity = None, source
-    if "://" in source:  # minari.load_dataset would look for a folder of that name
+    if "://" in source:  # minari.load_dataset would take this for the name of a folder
         scheme, _, rest = source.partition("://")
         owner, _, identity = rest.partition("/")
         remote = f"{scheme}://{owner}"
@@ -64,59 +52,43 @@ def _local_minari(source: str, download: bool) -> Path:
         raise ValueError(
             f"{source!r} is neither a Minari id, which looks like namespace/name-v0, nor a path that ends in .npz, .hdf5 or .h5"
         )
-    root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+    root = minari_root()
     path = root / identity / "data"
     if (path / "metadata.json").is_file():
         return path
     if not download:
         raise FileNotFoundError(
-            f"no Minari set {identity!r} in {root}; pass download=True, or set MINARI_DATASETS_PATH to the folder that holds it"
+            f"there is no Minari set {identity!r} in {root}; pass download=True, or set MINARI_DATASETS_PATH to another folder"
         )
     _download(identity, remote, path)
     if not (path / "metadata.json").is_file():
-        raise FileNotFoundError(f"downloading {identity!r} left no metadata.json in {path}; delete that and try again")
+        raise FileNotFoundError(f"downloading {identity!r} left no metadata.json in {path}; delete that folder and try again")
     return path
 
 
-def _download(identity: str, remote: str | None, path: Path) -> None:
-    import minari
-    from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
+def read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Transitions:
+    """Read a Minari dataset, from the cache if it may be used.
 
-    place = remote or os.environ.get("MINARI_REMOTE", DEFAULT_REMOTE)
-    instead, root = "or set MINARI_DATASETS_PATH to a folder that holds it", path.parents[identity.count("/") + 1]
-    try:
-        storage = get_cloud_storage(remote_path=place)
-        size = storage.get_dataset_metadata(identity).get("dataset_size", "?")
-        print(f"downloading {identity} ({size} MB) from {place}", flush=True)
-        for end in [slash.start() for slash in re.finditer("/", identity)]:  # Minari would ask its default remote for these
-            (root / identity[:end]).mkdir(parents=True, exist_ok=True)
-            if not (root / identity[:end] / "namespace_metadata.json").exists():
-                storage.download_namespace_metadata(identity[:end], root)
-        # A folder without metadata.json is what an interrupted download left behind.
-        minari.download_dataset(f"{place}/{identity}", force_download=path.parent.exists())
-    except ImportError:
-        raise
-    except Exception as error:  # from the hub's, the HTTP library's and Minari's own families of errors
-        kinds = {cls.__name__ for cls in type(error).__mro__}
-        if kinds & {"RepositoryNotFoundError", "RemoteEntryNotFoundError"} or type(error) is ValueError:
-            raise FileNotFoundError(f"{place} has no Minari set {identity!r}; check the id, {instead}") from None
-        deepest: BaseException = error  # wrapped once or more; the innermost says what really happened
-        while (inner := deepest.__cause__ or deepest.__context__) is not None:
-            deepest = inner
-        cause = f"{type(deepest).__name__}: {one_line(deepest)}"
-        raise ConnectionError(
-            f"cannot download {identity!r} from {place} ({cause}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {instead}"
-        ) from None
+    Args:
+        path: Its `data` folder, which holds metadata.json.
+        keys: Observation keys of a Dict; None: the default of `Spec.from_spaces`.
+        cache: Whether to use the cache.
+        dataset: A `MinariDataset` of it, perhaps filtered, whose episodes are read; None: all.
 
+    Returns:
+        The data.
 
-def _read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Transitions:
-    """Read the set in `path`, or the part of it that a (filtered) MinariDataset points to."""
+    Raises:
+        OSError: If the dataset is damaged.
+        TypeError: As `from_episodes`.
+        ValueError: As `from_episodes`, or if Minari cannot open the dataset.
+    """
     try:
         metadata = json.loads((path / "metadata.json").read_text())
         stamp = {
             "minari": metadata["minari_version"],
             "steps": metadata["total_steps"],
-            "files": _stamp(path.rglob("*")),
+            "files": stamp_of(path.rglob("*")),
         }
         n_episodes = metadata["total_episodes"]
     except (ValueError, KeyError) as error:
@@ -128,14 +100,82 @@ def _read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Tr
     key = {"path": str(path.resolve()), "obs_keys": keys, "episodes": chosen}
 
     def read() -> Transitions:
-        return _iterate_minari(path, metadata, keys, dataset)
+        return _read_all(path, metadata, keys, dataset)
 
     if not cache:
         return read()
-    return _cached(metadata["dataset_id"], key, stamp, read)
+    return cached(metadata["dataset_id"], key, stamp, read)
 
 
-def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset: Any) -> Transitions:
+def read_episodes(folder: Path, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Read episodes of a Minari dataset in HDF5 by h5py's low-level calls.
+
+    Minari's own iterator spends most of its time on the objects that h5py's high-level calls make, some two milliseconds an
+    episode; this reads the same arrays in less than half of that (zoo/benchmarks/data_loading.py prints both). Infos are not
+    read.
+
+    Args:
+        folder: The dataset's `data` folder.
+        indices: Numbers of the episodes.
+
+    Yields:
+        For each episode its observations, actions, rewards, terminations and truncations, as arrays or dicts of arrays.
+
+    Raises:
+        OSError: If the file is damaged.
+        KeyError: If an episode is incomplete.
+    """
+    import h5py
+
+    def read(group: Any, name: bytes) -> Any:
+        node = h5py.h5o.open(group, name)
+        if isinstance(node, h5py.h5g.GroupID):  # a Dict observation
+            return {key.decode(): read(node, key) for key in node}
+        array = np.empty(node.shape, node.dtype)
+        node.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
+        return array
+
+    with h5py.File(folder / "main_data.hdf5", "r") as file:
+        for index in indices:
+            group = h5py.h5g.open(file.id, f"episode_{index}".encode())
+            yield {name: read(group, name.encode()) for name in _COLUMNS}
+
+
+def _download(identity: str, remote: str | None, path: Path) -> None:
+    """Download a dataset to `path`, with the metadata of its namespaces."""
+    import minari
+    from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
+
+    place = remote or os.environ.get("MINARI_REMOTE", DEFAULT_REMOTE)
+    root = path.parents[identity.count("/") + 1]
+    cure = "or set MINARI_DATASETS_PATH to a folder that holds it"
+    try:
+        storage = get_cloud_storage(remote_path=place)
+        size = storage.get_dataset_metadata(identity).get("dataset_size", "?")
+        print(f"downloading {identity} ({size} MB) from {place}", flush=True)
+        for end in [slash.start() for slash in re.finditer("/", identity)]:  # Minari would get these from its default remote
+            (root / identity[:end]).mkdir(parents=True, exist_ok=True)
+            if not (root / identity[:end] / "namespace_metadata.json").exists():
+                storage.download_namespace_metadata(identity[:end], root)
+        # A folder without metadata.json is what an interrupted download left behind.
+        minari.download_dataset(f"{place}/{identity}", force_download=path.parent.exists())
+    except ImportError:
+        raise
+    except Exception as error:  # errors of the hub's client, of the HTTP library or of Minari
+        kinds = {cls.__name__ for cls in type(error).__mro__}
+        if kinds & {"RepositoryNotFoundError", "RemoteEntryNotFoundError"} or type(error) is ValueError:
+            raise FileNotFoundError(f"{place} has no Minari set {identity!r}; check the id, {cure}") from None
+        deepest: BaseException = error  # wrapped once or more; the innermost tells what really happened
+        while (inner := deepest.__cause__ or deepest.__context__) is not None:
+            deepest = inner
+        cause = f"{type(deepest).__name__}: {one_line(deepest)}"
+        raise ConnectionError(
+            f"cannot download {identity!r} from {place} ({cause}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {cure}"
+        ) from None
+
+
+def _read_all(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset: Any) -> Transitions:
+    """Read the episodes of `dataset`, by default all, without the cache."""
     import minari
 
     name = metadata["dataset_id"]
@@ -156,8 +196,7 @@ def _iterate_minari(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset
     if metadata.get("data_format", "hdf5") == "hdf5":
         episodes = read_episodes(path, dataset.episode_indices)
     else:
-        columns = ("observations", "actions", "rewards", "terminations", "truncations")
-        episodes = ({name: getattr(episode, name) for name in columns} for episode in dataset.iterate_episodes())
+        episodes = ({name: getattr(episode, name) for name in _COLUMNS} for episode in dataset.iterate_episodes())
     try:
         return from_episodes(episodes, dataset.total_steps, keys, spec, info)
     except (OSError, KeyError) as error:

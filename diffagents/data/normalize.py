@@ -1,7 +1,9 @@
-"""Observation statistics and reward transforms, under their papers' names. Both travel inside the artifact.
+"""Normalisation of observations and transforms of rewards, under their papers' names; both are saved with the agent.
 
-Every reward transform is affine, `r -> scale * r + shift`, fitted on a dataset once and applied unchanged afterwards,
-to the rewards of online fine-tuning too.
+Every reward transform is affine, `r -> scale * r + shift`. It is fitted on a dataset once and applied unchanged afterwards,
+also to the rewards of online fine-tuning.
+
+Shapes: N transitions, E episodes, S flat observation.
 """
 
 from collections.abc import Mapping
@@ -20,14 +22,21 @@ REWARD_TRANSFORMS: dict[str, str] = {
     "normalize": "(r - mean) / std over the transitions: Diffusion-QL on adroit",
     "auto": "chosen from the data: iql_antmaze for a 0/1 goal reward, iql_locomotion where returns differ, else none",
 }
-"""Name -> formula and who uses it. "auto" is a rule, never a result: a fitted transform carries what it resolved to."""
+"""Name -> formula and who uses it. "auto" is a rule, never a result: a fitted transform has the name that it resolved to."""
 _FIXED = {"none": (1.0, 0.0), "iql_antmaze": (1.0, -1.0), "cql_antmaze": (4.0, -2.0), "antmaze100": (100.0, 0.0)}
 
 
 class ObsNormalizer(nn.Module):
-    """`(obs - mean) / std` with buffers `mean`, `std` of shape (S,); the identity until `fit` is called.
+    """`(obs - mean) / std`; the identity until `fit` is called.
 
-    The buffers are saved with the policy, so an agent never meets observations on another scale than it was trained on.
+    The buffers are saved with the policy, so that an agent always sees observations on the scale that it was trained on.
+
+    Args:
+        obs_dim: S.
+
+    Attributes:
+        mean: Mean of each dimension, (S,).
+        std: Standard deviation of each dimension plus eps, (S,).
     """
 
     mean: Tensor
@@ -40,54 +49,82 @@ class ObsNormalizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, obs: Tensor, eps: float = 1e-3) -> Self:
-        """Take mean and std + eps per dimension of `obs` (N, S); eps as in TD3+BC (Fujimoto & Gu 2021, section 4.2)."""
+        """Set the statistics in place.
+
+        Args:
+            obs: The data, (N, S).
+            eps: Added to the standard deviation; the default is that of TD3+BC (Fujimoto & Gu 2021, section 4.2).
+
+        Returns:
+            Itself.
+        """
         std, mean = torch.std_mean(obs, dim=0, correction=0)
         self.mean.copy_(mean)
         self.std.copy_(std + eps)
         return self
 
     def forward(self, obs: Tensor) -> Tensor:
-        """(..., S) in the environment's units -> (..., S) normalised."""
+        """Normalise observations, (..., S) in the environment's units."""
         return (obs - self.mean) / self.std
 
 
 @dataclass(frozen=True)
 class RewardTransform:
-    """`r -> scale * r + shift`; `name` is a key of REWARD_TRANSFORMS other than "auto"."""
+    """A fitted reward transform, `r -> scale * r + shift`.
+
+    Attributes:
+        name: A key of `REWARD_TRANSFORMS` other than "auto".
+        scale: Factor.
+        shift: Summand.
+    """
 
     name: str = "none"
     scale: float = 1.0
     shift: float = 0.0
 
     def __call__(self, rew: Tensor) -> Tensor:
-        """Rewards of any shape, in the environment's units -> the learner's units."""
+        """Transform rewards of any shape from the environment's units to the learner's."""
         return self.scale * rew + self.shift
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of plain JSON values; `from_json` reads it back exactly."""
+        """The transform as plain JSON values, from which `from_json` restores it exactly."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RewardTransform":
-        """The inverse of `to_json`. Raises KeyError, TypeError, ValueError, OverflowError where it is malformed."""
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError: If a key is missing.
+            OverflowError: If a number is too large for a float.
+            TypeError: If `data` or a number is of another type.
+            ValueError: If the name is unknown or a number is malformed.
+        """
         if data["name"] not in REWARD_TRANSFORMS:
-            raise ValueError(f"there is no such reward transform: choose from {', '.join(REWARD_TRANSFORMS)}")
+            raise ValueError(f"this reward transform is unknown; choose from {', '.join(REWARD_TRANSFORMS)}")
         return cls(name=data["name"], scale=float(data["scale"]), shift=float(data["shift"]))
 
 
 def fit_reward_transform(
     name: str, rewards: Tensor, episode_returns: Tensor, terminal_rewards: Tensor | None = None
 ) -> RewardTransform:
-    """The reward transform called `name`, fitted on a dataset.
-
-    `rewards` (N,) are all rewards, `episode_returns` (E,) the undiscounted returns of whole episodes, and
-    `terminal_rewards` (K,) the rewards of the transitions that terminate (only "auto" looks at them).
+    """Fit a reward transform on a dataset.
 
     "iql_locomotion" takes its returns from the recorded episode boundaries. Official SRPO, QGPO and CORL cut every 1000
-    rows of an array from which time-out rows are gone already, so that their windows drift across episodes; their
-    factor differs from this one by a small amount, most where episodes rarely terminate.
+    rows of an array that has already lost its time-out rows, so that their windows drift across episodes; their factor
+    differs from this one by a small amount, most where episodes rarely terminate.
 
-    Raises ValueError for an unknown name, and where the data make a transform impossible.
+    Args:
+        name: A key of `REWARD_TRANSFORMS`.
+        rewards: All rewards, (N,).
+        episode_returns: Undiscounted returns of whole episodes, (E,).
+        terminal_rewards: Rewards of the transitions that terminate, (K,); only "auto" uses them.
+
+    Returns:
+        The fitted transform.
+
+    Raises:
+        ValueError: If the name is unknown, or the data make the transform impossible.
     """
     if name not in REWARD_TRANSFORMS:
         raise ValueError(f"reward transform {name!r} is unknown; choose from {', '.join(REWARD_TRANSFORMS)}")
@@ -104,15 +141,16 @@ def fit_reward_transform(
         std, mean = torch.std_mean(rewards.double(), correction=0)
         if float(std) <= 1e-6 * max(1.0, abs(float(mean))):
             raise ValueError(
-                f"reward transform 'normalize' divides by the rewards' std, but all are {float(mean):g}; use 'none'"
+                f"reward transform 'normalize' divides by the std of the rewards, but all are {float(mean):g}; use 'none'"
             )
         return RewardTransform(name, scale=1.0 / float(std), shift=-float(mean / std))
     return RewardTransform(name, *_FIXED[name])
 
 
 def _choose(rewards: Tensor, episode_returns: Tensor, terminal_rewards: Tensor | None) -> str:
-    # Both values must occur: a reward of 1 for being alive is no goal, and r - 1 would erase it. For the same reason an
-    # episode that terminates at reward 0 (a fall) rules the sparse goal out.
+    """The transform that "auto" stands for."""
+    # Both values must occur: a reward of 1 for staying alive is no goal, and r - 1 would erase it. For the same reason, an
+    # episode that terminates at reward 0 (a fall) rules out a sparse goal.
     zero, one = rewards == 0, rewards == 1
     goal = bool((zero | one).all() and zero.any() and one.any())
     if goal and (terminal_rewards is None or bool((terminal_rewards == 1).all())):
@@ -121,12 +159,14 @@ def _choose(rewards: Tensor, episode_returns: Tensor, terminal_rewards: Tensor |
 
 
 def _differ(returns: Tensor) -> bool:
+    """Whether there are at least two returns whose range is more than rounding."""
     if len(returns) < 2:
         return False
     return float(returns.max() - returns.min()) > 1e-5 * max(1.0, float(returns.abs().max()))
 
 
 def _describe(returns: Tensor) -> str:
+    """Why the range of returns is zero, for a message."""
     if len(returns) == 0:
         return "the data hold no episode"
     if len(returns) == 1:

@@ -1,6 +1,8 @@
-"""Replay: what an agent lives through online, as the learner sees it. Mixture: batches of it and of the offline data.
+"""Online experience for the learner: `Replay`, a buffer of transitions, and `Mixture`, batches of it and of offline data.
 
-Both keep to the training device; a batch is a gather or two, and no size depends on the device.
+Both live on the training device; a batch takes one or two gathers.
+
+Shapes: n transitions, S flat observation, A flat action.
 """
 
 import json
@@ -25,11 +27,22 @@ _FIRST_ROWS = 4096
 
 
 class Replay:
-    """The last `capacity` transitions of one or several environments, rows as in `Sampler.matrix`; grows as it fills.
+    """The last `capacity` transitions of one or several environments; its memory grows as it fills.
 
-    Stored in the learner's units: normalised observations, actions in [-1, 1], transformed rewards; `done` is 1 at a true
-    termination only. `running`: the actions, in the environment's units, since the last reset of a single environment:
-    what brings it back to where it was when a run is resumed. n_added: transitions ever added.
+    Transitions are stored in the learner's units: normalised observations, actions in [-1, 1], transformed rewards; `done` is
+    1 at a true termination only.
+
+    Args:
+        obs_dim: S.
+        act_dim: A.
+        capacity: The most transitions that are kept.
+        device: The training device.
+
+    Attributes:
+        n_added: Number of transitions ever added.
+        max_abs_reward: The largest absolute reward ever added.
+        running: The actions, in the environment's units, since the last reset of a single environment. When a run is resumed
+            they bring the environment back to its state.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, capacity: int, device: torch.device | str) -> None:
@@ -37,7 +50,7 @@ class Replay:
         n_rows, self.n_added, self.max_abs_reward = min(_FIRST_ROWS, capacity), 0, 0.0
         self._rows = torch.empty(n_rows, 2 * obs_dim + act_dim + 2, device=device)
         self._env = np.zeros(n_rows, np.int32)  # which of the environments
-        self._ended = np.zeros(n_rows, np.uint8)  # 1: its episode ended here, by termination or time-out; 2: it was cut here
+        self._ended = np.zeros(n_rows, np.uint8)  # 1: its episode ended, by termination or time-out; 2: it was cut
         self.running: list[np.ndarray] = []
 
     def __len__(self) -> int:
@@ -45,15 +58,25 @@ class Replay:
 
     @property
     def device(self) -> torch.device:
+        """The training device."""
         return self._rows.device
 
     @property
     def matrix(self) -> Tensor:
-        """What there is, in no order that lasts: a view (n, 2S + A + 2)."""
+        """The transitions stored now, (n, 2S + A + 2) with the columns of `Sampler.matrix`: a view, in no lasting order."""
         return self._rows[: len(self)]
 
     def add(self, obs: Tensor, act: Tensor, rew: Tensor, done: Tensor, next_obs: Tensor, ended: np.ndarray) -> None:
-        """One transition of each of n environments: (n, S), (n, A), (n,), (n,), (n, S) on any device, ended (n,) bool."""
+        """Add one transition of each of n environments. Tensors may be on any device.
+
+        Args:
+            obs: (n, S).
+            act: (n, A) in [-1, 1].
+            rew: (n,).
+            done: (n,), 1 at a true termination.
+            next_obs: (n, S).
+            ended: (n,) bool, whether the episode ended, by termination or time-out.
+        """
         rows = torch.cat([obs, act, rew[:, None], done[:, None], next_obs], dim=1)
         self.max_abs_reward = max(self.max_abs_reward, float(rew.abs().max()))
         self._grow(min(self.n_added + len(rows), self.capacity))
@@ -65,42 +88,32 @@ class Replay:
         self._env[places], self._ended[places] = np.arange(len(rows)), ended
         self.n_added += len(rows)
 
-    def _grow(self, n: int) -> None:
-        if n <= len(self._rows):
-            return
-        n = min(self.capacity, max(n, 2 * len(self._rows)))
-        rows = torch.empty(n, self._rows.shape[1], device=self.device)
-        rows[: len(self._rows)] = self._rows
-        more = n - len(self._rows)
-        self._env, self._ended = np.pad(self._env, (0, more)), np.pad(self._ended, (0, more))
-        self._rows = rows
-
     def cut(self) -> None:
-        """Nothing follows on what is here: the environments begin anew."""
+        """Mark all running episodes as cut, because the environments are about to be reset."""
         order, newest = self._order()
         last = order[newest]
         self._ended[last] = np.where(self._ended[last] == 1, 1, 2)
         self.running = []
 
     def last_next_obs(self) -> Tensor:
-        """Where the row that was added last led to, (S,)."""
+        """The next observation of the transition that was added last, (S,)."""
         return self._rows[(self.n_added - 1) % self.capacity, self.obs_dim + self.act_dim + 2 :]
 
-    def _order(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows, environment after environment, the older first; and which of them is its environment's newest."""
-        n = len(self)
-        by_age = np.roll(np.arange(n), -(self.n_added % self.capacity) if self.n_added > n else 0)
-        order = by_age[np.argsort(self._env[by_age], kind="stable")]
-        return order, np.append(np.diff(self._env[order]) != 0, True)[:n]
-
     def episodes(self, whole: bool) -> Sampler | None:
-        """A copy in episodes, one after the other; whole: only those of which all is here. None where there is no row."""
+        """Copy the buffer in episodes, one after the other.
+
+        Args:
+            whole: Whether to keep only episodes that ended by themselves and are still here from their first step.
+
+        Returns:
+            A sampler of the copy; None if there is no transition in it.
+        """
         order, newest = self._order()
         ended = (self._ended[order] > 0) | newest
         if whole:
-            last = order[ended]  # of each episode
-            complete = self._ended[last] == 1  # it ended by itself
-            if self.n_added > len(order):  # the oldest one of each environment has lost its head
+            last = order[ended]  # the last row of each episode
+            complete = self._ended[last] == 1  # the episode ended by itself
+            if self.n_added > len(order):  # the oldest episode of each environment has lost its beginning
                 complete &= np.append(False, np.diff(self._env[last]) == 0)
             kept = np.repeat(complete, np.diff(np.flatnonzero(ended), prepend=-1))
             order, ended = order[kept], ended[kept]
@@ -109,11 +122,15 @@ class Replay:
         ends = torch.from_numpy(np.flatnonzero(ended) + 1)
         return Sampler(self._rows[torch.from_numpy(order).to(self.device)], self.obs_dim, self.act_dim, ends)
 
-    # ---- files -----------------------------------------------------------------------------------------------------
     def save(self, path: str | PathLike[str], moment: dict[str, int]) -> Path:
-        """Write one safetensors file (`.pkl`, which SB3's CheckpointCallback asks for, becomes `.safetensors`). Atomic.
+        """Write one safetensors file. The write is atomic.
 
-        moment: counters that tell when this was, compared by `load`.
+        Args:
+            path: The file; its suffix becomes `.safetensors` (see `file_of`). Missing folders are made.
+            moment: Counters of the agent, by which `load` recognises that agent and buffer were saved together.
+
+        Returns:
+            The file.
         """
         path = file_of(path)
         n = len(self)
@@ -139,37 +156,56 @@ class Replay:
 
     @classmethod
     def load(cls, path: str | PathLike[str], spec: Spec, device: torch.device, moment: dict[str, int]) -> "Replay":
-        """What `save` wrote. Raises FileNotFoundError; ArtifactError: damaged, of other spaces, of another moment."""
+        """Read a file that `save` wrote.
+
+        Args:
+            path: The file, with or without its suffix.
+            spec: The agent's spaces.
+            device: The training device.
+            moment: Counters of the agent.
+
+        Returns:
+            The buffer.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ArtifactError: If the file is damaged, or was saved with other spaces or at another moment.
+        """
         path = file_of(path)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no replay buffer at {path}")
+            raise FileNotFoundError(
+                f"there is no replay buffer at {path}; pass the path that save_replay_buffer was called with"
+            )
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("diffagents", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-            found = header.get("format", REPLAY_FORMAT)
-            if found != REPLAY_FORMAT:
-                raise ArtifactError(f"{path} is a replay buffer of format {found}, this version reads {REPLAY_FORMAT}")
+            number = header.get("format", REPLAY_FORMAT)
+            if number != REPLAY_FORMAT:
+                raise ArtifactError(
+                    f"{path} is a replay buffer of format {number}, but this version reads {REPLAY_FORMAT}; use the version of "
+                    "diffagents that saved it"
+                )
             obs_dim, act_dim, capacity = header["sizes"]
             rows, env, ended = tensors["rows"], tensors["env"].numpy(), tensors["ended"].numpy()
             n_added, n = int(header["n_added"]), min(int(header["n_added"]), int(capacity))
             if rows.shape != (n, 2 * obs_dim + act_dim + 2) or len(env) != n or len(ended) != n or rows.dtype != torch.float32:
                 raise ValueError("its sizes disagree")
             if not bool(rows.isfinite().all()) or env.dtype != np.int32 or ended.dtype != np.uint8:
-                raise ValueError("its rows are not what was written")
+                raise ValueError("its rows are damaged")
         except ArtifactError:
             raise
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path} is not a replay buffer of ours ({short(error)})") from None
+            raise ArtifactError(f"{path} is not a replay buffer of diffagents, or it is damaged ({short(error)})") from None
         if (obs_dim, act_dim) != (spec.obs_dim, spec.act_dim):
             raise ArtifactError(
-                f"{path} holds observations of {obs_dim} and actions of {act_dim} numbers, the agent has {spec.obs_dim} and "
-                f"{spec.act_dim}: it is another agent's"
+                f"{path} holds observations of {obs_dim} and actions of {act_dim} numbers, but this agent has {spec.obs_dim} "
+                f"and {spec.act_dim}: it is another agent's buffer; load the one that was saved with this agent"
             )
         if header.get("moment") != moment:
             raise ArtifactError(
-                f"{path} was saved at {_words(header.get('moment'))}, the agent at {_words(moment)}: load the two that were "
-                "saved together"
+                f"{path} was saved at {_words(header.get('moment'))}, but the agent at {_words(moment)}; "
+                "load the two that were saved together"
             )
         replay = cls(obs_dim, act_dim, int(capacity), device)
         replay._rows, replay._env, replay._ended = rows.to(device), env.copy(), ended.copy()
@@ -177,24 +213,34 @@ class Replay:
         replay.running = list(tensors["running"].numpy()) if "running" in tensors else []
         return replay
 
+    def _grow(self, n: int) -> None:
+        if n <= len(self._rows):
+            return
+        n = min(self.capacity, max(n, 2 * len(self._rows)))
+        rows = torch.empty(n, self._rows.shape[1], device=self.device)
+        rows[: len(self._rows)] = self._rows
+        more = n - len(self._rows)
+        self._env, self._ended = np.pad(self._env, (0, more)), np.pad(self._ended, (0, more))
+        self._rows = rows
 
-def file_of(path: str | PathLike[str]) -> Path:
-    """`path` with the suffix that such files have."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return path
-    return path.with_suffix(".safetensors") if path.suffix == ".pkl" else path.with_name(path.name + ".safetensors")
-
-
-def _words(moment: Any) -> str:
-    return ", ".join(f"{name} {n}" for name, n in moment.items()) if isinstance(moment, dict) else "an unknown moment"
+    def _order(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers by environment, oldest first; and which of them is the newest of its environment, (n,) bool."""
+        n = len(self)
+        by_age = np.roll(np.arange(n), -(self.n_added % self.capacity) if self.n_added > n else 0)
+        order = by_age[np.argsort(self._env[by_age], kind="stable")]
+        return order, np.append(np.diff(self._env[order]) != 0, True)[:n]
 
 
 class Mixture:
-    """Batches of which a share `ratio` is offline data and the rest from `online`; "uniform": over both together.
+    """Batches that mix offline data with online experience.
 
-    Either side may be missing or empty: then the other gives all. Tables beside the rows have the same names on both; a buffer
-    counts as minus infinity.
+    If one side is missing or empty, the other provides the whole batch. Tables have the same names on both sides; for a
+    `Replay`, which has no tables, their values are minus infinity.
+
+    Args:
+        offline: The offline data, or None.
+        online: The online experience, or None.
+        ratio: Share of offline data in a batch, in [0, 1]; "uniform" draws uniformly from both together.
     """
 
     def __init__(self, offline: Sampler | None, online: "Replay | Sampler | None", ratio: float | str) -> None:
@@ -202,23 +248,25 @@ class Mixture:
 
     @property
     def device(self) -> torch.device:
+        """The training device."""
         side = self.offline if self.offline is not None else self.online
         assert side is not None
         return side.device
 
     @property
     def max_abs_reward(self) -> float:
+        """The largest absolute reward on either side."""
         return max(side.max_abs_reward for side in (self.offline, self.online) if side is not None)
 
     def counts(self, n: int) -> tuple[int, int]:
-        """How many of n transitions are offline data, and how many online, where it is not left to chance."""
+        """How many of n transitions are offline data and how many online, unless `ratio` leaves it to chance."""
         if self.offline is None or self.online is None or len(self.online) == 0:
             return (0, n) if self.offline is None else (n, 0)
         n_offline = round(n * float(self.ratio))
         return n_offline, n - n_offline
 
     def sample(self, n: int, generator: torch.Generator) -> Batch:
-        """n transitions with replacement, the offline ones first ("uniform": in random order)."""
+        """Draw n transitions with replacement, the offline ones first ("uniform": in random order)."""
         offline, online = self.offline, self.online
         if self.ratio == "uniform" and offline is not None and online is not None and len(online) > 0:
             split = len(offline)
@@ -240,17 +288,43 @@ class Mixture:
         return batch_of(matrix, drawn[0][0].obs_dim, drawn[0][0].act_dim, extras)
 
     def in_episodes(self, whole: bool) -> "Mixture":
-        """The same with a copy of the buffer in episodes, on which tables can be put (`Replay.episodes`)."""
+        """The same with a copy of the buffer in episodes, to which tables can be added (see `Replay.episodes`)."""
         online = self.online.episodes(whole) if isinstance(self.online, Replay) else self.online
         return Mixture(self.offline, online, self.ratio)
 
+    def with_best_episodes(self, share: float) -> "Mixture | None":
+        """The offline data and the best of the finished episodes, for algorithms that clone.
+
+        Args:
+            share: The share of the finished episodes that is kept, in (0, 1], by return; at least one episode.
+
+        Returns:
+            The new mixture; None if there are neither offline data nor finished episodes.
+        """
+        mixture = self.in_episodes(whole=True)
+        if isinstance(own := mixture.online, Sampler):
+            lengths = torch.diff(own.episode_ends, prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+            returns = torch.stack([rewards.sum() for rewards in torch.split(own.all().rew, lengths)])
+            best = returns.topk(max(1, round(share * len(lengths)))).indices.tolist()
+            episodes = torch.split(own.matrix, lengths)
+            rows = torch.cat([episodes[i] for i in sorted(best)])
+            mixture = Mixture(mixture.offline, Sampler(rows, own.obs_dim, own.act_dim), mixture.ratio)
+        return mixture if mixture.sides else None
+
     @property
     def sides(self) -> list[Sampler]:
-        """What there is of the two, old data first, where both are in episodes."""
+        """The sides that are in episodes, offline data first."""
         return [side for side in (self.offline, self.online) if isinstance(side, Sampler)]
 
     def with_extras(self, **tables: Sequence[Tensor]) -> "Mixture":
-        """The same with tables beside its `sides`: for each name as many tables (N,), in their order."""
+        """The same with extra columns on its `sides`.
+
+        Args:
+            **tables: For each name one tensor (N,) per side, in the order of `sides`.
+
+        Returns:
+            The new mixture.
+        """
         tabled = iter(
             [side.with_extras(**{name: table[i] for name, table in tables.items()}) for i, side in enumerate(self.sides)]
         )
@@ -258,8 +332,21 @@ class Mixture:
         return Mixture(old, next(tabled, None), self.ratio)
 
 
+def file_of(path: str | PathLike[str]) -> Path:
+    """The file of a replay buffer: `path` with the suffix `.safetensors`, also for the `.pkl` of SB3's CheckpointCallback."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return path
+    return path.with_suffix(".safetensors") if path.suffix == ".pkl" else path.with_name(path.name + ".safetensors")
+
+
 def _row(side: "Replay | Sampler", name: str, index: Tensor) -> Tensor:
-    """The table's rows at `index`; a buffer has none: no target has a floor there."""
+    """The rows `index` of a table. A `Replay` has no tables: minus infinity, because its targets have no lower bound."""
     if isinstance(side, Sampler):
         return side.tables[name].index_select(0, index)
     return torch.full(index.shape, -torch.inf, device=index.device)
+
+
+def _words(moment: Any) -> str:
+    """Counters for a message."""
+    return ", ".join(f"{name} {n}" for name, n in moment.items()) if isinstance(moment, dict) else "an unknown moment"

@@ -1,4 +1,7 @@
-"""Transitions: a dataset as it is, on the CPU. Sampler: the same, as the learner sees it, on the training device."""
+"""`Transitions`: a dataset as it was recorded, on the CPU, with its file format.
+
+What the learner sees is a `Sampler` (sampler.py), which `Transitions.sampler` makes.
+"""
 
 import hashlib
 import json
@@ -29,15 +32,15 @@ _COLUMNS = (
     "episode_lengths",
     "episode_whole",
 )
-_ROWS_AT_ONCE = 65_536  # small enough that temporaries do not matter beside the matrix, large enough to be quick
+_ROWS_AT_ONCE = 65_536  # small enough for temporaries to be negligible next to the matrix, large enough to be quick
 
 
 @dataclass
 class Transitions:
     """N transitions of E episodes in the environment's units, with raw rewards; all tensors on the CPU.
 
-    Some episodes have lost their last row (its next observation is unknown), so `episode_ends` counts the rows that are
-    here, while `episode_lengths` and `episode_returns` describe the episodes as recorded.
+    Some episodes have lost their last row (because its next observation is unknown), so `episode_ends` counts the rows that
+    are left, while `episode_lengths` and `episode_returns` describe the episodes as recorded.
     """
 
     obs: Tensor  # (N, S) float32
@@ -45,20 +48,30 @@ class Transitions:
     rew: Tensor  # (N,) float32
     next_obs: Tensor  # (N, S) float32; arbitrary but finite where done is 1
     done: Tensor  # (N,) float32, 1 at a true termination
-    episode_ends: Tensor  # (E,) int64, one past the episode's last row here; equal neighbours: no row was left
+    episode_ends: Tensor  # (E,) int64, one past the episode's last row; equal neighbours: no row was left
     episode_returns: Tensor  # (E,) float32, undiscounted
     episode_lengths: Tensor  # (E,) int64
-    episode_whole: Tensor  # (E,) bool, False where recording began or stopped in mid-episode
+    episode_whole: Tensor  # (E,) bool, False if recording began or stopped in mid-episode
     spec: Spec
-    info: dict[str, Any] = field(default_factory=dict)  # JSON values; keys listed at `datasets.load_dataset`
+    info: dict[str, Any] = field(default_factory=dict)  # JSON values; `load_dataset` lists the keys
 
     def __len__(self) -> int:
         return len(self.rew)
 
     def fit_reward_transform(self, name: str) -> RewardTransform:
-        """The reward transform `name` fitted on these data; returns of cut episodes are left out if any is whole.
+        """Fit a reward transform on these data.
 
-        An episode that the end of the recording cut short returns little, which would widen the range of returns.
+        Returns of cut episodes are left out if at least two episodes are whole, because an episode that the end of the
+        recording cut short has a low return, which would widen the range of returns.
+
+        Args:
+            name: A key of `REWARD_TRANSFORMS`.
+
+        Returns:
+            The fitted transform.
+
+        Raises:
+            ValueError: If the name is unknown, or the data make the transform impossible.
         """
         whole = self.episode_returns[self.episode_whole]
         returns = whole if len(whole) > 1 else self.episode_returns
@@ -70,7 +83,16 @@ class Transitions:
         reward_transform: RewardTransform | None = None,
         obs_normalizer: ObsNormalizer | None = None,
     ) -> "Sampler":
-        """A copy of the data on `device` in the learner's units; None stands for raw rewards and raw observations."""
+        """Copy the data to a device in the learner's units.
+
+        Args:
+            device: The training device.
+            reward_transform: Default: raw rewards.
+            obs_normalizer: Default: raw observations.
+
+        Returns:
+            The sampler.
+        """
         transform = reward_transform or RewardTransform()
         normalizer = ObsNormalizer(self.spec.obs_dim)
         if obs_normalizer is not None:
@@ -89,7 +111,15 @@ class Transitions:
         return Sampler(matrix, self.spec.obs_dim, self.spec.act_dim, self.episode_ends)
 
     def save(self, path: str | PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
-        """Write one safetensors file; `extra` (JSON values) is kept beside the data. Not atomic."""
+        """Write one safetensors file. The write is not atomic.
+
+        Args:
+            path: The file; an existing one is overwritten.
+            extra: JSON values that are stored together with the data.
+
+        Raises:
+            ValueError: If a space cannot be stored.
+        """
         header = {
             "format": FILE_FORMAT,
             "observation_space": space_to_json(self.spec.observation_space),
@@ -103,14 +133,26 @@ class Transitions:
 
     @classmethod
     def load(cls, path: str | PathLike[str], extra: Mapping[str, Any] | None = None) -> "Transitions":
-        """Read what `save` wrote. Raises ValueError for another format, or where `extra` is not what was saved."""
+        """Read a file that `save` wrote.
+
+        Args:
+            path: The file.
+            extra: What must have been stored with the data; None: anything.
+
+        Returns:
+            The data.
+
+        Raises:
+            ValueError: If the file has another format, or `extra` differs.
+        """
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("diffagents", "{}"))
             if header.get("format") != FILE_FORMAT:
-                found = header.get("format")
-                raise ValueError(f"{path} has transitions format {found}, expected {FILE_FORMAT}; save it again")
+                raise ValueError(
+                    f"{path} has transitions format {header.get('format')}, but this version reads {FILE_FORMAT}; save it again"
+                )
             if extra is not None and header["extra"] != dict(extra):
-                raise ValueError(f"{path} was made from other data")
+                raise ValueError(f"{path} was made from other data; delete it or save it again")
             columns = {name: file.get_tensor(name) for name in _COLUMNS}
         spec = Spec.from_spaces(
             space_from_json(header["observation_space"]), space_from_json(header["action_space"]), header["obs_keys"]
@@ -118,7 +160,7 @@ class Transitions:
         return cls(**columns, spec=spec, info=header["info"])
 
     def fingerprint(self) -> str:
-        """sha256 hex of the content; about 0.1 s for a million steps."""
+        """SHA-256 of the content, in hexadecimal digits; takes about 0.1 s for a million steps."""
         digest = hashlib.sha256()
         for name in ("obs", "action", "rew", "next_obs", "done", "episode_ends"):
             tensor = getattr(self, name).contiguous()

@@ -1,36 +1,414 @@
-"""What a dataset must satisfy. Every refusal is one line that names the place and the cure."""
+"""What a dataset must satisfy; every refusal is one line that names the place and the cure.
 
+Modules import this one as `check`. From the bottom up: single arrays, the arrays of a dataset or an episode together, values,
+and the comparison of a dataset with an environment.
+
+Shapes: N steps of the data, S flat observation, A flat action.
+"""
+
+import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
-from diffagents.envs.make import difference_of_specs
 from diffagents.errors import one_line
 from diffagents.types import Spec
 
+D4RL_NAMES = {"terminals": "terminations", "timeouts": "truncations"}
+"""D4RL's name of an array -> ours."""
+
 ACTION_TOLERANCE = 1e-4
-"""Overshoot of the action bounds, as a share of their width, that counts as rounding and is clipped without a word."""
+"""Overshoot of the action bounds, as a share of their width, that counts as rounding and is clipped silently."""
 
 Shapes = dict[str | None, tuple[int, ...]]
 """Observation key -> shape of one observation; the key None stands for an observation that is no dict."""
 
 
+# ---- one array ---------------------------------------------------------------------------------------------------------
+
+
+def numeric(name: str, value: Any) -> np.ndarray:
+    """Convert to an array of real numbers.
+
+    Args:
+        name: What to call the array in messages.
+        value: An array, a tensor on any device, or nested lists.
+
+    Returns:
+        The array, which may share memory with `value`.
+
+    Raises:
+        TypeError: For objects, strings or complex numbers.
+        ValueError: For ragged rows.
+    """
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is no array ({one_line(error)}); every row must have the same shape") from None
+    if array.dtype.kind not in "biuf":
+        cure = "take the real part" if array.dtype.kind == "c" else "convert it to float32 numbers"
+        raise TypeError(f"{name} has dtype {array.dtype}, which is not a real number; {cure}")
+    return array
+
+
+def column(name: str, value: Any) -> np.ndarray:
+    """One number per step: (N,), or (N, 1), which is squeezed.
+
+    Raises:
+        ValueError: For any other shape; and as `numeric`.
+    """
+    array = numeric(name, value)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {array.shape}, expected (N,): one number per step")
+    return array
+
+
+def flags(name: str, value: Any) -> np.ndarray:
+    """A column of 0 and 1 as bool, (N,).
+
+    Raises:
+        ValueError: At the first other value; and as `column`.
+    """
+    array = column(name, value)
+    if array.dtype == bool:
+        return array
+    wrong = np.flatnonzero((array != 0) & (array != 1))
+    if wrong.size:
+        raise ValueError(f"{name} is {array[wrong[0]]:g} at row {wrong[0]}; only 0 (no) and 1 (yes) are allowed")
+    return array.astype(bool)
+
+
+def rows(name: str, value: Any, shape: tuple[int, ...] | None) -> np.ndarray:
+    """One vector per step: (N, *shape), or (N, ...) of at least two dimensions if `shape` is None.
+
+    Raises:
+        ValueError: For another shape, with both shapes; and as `numeric`.
+    """
+    array = numeric(name, value)
+    if shape is None and array.ndim < 2:
+        raise ValueError(f"{name} has shape {array.shape}, expected (N, D); for one dimension pass array[:, None]")
+    if shape is not None and array.shape[1:] != shape:
+        raise ValueError(
+            f"{name} has shape {array.shape}, but the space needs (N, {', '.join(map(str, shape))}): "
+            "the data or env= belong to another task, or an axis is missing"
+        )
+    return array
+
+
+def actions(name: str, value: Any, shape: tuple[int, ...] | None) -> np.ndarray:
+    """Continuous actions: as `rows`, and of a floating-point dtype.
+
+    Raises:
+        TypeError: For integers, because discrete actions look like that; and as `numeric`.
+        ValueError: As `rows`.
+    """
+    array = numeric(name, value)
+    if array.dtype.kind != "f":
+        raise TypeError(
+            f"{name} has dtype {array.dtype}: integer actions look discrete, but diffusion agents need continuous ones; "
+            "if they are continuous, convert them with .astype('float32')"
+        )
+    return rows(name, array, shape)
+
+
 def obs_shapes(spec: Spec) -> Shapes:
-    """What the observations of `spec` look like, key by key, in order."""
+    """The shapes of the observations of `spec`, key by key, in order."""
     if spec.obs_keys is None:
         return {None: spec.observation_space.shape or ()}
     assert isinstance(spec.observation_space, spaces.Dict)  # Spec has checked it
     return {key: spec.observation_space[key].shape or () for key in spec.obs_keys}
 
 
+def observations(name: str, value: Any, shapes: Shapes) -> np.ndarray:
+    """Flatten observations.
+
+    Args:
+        name: What to call the array in messages.
+        value: An array (N, *shape), or a dict of such arrays.
+        shapes: The shapes of the parts, from `obs_shapes`.
+
+    Returns:
+        A new array, (N, S) float32, with the parts in the order of `shapes`.
+
+    Raises:
+        ValueError: If keys, shapes or lengths do not fit; and as `numeric`.
+    """
+    if None in shapes:
+        if isinstance(value, Mapping):
+            raise ValueError(f"{name} is a dict with {list(value)}, but the space is a single Box; pass one of its arrays")
+        return np.array(_flat(rows(name, value, shapes[None])), np.float32)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is one array, but the space is a Dict; pass a dict with the keys {list(shapes)}")
+    missing = [key for key in shapes if key not in value]
+    if missing:
+        raise ValueError(f"{name} lacks the keys {missing}, it has {list(value)}; choose among these with obs_keys=")
+    parts = {key: rows(f"{name}/{key}", value[key], shape) for key, shape in shapes.items()}
+    lengths = {key: len(part) for key, part in parts.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the parts of {name} disagree in length {lengths}; every part needs one row per step")
+    return np.concatenate([_flat(part) for part in parts.values()], axis=1, dtype=np.float32)
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    """(N, ...) -> (N, product of the rest)."""
+    return array.reshape(len(array), math.prod(array.shape[1:]))  # not -1: the array may be empty
+
+
+# ---- the arrays of a dataset or an episode -----------------------------------------------------------------------------
+
+
+class Columns(NamedTuple):
+    """The arrays of a dataset or an episode, checked one by one and against each other."""
+
+    obs: np.ndarray  # (N, S) float32; of an episode (N + 1, S), or (N, S) if the last one was not recorded
+    action: np.ndarray  # (N, *shape)
+    rew: np.ndarray  # (N,)
+    terminated: np.ndarray  # (N,) bool
+    truncated: np.ndarray | None  # (N,) bool; None if there are none
+    next_obs: np.ndarray | None  # (N, S) float32; None if there are none
+
+
+def our_names(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The arrays of `data` that are not None, with D4RL's names replaced by ours.
+
+    Args:
+        data: Arrays by name.
+        where: What to call `data` in messages.
+
+    Returns:
+        At least `observations`, `actions`, `rewards` and `terminations`.
+
+    Raises:
+        ValueError: If one of these is missing, or the meaning of an array is ambiguous.
+    """
+    if "masks" in data and "terminals" in data:
+        raise ValueError(
+            f"{where} has 'masks' next to 'terminals' (OGBench), where terminals mark every end of an episode; "
+            "pass terminations=1 - masks and truncations=terminals instead"
+        )
+    if "dones" in data and not {"terminations", "terminals"} & set(data):
+        raise ValueError(f"{where} has 'dones', which may be time-outs; pass terminations and truncations instead")
+    for theirs, ours in D4RL_NAMES.items():
+        if data.get(theirs) is None or data.get(ours) is None:
+            continue
+        one, other = (flags(f"{where}: {key}", data[key]) for key in (theirs, ours))
+        if not np.array_equal(one, other):
+            raise ValueError(
+                f"{where} has {theirs!r} next to {ours!r}, two names of the same thing, and they differ; leave one out"
+            )
+    named = {D4RL_NAMES.get(key, key): value for key, value in data.items() if value is not None}
+    missing = [key for key in ("observations", "actions", "rewards", "terminations") if key not in named]
+    if missing == ["terminations"]:
+        raise ValueError(
+            f"{where} has no terminations (D4RL: terminals), which the learning targets need; pass zeros if there are none"
+        )
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {', '.join(map(str, data)) or 'nothing'}")
+    return named
+
+
+def dataset_columns(named: Mapping[str, Any], spec: Spec) -> Columns:
+    """Check the arrays of a flat dataset.
+
+    Args:
+        named: The result of `our_names`.
+        spec: The spaces that the arrays must fit.
+
+    Returns:
+        The arrays, N rows each, N at least 1.
+
+    Raises:
+        TypeError: As `numeric` and `actions`.
+        ValueError: If an array does not fit the spaces or the arrays differ in length.
+    """
+    columns = _columns(named, spec, "")
+    next_obs = None
+    if "next_observations" in named:
+        next_obs = observations("next_observations", named["next_observations"], obs_shapes(spec))
+    columns = columns._replace(next_obs=next_obs)
+    names = ("observations", "actions", "rewards", "terminations", "truncations", "next_observations")
+    _equal_lengths({name: len(array) for name, array in zip(names, columns, strict=True) if array is not None})
+    return columns
+
+
+def episode_columns(named: Mapping[str, Any], spec: Spec, i: int) -> Columns:
+    """Check the arrays of one episode.
+
+    Args:
+        named: The result of `our_names`.
+        spec: The spaces that the arrays must fit.
+        i: Number of the episode, for messages.
+
+    Returns:
+        The arrays of N steps, N at least 1, with N + 1 observations, or N if the last one is missing.
+
+    Raises:
+        TypeError: As `numeric` and `actions`.
+        ValueError: If an array does not fit the spaces, the lengths do not fit, or the episode continues after its end.
+    """
+    columns = _columns(named, spec, f"episode {i} ")
+    names = ("actions", "rewards", "terminations", "truncations")
+    lengths = {name: len(array) for name, array in zip(names, columns[1:5], strict=True) if array is not None}
+    n = _equal_lengths(lengths, f"the arrays of episode {i}")
+    if "next_observations" in named:
+        raise ValueError(
+            f"episode {i} has next_observations, which belong to flat arrays: an episode of {n} actions has {n + 1} "
+            "observations instead; leave them out, or pass flat arrays"
+        )
+    ends = columns.terminated if columns.truncated is None else columns.terminated | columns.truncated
+    early = np.flatnonzero(ends[:-1])
+    if early.size:
+        what = "terminations" if columns.terminated[early[0]] else "truncations"
+        raise ValueError(
+            f"episode {i} continues after step {early[0]} of {n}, where {what} is true: an episode ends there; "
+            "cut it after that step, or pass flat arrays"
+        )
+    if len(columns.obs) not in (n, n + 1):
+        raise ValueError(
+            f"episode {i} has {len(columns.obs)} observations for {n} actions, expected {n + 1}: "
+            "the observation after the last action belongs to the episode"
+        )
+    return columns
+
+
+def _columns(named: Mapping[str, Any], spec: Spec, prefix: str) -> Columns:
+    """Check each array but `next_observations`; `prefix` goes before its name in messages."""
+    action = actions(f"{prefix}actions", named["actions"], spec.action_space.shape)
+    obs = observations(f"{prefix}observations", named["observations"], obs_shapes(spec))
+    rew = column(f"{prefix}rewards", named["rewards"])
+    terminated = flags(f"{prefix}terminations", named["terminations"])
+    truncated = flags(f"{prefix}truncations", named["truncations"]) if "truncations" in named else None
+    return Columns(obs, action, rew, terminated, truncated, None)
+
+
+def _equal_lengths(lengths: Mapping[str, int], where: str = "the arrays") -> int:
+    """The common length. Raises ValueError with each array's length if they differ, or if it is 0."""
+    n = lengths["actions"]
+    wrong = [name for name, length in lengths.items() if length != n]
+    if wrong:
+        listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        cure = "every array needs one row per step"
+        if wrong == ["observations"] and lengths["observations"] == n + 1:
+            cure = "with one more observation than actions this is one episode: pass a list of such dicts, [episode]"
+        raise ValueError(f"{where} disagree in length ({listed}); {cure}")
+    if n == 0:
+        raise ValueError(
+            f"{where} are empty (0 steps), so there is nothing to learn from; check the path, the key or the filter"
+        )
+    return n
+
+
+# ---- values ------------------------------------------------------------------------------------------------------------
+
+
+def finite(columns: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
+    """Check that all numbers are finite.
+
+    Args:
+        columns: Arrays by name, (N,) or (N, D).
+        lengths: Steps of each episode, (E,), whose sum is N.
+
+    Raises:
+        ValueError: At the first NaN or infinity, with the array, the row and the number of bad rows.
+    """
+    for name, array in columns.items():
+        good = np.isfinite(array)
+        if good.all():
+            continue
+        bad = np.flatnonzero(~(good if good.ndim == 1 else good.all(axis=1)))
+        raise ValueError(
+            f"{name} holds NaN or infinity in {bad.size} of {len(array)} rows, first at "
+            f"{_place(int(bad[0]), np.cumsum(lengths), lengths)}; drop those episodes, or repair the recording"
+        )
+
+
+def within_bounds(action: Tensor, spec: Spec, ends: Tensor, lengths: Tensor, clip: bool) -> Tensor:
+    """Clip actions to the bounds of their space.
+
+    Args:
+        action: (N, A), in the environment's units.
+        spec: Holds the action space.
+        ends: One past the last row of each episode, (E,).
+        lengths: Steps of each episode as recorded, (E,).
+        clip: Whether to clip actions that lie further outside than rounding explains.
+
+    Returns:
+        (N, A); `action` itself if nothing had to be clipped.
+
+    Raises:
+        ValueError: If such actions exist and `clip` is false.
+    """
+    low = torch.as_tensor(spec.action_space.low.reshape(-1), dtype=action.dtype)
+    high = torch.as_tensor(spec.action_space.high.reshape(-1), dtype=action.dtype)
+    if bool((action.amin(0) >= low).all() and (action.amax(0) <= high).all()):
+        return action
+    outside = torch.maximum(action - high, low - action) > ACTION_TOLERANCE * (high - low)
+    n_bad = int(outside.any(1).sum())
+    if n_bad and not clip:
+        row, dim = (int(i) for i in outside.nonzero()[0])
+        value, bounds = float(action[row, dim]), f"[{float(low[dim]):.6g}, {float(high[dim]):.6g}]"
+        raise ValueError(
+            f"actions leave the action space in {n_bad} of {len(action)} rows, first at "
+            f"{_place(row, ends.numpy(), lengths.numpy())}: dimension {dim} is {value:.6g}, outside {bounds}; "
+            "pass clip_actions=True to clip them, or leave env= out if these are the wrong bounds"
+        )
+    return action.clamp(low, high)
+
+
+def advise(obs: Tensor, rew: Tensor, done: Tensor, n_episodes: int) -> list[str]:
+    """Warnings about data that can be learnt from, but probably not as hoped.
+
+    Args:
+        obs: (N, S).
+        rew: (N,).
+        done: (N,).
+        n_episodes: Number of episodes.
+
+    Returns:
+        The warnings, one line each.
+    """
+    advice = []
+    if bool(rew.min() == rew.max()) and not bool(done.any()):
+        advice.append(f"the reward is always {float(rew[0]):g} and no episode terminates: only cloning can learn here")
+    if n_episodes == 1:
+        advice.append("the data hold one episode: if there are more, their ends are missing (see truncations)")
+    std = obs[:: max(1, len(obs) // 10_000)].std(dim=0, correction=0)  # a sample: only the order of magnitude matters
+    if float(std.max()) > 50.0:
+        where = f"observation dimension {int(std.argmax())} has a std of {float(std.max()):.3g}"
+        advice.append(f"{where}: consider normalize_obs=True")
+    return advice
+
+
+def _place(row: int, ends: np.ndarray, lengths: np.ndarray) -> str:
+    """Where `row` lies in the data as passed by the user, although rows may have been dropped at the ends of episodes."""
+    episode = int(np.searchsorted(ends, row, side="right"))
+    step = row - (int(ends[episode - 1]) if episode else 0)
+    return f"row {int(lengths[:episode].sum()) + step} (episode {episode}, step {step})"
+
+
+# ---- a dataset and an environment --------------------------------------------------------------------------------------
+
+
 def fits(data: Spec, env: Spec, bounds_from_data: bool) -> None:
-    """Raises ValueError where data of the spec `data` cannot come from `env`: shapes, or bounds unless they are guessed."""
+    """Check that a dataset can come from an environment.
+
+    Args:
+        data: The dataset's spaces.
+        env: The environment's spaces.
+        bounds_from_data: Whether the dataset's action bounds are only those of its actions, and so need not agree.
+
+    Raises:
+        ValueError: If the shapes or the action bounds differ.
+    """
     cure = "pass the environment that the data come from, or leave env= out"
     have, want = obs_shapes(data), obs_shapes(env)
     if have != want:
@@ -45,151 +423,14 @@ def fits(data: Spec, env: Spec, bounds_from_data: bool) -> None:
         )
 
 
-def another_env(name: str, stored: str, given: EnvSpec) -> str | None:
-    """A line about where the environment `given` is another than the one in the JSON `stored`; None where it is not."""
-    difference = difference_of_specs(stored, vars(given))
-    if difference is None:
-        return None
-    cure = "the stored one is kept for evaluation; pass env= there for another"
-    return f"{name}: env= is not the environment stored with the dataset ({difference}); {cure}"
-
-
 def _show(shapes: Shapes) -> str:
+    """The shapes for a message."""
     return str(shapes[None]) if None in shapes else str(dict(shapes))
 
 
-def numeric(name: str, value: Any) -> np.ndarray:
-    """`value` as an array of real numbers. Raises TypeError for objects, strings or complex, ValueError if ragged."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} is no array ({one_line(error)}); give every row the same shape") from None
-    if array.dtype.kind not in "biuf":
-        cure = "take the real part" if array.dtype.kind == "c" else "convert it to float32 numbers"
-        raise TypeError(f"{name} has dtype {array.dtype}, which is not a real number; {cure}")
-    return array
-
-
-def column(name: str, value: Any) -> np.ndarray:
-    """One number per step: (N,), or (N, 1) squeezed. Raises ValueError for any other shape."""
-    array = numeric(name, value)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}, expected (N,): one number per step")
-    return array
-
-
-def flags(name: str, value: Any) -> np.ndarray:
-    """A column of 0/1 as bool (N,). Raises ValueError at the first other value."""
-    array = column(name, value)
-    if array.dtype == bool:
-        return array
-    wrong = np.flatnonzero((array != 0) & (array != 1))
-    if wrong.size:
-        raise ValueError(f"{name} is {array[wrong[0]]:g} at row {wrong[0]}; only 0 (no) and 1 (yes) are allowed")
-    return array.astype(bool)
-
-
-def rows(name: str, value: Any, shape: tuple[int, ...] | None) -> np.ndarray:
-    """One vector per step: (N, *shape), or any (N, ...) where `shape` is None. Raises ValueError with both shapes."""
-    array = numeric(name, value)
-    if shape is None and array.ndim < 2:
-        raise ValueError(f"{name} has shape {array.shape}, expected (N, D); for one dimension pass array[:, None]")
-    if shape is not None and array.shape[1:] != shape:
-        raise ValueError(
-            f"{name} has shape {array.shape}, but the space needs (N, {', '.join(map(str, shape))}): "
-            "the data or env= belong to another task, or an axis is missing"
-        )
-    return array
-
-
-def actions(name: str, value: Any, shape: tuple[int, ...] | None) -> np.ndarray:
-    """As `rows`, for continuous actions. Raises TypeError for integers, which are what discrete actions look like."""
-    array = numeric(name, value)
-    if array.dtype.kind != "f":
-        raise TypeError(
-            f"{name} has dtype {array.dtype}: integer actions look discrete, diffusion agents need continuous ones; "
-            "if they are continuous, convert with .astype('float32')"
-        )
-    return rows(name, array, shape)
-
-
-def equal_lengths(lengths: Mapping[str, int], where: str = "the arrays") -> int:
-    """The common length. Raises ValueError listing each array's own where they disagree, or where it is 0."""
-    n = lengths["actions"]
-    wrong = [name for name, length in lengths.items() if length != n]
-    if wrong:
-        listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        cure = "every array needs one row per step"
-        if wrong == ["observations"] and lengths["observations"] == n + 1:
-            cure = "with one observation more than actions this is one episode: pass a list of such dicts, [episode]"
-        raise ValueError(f"{where} disagree in length ({listed}); {cure}")
-    if n == 0:
-        raise ValueError(f"{where} are empty (0 steps): nothing to learn from; check the path, the key or the filter")
-    return n
-
-
-def place(row: int, ends: np.ndarray, lengths: np.ndarray) -> str:
-    """Where `row` lies in the data as given, although rows may have been dropped at the ends of episodes."""
-    episode = int(np.searchsorted(ends, row, side="right"))
-    step = row - (int(ends[episode - 1]) if episode else 0)
-    return f"row {int(lengths[:episode].sum()) + step} (episode {episode}, step {step})"
-
-
-def finite(columns: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
-    """Raises ValueError at the first NaN or infinity, naming the array, the row and how many rows are bad."""
-    for name, array in columns.items():
-        good = np.isfinite(array)
-        if good.all():
-            continue
-        bad = np.flatnonzero(~(good if good.ndim == 1 else good.all(axis=1)))
-        at = place(int(bad[0]), np.cumsum(lengths), lengths)
-        raise ValueError(
-            f"{name} holds NaN or infinity in {bad.size} of {len(array)} rows, first at {at}; "
-            "drop those episodes, or repair the recording"
-        )
-
-
-def within_bounds(action: Tensor, spec: Spec, ends: Tensor, lengths: Tensor, clip: bool) -> Tensor:
-    """`action` (N, A) clipped to the space's bounds; the same tensor if nothing had to be clipped.
-
-    Raises ValueError where it lies further outside than rounding explains, unless `clip`.
-    """
-    low = torch.as_tensor(spec.action_space.low.reshape(-1), dtype=action.dtype)
-    high = torch.as_tensor(spec.action_space.high.reshape(-1), dtype=action.dtype)
-    if bool((action.amin(0) >= low).all() and (action.amax(0) <= high).all()):
-        return action
-    outside = torch.maximum(action - high, low - action) > ACTION_TOLERANCE * (high - low)
-    n_bad = int(outside.any(1).sum())
-    if n_bad and not clip:
-        row, dim = (int(i) for i in outside.nonzero()[0])
-        at = place(row, ends.numpy(), lengths.numpy())
-        value, bounds = float(action[row, dim]), f"[{float(low[dim]):.6g}, {float(high[dim]):.6g}]"
-        raise ValueError(
-            f"actions leave the action space in {n_bad} of {len(action)} rows, first at {at}: "
-            f"dimension {dim} is {value:.6g}, outside {bounds}; pass clip_actions=True to clip them, "
-            "or leave env= out if these are the wrong bounds"
-        )
-    return action.clamp(low, high)
-
-
-def advise(obs: Tensor, rew: Tensor, done: Tensor, n_episodes: int) -> list[str]:
-    """Warnings about data that can be learnt from, but probably not as hoped; one line each."""
-    found = []
-    if bool(rew.min() == rew.max()) and not bool(done.any()):
-        found.append(f"the reward is always {float(rew[0]):g} and no episode terminates: only cloning can learn here")
-    if n_episodes == 1:
-        found.append("the data hold one episode: if there are more, their ends are missing (see truncations)")
-    std = obs[:: max(1, len(obs) // 10_000)].std(dim=0, correction=0)  # a sample: only the order of magnitude matters
-    if float(std.max()) > 50.0:
-        where = f"observation dimension {int(std.argmax())} has a std of {float(std.max()):.3g}"
-        found.append(f"{where}: consider normalize_obs=True")
-    return found
+# ---- warnings ----------------------------------------------------------------------------------------------------------
 
 
 def warn(message: str) -> None:
-    """One line to the user, as a UserWarning."""
+    """Issue a UserWarning at the line that called the caller of this function."""
     warnings.warn(message, UserWarning, stacklevel=3)

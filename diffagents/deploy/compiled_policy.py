@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from diffagents.training.compiled import Compiled, NamedTensors, Networks
+from diffagents.training.state import Learner
 from diffagents.training.updates import Noise
 
 
-def compiled_act(agent: Any, n_obs: int, deterministic: bool, config: Any) -> Compiled:
+def compiled_act(agent: Learner, n_obs: int, deterministic: bool, config: Any) -> Compiled:
     """`agent.act` at `config` for n_obs observations, compiled."""
     roof = Networks({name: getattr(agent, name) for name in agent.MODEL}, functools.partial(agent.act, config=config))
 

@@ -28,11 +28,12 @@ from torch.overrides import TorchFunctionMode
 
 from diffagents.config.hyperparameters import choose
 from diffagents.functional import action_gradient
+from diffagents.torch_internals import trace_without_autograd
+from diffagents.training.provenance import package_version
+from diffagents.training.state import Learner
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-
-    from diffagents.agent import Agent
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 """Format -> the suffix that a path without one gets."""
@@ -42,7 +43,7 @@ _CHECK_ROWS = 64
 
 
 def export(
-    agent: "Agent", path: str | os.PathLike[str], format: str = "onnx", deterministic: bool = True, **choice: Any
+    agent: Learner, path: str | os.PathLike[str], format: str = "onnx", deterministic: bool = True, **choice: Any
 ) -> pathlib.Path:
     """Write what `agent.predict(obs, deterministic=True, **choice)` computes as one file, all or nothing; return its path.
 
@@ -60,7 +61,7 @@ def export(
     written. Warns of a policy that was never trained.
     """
     target = _check(agent, path, format, deterministic)
-    policy = ExportedPolicy(agent, choose(agent, choice))
+    policy = ExportedPolicy(agent, choose(type(agent).__name__, agent.config, agent.CHOICE, choice))
     facts = metadata(agent, choice)
     with _quiet():
         program = _trace(policy)
@@ -69,21 +70,18 @@ def export(
     return target
 
 
-def metadata(agent: "Agent", choice: dict[str, Any]) -> dict[str, Any]:
+def metadata(agent: Learner, choice: dict[str, Any]) -> dict[str, Any]:
     """What the file says about itself, in JSON's types.
 
     algorithm; diffagents, its version; obs_dim = S; obs_keys and obs_sizes, the entries of a Dict observation and their lengths
     in `obs` (null and [S] otherwise); action_dim = A; action_shape, the environment's; action_low, action_high, A numbers each;
     choice, the knobs of acting that `predict` may set, as they are in the file.
     """
-    from diffagents import __version__
-
-    spec = agent.spec
-    assert spec is not None
-    config = choose(agent, choice)
+    spec = agent.require_spec()
+    config = choose(type(agent).__name__, agent.config, agent.CHOICE, choice)
     return {
         "algorithm": type(agent).__name__,
-        "diffagents": __version__,
+        "diffagents": package_version("diffagents"),
         "obs_dim": spec.obs_dim,
         "obs_keys": None if spec.obs_keys is None else list(spec.obs_keys),
         "obs_sizes": [int(np.prod(leaf.shape or ())) for leaf in spec._leaves()],
@@ -104,7 +102,7 @@ class ExportedPolicy(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, agent: "Agent", config: Any) -> None:
+    def __init__(self, agent: Learner, config: Any) -> None:
         super().__init__()
         self.actor, self.config = copy.copy(agent), config
         self.actor.device = torch.device("cpu")
@@ -168,11 +166,7 @@ def _without_autograd(policy: nn.Module, obs: Tensor) -> nn.Module:
 
     `torch.export` itself traces above autograd, where a gradient is no operation: it fails, or takes its value for a constant.
     """
-    from torch._decomp import decomposition_table
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    table: Any = {op: formula for op, formula in decomposition_table.items() if "_backward" in str(op)}  # unknown to ONNX
-    graph = make_fx(policy, decomposition_table=table, tracing_mode="symbolic", _allow_non_fake_inputs=True)(obs)
+    graph = trace_without_autograd(policy, obs)
     next(iter(graph.graph.nodes)).target = "obs"  # the name of the input
     graph.recompile()
     return graph
@@ -272,7 +266,7 @@ def _write(target: pathlib.Path, content: bytes) -> None:
 
 
 # ---- before any work -----------------------------------------------------------------------------------------------
-def _check(agent: "Agent", path: str | os.PathLike[str], format: str, deterministic: bool) -> pathlib.Path:
+def _check(agent: Learner, path: str | os.PathLike[str], format: str, deterministic: bool) -> pathlib.Path:
     """The file to write. Raises what `export` promises."""
     name = type(agent).__name__
     if format not in SUFFIXES:
@@ -282,8 +276,8 @@ def _check(agent: "Agent", path: str | os.PathLike[str], format: str, determinis
             f"deterministic={deterministic!r}: a file has no random generator, so that only the deterministic policy can be "
             "exported; leave it out, or call agent.predict for random actions"
         )
-    if agent.spec is None or agent._policy_missing:
-        stages = f', stages=("{agent.POLICY_STAGE}",)' if agent._policy_missing else ""
+    if agent.spec is None or agent.state.policy_missing:
+        stages = f', stages=("{agent.POLICY_STAGE}",)' if agent.state.policy_missing else ""
         raise RuntimeError(f"this {name} has no policy to export yet: train it with learn(data{stages}), or load one")
     target = pathlib.Path(path)
     if target.is_dir():
@@ -301,7 +295,7 @@ def _check(agent: "Agent", path: str | os.PathLike[str], format: str, determinis
             f'format="onnx" needs the packages onnx and onnxscript ({", ".join(missing)} not found): '
             'pip install "diffagents[export]"; or take format="torch_export", which needs neither'
         )
-    if agent._pristine:
+    if agent.state.pristine:
         warnings.warn(f"this {name} has not been trained: the file will hold a random policy", stacklevel=3)
     return target
 

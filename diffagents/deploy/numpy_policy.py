@@ -3,27 +3,27 @@
 A matrix times one vector takes a few microseconds; calling torch for it takes tens.
 """
 
-from typing import Any
-
 import numpy as np
 from torch import nn
 
 from diffagents.data.normalize import ObsNormalizer
 from diffagents.networks.mlp import TanhPolicy
+from diffagents.torch_internals import tensor_place
 from diffagents.types import Spec
 
 
-def numpy_action(agent: Any, obs: Any, deterministic: bool) -> np.ndarray | None:
-    """`agent`'s action for one observation, or None where this is not the way to it."""
-    if type(obs) is not np.ndarray or agent.device.type != "cpu":
-        return None
-    policy: TanhPolicy | None = agent.point_policy(deterministic)
-    if policy is None:
-        return None
-    quick: NumpyPolicy | None = agent._numpy_policy
-    if quick is None or not quick.current(policy, agent.obs_normalizer):
-        quick = agent._numpy_policy = NumpyPolicy(agent.obs_normalizer, policy, agent.spec)
-    return quick(obs)
+class NumpyPath:
+    """The fast path of an agent's `predict`: keeps a `NumpyPolicy` and makes a new one whenever the networks have moved."""
+
+    def __init__(self) -> None:
+        self._policy: NumpyPolicy | None = None
+
+    def __call__(self, obs: np.ndarray, policy: TanhPolicy, normalizer: ObsNormalizer, spec: Spec) -> np.ndarray | None:
+        """The action for one observation, or None if the fast path does not apply."""
+        quick = self._policy
+        if quick is None or not quick.current(policy, normalizer):
+            quick = self._policy = NumpyPolicy(normalizer, policy, spec)
+        return quick(obs)
 
 
 class NumpyPolicy:
@@ -37,8 +37,8 @@ class NumpyPolicy:
         self._shape = spec.observation_space.shape if spec.obs_keys is None else None
         linears = [layer for layer in policy.net if isinstance(layer, nn.Linear)]
         self._policy, self._normalizer = policy, normalizer
-        places: list[tuple[dict[str, Any], str]] = [(layer._parameters, n) for layer in linears for n in ("weight", "bias")]
-        places += [(normalizer._buffers, n) for n in ("mean", "std")]
+        places = [(tensor_place(layer, name), name) for layer in linears for name in ("weight", "bias")]
+        places += [(tensor_place(normalizer, name), name) for name in ("mean", "std")]
         self._watched = [(place, name, place[name], place[name].data_ptr()) for place, name in places]
         arrays = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linears]
         self._hidden, (self._last, self._last_bias) = arrays[:-1], arrays[-1]

@@ -1,13 +1,13 @@
-"""Diffusion maths as plain functions: the continuous VP-SDE, the discrete VP chain, losses, the chain's sampler.
+"""The discrete diffusion chain as plain functions: its constants, and its samplers DDPM and DDIM.
 
-Both perturb an action by  a_t = alpha_t a + sigma_t eps,  alpha_t^2 + sigma_t^2 = 1, and a noise predictor eps(a_t, s, t)
-gives the score  grad log mu_t(a_t | s) = -eps / sigma_t.  They are two families, not two resolutions of one: rates and
-origins of time differ, and so networks of one do not fit the other.
-    VP-SDE (Song et al. 2021, arXiv:2011.13456), t in (0, 1]: SRPO, QGPO, SfBC. Its solvers: solvers.py
-    chain (Ho et al. 2020, arXiv:2006.11239, with the VP rates of Xiao et al. 2022), i = 0..T-1: Diffusion-QL, DiffCPS,
-    IDQL, BDPO. Step i here is n = i + 1 in BDPO's papers and code.
-Shapes: B batch, A action dimension, T steps. The schedules are always computed in float32 or better: sigma_t loses its
-digits in half precision below t = 0.01.
+The chain is that of Ho et al. 2020 (arXiv:2006.11239) with the VP rates of Xiao et al. 2022, with steps i = 0..T-1; used by
+Diffusion-QL, DiffCPS, IDQL, BDPO and diffusion BC. Step i here is n = i + 1 in BDPO's papers and code.
+
+The chain and the VP-SDE of sde.py perturb an action alike, a_t = alpha_t a + sigma_t eps with alpha_t^2 + sigma_t^2 = 1, and
+in both a noise predictor eps(a_t, s, t) gives the score grad log mu_t(a_t | s) = -eps / sigma_t. Yet they are two families,
+not two resolutions of one: rates and origins of time differ, so a network of one does not fit the other.
+
+Shapes: A action dimension, T steps.
 """
 
 from collections.abc import Callable
@@ -22,27 +22,37 @@ class Chain(NamedTuple):
 
     alpha: Tensor  # 1 - beta
     beta: Tensor
-    alpha_bar: Tensor  # product of alpha up to here
+    alpha_bar: Tensor  # product of alpha up to and including i
     signal: Tensor  # sqrt(alpha_bar): share of the action in x
     noise: Tensor  # sqrt(1 - alpha_bar): share of the noise in x
     from_x0: Tensor  # the posterior's mean is from_x0 * x0 + from_x * x
     from_x: Tensor
-    posterior_std: Tensor  # the true posterior's; 0 at the last step, i = 0
-    beta_std: Tensor  # sqrt(beta): IDQL's and BDPO's standard deviation
+    posterior_std: Tensor  # standard deviation of the true posterior; 0 at the last step, i = 0
+    beta_std: Tensor  # sqrt(beta): the standard deviation in IDQL and BDPO
 
     @property
     def n_steps(self) -> int:
+        """T, the number of steps."""
         return len(self.beta)
 
     def to(self, device: torch.device | str) -> "Chain":
+        """A copy on `device`."""
         return Chain(*(tensor.to(device) for tensor in self))
 
 
 def vp_chain(n_steps: int, beta_min: float = 0.1, beta_max: float = 10.0) -> Chain:
-    """The VP rates on `n_steps` steps: alpha_i = exp(-b_min / T - (b_max - b_min) (2 n - 1) / (2 T^2)), n = i + 1.
+    """The chain with VP rates: alpha_i = exp(-b_min / T - (b_max - b_min) (2 n - 1) / (2 T^2)), n = i + 1.
 
-    alpha_bar ends at exp(-b_min - (b_max - b_min) / 2) = 0.00641 for every T: five steps are enough to reach noise.
+    alpha_bar ends at exp(-b_min - (b_max - b_min) / 2) = 0.00641 for every T, so that five steps are enough to reach noise.
     Source: `vp_beta_schedule` in the official code of Diffusion-QL.
+
+    Args:
+        n_steps: T, at least 1.
+        beta_min: b_min, positive.
+        beta_max: b_max, above `beta_min`.
+
+    Returns:
+        The constants on the CPU, computed in double precision and stored as float32.
     """
     n = torch.arange(1, n_steps + 1, dtype=torch.float64)
     alpha = torch.exp(-beta_min / n_steps - 0.5 * (beta_max - beta_min) * (2 * n - 1) / n_steps**2)
@@ -63,42 +73,22 @@ def vp_chain(n_steps: int, beta_min: float = 0.1, beta_max: float = 10.0) -> Cha
 
 
 def reverse_mean(chain: Chain, i: int | Tensor, x: Tensor, eps: Tensor, clip_x0: bool) -> Tensor:
-    """Mean of p(x_i | x_i+1 = x) given the predicted noise; x, eps (..., A), i an int or (..., 1) int64.
+    """Mean of p(x_i | x_i+1 = x), given the predicted noise.
 
-    clip_x0: the action that the noise implies is clamped to [-1, 1] first (a saturated one then passes no gradient).
+    Args:
+        chain: Constants on the device of `x`.
+        i: The step, an int or (..., 1) int64.
+        x: x_i+1, (..., A).
+        eps: Noise predicted for `x`, (..., A).
+        clip_x0: Clamp the action that the noise implies to [-1, 1] first; a clamped one passes no gradient.
+
+    Returns:
+        The mean, (..., A).
     """
     x0 = (x - chain.noise[i] * eps) / chain.signal[i]
     if clip_x0:
         x0 = x0.clamp(-1.0, 1.0)
     return chain.from_x0[i] * x0 + chain.from_x[i] * x
-
-
-def sample_ddim(
-    eps_fn: Callable[[Tensor, int], Tensor],
-    chain: Chain,
-    x: Tensor,
-    n_steps: int,
-    *,
-    clip_x0: bool = True,
-    clip_x: bool = False,
-) -> Tensor:
-    """The deterministic sampler of Song et al. 2021 (arXiv:2010.02502, Eq. 12 with sigma = 0) from x = x_T (..., A).
-
-    It goes through n_steps <= T of the chain's own steps, evenly spread, so that the network is asked only where it was
-    trained: x_j = signal_j x0 + noise_j eps, with the x0 that eps implies, clamped if clip_x0.
-    """
-    last = chain.n_steps - 1
-    steps = [round(last * (1.0 - k / max(n_steps - 1, 1))) for k in range(n_steps)]
-    for i, j in zip(steps, [*steps[1:], None], strict=True):
-        eps = eps_fn(x, i)
-        x0 = (x - chain.noise[i] * eps) / chain.signal[i]
-        if clip_x0:
-            x0 = x0.clamp(-1.0, 1.0)
-            eps = (x - chain.signal[i] * x0) / chain.noise[i]
-        x = x0 if j is None else chain.signal[j] * x0 + chain.noise[j] * eps
-        if clip_x:
-            x = x.clamp(-1.0, 1.0)
-    return x
 
 
 def sample_chain(
@@ -110,16 +100,65 @@ def sample_chain(
     clip_x0: bool = True,
     clip_x: bool = False,
 ) -> Tensor:
-    """Ancestral sampling: x_T = noises[0], then x_i = mean + std_i z, and no noise at the last step. Differentiable.
+    """Ancestral sampling (DDPM): x_T = noises[0], then x_i = mean + std_i z, without noise at the last step.
 
-    eps_fn(x, i): predicted noise at step i. noises: (T + 1, ..., A), the last of them unused (official code draws it).
-    std: (T,), `chain.posterior_std` (Diffusion-QL, DiffCPS) or `chain.beta_std` (IDQL, BDPO). clip_x: clamp every x (IDQL).
+    Gradients flow through all steps.
+
+    Args:
+        eps_fn: eps_fn(x, i) predicts the noise in x (..., A) at step i.
+        chain: Constants on the device of `noises`.
+        noises: Standard normal, (T + 1, ..., A). The last is unused; the official code draws it too.
+        std: Standard deviations, (T,): `chain.posterior_std` (Diffusion-QL, DiffCPS) or `chain.beta_std` (IDQL, BDPO).
+        clip_x0: As in `reverse_mean`.
+        clip_x: Clamp every x to [-1, 1] (IDQL).
+
+    Returns:
+        Samples, (..., A).
     """
     x = noises[0]
     for i, z in zip(reversed(range(chain.n_steps)), noises[1:], strict=True):
         x = reverse_mean(chain, i, x, eps_fn(x, i), clip_x0)
         if i > 0:
             x = x + std[i] * z
+        if clip_x:
+            x = x.clamp(-1.0, 1.0)
+    return x
+
+
+def sample_ddim(
+    eps_fn: Callable[[Tensor, int], Tensor],
+    chain: Chain,
+    x: Tensor,
+    n_steps: int,
+    *,
+    clip_x0: bool = True,
+    clip_x: bool = False,
+) -> Tensor:
+    """Deterministic sampling (DDIM): x_j = signal_j x0 + noise_j eps, with the x0 that eps implies.
+
+    It visits `n_steps` of the chain's own steps, evenly spread, so that the network is evaluated only where it was trained.
+    Source: Song et al. 2021 (arXiv:2010.02502), Eq. (12) with sigma = 0.
+
+    Args:
+        eps_fn: eps_fn(x, i) predicts the noise in x (..., A) at step i.
+        chain: Constants on the device of `x`.
+        x: x_T, standard normal, (..., A).
+        n_steps: Number of steps to visit, from 1 to T.
+        clip_x0: Clamp the implied action to [-1, 1], and recompute eps from it.
+        clip_x: Clamp every x to [-1, 1] (IDQL).
+
+    Returns:
+        Samples, (..., A).
+    """
+    last = chain.n_steps - 1
+    steps = [round(last * (1.0 - k / max(n_steps - 1, 1))) for k in range(n_steps)]
+    for i, j in zip(steps, [*steps[1:], None], strict=True):
+        eps = eps_fn(x, i)
+        x0 = (x - chain.noise[i] * eps) / chain.signal[i]
+        if clip_x0:
+            x0 = x0.clamp(-1.0, 1.0)
+            eps = (x - chain.signal[i] * x0) / chain.noise[i]
+        x = x0 if j is None else chain.signal[j] * x0 + chain.noise[j] * eps
         if clip_x:
             x = x.clamp(-1.0, 1.0)
     return x

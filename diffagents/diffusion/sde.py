@@ -1,7 +1,11 @@
-"""The VP-SDE (diffusion.py) as a behaviour model: DPM-Solvers of its probability-flow ODE, and what they sample from.
+"""The continuous VP-SDE as plain functions: its schedule, and DPM-Solvers of its probability-flow ODE.
 
-Notation of Lu et al. 2022 (arXiv:2206.00927): lambda_t = log(alpha_t / sigma_t), half the log signal-to-noise ratio.
-Shapes: B batch, S observation, A action, M samples of one state; t in (0, 1].
+The SDE is that of Song et al. 2021 (arXiv:2011.13456) with times t in (0, 1]; used by SRPO, QGPO and SfBC. chain.py
+explains how it differs from the discrete chain. Notation of Lu et al. 2022 (arXiv:2206.00927): lambda_t is half the log
+signal-to-noise ratio, log(alpha_t / sigma_t). The schedule is always computed in float32 or better: in half precision sigma_t
+loses its digits below t = 0.01.
+
+Shapes: B batch, A action dimension.
 """
 
 import math
@@ -12,11 +16,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BETA_MIN, BETA_MAX = 0.1, 20.0
+"""The noise rates at t = 0 and t = 1 (official code of SRPO, QGPO and SfBC)."""
+
+
+def vp_alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
+    """The schedule: log alpha_t = -t^2 (b1 - b0) / 4 - t b0 / 2 and sigma_t = sqrt(1 - alpha_t^2).
+
+    Args:
+        t: Times in (0, 1], of any shape.
+
+    Returns:
+        alpha_t and sigma_t, both of the shape of `t`.
+    """
+    log_alpha = -0.25 * (BETA_MAX - BETA_MIN) * t.square() - 0.5 * BETA_MIN * t
+    return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2.0 * log_alpha))
+
 
 class SolverCall(NamedTuple):
     """One call of the noise predictor, at time t, and the point that it leads to: ratio x + sum_j weights[j] eps_j.
 
-    x is where the step began, eps_j what its call j gave. The last call of a step leads to where the next step begins.
+    x is the point where the step began, eps_j the noise predicted by call j of the step. The last call of a step leads to the
+    point where the next step begins.
     """
 
     t: float
@@ -32,24 +53,60 @@ SolverStep = tuple[SolverCall, ...]
 def dpm_solver_steps(
     n_evals: int = 15, t_end: float = 1e-3, order: int = 2, data_prediction: bool = False
 ) -> tuple[SolverStep, ...]:
-    """The constants of a singlestep DPM-Solver with `n_evals` network calls, at times uniform from 1 to `t_end`.
+    """The constants of a singlestep DPM-Solver, at times uniform from 1 to `t_end`.
 
-    order: 2 or 3, of all steps but the last one or two, on which the rest of the budget is spent ("DPM-Solver-fast"; 15 calls
-    are 3 3 3 3 2 1, or seven 2 and a 1). The inner times of a step are the grid's too, as in the authors' code; in their paper
-    they are uniform in lambda.
-    data_prediction: DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095, Algorithm 1), steadier under strong guidance.
-    Computed in double precision, once. Few calls narrow what is sharp, mostly in the last step: with 15, samples of a Gaussian
-    of standard deviation 0.3 come out 16 % narrower (21 % with data_prediction), of 0.7 within 1 % (7 %).
-    Raises ValueError for an order that is not there.
+    The inner times of a step are points of the same grid, as in the authors' code; in their paper they are uniform in lambda.
+    With few calls, sharp distributions come out too narrow, mostly because of the last step: with 15 calls, samples of a
+    Gaussian of standard deviation 0.3 are 16 % narrower (21 % with data_prediction), of 0.7 within 1 % (7 %).
+
+    Args:
+        n_evals: Number of network calls.
+        t_end: The last time, in (0, 1).
+        order: 2 or 3, the order of all steps but the last one or two, which use up the rest of the calls ("DPM-Solver-fast":
+            15 calls are orders 3 3 3 3 2 1, or seven times 2 and a 1).
+        data_prediction: DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095, Algorithm 1), more stable under strong guidance;
+            order 2 only.
+
+    Returns:
+        The steps, computed in double precision and cached.
+
+    Raises:
+        ValueError: For an order that is not implemented.
     """
     if order not in (2, 3) or (order, data_prediction) == (3, True):
-        raise ValueError(f"order={order}, data_prediction={data_prediction}; there are order 2 (both) and order 3 (noise)")
+        raise ValueError(
+            f"order={order} with data_prediction={data_prediction} is not implemented; use order=2, or order=3 with "
+            "data_prediction=False"
+        )
     grid = [1.0 + (t_end - 1.0) * i / n_evals for i in range(n_evals + 1)]
     steps, position = [], 0
     for p in _orders(n_evals, order):
         steps.append(_step(grid[position : position + p + 1], data_prediction))
         position += p
     return tuple(steps)
+
+
+def dpm_solve(eps_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: tuple[SolverStep, ...]) -> Tensor:
+    """Solve the probability-flow ODE from t = 1 to the end of `steps`.
+
+    Args:
+        eps_fn: eps_fn(x_t, t) predicts the noise for x_t (B, ..., A) and t (B, 1, ..., 1), which has one dimension less.
+        x: x_1, standard normal, (B, ..., A).
+        steps: The result of `dpm_solver_steps`.
+
+    Returns:
+        Samples, (B, ..., A), not clipped, because the bounds are known to the caller alone.
+    """
+    shape = (len(x), *[1] * (x.dim() - 2))
+    for step in steps:
+        point, noises = x, []
+        for call in step:
+            noises.append(eps_fn(point, x.new_full(shape, call.t)))
+            point = call.ratio * x
+            for weight, eps in zip(call.weights, noises, strict=True):
+                point = point.add(eps, alpha=weight)
+        x = point
+    return x
 
 
 def _orders(n_evals: int, order: int) -> list[int]:
@@ -78,7 +135,7 @@ def _step(times: list[float], data_prediction: bool) -> SolverStep:
     ratio, weight = euler(t)
     if len(inner) == 1:  # Algorithm 1 with r_1 = h1 / h; slope is the weight of eps_1 - eps_0
         slope = -_sigma(t) * math.expm1(h) * h / (2.0 * h1)
-        if data_prediction:  # written in eps instead of the data that it implies, only this factor is another
+        if data_prediction:  # written in eps instead of the implied data, only this factor differs
             slope *= math.exp(-h1)
         return first, SolverCall(inner[0], ratio, (weight - slope, slope))
     h2 = _log_snr(inner[1]) - _log_snr(t0)  # Algorithm 2 with r_i = h_i / h
@@ -89,22 +146,7 @@ def _step(times: list[float], data_prediction: bool) -> SolverStep:
     return first, second, SolverCall(inner[1], ratio, (weight - slope, 0.0, slope))
 
 
-def dpm_solve(eps_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: tuple[SolverStep, ...]) -> Tensor:
-    """Follow the probability-flow ODE from x ~ N(0, I) at t = 1, (B, ..., A), to the end of `steps`.
-
-    `eps_fn(x_t, t)` predicts the noise for x_t (B, ..., A) and t (B, 1, ..., 1), of one dimension less than x_t.
-    Nothing is clipped: the caller knows the bounds.
-    """
-    shape = (len(x), *[1] * (x.dim() - 2))
-    for step in steps:
-        point, noises = x, []
-        for call in step:
-            noises.append(eps_fn(point, x.new_full(shape, call.t)))
-            point = call.ratio * x
-            for weight, eps in zip(call.weights, noises, strict=True):
-                point = point.add(eps, alpha=weight)
-        x = point
-    return x
+# The schedule at one time in double precision, for the solver's constants.
 
 
 def _log_alpha(t: float) -> float:
@@ -121,13 +163,3 @@ def _sigma(t: float) -> float:
 
 def _log_snr(t: float) -> float:
     return _log_alpha(t) - math.log(_sigma(t))
-
-
-BETA_MIN, BETA_MAX = 0.1, 20.0
-"""The VP-SDE's noise rates at t = 0 and t = 1 (SRPO, QGPO and SfBC official code)."""
-
-
-def vp_alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha_t and sigma_t of the VP-SDE, both of the shape of t. log alpha_t = -t^2 (b1 - b0) / 4 - t b0 / 2."""
-    log_alpha = -0.25 * (BETA_MAX - BETA_MIN) * t.square() - 0.5 * BETA_MIN * t
-    return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2.0 * log_alpha))

@@ -1,0 +1,1 @@
+"""Environments: how they are made from an id or a stored spec, and how they become vectorised environments of SB3."""

@@ -1,4 +1,4 @@
-"""Environments by id or by a stored spec that may come from a stranger, and their names."""
+"""Making environments from an id or a stored spec, which may come from an untrusted file, and telling environments apart."""
 
 import importlib.util
 import json
@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -13,25 +14,31 @@ from gymnasium.envs.registration import EnvSpec
 
 from diffagents.errors import one_line
 
-_NOT_THE_TASK = {"render_mode", "num_envs", "vectorization_mode"}  # keyword arguments of a window and of make_vec
-
-
+_NOT_THE_TASK = {"render_mode", "num_envs", "vectorization_mode"}  # keyword arguments of a window and of `gymnasium.make_vec`
 _PUSHT = "gym_pusht/"
 _ROBOTICS = ("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen", "Fetch", "HandReach", "HandManipulate")
+_MONITOR = "stable_baselines3.common.monitor:Monitor"
 
 
 def make_env(env: Any, **kwargs: Any) -> Any:
-    """An environment from an id or a stored spec; an environment that is one already comes back as it is.
+    """Make an environment from an id or a stored spec; return an existing environment unchanged.
 
-    env: a Gymnasium id; an `EnvSpec` or the JSON of its `to_json()`, as datasets and artifacts store it; a Gymnasium
-    Env or VectorEnv; an SB3 VecEnv. kwargs go to `gymnasium.make` and win over those of a stored spec.
+    A stored spec may come from an untrusted file. Only its `id`, `kwargs` and `max_episode_steps` are used, and the id must
+    be registered; its entry point and wrappers, which could import any module, are ignored. A `render_mode` in it is dropped;
+    without `max_episode_steps` the registered time limit applies.
 
-    A stored spec may come from a stranger, so only its `id`, `kwargs` and `max_episode_steps` are used and the id must
-    be a registered one: its entry point and wrappers, which would import any module, are not. A `render_mode` in it
-    is dropped; without `max_episode_steps` the registered time limit holds.
+    Args:
+        env: A Gymnasium id; an `EnvSpec` or the JSON of its `to_json()`, as datasets and artifacts store it; a Gymnasium Env
+            or VectorEnv; or an SB3 VecEnv.
+        **kwargs: Passed to `gymnasium.make`; they override those of a stored spec.
 
-    Raises ValueError for an unknown id, a spec that cannot be trusted or read, or kwargs beside a ready environment;
-    ImportError naming the extra to install; TypeError for anything that is not an environment.
+    Returns:
+        The environment.
+
+    Raises:
+        ValueError: If the id is unknown, the spec cannot be trusted or read, or kwargs come with an existing environment.
+        ImportError: If a package is missing; the message names the extra to install.
+        TypeError: If `env` is none of the above.
     """
     if isinstance(env, EnvSpec) or (isinstance(env, str) and env.lstrip().startswith("{")):
         env, stored = _read_spec(env)
@@ -46,142 +53,85 @@ def make_env(env: Any, **kwargs: Any) -> Any:
             f"not {type(env).__name__}"
         )
     if kwargs:
-        raise ValueError(f"the environment is made already; pass {sorted(kwargs)} where it is made, or pass its id")
+        raise ValueError(
+            f"the environment has been made already, so {sorted(kwargs)} cannot be passed on: pass them where it is made, "
+            "or pass its id"
+        )
     return env
 
 
-def _make(env_id: str, kwargs: dict[str, Any]) -> Any:
-    try:
-        try:
-            return gym.make(env_id, **kwargs)
-        except gym.error.UnregisteredEnv:
-            if env_id.startswith(_PUSHT):
-                import gym_pusht
-
-                gym.register_envs(gym_pusht)
-            else:
-                import gymnasium_robotics
-
-                gym.register_envs(gymnasium_robotics)
-            return gym.make(env_id, **kwargs)
-    except gym.error.UnregisteredEnv as error:
-        cause: Exception = error
-        cure = "check the spelling and version, or import the package that registers it first"
-    except (ImportError, gym.error.DependencyNotInstalled) as error:
-        unregistered = isinstance(error.__context__, gym.error.UnregisteredEnv)
-        cause = error.__context__ if unregistered else error  # type: ignore[assignment]
-        if unregistered and env_id.startswith(_PUSHT):
-            raise ImportError(f'{env_id} needs gym-pusht: pip install "diffagents[pusht]"') from None
-        if unregistered and not env_id.rsplit("/", 1)[-1].startswith(_ROBOTICS):
-            cure = 'check the spelling; Gymnasium-Robotics ids need pip install "diffagents[robotics]"'
-        elif unregistered:
-            raise ImportError(f'{env_id} needs Gymnasium-Robotics: pip install "diffagents[robotics]"') from None
-        elif importlib.util.find_spec("mujoco") is None:
-            raise ImportError(f'{env_id} needs MuJoCo: pip install "diffagents[mujoco]" ({one_line(error)})') from None
-        else:
-            raise
-    raise ValueError(f"unknown environment {env_id!r} ({one_line(cause)}): {cure}") from None
-
-
-def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:
-    """The id of a stored spec and the keyword arguments for `gymnasium.make`; nothing else of it is looked at."""
-    if isinstance(spec, EnvSpec):
-        fields: Any = vars(spec)
-        wrappers = [wrapper.name for wrapper in spec.additional_wrappers]
-    else:
-        try:
-            fields = json.loads(spec)
-            wrappers = [str(wrapper["name"]) for wrapper in fields.get("additional_wrappers") or ()]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"the stored environment spec cannot be read ({one_line(error)}); pass an id") from None
-    env_id, kwargs, limit = fields.get("id"), fields.get("kwargs") or {}, fields.get("max_episode_steps")
-    if not isinstance(env_id, str) or not isinstance(kwargs, Mapping):
-        raise ValueError(f"the stored environment spec has no usable id and kwargs (id {env_id!r}); pass an id")
-    if ":" in env_id:
-        raise ValueError(f"the stored environment id {env_id!r} would import a module; if you trust it, pass that id")
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise ValueError(f"the stored environment spec has max_episode_steps={limit!r}; it must be a positive integer")
-    # Constructors take paths (xml_file) and ids of further environments (env_id): a stranger's must not be followed.
-    for key, text in _strings(kwargs):
-        if any(mark in text for mark in ":/\\"):
-            raise ValueError(
-                f"the stored environment spec has {key}={text!r}, which looks like a path or a module; "
-                f"if you trust it, pass env={env_id!r} and {key}= yourself"
-            )
-    if wrappers:
-        warnings.warn(f"{env_id} is made without the wrappers {wrappers} of its stored spec", stacklevel=3)
-    dropped = {"render_mode", "num_envs", "vectorization_mode"}  # of a window, and of make_vec
-    kept = {key: value for key, value in kwargs.items() if key not in dropped}
-    return env_id, kept if limit is None else kept | {"max_episode_steps": limit}
-
-
-def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _strings(item, key or str(name))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item, key)
-
-
 def env_id_of(env: Any) -> str | None:
-    """The id of an environment, a vector of them, a stored spec or an id; None where there is none."""
+    """The id of an environment, a vector of environments or a stored spec, or None; an id is returned as it is."""
     if isinstance(env, EnvSpec):
         return env.id
     if isinstance(env, str):
         return _read_spec(env)[0] if env.lstrip().startswith("{") else env
-    spec = _spec_of(env)
+    spec = spec_of(env)
     return None if spec is None else str(spec.id)
 
 
-def _spec_of(env: Any) -> Any:
-    """The EnvSpec of a live environment or vector of them, or None."""
+def spec_of(env: Any) -> EnvSpec | None:
+    """The spec of an environment, or of the first in a vector of environments; None if it has none."""
     try:
-        spec = env.get_attr("spec")[0] if is_sb3(env) else env.spec
-        if spec is None and isinstance(env, gym.vector.VectorEnv):
-            spec = env.unwrapped.envs[0].spec  # type: ignore[attr-defined]
-    except Exception:  # a VecEnv without environments behind it, or workers that cannot send their spec
+        spec = getattr(env, "spec", None)
+        if spec is None:
+            vector = env.unwrapped if isinstance(env, gym.vector.VectorEnv) else env
+            spec = vector.get_attr("spec")[0] if hasattr(vector, "get_attr") else None
+    except Exception:  # a vector without environments behind it, or with workers that cannot send their spec
         return None
-    return spec
+    return spec if isinstance(spec, EnvSpec) else None
 
 
-def difference_of_specs(stored: str, given: Mapping[str, Any]) -> str | None:
-    """In words, where the spec `given` is of another environment than the JSON `stored`: id, time limit, kwargs; None: not."""
-    old, new = _identity(json.loads(stored)), _identity(given)
+def without_monitor(spec: EnvSpec) -> EnvSpec:
+    """A copy of `spec` without SB3's Monitor, which only records, so that an environment does not depend on it."""
+    wrappers = tuple(wrapper for wrapper in spec.additional_wrappers if wrapper.entry_point != _MONITOR)
+    return replace(spec, additional_wrappers=wrappers)
+
+
+def difference_of_specs(stored: str, other: Mapping[str, Any]) -> str | None:
+    """Describe in which of id, time limit and keyword arguments two environments differ.
+
+    Args:
+        stored: JSON of an EnvSpec.
+        other: The fields of another EnvSpec.
+
+    Returns:
+        For example "max_episode_steps=500 instead of 1000"; None if there is no difference.
+    """
+    old, new = _identity(json.loads(stored)), _identity(other)
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return ", ".join(f"{key}={new.get(key, 'default')} instead of {old.get(key, 'default')}" for key in keys) or None
 
 
-def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes two environments different: id, time limit and keyword arguments, as JSON would hold them."""
-    kwargs = json.loads(json.dumps(spec.get("kwargs") or {}, default=str, skipkeys=True))
-    registered = gym.registry.get(str(spec.get("id")))
-    limit = spec.get("max_episode_steps") or (registered.max_episode_steps if registered is not None else None)
-    facts = {"id": spec.get("id"), "max_episode_steps": limit}
-    return facts | {key: value for key, value in kwargs.items() if key not in _NOT_THE_TASK}
-
-
 def warn_of_another_env(env: Any, stored: str, env_kwargs: Mapping[str, Any] | None = None) -> None:
-    """One warning where `env` is not the environment that a dataset's spec describes."""
+    """Warn once if an environment is not the one that a dataset's spec describes.
+
+    Args:
+        env: What `make_env` takes; without an id nothing is compared.
+        stored: JSON of the dataset's EnvSpec.
+        env_kwargs: Keyword arguments with which the id `env` will be made.
+    """
     if env_id_of(env) is None:
         return
     if isinstance(env, str):
-        given = json.loads(env) if env.lstrip().startswith("{") else {"id": env, "kwargs": dict(env_kwargs or {})}
+        other = json.loads(env) if env.lstrip().startswith("{") else {"id": env, "kwargs": dict(env_kwargs or {})}
     else:
-        given = vars(env if isinstance(env, EnvSpec) else _spec_of(env))
-    if difference := difference_of_specs(stored, given):
+        other = vars(env if isinstance(env, EnvSpec) else spec_of(env))
+    if difference := difference_of_specs(stored, other):
         warnings.warn(
-            f"evaluating in another environment than the dataset's ({difference}): leave env out for that", stacklevel=3
+            f"evaluating in another environment than the dataset's ({difference}); leave env out to evaluate in the dataset's",
+            stacklevel=3,
         )
 
 
 def prefer_egl() -> bool:
-    """Let MuJoCo render without a screen: sets MUJOCO_GL=egl where that works, and says whether it did.
+    """Let MuJoCo render without a screen by setting MUJOCO_GL=egl, if that works.
 
-    Only on Linux with no DISPLAY and MUJOCO_GL unset: MuJoCo would take GLFW there and die in its first frame. The
-    variable is set after EGL has answered, as with it and no EGL even `import mujoco` fails.
+    Only on Linux without a display and with MUJOCO_GL unset, where MuJoCo would choose GLFW and die at its first frame. The
+    variable is set only after EGL has answered: if it is set and there is no EGL, even `import mujoco` fails.
+
+    Returns:
+        Whether the variable was set.
     """
     screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if not sys.platform.startswith("linux") or screen or "MUJOCO_GL" in os.environ:
@@ -198,6 +148,96 @@ def prefer_egl() -> bool:
 
 
 def is_sb3(env: Any) -> bool:
-    """Whether it is a Stable-Baselines3 VecEnv, without importing Stable-Baselines3 to find out."""
+    """Whether `env` is a Stable-Baselines3 VecEnv, without importing Stable-Baselines3 for the answer."""
     module = sys.modules.get("stable_baselines3.common.vec_env")  # whoever has a VecEnv has imported it
     return module is not None and isinstance(env, module.VecEnv)
+
+
+def _make(env_id: str, kwargs: dict[str, Any]) -> Any:
+    """`gymnasium.make`, which registers the environments of the optional extras first where they are needed."""
+    try:
+        try:
+            return gym.make(env_id, **kwargs)
+        except gym.error.UnregisteredEnv:
+            if env_id.startswith(_PUSHT):
+                import gym_pusht
+
+                gym.register_envs(gym_pusht)
+            else:
+                import gymnasium_robotics
+
+                gym.register_envs(gymnasium_robotics)
+            return gym.make(env_id, **kwargs)
+    except gym.error.UnregisteredEnv as error:
+        cause: Exception = error
+        cure = "check its spelling and version, or import the package that registers it first"
+    except (ImportError, gym.error.DependencyNotInstalled) as error:
+        unregistered = isinstance(error.__context__, gym.error.UnregisteredEnv)
+        cause = error.__context__ if unregistered else error  # type: ignore[assignment]
+        if unregistered and env_id.startswith(_PUSHT):
+            raise ImportError(f'{env_id} needs gym-pusht: pip install "diffagents[pusht]"') from None
+        if unregistered and not env_id.rsplit("/", 1)[-1].startswith(_ROBOTICS):
+            cure = 'check its spelling; the ids of Gymnasium-Robotics need pip install "diffagents[robotics]"'
+        elif unregistered:
+            raise ImportError(f'{env_id} needs Gymnasium-Robotics: pip install "diffagents[robotics]"') from None
+        elif importlib.util.find_spec("mujoco") is None:
+            raise ImportError(f'{env_id} needs MuJoCo: pip install "diffagents[mujoco]" ({one_line(error)})') from None
+        else:
+            raise
+    raise ValueError(f"unknown environment {env_id!r} ({one_line(cause)}): {cure}") from None
+
+
+def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:
+    """The id of a stored spec and the keyword arguments for `gymnasium.make`; all else in it is ignored."""
+    if isinstance(spec, EnvSpec):
+        fields: Any = vars(spec)
+        wrappers = [wrapper.name for wrapper in spec.additional_wrappers]
+    else:
+        try:
+            fields = json.loads(spec)
+            wrappers = [str(wrapper["name"]) for wrapper in fields.get("additional_wrappers") or ()]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"the stored environment spec cannot be read ({one_line(error)}); pass an environment id instead"
+            ) from None
+    env_id, kwargs, limit = fields.get("id"), fields.get("kwargs") or {}, fields.get("max_episode_steps")
+    if not isinstance(env_id, str) or not isinstance(kwargs, Mapping):
+        raise ValueError(
+            f"the stored environment spec has no usable id and kwargs (its id is {env_id!r}); pass an environment id instead"
+        )
+    if ":" in env_id:
+        raise ValueError(f"the stored environment id {env_id!r} would import a module; if you trust it, pass that id yourself")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"the stored environment spec has max_episode_steps={limit!r}; it must be a positive integer or null")
+    # Constructors take paths (xml_file) and ids of other environments (env_id); those of an untrusted file must not be used.
+    for key, text in _strings(kwargs):
+        if any(mark in text for mark in ":/\\"):
+            raise ValueError(
+                f"the stored environment spec has {key}={text!r}, which looks like a path or a module; "
+                f"if you trust it, pass env={env_id!r} and {key}= yourself"
+            )
+    if wrappers:
+        warnings.warn(f"{env_id} is made without the wrappers {wrappers} of its stored spec", stacklevel=3)
+    kept = {key: value for key, value in kwargs.items() if key not in _NOT_THE_TASK}
+    return env_id, kept if limit is None else kept | {"max_episode_steps": limit}
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All strings in nested keyword arguments, with the name of the argument that holds them."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _strings(item, key or str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item, key)
+
+
+def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What distinguishes two environments: id, time limit and keyword arguments, as JSON would hold them."""
+    kwargs = json.loads(json.dumps(spec.get("kwargs") or {}, default=str, skipkeys=True))
+    registered = gym.registry.get(str(spec.get("id")))
+    limit = spec.get("max_episode_steps") or (registered.max_episode_steps if registered is not None else None)
+    facts = {"id": spec.get("id"), "max_episode_steps": limit}
+    return facts | {key: value for key, value in kwargs.items() if key not in _NOT_THE_TASK}

@@ -1,7 +1,6 @@
-"""The side of an agent that Stable-Baselines3 sees: vectorised environments, callbacks, logger.
+"""Environments as Stable-Baselines3 expects them: vectorised, and with the spaces of the agent.
 
-Nothing in SB3 asks for its own base class; its callbacks read a handful of attributes. SB3 is imported where it is used,
-so training from arrays without a callback never pays for it.
+SB3 is imported only inside the functions that use it, so that training from arrays never has to import it.
 """
 
 import warnings
@@ -15,9 +14,18 @@ if TYPE_CHECKING:
 
 
 def as_vec_env(env: Any) -> "VecEnv":
-    """An id, a Gymnasium Env or an SB3 VecEnv -> a VecEnv whose episodes a Monitor records.
+    """Make a VecEnv whose episodes a Monitor records.
 
-    Raises TypeError for anything else; ValueError or ImportError for an id that cannot be made (environments.make_env).
+    Args:
+        env: An environment id, a Gymnasium Env, or an SB3 VecEnv, which is returned unchanged.
+
+    Returns:
+        The VecEnv.
+
+    Raises:
+        TypeError: For anything else.
+        ValueError: If the id is unknown; see `make_env`.
+        ImportError: If a package is missing; see `make_env`.
     """
     import gymnasium
     from stable_baselines3.common.monitor import Monitor
@@ -27,8 +35,8 @@ def as_vec_env(env: Any) -> "VecEnv":
         return env
     if isinstance(env, gymnasium.vector.VectorEnv):
         raise TypeError(
-            "a gymnasium.vector environment cannot be the agent's own env (SB3 callbacks need a VecEnv): "
-            "use stable_baselines3.common.env_util.make_vec_env; evaluate() accepts it as it is"
+            "a gymnasium.vector environment cannot be the agent's own env, because SB3's callbacks need a VecEnv: "
+            "make it with stable_baselines3.common.env_util.make_vec_env; evaluate() accepts it unchanged"
         )
     if isinstance(env, str):
         env = make_env(env)
@@ -40,9 +48,10 @@ def as_vec_env(env: Any) -> "VecEnv":
 
 
 def stub_env(spec: Spec) -> "VecEnv":
-    """A VecEnv with the right spaces and nothing behind it: what `get_env` returns while there is no environment.
+    """A VecEnv with the spaces of `spec` and no environment behind it, for an agent that has none.
 
-    SB3's EvalCallback and progress bar insist on some training VecEnv, and warn unless it is a DummyVecEnv.
+    SB3's EvalCallback and progress bar require some training VecEnv, and warn unless it is a DummyVecEnv. Its `reset` and
+    `step` raise RuntimeError.
     """
     import gymnasium
     from stable_baselines3.common.vec_env import DummyVecEnv
@@ -52,18 +61,26 @@ def stub_env(spec: Spec) -> "VecEnv":
             self.observation_space, self.action_space = spec.observation_space, spec.action_space
 
         def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-            raise RuntimeError("this agent has no environment: give it one with set_env(env)")
+            raise RuntimeError("this agent has no environment; set one with set_env(env)")
 
         def step(self, action: Any) -> Any:
-            raise RuntimeError("this agent has no environment: give it one with set_env(env)")
+            raise RuntimeError("this agent has no environment; set one with set_env(env)")
 
     return DummyVecEnv([SpacesOnly])
 
 
 def check_same_spaces(spec: Spec, observation_space: Any, action_space: Any) -> None:
-    """Raises ValueError unless an environment's observations are the agent's and the agent's actions lie within its own.
+    """Check that an agent can act in an environment.
 
-    Warns where the agent uses only a part of the environment's actions (bounds that were taken from data).
+    Warns if the agent uses only a part of the environment's action range, as with bounds that were taken from data.
+
+    Args:
+        spec: The agent's spaces.
+        observation_space: Of the environment; must have the agent's shapes.
+        action_space: Of the environment; must have the agent's shape and contain its bounds.
+
+    Raises:
+        ValueError: If the agent cannot act there.
     """
     try:
         other = Spec.from_spaces(observation_space, action_space, spec.obs_keys)
@@ -72,21 +89,22 @@ def check_same_spaces(spec: Spec, observation_space: Any, action_space: Any) -> 
     shape = _shapes(spec), spec.action_space.shape
     if (_shapes(other), other.action_space.shape) != shape:
         raise ValueError(
-            f"this environment has observations {_shapes(other)} and actions {other.action_space.shape}, the agent was "
-            f"built for {shape[0]} and {shape[1]}: use the environment of its dataset"
+            f"this environment has observations {_shapes(other)} and actions {other.action_space.shape}, but the agent was "
+            f"built for {shape[0]} and {shape[1]}; use the environment of its dataset"
         )
     low, high = spec.action_space.low, spec.action_space.high
     margin = 1e-4 * (other.action_space.high - other.action_space.low)
     if (low < other.action_space.low - margin).any() or (high > other.action_space.high + margin).any():
         raise ValueError(
-            f"this environment's actions lie in [{other.action_space.low}, {other.action_space.high}], the agent's in "
-            f"[{low}, {high}]: give the agent env= when it first learns"
+            f"this environment's actions lie in [{other.action_space.low}, {other.action_space.high}], but the agent's in "
+            f"[{low}, {high}]; pass env= to the agent when it first learns"
         )
     if (low > other.action_space.low + margin).any() or (high < other.action_space.high - margin).any():
         warnings.warn(f"the agent uses only the part [{low}, {high}] of this environment's actions", stacklevel=3)
 
 
 def _shapes(spec: Spec) -> Any:
+    """The shape of an observation, or a dict of the shapes of its parts."""
     if spec.obs_keys is None:
         return spec.observation_space.shape
     return {key: spec.observation_space[key].shape for key in spec.obs_keys}  # type: ignore[index]

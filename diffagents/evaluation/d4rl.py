@@ -1,7 +1,6 @@
-"""Normalised scores on the scale of D4RL."""
+"""Normalised scores on the scale of D4RL: 0 is its random policy, 100 its expert."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -18,29 +17,55 @@ D4RL_REFERENCE: dict[str, tuple[float, float]] = {
     "FrankaKitchen": (0.0, 4.0),
 }
 """Return of a random and of an expert policy, by environment name without version: the figures of D4RL's `infos.py`
-(Farama Foundation, Apache-2.0). They belong to D4RL's mujoco-py environments, whose dynamics and observations differ
-from Gymnasium's: a familiar scale to read returns on, not a number to set beside published tables.
-PointMaze has none here: its reward and its end of episode are not those of D4RL's maze2d."""
+(Farama Foundation, Apache-2.0). They belong to D4RL's mujoco-py environments, whose dynamics and observations differ from
+Gymnasium's: use the scale to read returns, not to compare with published tables.
+PointMaze has no entry: its reward and the end of its episodes are not those of D4RL's maze2d."""
 
 
 def d4rl_score(env_id: str | None, returns: Sequence[float]) -> float | None:
-    """Mean of 100 (return - random) / (expert - random) with `D4RL_REFERENCE`, or None where there is no reference.
+    """Mean of the normalised scores 100 (return - random) / (expert - random).
 
-    `returns` are raw, undiscounted episode returns. An AntMaze episode counts 1 if its return is positive, else 0:
-    D4RL's episode ended at the goal, Gymnasium-Robotics' may go on and collect more. Other reward kinds (`...Dense`,
-    `...Sparse` ids) have no reference.
+    An AntMaze episode counts 1 if its return is positive, else 0: in D4RL an episode ended at the goal, while in
+    Gymnasium-Robotics it may continue and collect more. Ids with another reward (`...Dense`, `...Sparse`) have no reference.
+
+    Args:
+        env_id: Id of the environment.
+        returns: Raw, undiscounted returns of episodes.
+
+    Returns:
+        The mean score, or None if `D4RL_REFERENCE` has no entry for the environment.
     """
-    scores = _scores(env_id, returns)
+    scores = normalized_scores(env_id, returns)
     return None if scores is None else float(scores.mean())
 
 
 def d4rl_score_of_mean(env_id: str | None, mean_return: float) -> float | None:
-    """`d4rl_score` where only the mean of the returns is at hand; of AntMaze right where each is 0 or 1, as by its rules."""
-    name = _reference_name(env_id)
-    return None if name is None else float(_scaled(name, np.float64(mean_return)))
+    """`d4rl_score` if only the mean of the returns is known.
+
+    Args:
+        env_id: Id of the environment.
+        mean_return: Mean of raw, undiscounted returns; for AntMaze each of them must have been 0 or 1.
+
+    Returns:
+        The score, or None if there is no reference.
+    """
+    name = reference_name(env_id)
+    return None if name is None else float(_normalize(name, np.asarray(mean_return, np.float64)))
 
 
-def _reference_name(env_id: str | None) -> str | None:
+def normalized_scores(env_id: str | None, returns: Sequence[float]) -> np.ndarray | None:
+    """The score of each of n returns, (n,) float64, as `d4rl_score` averages them; None if there is no reference."""
+    name = reference_name(env_id)
+    if name is None:
+        return None
+    values = np.asarray(returns, np.float64)
+    if name == "AntMaze":
+        values = (values > 0).astype(np.float64)
+    return _normalize(name, values)
+
+
+def reference_name(env_id: str | None) -> str | None:
+    """The key of `D4RL_REFERENCE` for an environment id, or None."""
     name = (env_id or "").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     base, dash, version = name.rpartition("-v")
     name = base if dash and version.isdigit() else name
@@ -49,16 +74,7 @@ def _reference_name(env_id: str | None) -> str | None:
     return name if name in D4RL_REFERENCE else None
 
 
-def _scores(env_id: str | None, returns: Sequence[float]) -> np.ndarray | None:
-    name = _reference_name(env_id)
-    if name is None:
-        return None
-    values = np.asarray(returns, np.float64)
-    if name == "AntMaze":
-        values = (values > 0).astype(np.float64)
-    return _scaled(name, values)
-
-
-def _scaled(name: str, values: Any) -> Any:
+def _normalize(name: str, returns: np.ndarray) -> np.ndarray:
+    """Put returns on the scale of a reference."""
     low, high = D4RL_REFERENCE[name]
-    return 100.0 * (values - low) / (high - low)
+    return np.asarray(100.0 * (returns - low) / (high - low))

@@ -1,6 +1,6 @@
-"""Anything with SB3's `predict`, measured: returns, success, the D4RL scale, intervals, a video.
+"""`evaluate`: play whole episodes with any policy that has SB3's `predict`, and report returns, lengths and success.
 
-The raw return always comes first; a score on the D4RL scale stands beside it, never instead of it.
+The raw return always comes first; a score on the D4RL scale is reported in addition to it, never instead of it.
 """
 
 from collections.abc import Mapping
@@ -13,17 +13,22 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from diffagents.envs.make import env_id_of, is_sb3, make_env
-from diffagents.evaluation.d4rl import D4RL_REFERENCE, _reference_name, _scores, d4rl_score
+from diffagents.evaluation.d4rl import D4RL_REFERENCE, d4rl_score, normalized_scores, reference_name
 from diffagents.evaluation.episodes import SB3, Policy, Single, Vector, check_spaces, play
 from diffagents.evaluation.statistics import bootstrap
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured. `print` it for one line; `to_json` for a file.
+    """The result of `evaluate`: `print` it for one line, or write `to_json()` to a file.
 
-    returns, lengths: raw return and number of steps of each episode. successes: whether it succeeded at any step, None
-    if the environment never says. env_id: None where it has no id. deterministic: what `predict` was asked for.
+    Attributes:
+        returns: Raw, undiscounted return of each episode.
+        lengths: Number of steps of each episode.
+        successes: Whether each episode succeeded at any step; None if the environment never reports it.
+        env_id: Id of the environment; None if it has none.
+        seed: As passed to `evaluate`.
+        deterministic: As passed to `predict`.
     """
 
     returns: tuple[float, ...]
@@ -35,46 +40,48 @@ class Evaluation:
 
     @property
     def mean_return(self) -> float:
+        """Mean of the returns."""
         return float(np.mean(self.returns))
 
     @property
     def std_return(self) -> float:
-        """Spread over episodes (divided by n, as SB3's `evaluate_policy` gives it)."""
+        """Standard deviation of the returns (divided by n, as in SB3's `evaluate_policy`)."""
         return float(np.std(self.returns))
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval of `mean_return`: of the episodes only; it knows nothing of other training seeds."""
+        """95 % bootstrap interval of `mean_return`, over the episodes; it does not cover the variation of training seeds."""
         return bootstrap(self.returns)
 
     @property
     def mean_length(self) -> float:
+        """Mean number of steps of an episode."""
         return float(np.mean(self.lengths))
 
     @property
     def success_rate(self) -> float | None:
-        """Share of episodes in [0, 1] that succeeded at any step."""
+        """Share of the episodes, in [0, 1], that succeeded at any step; None if the environment never reports it."""
         return None if self.successes is None else float(np.mean(self.successes))
 
     @property
     def score(self) -> float | None:
-        """`d4rl_score` of the returns: 0 is D4RL's random policy, 100 its expert."""
+        """`d4rl_score` of the returns: 0 is D4RL's random policy, 100 its expert; None if there is no reference."""
         return d4rl_score(self.env_id, self.returns)
 
     @property
     def score_interval(self) -> tuple[float, float] | None:
-        """95 % bootstrap interval of `score`."""
-        scores = _scores(self.env_id, self.returns)
+        """95 % bootstrap interval of `score`, or None."""
+        scores = normalized_scores(self.env_id, self.returns)
         return None if scores is None else bootstrap(scores)
 
     @property
     def score_reference(self) -> tuple[str, float, float] | None:
-        """The table and row behind `score`, its return at 0 and its return at 100."""
-        name = _reference_name(self.env_id)
+        """The table and row that `score` uses, its return at 0 and its return at 100; or None."""
+        name = reference_name(self.env_id)
         return None if name is None else (f"D4RL {name} (mujoco-py)", *D4RL_REFERENCE[name])
 
     def to_json(self) -> dict[str, Any]:
-        """Everything above as plain JSON types."""
+        """All attributes and properties as plain JSON values."""
         derived = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
         values = {"n_episodes": len(self.returns)} | {name: getattr(self, name) for name in derived} | vars(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -103,55 +110,69 @@ def evaluate(
     n_envs: int = 1,
     env_kwargs: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Plays `n_episodes` whole episodes and reports them.
+    """Play `n_episodes` whole episodes and report them.
 
-    policy: has `predict(obs, state, episode_start, deterministic) -> (actions, state)` on batches of observations.
-    env: what `make_env` takes; `n_envs` and `env_kwargs` are for an id or a stored spec. What was made here is closed
-    here; an environment that was passed in stays open.
-
-    *Which episodes.* Each of n sub-environments plays a number of episodes fixed beforehand (the numbers differ by one
-    at most) and the rest is ignored: taking the first n to finish would favour short episodes. Results are ordered by
+    Which episodes: each sub-environment plays a number of episodes that is fixed beforehand (the numbers differ by at most
+    one), and the rest is ignored, because taking the first to finish would favour short episodes. Results are ordered by
     round, then by sub-environment.
-    *Seeds.* Made from an id, or a single Env: episode k is reset with seed + k, whatever n_envs. An SB3 VecEnv or a
-    VectorEnv: sub-environment i is reset with seed + i at first, then goes on by itself. The same call gives the same
-    numbers if the policy depends on nothing else; `deterministic=False` draws from the policy's own generator.
-    *Return.* `info["episode"]["r"]` where a Monitor or RecordEpisodeStatistics put it (what wraps it may change the
-    reward that is seen), VecNormalize's original reward, else the sum of rewards.
-    *Success.* An episode succeeded if `info["is_success"]` or `info["success"]` was true at any of its steps; None if
-    neither ever appears.
 
-    Raises ValueError for n_episodes < 1, spaces other than the policy's, actions of a wrong shape or with NaN, rewards
-    with NaN, an episode that does not end; and what `make_env` raises.
+    Return: `info["episode"]["r"]` if a Monitor or RecordEpisodeStatistics reports it (wrappers around it may change the reward
+    that is visible here); else VecNormalize's original reward; else the sum of the rewards.
+
+    Success: an episode succeeded if `info["is_success"]` or `info["success"]` was true at any of its steps.
+
+    Args:
+        policy: Has `predict(obs, state, episode_start, deterministic) -> (actions, state)` on batches of observations.
+        env: What `make_env` takes. An environment made here is closed here; one that was passed in stays open.
+        n_episodes: Number of episodes, at least 1.
+        seed: For an id, a stored spec or a single Env, episode k is reset with seed + k, for every `n_envs`. For a VectorEnv
+            or an SB3 VecEnv, sub-environment i is first reset with seed + i and then continues without a seed. None: no seeds.
+            The same call gives the same numbers if the policy depends on nothing else.
+        deterministic: Passed to `predict`; False lets the policy draw from its own generator.
+        n_envs: How many environments to step together; for an id or a stored spec only.
+        env_kwargs: Keyword arguments of the environment; for an id or a stored spec only.
+
+    Returns:
+        The episodes and their statistics.
+
+    Raises:
+        ValueError: If `n_episodes` or `n_envs` is below 1, the spaces differ from the policy's, an action has a wrong shape
+            or NaN, a reward is NaN, or an episode does not end; and as `make_env`.
+        TypeError: If `policy` has no `predict`; and as `make_env`.
+        ImportError: As `make_env`.
     """
     if n_episodes < 1 or n_envs < 1:
         raise ValueError(f"n_episodes and n_envs must be at least 1, not {n_episodes} and {n_envs}")
     if not callable(getattr(policy, "predict", None)):
-        raise TypeError(f"the policy has no predict(obs, ...): got {type(policy).__name__}")
+        raise TypeError(f"the policy, a {type(policy).__name__}, has no predict(obs, ...)")
     by_name = isinstance(env, str | EnvSpec)
     if not by_name and n_envs != 1:
-        raise ValueError(f"n_envs={n_envs} is for an environment id; make the environment passed with as many instead")
+        raise ValueError(
+            f"n_envs={n_envs} is for an environment id or a stored spec; pass a vectorised environment with as many "
+            "sub-environments instead"
+        )
     with ExitStack() as cleanup:
-        world: Single | Vector | SB3
+        adapter: Single | Vector | SB3
         if by_name:
             envs = []
             for _ in range(min(n_envs, n_episodes)):
                 envs.append(make_env(env, **(env_kwargs or {})))
                 cleanup.callback(envs[-1].close)
-            world = Single(envs)
+            adapter = Single(envs)
         else:
             env = make_env(env, **(env_kwargs or {}))
             if is_sb3(env):
-                world = SB3(env, cleanup)
+                adapter = SB3(env, cleanup)
             else:
-                world = Vector(env) if isinstance(env, gym.vector.VectorEnv) else Single([env])
-        check_spaces(policy, world.observation_space, world.action_space)
-        episodes = play(policy, world, n_episodes, seed, deterministic)
+                adapter = Vector(env) if isinstance(env, gym.vector.VectorEnv) else Single([env])
+        check_spaces(policy, adapter.observation_space, adapter.action_space)
+        episodes = play(policy, adapter, n_episodes, seed, deterministic)
         env_id = env_id_of(envs[0] if by_name else env)
-    said = [success for _, _, success in episodes]
+    successes = [success for _, _, success in episodes]
     return Evaluation(
         returns=tuple(ret for ret, _, _ in episodes),
         lengths=tuple(length for _, length, _ in episodes),
-        successes=None if all(success is None for success in said) else tuple(map(bool, said)),
+        successes=None if all(success is None for success in successes) else tuple(map(bool, successes)),
         env_id=env_id,
         seed=seed,
         deterministic=deterministic,

@@ -1,4 +1,4 @@
-"""A video of an episode."""
+"""`record_video`: one episode of a policy as an mp4."""
 
 import os
 import pathlib
@@ -28,14 +28,24 @@ def record_video(
     fps: int | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
 ) -> pathlib.Path | None:
-    """One episode, at most `max_steps` of it, as an mp4 (H.264, yuv420p) at `path`, which is returned.
+    """Record one episode as an mp4 (H.264, yuv420p).
 
-    env: an id, a stored spec, or an Env made with render_mode="rgb_array". The video runs as fast as the simulation
-    (`metadata["render_fps"]`) with about 30 pictures a second, so only every fourth of Hopper's 125; with `fps` it
-    holds every step, `fps` of them a second. MuJoCo without a GPU needs up to half a second for a picture.
+    A failed video must not stop a program: whatever goes wrong (no renderer, no ffmpeg, ...) becomes one warning with its
+    cause and cure, and nothing is written. MuJoCo without a GPU needs up to half a second for a frame.
 
-    A video is a nicety: whatever goes wrong (no renderer, no ffmpeg, ...) becomes one warning with cause and cure; then
-    nothing is written and None returned.
+    Args:
+        policy: As in `evaluate`.
+        env: An id, a stored spec, or a single Env made with render_mode="rgb_array".
+        path: The file to write; must end in .mp4. Missing folders are made, an existing file is replaced.
+        seed: Seed of the reset.
+        max_steps: Where to stop an episode that is longer.
+        deterministic: Passed to `predict`.
+        fps: Frames per second, one frame per step. Default: the speed of the simulation (`metadata["render_fps"]`) with about
+            30 frames per second, for which steps are left out (of Hopper's 125 per second, every fourth is kept).
+        env_kwargs: Keyword arguments of the environment; for an id or a stored spec only.
+
+    Returns:
+        The path, or None if there is no video.
     """
     path = pathlib.Path(path)
     try:
@@ -43,19 +53,19 @@ def record_video(
             raise ValueError(f"the file must end in .mp4, not {path.name!r}")
         with ExitStack() as cleanup:
             if isinstance(env, str | EnvSpec):
-                world = make_env(env, **{**(env_kwargs or {}), "render_mode": "rgb_array"})
-                cleanup.callback(world.close)
+                single = make_env(env, **{**(env_kwargs or {}), "render_mode": "rgb_array"})
+                cleanup.callback(single.close)
             else:
-                world = make_env(env, **(env_kwargs or {}))
-            if not isinstance(world, gym.Env) or world.render_mode != "rgb_array":
+                single = make_env(env, **(env_kwargs or {}))
+            if not isinstance(single, gym.Env) or single.render_mode != "rgb_array":
                 raise ValueError('the environment must be a single one made with render_mode="rgb_array"')
-            check_spaces(policy, world.observation_space, world.action_space)
+            check_spaces(policy, single.observation_space, single.action_space)
             path.parent.mkdir(parents=True, exist_ok=True)
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=".video-"))
             part = pathlib.Path(folder) / "part.mp4"
-            rate = fps or float(world.metadata.get("render_fps") or 30)
+            rate = fps or float(single.metadata.get("render_fps") or 30)
             every = 1 if fps else max(1, int(rate // 30))
-            _write_mp4(part, _frames(policy, world, seed, max_steps, deterministic, every), rate / every)
+            _write_mp4(part, _frames(policy, single, seed, max_steps, deterministic, every), rate / every)
             os.replace(part, path)
     except Exception as error:
         warnings.warn(f"no video at {path}: {one_line(error)} -- {_video_cure(error)}", stacklevel=2)
@@ -66,7 +76,7 @@ def record_video(
 def _frames(
     policy: Policy, env: Any, seed: int | None, max_steps: int, deterministic: bool, every: int
 ) -> Iterator[np.ndarray]:
-    """The picture after the reset, after every so many steps, and after the last one."""
+    """The frame after the reset, after each `every`-th step, and after the last step."""
     obs, state, first = env.reset(seed=seed)[0], None, True
     yield env.render()
     for t in range(1, max_steps + 1):
@@ -80,16 +90,17 @@ def _frames(
 
 
 def _write_mp4(path: pathlib.Path, frames: Iterator[np.ndarray], fps: float) -> None:
-    import imageio_ffmpeg  # moviepy and imageio[ffmpeg] both bring it
+    """Encode frames (height, width, 3) uint8 with ffmpeg."""
+    import imageio_ffmpeg  # moviepy and imageio[ffmpeg] both depend on it
 
     writer = None
     try:
         for frame in frames:
             if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-                raise ValueError("the environment's render() gave no uint8 picture of shape (height, width, 3)")
+                raise ValueError("the environment's render() returned no uint8 image of shape (height, width, 3)")
             if writer is None:
                 size = (frame.shape[1], frame.shape[0])
-                # yuv420p wants even sides: an odd one is scaled up by a pixel.
+                # yuv420p needs even sides; an odd one is scaled up by a pixel.
                 options = {"codec": "libx264", "pix_fmt_out": "yuv420p", "macro_block_size": 2}
                 writer = imageio_ffmpeg.write_frames(str(path), size, fps=fps, ffmpeg_log_level="error", **options)
                 writer.send(None)
@@ -102,9 +113,10 @@ def _write_mp4(path: pathlib.Path, frames: Iterator[np.ndarray], fps: float) -> 
 
 
 def _video_cure(error: Exception) -> str:
+    """What to do about an error of `record_video`."""
     text = f"{type(error).__module__} {type(error).__name__} {error}".lower()
     if "imageio" in text or "ffmpeg" in text:
         return 'pip install "diffagents[video]"'
     if "opengl" in text or "egl" in text or "glfw" in text or "mujoco" in text:
-        return "MuJoCo needs a renderer: on Linux without a screen install libegl1 and PyOpenGL, then set MUJOCO_GL=egl"
-    return "the evaluation itself is not touched"
+        return "MuJoCo needs a renderer: on Linux without a screen, install libegl1 and PyOpenGL, then set MUJOCO_GL=egl"
+    return "the evaluation itself is not affected"

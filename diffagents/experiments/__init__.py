@@ -1,0 +1,1 @@
+"""Experiments of many runs: grids of seeds and settings, hyperparameter search, choosing among policies, joint training."""

@@ -1,4 +1,4 @@
-"""Who makes the runs of a grid: this process, one after the other, or Ray, side by side."""
+"""Execute the runs of a grid: one after the other in this process, or in parallel with Ray."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -10,12 +10,27 @@ import torch
 from diffagents.experiments.grid import RunSpec, run_one
 from diffagents.training import provenance
 
-_CARRIED = ("MINARI_DATASETS_PATH", "DIFFAGENTS_CACHE", "MUJOCO_GL", "HF_HOME", "HF_HUB_OFFLINE")  # to a cluster's workers
+_CARRIED = (
+    "MINARI_DATASETS_PATH",
+    "DIFFAGENTS_CACHE",
+    "MUJOCO_GL",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+)  # environment variables passed to workers
 Done = Callable[[RunSpec, BaseException | None], None]
+"""Called after each run with the error that it raised, or None."""
 
 
 def run_serially(specs: Sequence[RunSpec], root: str | Path, done: Done, *, device: str, threads: int | None) -> None:
-    """One after the other, in this process. `done` is told of each; a failed one stops no other, Ctrl-C all."""
+    """Make runs one after the other in this process. A run that fails does not stop the others; Ctrl-C stops all.
+
+    Args:
+        specs: the runs.
+        root: folder of all runs.
+        done: called after each run.
+        device: where to train: "auto", "cpu", "cuda", ...
+        threads: threads of torch. Default: unchanged.
+    """
     for spec in specs:
         try:
             run_one(spec, root, device=device, threads=threads)
@@ -36,10 +51,22 @@ def run_with_ray(
     gpus: float | None = None,
     address: str | None = None,
 ) -> None:
-    """Side by side on all that Ray has: this machine, or the cluster at `address` (then `root` must be a folder all share).
+    """Make runs in parallel with Ray, on this machine or on a cluster.
 
-    cpus, gpus: what a run takes, so that gpus=0.25 puts four on a card; None: a whole one where there are any;
-    0: the CPU. A run whose worker dies is started again, and goes on from its checkpoint. Raises ImportError without Ray.
+    A run whose worker dies is started again and resumes from its checkpoint.
+
+    Args:
+        specs: the runs.
+        root: folder of all runs; on a cluster a folder that all machines share.
+        done: called after each run.
+        device: where to train: "auto", "cpu", "cuda", ...
+        threads: threads of torch in each worker. Default: unchanged.
+        cpus: CPUs reserved for each run.
+        gpus: GPUs reserved for each run: 0.25 puts four runs on one GPU, 0 uses the CPU. Default: 1 if there is a GPU.
+        address: address of a running Ray cluster. Default: $RAY_ADDRESS, else this machine.
+
+    Raises:
+        ImportError: if Ray is not installed.
     """
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -50,10 +77,10 @@ def run_with_ray(
     address = address or os.environ.get("RAY_ADDRESS")
     carried = {name: os.environ[name] for name in _CARRIED if name in os.environ}
     carried |= {name: os.path.abspath(carried[name]) for name in _CARRIED[:2] if name in carried}
-    elsewhere: dict[str, Any] = {"runtime_env": {"env_vars": carried}} if address else {}  # workers here inherit them anyway
+    elsewhere: dict[str, Any] = {"runtime_env": {"env_vars": carried}} if address else {}  # local workers inherit them
     if gpus is None:
         gpus = 1 if device != "cpu" and torch.cuda.is_available() else 0
-    device = "cpu" if device == "auto" and not gpus else device  # a worker without a share sees all cards, or none
+    device = "cpu" if device == "auto" and not gpus else device  # a worker that reserves no GPU must not look for one
     ray.init(address=address, include_dashboard=False, log_to_driver=False, **elsewhere)
     try:
         remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(run_one)

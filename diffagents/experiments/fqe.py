@@ -1,22 +1,25 @@
-"""Fitted Q evaluation: what a policy would earn, from data alone.   Le, Voloshin, Yue, ICML 2019, arXiv:1903.00601.
+"""Fitted Q evaluation: the value of a policy, estimated from data alone.   Le, Voloshin, Yue, ICML 2019, arXiv:1903.00601.
 
     Q <- argmin_Q E[ (Q(s, a) - y)^2 ],   y = r + gamma (1 - d) Qbar(s', pi(s'))       their Algorithm 3, by gradient steps
     estimate = mean of Qbar(s_0, pi(s_0)) over the data's first states: the discounted return of raw rewards
 
-pi is fixed, so its actions are taken once, as it is deployed; an update then costs two small networks, whatever the policy,
-and many policies are evaluated together, as members of one ensemble. d is 1 at a termination only: a time-out never ends a
-value. Paine et al. 2020 (arXiv:2007.09055) found such estimates to rank policies well: they are for ranking, not forecasts.
+pi is fixed, so its actions are computed once, as it is deployed; an update then costs two small networks whatever the policy,
+and many policies are evaluated together as members of one ensemble. d is 1 only at a termination: a time limit never ends the
+value of a state. Paine et al. 2020 (arXiv:2007.09055) found that such estimates rank policies well; they are not forecasts.
 Details
-  [D1] Qbar is the lagged copy of Q, which also gives the estimate (less noise than Q). The learning rate falls on a cosine.
-  [D2] y is clipped to what rewards allow, [min r, max r] / (1 - gamma) with 0 where episodes terminate: outside the data
-       Q is a guess, and bootstrapping from its own guesses it may run away. `clipped` tells how often it tried to.
-  [D3] Q has LayerNorm, which bounds those guesses. Observations are normalised by the data's moments, actions are in [-1, 1].
-  [D4] The network learns in units of the data's returns (their standard deviation) and starts at their mean: from 0 the lagged
-       copy would need some 1 / (tau (1 - gamma)) steps to get there.
-  [D5] With several fits (`n_seeds`) a target takes the least of their Qbar, as TD3's twins do: where data are missing they
-       disagree, and a single one tends to be too hopeful just there, and to rank what left the data first. n_seeds = 1 is
-       the plain method.
-  [D6] Every policy meets the same rows, batches and first weights, so that luck cancels in comparisons.
+  [D1] Qbar is the target network of Q, which also gives the estimate (it is less noisy than Q). The learning rate decays on a
+       cosine.
+  [D2] y is clipped to the range that the rewards allow, [min r, max r] / (1 - gamma), extended to 0 if episodes terminate:
+       away from the data Q extrapolates, and may diverge by bootstrapping from its own extrapolations. `clipped` is the share
+       of targets that were clipped.
+  [D3] Q has LayerNorm, which bounds these extrapolations. Observations are normalised by the moments of the data, actions are
+       in [-1, 1].
+  [D4] The network learns in units of the standard deviation of the data's returns and starts at their mean: from 0 the target
+       network would need about 1 / (tau (1 - gamma)) steps to reach it.
+  [D5] With several fits (`n_seeds`) a target uses the minimum of their Qbar, like the twin critics of TD3: without data they
+       disagree, and a single fit tends to be too optimistic exactly there and to rank a policy first that left the data.
+       n_seeds = 1 is the plain method.
+  [D6] Every policy is evaluated with the same rows, batches and initial weights, so that chance cancels in comparisons.
 """
 
 import copy
@@ -25,7 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffagents.config.checks import check_number, whole_number
+from diffagents.config.checks import MOST
+from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import ObsNormalizer, RewardTransform
 from diffagents.data.sampler import Sampler
 from diffagents.data.transitions import Transitions
@@ -35,36 +39,43 @@ from diffagents.training.updates import Noise, Optimizer, Runner, Stage, Update
 from diffagents.types import Batch, Metrics
 
 MAX_STARTS = 2000
-"""First states that an estimate is the mean over, at most: more tell little, and a policy may take long for each."""
+"""At most so many first states are averaged over: more add little, and a policy may be slow."""
 
 
 @dataclass(frozen=True)
-class FQEConfig:
-    """Settings of the evaluation, the same for all policies that are compared. Raises ValueError."""
+class FQEConfig(Hyperparameters):
+    """Settings of the evaluation, the same for all policies that are compared."""
 
-    gamma: float = 0.99  # of the estimate, in [0, 1), whatever discount the policies were trained with
-    steps: int = 10_000
-    batch_size: int = 256
-    learning_rate: float = 3e-4  # at first [D1]
-    tau: float = 0.01  # share of Q in its lagged copy, every step
-    hidden: tuple[int, ...] = (128, 128)
-    n_seeds: int = 2  # fits of Q for each policy [D5], averaged in the end; the time grows in proportion
-    max_transitions: int = 20_000  # more are not used: a diffusion policy takes up to 30 ms of a CPU for each
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_number("gamma", self.gamma, "must lie in [0, 1)", lambda x: 0 <= x < 1)
-        for name in ("steps", "batch_size", "n_seeds", "max_transitions"):
-            whole_number(name, getattr(self, name), 1)
-        check_number("tau", self.tau, "must lie in (0, 1]", lambda x: 0 < x <= 1)
-        check_number("learning_rate", self.learning_rate, "must be positive", lambda x: x > 0)
+    gamma: float = hyperparameter(
+        0.99, "Discount factor of the estimate, whatever the policies were trained with.", at_least=0, below=1
+    )
+    steps: int = hyperparameter(10_000, "Gradient steps.", at_least=1)
+    batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)
+    learning_rate: float = hyperparameter(3e-4, "Initial learning rate, which falls to 0 on a cosine [D1].", above=0)
+    tau: float = hyperparameter(
+        0.01, "Soft update (Polyak) coefficient of the target network of Q, at every step.", above=0, at_most=1
+    )
+    hidden: tuple[int, ...] = hyperparameter((128, 128), "Widths of the hidden layers of Q.", at_least=1)
+    n_seeds: int = hyperparameter(
+        2,
+        "Number of fits of Q for each policy, which are averaged at the end [D5]. The time grows in proportion.",
+        at_least=1,
+        at_most=MOST,
+    )
+    max_transitions: int = hyperparameter(
+        20_000, "Most transitions that are used, as a diffusion policy takes up to 30 ms of a CPU for each.", at_least=1
+    )
+    seed: int = hyperparameter(0, "Seed of the rows, the batches and the initial weights.", at_least=0)
 
 
 @dataclass(frozen=True)
 class FQEResult:
-    """Of one policy. values: (n_seeds, n_starts) discounted returns from each first state, in raw reward.
+    """The estimate of one policy.
 
-    drift: by how much the mean moved in the last quarter of the steps. clipped: the share of targets then that [D2] held back.
+    Attributes:
+        values: (n_seeds, n_starts), the discounted return of raw reward from each first state.
+        drift: change of the mean in the last quarter of the steps.
+        clipped: share of the targets in that quarter that were clipped [D2].
     """
 
     values: Tensor
@@ -73,10 +84,22 @@ class FQEResult:
 
 
 class FQE:
-    """Data made ready once, on `device`, for the evaluation of any number of policies."""
+    """Data prepared once, on `device`, for the evaluation of any number of policies.
+
+    Args:
+        data: the dataset.
+        config: settings of the evaluation.
+        device: where to fit.
+
+    Attributes:
+        next_obs: (N, S), observations at which the actions of a policy are needed, in raw units.
+        start_obs: (n_starts, S), first states at which the actions of a policy are needed, in raw units.
+
+    Raises:
+        ValueError: if the dataset is empty.
+    """
 
     def __init__(self, data: Transitions, config: FQEConfig, device: torch.device | str = "cpu") -> None:
-        """Raises ValueError where there is nothing to fit."""
         if len(data) == 0:
             raise ValueError(f"{data.info.get('id', 'the dataset')} holds no transitions: there is nothing to evaluate on")
         self.config, self.device = config, torch.device(device)
@@ -84,7 +107,7 @@ class FQE:
         rows = some_rows(len(data), config.max_transitions, generator)
         starts = first_rows(data)
         starts = starts[some_rows(len(starts), MAX_STARTS, generator)]
-        self.next_obs, self.start_obs = data.next_obs[rows], data.obs[starts]  # for the policy
+        self.next_obs, self.start_obs = data.next_obs[rows], data.obs[starts]
 
         returns = discounted_returns(data, config.gamma)
         self.scale = max(float(returns.std(correction=0)), 0.01 * float(returns.abs().mean()), 1e-6)  # [D4]
@@ -97,27 +120,35 @@ class FQE:
         self.bounds = tuple(float(r) / ((1.0 - config.gamma) * self.scale) for r in (ends.amin(), ends.amax()))
 
     def fit(self, next_act: Tensor, start_act: Tensor) -> list[FQEResult]:
-        """Evaluate P policies by their actions in [-1, 1] at `next_obs`, (P, N, A), and at `start_obs`, (P, n_starts, A)."""
+        """Evaluate P policies.
+
+        Args:
+            next_act: (P, N, A), their actions in [-1, 1] at `next_obs`.
+            start_act: (P, n_starts, A), their actions in [-1, 1] at `start_obs`.
+
+        Returns:
+            One result per policy.
+        """
         c, n_policies = self.config, len(next_act)
         q = self._network(n_policies)
-        q_lagged = copy.deepcopy(q).requires_grad_(False)
+        q_target = copy.deepcopy(q).requires_grad_(False)
         optimizer = Optimizer(q.parameters(), c.learning_rate, cosine=True)
         optimizer.start_schedule(c.steps)
         low, high = self.bounds
 
-        def lagged(obs: Tensor, act: Tensor) -> Tensor:
+        def target_values(obs: Tensor, act: Tensor) -> Tensor:
             """Qbar of each policy at its own actions: (B, S), (P, B, A) -> (P * n_seeds, B)."""
             pairs = torch.cat([obs.expand(n_policies, -1, -1), act], -1)
-            values: Tensor = q_lagged(pairs.repeat_interleave(c.n_seeds, 0))
+            values: Tensor = q_target(pairs.repeat_interleave(c.n_seeds, 0))
             return values
 
         def least(q: Tensor) -> Tensor:
-            """Over the fits of each policy, (E, B) -> (E, B) [D5]."""
+            """The minimum over the fits of each policy, (E, B) -> (E, B) [D5]."""
             return q.view(n_policies, c.n_seeds, -1).amin(1).repeat_interleave(c.n_seeds, 0)
 
         def loss(batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
             with torch.no_grad():
-                next_q = lagged(batch.next_obs, batch.extras["next_act"].transpose(0, 1))  # (E, B)
+                next_q = target_values(batch.next_obs, batch.extras["next_act"].transpose(0, 1))  # (E, B)
                 goal = td_target(batch.rew, batch.done, least(next_q).clamp(low, high), c.gamma)  # [D2]
                 outside = ((next_q < low) | (next_q > high)).float().mean(-1)
             error = q(torch.cat([batch.obs, batch.act], -1)) - goal
@@ -125,17 +156,17 @@ class FQE:
             return error.square().mean(-1).sum(), {}
 
         def follow() -> None:
-            polyak_update_(q_lagged.parameters(), q.parameters(), c.tau)
+            polyak_update_(q_target.parameters(), q.parameters(), c.tau)
 
         @torch.no_grad()
         def estimate() -> Tensor:
-            return lagged(self.starts, start_act.to(self.device)) * self.scale  # (E, n_starts)
+            return target_values(self.starts, start_act.to(self.device)) * self.scale  # (E, n_starts)
 
         stage = Stage("fqe", c.batch_size, (Update(loss, optimizers=(optimizer,), after=follow),))
         sampler = self.sampler.with_extras(next_act=next_act.transpose(0, 1).contiguous().to(self.device))
         runner = Runner(stage, sampler, torch.Generator(self.device).manual_seed(c.seed))  # [D6]
         clipped, late, before = torch.zeros(n_policies * c.n_seeds, device=self.device), c.steps - c.steps // 4, estimate()
-        for k in range(c.steps):  # nothing in it waits for the device
+        for k in range(c.steps):  # nothing in this loop waits for the device
             if k == late:
                 before = estimate()
                 clipped.zero_()
@@ -146,7 +177,7 @@ class FQE:
         return [FQEResult(v, float(d.mean()), float(s.mean())) for v, d, s in zip(*by_policy, strict=True)]
 
     def _network(self, n_policies: int) -> EnsembleMLP:
-        """Q of every policy and seed: the same first weights for each policy [D6], the bias of the output as [D4] says."""
+        """Q of all policies and seeds: equal initial weights for each policy [D6], output bias at the mean return [D4]."""
         c, size = self.config, self.sampler.obs_dim + self.sampler.act_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)
@@ -165,16 +196,24 @@ def some_rows(n: int, most: int, generator: torch.Generator) -> Tensor:
 
 
 def first_rows(data: Transitions) -> Tensor:
-    """The row in which each episode begins, (E,) int64; episodes of which no row is left have none."""
+    """The row in which each episode begins, (E,) int64; empty episodes are left out."""
     ends = data.episode_ends
     starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
     return starts[starts < ends]
 
 
 def discounted_returns(data: Transitions, gamma: float, transform: RewardTransform | None = None) -> Tensor:
-    """What the data earned from each row on, (N,), in the units of `transform` (None: raw reward).
+    """The discounted return of the data from each row on.
 
-    Where a time-out or a cut ended the record, the mean reward is taken to go on for ever.
+    If a time limit or a cut ended the recording, the mean reward is assumed to continue for ever.
+
+    Args:
+        data: the dataset, N transitions.
+        gamma: discount factor, in [0, 1).
+        transform: reward transform. Default: raw reward.
+
+    Returns:
+        (N,), in the units of `transform`.
     """
     rew = data.rew if transform is None else transform(data.rew)
     beyond = (rew.mean() / (1.0 - gamma)).expand(len(rew))

@@ -1,17 +1,17 @@
-"""Grids of runs: algorithms x datasets x seeds, out of one YAML file, on one core or on many machines.
+"""Grids of runs: algorithms x datasets x seeds from one YAML file, on one core or on many machines.
 
-    seeds: [0, 1, 2]                # of every block that names none
-    episodes: 20                    # of the evaluation of each last policy
-    settings:                       # arguments of the classes, wherever they run
+    seeds: [0, 1, 2]                # of every block without its own
+    episodes: 20                    # in the evaluation of each last policy
+    settings:                       # arguments of the classes, for all blocks
       SRPO: {preset: auto, beta: 0.1}
     runs:
       - {algorithms: [SRPO, IQL], datasets: [mujoco/hopper/medium-v0], steps: 100000}
       - {algorithms: [DiffusionQL], datasets: [mujoco/hopper/medium-v0], seeds: [0], settings: {DiffusionQL: {eta: 0.5}}}
 
-Two settings of one algorithm on one dataset are told apart by a `label:` of their blocks. Every run has a folder of its own,
-whose name holds a hash of all that stands here for it (of the dataset the name only). A finished run is never made
-again, one that was cut goes on where it was (bit for bit on a CPU), and a run that another process is at is left to it: the
-same command may be started in several shells, or on several machines with a shared folder.
+If one algorithm runs on one dataset with two settings, a `label:` of the blocks distinguishes them. Each run has a folder of
+its own, whose name contains a hash of everything that the file says about the run (of the dataset only its name). A finished
+run is not repeated, an interrupted run resumes from its checkpoint (bit for bit on a CPU), and a run that another process is
+working on is skipped: the same command may be started in several shells, or on several machines that share a folder.
 """
 
 import dataclasses
@@ -29,35 +29,45 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import diffagents
 from diffagents.config.checks import check_choice
 from diffagents.evaluation.d4rl import d4rl_score_of_mean
 from diffagents.evaluation.evaluate import Evaluation, evaluate
+from diffagents.registry import AGENTS, agent_class
 from diffagents.storage import artifact
 from diffagents.training import provenance
+from diffagents.version import __version__
 
 if TYPE_CHECKING:
     from diffagents.agent import Agent
 
 RESULTS, PROGRESS, ERROR = "results.json", "progress.json", "error.txt"
 CHECKPOINT, POLICY, LOCK = "checkpoint.zip", "policy", ".lock"
-SAVE_EVERY = 60.0  # seconds between checkpoints: what a kill, or Ctrl-C, can lose
+SAVE_EVERY = 60.0  # seconds between checkpoints, the most that a kill or Ctrl-C can lose
 _TOP = {"seeds", "settings", "runs", "episodes", "points", "point_episodes", "deterministic"}
 _BLOCK = _TOP - {"runs"} | {"algorithms", "datasets", "steps", "env", "label"}
 
 
 class Busy(RuntimeError):
-    """Another process is at this run."""
+    """Another process is working on this run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-    """One run: everything that decides its result.
+    """One run: everything that determines its result.
 
-    settings: arguments of the algorithm's class, but for the seed. steps: `total_timesteps` of `learn`; None: the `*_steps`
-    in the settings. env: where to evaluate; None: the dataset's own. episodes: of the evaluation of the last policy, resets
-    seeded 1000, 1001, ... points, point_episodes: how many evaluations on the way, evenly over the stage that makes the policy
-    (the last of them is the evaluation of the last policy), and their episodes, the first of the same resets.
+    Attributes:
+        algorithm: name of the algorithm.
+        dataset: anything that `load_dataset` reads, by name.
+        seed: seed of the agent.
+        settings: arguments of the algorithm's class, except the seed.
+        steps: `total_timesteps` of `learn`. Default: the `*_steps` in the settings.
+        env: id of the environment for evaluations. Default: the environment of the dataset.
+        episodes: episodes in the evaluation of the last policy, with resets seeded 1000, 1001, ...
+        points: number of evaluations, evenly spaced over the stage that makes the policy; the last of them is the evaluation of
+            the last policy.
+        point_episodes: episodes of each evaluation before the last, the first of the same resets.
+        deterministic: whether the policy acts deterministically in evaluations.
+        label: distinguishes two settings of one algorithm on one dataset.
     """
 
     algorithm: str
@@ -74,7 +84,7 @@ class RunSpec:
 
     @property
     def cell(self) -> str:
-        """Algorithm and dataset, as a name: `srpo-hopper-medium-v0`. Runs of a cell differ in their seeds."""
+        """Algorithm, label and dataset as a name, `srpo-hopper-medium-v0`. Runs of a cell differ only in their seeds."""
         data = self.dataset.removeprefix("hf://").removeprefix("diffagents/")
         if data.endswith((".npz", ".hdf5", ".h5")):
             data = Path(data).stem
@@ -82,16 +92,24 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        said = {key: value for key, value in dataclasses.asdict(self).items() if key != "label" or value}
-        told = json.dumps(said, sort_keys=True, default=list)
-        return f"{self.cell}-seed{self.seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        """Name of the run's folder: cell, seed and a hash of all fields."""
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "label" or value}
+        text = json.dumps(fields, sort_keys=True, default=list)
+        return f"{self.cell}-seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def read_grid(path: str | Path) -> list[RunSpec]:
-    """The runs of a grid file in the order in which they are to be made: block by block, in each seed by seed.
+    """Read the runs of a grid file.
 
-    Raises FileNotFoundError; ValueError for a file of another shape, an unknown algorithm, knob or value, naming the block.
+    Args:
+        path: a YAML file in the form shown at the top of this module.
+
+    Returns:
+        The runs in the order in which they are made: block by block, and seed by seed within a block.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file has another form, or names an unknown algorithm, hyperparameter or value; names the block.
     """
     import yaml
 
@@ -117,16 +135,16 @@ def read_grid(path: str | Path) -> list[RunSpec]:
         for seed in _listed({"seeds": 0, **both}, "seeds", int, where):
             for dataset in datasets:
                 for algorithm in algorithms:
-                    check_choice(f"algorithms ({where})", algorithm, diffagents.AGENTS)
+                    check_choice(f"algorithms ({where})", algorithm, AGENTS)
                     settings = _settings(algorithm, grid.get("settings"), str(path)) | _settings(
                         algorithm, block.get("settings"), where
                     )
                     spec = RunSpec(algorithm, dataset, seed, settings, **rest)
                     _check(spec, where)
-                    first, its_place = cells.setdefault(spec.cell, (spec, where))
+                    first, first_place = cells.setdefault(spec.cell, (spec, where))
                     if dataclasses.replace(first, seed=seed) != spec:
                         raise ValueError(
-                            f"{where} and {its_place} both make {spec.cell}, but not in the same way: give one a `label:`"
+                            f"{where} and {first_place} both define {spec.cell}, with different settings: give one a `label:`"
                         )
                     specs.setdefault(spec.name, spec)
     return list(specs.values())
@@ -134,17 +152,17 @@ def read_grid(path: str | Path) -> list[RunSpec]:
 
 def _only_known(table: Mapping[str, Any], known: set[str], where: str) -> None:
     if unknown := set(table) - known:
-        raise ValueError(f"{where} has {sorted(map(str, unknown))}; it may have {sorted(known)}")
+        raise ValueError(f"{where} has the unknown keys {sorted(map(str, unknown))}; valid are {sorted(known)}")
 
 
 def _settings(algorithm: str, table: Any, where: str) -> dict[str, Any]:
-    """What `settings:` says for one algorithm; whole numbers for knobs that are none become so: 3 and 3.0 are one setting."""
+    """The settings of one algorithm; 3 becomes 3.0 for a float, so that both spellings are one setting."""
     if table is None:
         return {}
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         raise ValueError(f"{where}: settings must be a mapping of an algorithm to a mapping of its arguments")
-    _only_known(table, set(diffagents.AGENTS), f"{where}, settings")
-    defaults = {field.name: field.default for field in dataclasses.fields(getattr(diffagents, algorithm).Config)}
+    _only_known(table, set(AGENTS), f"{where}, settings")
+    defaults = {field.name: field.default for field in dataclasses.fields(_class(algorithm).Config)}
     return {
         name: float(value) if type(value) is int and isinstance(defaults.get(name), float) else value
         for name, value in table.get(algorithm, {}).items()
@@ -152,15 +170,16 @@ def _settings(algorithm: str, table: Any, where: str) -> dict[str, Any]:
 
 
 def _listed(block: Mapping[str, Any], name: str, kind: type, where: str) -> list[Any]:
-    values = block.get(name)
-    found = values if isinstance(values, list) else [values]
-    if not found or any(type(value) is not kind for value in found):
-        raise ValueError(f"{where} needs {name}, one or a list of {kind.__name__}, not {values!r}")
-    return found
+    """An entry of a block that may be a single value or a list."""
+    entry = block.get(name)
+    values = entry if isinstance(entry, list) else [entry]
+    if not values or any(type(value) is not kind for value in values):
+        raise ValueError(f"{where} needs {name}, a {kind.__name__} or a list of them, not {entry!r}")
+    return values
 
 
 def _check(spec: RunSpec, where: str) -> None:
-    """Everything that can be wrong without the data."""
+    """Check everything that can be checked without the data."""
     try:
         _new_agent(spec, "cpu")
     except (ValueError, TypeError) as error:
@@ -168,16 +187,21 @@ def _check(spec: RunSpec, where: str) -> None:
     for name, least in (("episodes", 1), ("points", 0), ("point_episodes", 1), ("seed", 0), ("steps", 1)):
         value = getattr(spec, name)
         if not (name == "steps" and value is None) and (type(value) is not int or value < least):
-            raise ValueError(f"{where}: {name} must be a whole number, at least {least}, not {value!r}")
+            raise ValueError(f"{where}: {name} must be a whole number of at least {least}, not {value!r}")
     if spec.point_episodes > spec.episodes:
-        raise ValueError(f"{where}: point_episodes={spec.point_episodes} must not be more than episodes={spec.episodes}")
+        raise ValueError(f"{where}: point_episodes={spec.point_episodes} must not exceed episodes={spec.episodes}")
     for name, kind in (("deterministic", bool), ("env", str | None), ("label", str)):
         if not isinstance(getattr(spec, name), kind):
-            raise ValueError(f"{where}: {name} cannot be {getattr(spec, name)!r}")
+            raise ValueError(f"{where}: {name} has an invalid value: {getattr(spec, name)!r}")
+
+
+def _class(algorithm: str) -> Any:
+    """The class of an algorithm, as Any: constructor arguments come from a file."""
+    return agent_class(algorithm)
 
 
 def _new_agent(spec: RunSpec, device: str) -> "Agent":
-    cls = getattr(diffagents, spec.algorithm)
+    cls = _class(spec.algorithm)
     agent: Agent = cls(env=spec.env, seed=spec.seed, device=device, verbose=0, **spec.settings)
     return agent
 
@@ -188,18 +212,31 @@ def _new_agent(spec: RunSpec, device: str) -> "Agent":
 def run_one(
     spec: RunSpec, root: str | Path, *, device: str = "auto", threads: int | None = None, command: str | None = None
 ) -> dict[str, Any]:
-    """Make one run under `root` unless it is finished, and return what its results.json holds.
+    """Train, evaluate and save one run, unless it is finished.
 
-    Leaves `<root>/<spec.name>/`: results.json, policy/ (the folder that `push_to_hub` uploads) and checkpoint.zip (to go on
-    from). threads: of torch, in this process from now on. command: what the card shows; None: what started this process.
-    Raises Busy where another process is at it; what learning and evaluating raise, kept in error.txt.
+    Writes `<root>/<spec.name>/`: results.json, policy/ (the folder that `push_to_hub` uploads) and checkpoint.zip (from which
+    an interrupted run resumes).
+
+    Args:
+        spec: the run.
+        root: folder of all runs.
+        device: where to train: "auto", "cpu", "cuda", ...
+        threads: threads of torch, set for the whole process. Default: unchanged.
+        command: the command shown on the policy's card. Default: the command line of this process.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        Busy: if another process is working on the run.
+        Exception: whatever training or evaluation raises; its traceback is written to error.txt.
     """
     folder = Path(root) / spec.name
     if (folder / RESULTS).exists():
         return artifact.read_json(folder, RESULTS)
     if threads is not None:
         torch.set_num_threads(threads)
-    with _locked(folder, timeout=5.0):  # whoever only looks how far it is lets go at once
+    with _locked(folder, timeout=5.0):  # `status` holds the lock only for a moment
         if (folder / RESULTS).exists():
             return artifact.read_json(folder, RESULTS)
         (folder / ERROR).unlink(missing_ok=True)
@@ -218,39 +255,39 @@ def _run(spec: RunSpec, folder: Path, device: str, command: str | None) -> dict[
     from diffagents.data.load import load_dataset
 
     checkpoint, version = folder / CHECKPOINT, commit()
-    cls = getattr(diffagents, spec.algorithm)
+    cls = _class(spec.algorithm)
     agent: Agent = cls.load(checkpoint, device=device, verbose=0) if checkpoint.exists() else _new_agent(spec, device)
     data = load_dataset(spec.dataset, env=spec.env, obs_keys=agent.obs_keys, verbose=0)
     if agent.dataset_info is not None and agent.dataset_info["sha256"] != data.info["sha256"]:
-        raise ValueError(f"{spec.dataset} is not what {checkpoint} began to learn from: delete that file to begin anew")
+        raise ValueError(f"{spec.dataset} is not the dataset of {checkpoint}: delete that file to start again")
     env = spec.env or data.info.get("env_spec")
     if env is None:
-        raise ValueError(f"no environment is stored with {spec.dataset}: give the block of the grid an `env:`")
+        raise ValueError(f"no environment is stored with {spec.dataset}: add `env:` to the block of the grid")
     seconds, started = float(agent.provenance.get("seconds", 0.0)), time.perf_counter()
-    saved = told = time.monotonic()
+    saved = reported = time.monotonic()
 
     def save() -> None:
-        agent.provenance["seconds"] = seconds + time.perf_counter() - started  # those of sessions before and of this one
+        agent.provenance["seconds"] = seconds + time.perf_counter() - started  # of this session and earlier ones
         agent.save(checkpoint)
 
     def on_step(local: dict[str, Any], _: dict[str, Any]) -> bool:
-        nonlocal saved, told
+        nonlocal saved, reported
         plan = agent.plan
         assert plan is not None
         done, length = (counts.get(agent.POLICY_STAGE, 0) for counts in (plan.done, plan.lengths))
-        if done and done < length and done in _moments(length, spec.points):
+        if done and done < length and done in _evaluation_steps(length, spec.points):
             _note(agent, evaluate_as(spec, agent, env, spec.point_episodes).mean_return)
         now = time.monotonic()
         if now - saved > SAVE_EVERY:
             save()
             saved = now
-        if now - told > 2:
-            _tell(folder, agent)
-            told = now
+        if now - reported > 2:
+            _report_progress(folder, agent)
+            reported = now
         return True
 
-    _tell_first(folder)
-    # Ctrl-C saves nothing more: it may come in the middle of an update.
+    _report_start(folder)
+    # No checkpoint on Ctrl-C: it may come in the middle of an update.
     agent.learn(data, None if checkpoint.exists() else spec.steps, on_step, reset_num_timesteps=not checkpoint.exists())
     save()
     last = evaluate_as(spec, agent, env, spec.episodes)
@@ -273,17 +310,25 @@ def _run(spec: RunSpec, folder: Path, device: str, command: str | None) -> dict[
         "seconds": agent.provenance["seconds"],
         "machine": agent.provenance["machine"],
         "threads": torch.get_num_threads(),
-        "versions": {"diffagents": diffagents.__version__, "torch": torch.__version__},
+        "versions": {"diffagents": __version__, "torch": torch.__version__},
         "commit": version,
     }
 
 
 def evaluate_as(spec: RunSpec, policy: Any, env: Any, n_episodes: int) -> Evaluation:
-    """As every run of a grid is evaluated: resets seeded 1000, 1001, ..., ten environments side by side."""
+    """Evaluate a policy like every run of a grid: resets seeded 1000, 1001, ..., up to ten environments in parallel.
+
+    Args:
+        spec: the run; it decides whether the policy acts deterministically.
+        policy: an agent, or any object with SB3's `predict`.
+        env: environment, or its id.
+        n_episodes: number of episodes.
+    """
     return evaluate(policy, env, n_episodes, seed=1000, n_envs=min(n_episodes, 10), deterministic=spec.deterministic)
 
 
-def _moments(length: int, points: int) -> set[int]:
+def _evaluation_steps(length: int, points: int) -> set[int]:
+    """`points` steps evenly spaced over a stage of `length` steps, its last one included."""
     return {round(length * k / points) for k in range(1, points + 1)}
 
 
@@ -292,8 +337,8 @@ def _note(agent: "Agent", mean_return: float) -> None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this code is in, marked where it has changes; None where it is installed."""
-    here = Path(__file__).resolve().parents[1]
+    """The commit of the checkout that contains this code, with "-dirty" if files were changed; None if it is installed."""
+    here = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, cwd=here, check=True).stdout.strip()
@@ -306,21 +351,23 @@ def commit() -> str | None:
         return None
 
 
-def _tell_first(folder: Path) -> None:
+def _report_start(folder: Path) -> None:
+    """Write the first progress.json of a run."""
     if not (folder / PROGRESS).exists():
-        _write(folder / PROGRESS, json.dumps({"step": 0, "total": None, "stage": "starts", "last": None}))
+        _write(folder / PROGRESS, json.dumps({"step": 0, "total": None, "stage": "starting", "last": None}))
 
 
-def _tell(folder: Path, agent: "Agent") -> None:
+def _report_progress(folder: Path, agent: "Agent") -> None:
+    """Write progress.json, which `status` reads."""
     plan, rows = agent.plan, agent.provenance.get("evaluations")
     assert plan is not None
     stage = next((name for name, length in plan.lengths.items() if plan.done.get(name, 0) < length), "evaluation")
-    told = {"step": plan.total - plan.remaining, "total": plan.total, "stage": stage}
-    _write(folder / PROGRESS, json.dumps(told | {"last": rows[-1]["mean_return"] if rows else None}))
+    progress = {"step": plan.total - plan.remaining, "total": plan.total, "stage": stage}
+    _write(folder / PROGRESS, json.dumps(progress | {"last": rows[-1]["mean_return"] if rows else None}))
 
 
 def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """Write a file atomically."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -328,6 +375,7 @@ def _write(path: Path, text: str) -> None:
 
 @contextmanager
 def _locked(folder: Path, timeout: float = 0.0) -> Any:
+    """Hold the lock of a run. Raises Busy if another process holds it after `timeout` seconds."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -335,7 +383,7 @@ def _locked(folder: Path, timeout: float = 0.0) -> Any:
     try:
         lock.acquire(timeout=timeout)
     except Timeout:
-        raise Busy(f"another process is at {folder.name}") from None
+        raise Busy(f"another process is working on {folder.name}") from None
     try:
         yield
     finally:
@@ -343,25 +391,34 @@ def _locked(folder: Path, timeout: float = 0.0) -> Any:
 
 
 def status(spec: RunSpec, root: str | Path) -> dict[str, Any]:
-    """How far a run is: {"state": "done" | "failed" | "running" | "cut" | "waiting", ...what is known}."""
+    """The progress of a run.
+
+    Args:
+        spec: the run.
+        root: folder of all runs.
+
+    Returns:
+        "state": "done", "failed", "running", "interrupted" or "waiting"; and, as far as they are known, "step", "total",
+        "stage", "last" (the newest mean return), "score" (the same on the D4RL scale) and "seconds".
+    """
     folder = Path(root) / spec.name
     if (folder / RESULTS).exists():
-        found = artifact.read_json(folder, RESULTS)
+        results = artifact.read_json(folder, RESULTS)
         return {
             "state": "done",
-            "last": found["last"]["mean_return"],
-            "score": found["last"]["score"],
-            "seconds": found["seconds"],
+            "last": results["last"]["mean_return"],
+            "score": results["last"]["score"],
+            "seconds": results["seconds"],
         }
     try:
-        told = json.loads((folder / PROGRESS).read_text())
+        progress = json.loads((folder / PROGRESS).read_text())
     except (OSError, ValueError):
-        told = {}
+        progress = {}
     if not folder.exists():
         return {"state": "waiting"}
     try:
         with _locked(folder):
-            state = "failed" if (folder / ERROR).exists() else "cut" if told else "waiting"
+            state = "failed" if (folder / ERROR).exists() else "interrupted" if progress else "waiting"
     except Busy:
         state = "running"
-    return {"state": state, **told}
+    return {"state": state, **progress}

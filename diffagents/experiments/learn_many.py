@@ -1,19 +1,18 @@
-"""Many agents at once: N seeds, and N settings of numeric knobs, of one algorithm on one dataset, as one batched computation.
+"""Many agents at once: N seeds, and N values of numeric hyperparameters, of one algorithm on one dataset.
 
     agents = diffagents.learn_many([SRPO(seed=s, beta=b) for s in range(4) for b in (0.05, 0.2)], "mujoco/hopper/medium-v0")
 
-Losses and gradients of all members are computed together (torch.vmap over their stacked networks); every member draws its
-own batches and random numbers from its own generator and steps its own optimisers, so that it ends where its single run
-would, to float tolerance, and is an ordinary agent.
+Losses and gradients of all members are computed together (torch.vmap over their stacked networks). Every member draws its own
+batches and noise from its own generator and steps its own optimisers, so that each result equals that of a separate run, to
+float tolerance, and is an ordinary agent.
 """
 
 import dataclasses
-import threading
 import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,18 +22,19 @@ from diffagents.agent import Agent
 from diffagents.data.load import load_dataset
 from diffagents.data.sampler import Sampler
 from diffagents.errors import TrainingDiverged
-from diffagents.training import offline, prepare, provenance, session
+from diffagents.storage import checkpoint
+from diffagents.training import offline, prepare, provenance
 from diffagents.training.compiled import Compiled, NamedTensors, Networks, gradients_of, trained_names, with_leaves
 from diffagents.training.cuda_graph import GraphRunner
-from diffagents.training.monitor import Monitor
 from diffagents.training.plan import Plan
-from diffagents.training.state import restore
+from diffagents.training.session import interrupt_between_updates, matmul_precision
+from diffagents.training.state import Snapshot, restore
 from diffagents.training.updates import Gradients, Noise, Runner, Stage, Update
 from diffagents.types import Batch, Metrics
 
 SWITCHES = ("dropout", "gamma")
-"""Knobs whose 0 is another computation: without dropout masks, and in BDPO without paths at the next state."""
-KNOB = "knob."  # what a knob's tensor is called among the networks'
+"""Hyperparameters whose value 0 changes the computation: without dropout masks, and in BDPO without paths at the next state."""
+PREFIX = "hyperparameter."  # of the names of hyperparameters' tensors, which stand among those of the networks
 
 
 def learn_many(
@@ -45,41 +45,53 @@ def learn_many(
     *,
     stages: Sequence[str] | None = None,
 ) -> list[Agent]:
-    """Train all of `agents` on one dataset, as `learn` would each, and return them. They are changed in place.
+    """Train several agents on one dataset at once. They are changed in place, and each ends as `learn` would have left it.
 
-    The agents are of one class, not trained yet or all equally far, with equal knobs but for numbers (beta, expectile,
-    learning_rate, ...) and seeds. `compile` is the first one's. The other arguments are those of `Agent.learn`; there are no
-    callbacks.
-    Raises ValueError, before any work, where the agents cannot be trained together; TrainingDiverged at the end where some
-    diverged (they hold their last good state, the others are finished); KeyboardInterrupt after the running update. Each
-    member's plan can be finished by its own `learn(dataset, reset_num_timesteps=False)`.
+    Args:
+        agents: Agents of one class that are not trained yet or have all come equally far. Their hyperparameters are equal
+            except for numbers (beta, expectile, learning_rate, ...) and seeds. `compile` is the first one's.
+        dataset: As in `Agent.learn`.
+        total_timesteps: As in `Agent.learn`, for each agent.
+        log_interval: As in `Agent.learn`.
+        stages: As in `Agent.learn`.
+
+    Returns:
+        The agents. The plan of each can be finished by its own `learn(dataset, reset_num_timesteps=False)`.
+
+    Raises:
+        ValueError: The agents cannot be trained together; raised before any work.
+        TrainingDiverged: Some diverged; raised at the end. They hold their last good state, and the others are finished.
+        KeyboardInterrupt: After Ctrl-C, once the running update is complete.
     """
     members = list(agents)
     _check_alike(members)
     first = members[0]
     for agent in members:
         prepare.check_arguments(agent, total_timesteps, stages, log_interval)
-    data = load_dataset(dataset, env=first._env, obs_keys=first.obs_keys, verbose=first.verbose)
+        checkpoint.fetch_learner(agent)
+    data = load_dataset(dataset, env=first.env, obs_keys=first.obs_keys, verbose=first.verbose)
+    candidates = [agent.candidate() for agent in members]
     plans: list[Plan] = []
-    with ExitStack() as stack:
-        for agent in members:
-            stack.enter_context(prepare.nothing_if_refused(agent))
-            adopted = prepare.adopt(agent, data)
-            plan = prepare.make_plan(agent, total_timesteps, True, stages)
-            assert plan is not None
-            prepare.check_rewards(plan, adopted)
-            plans.append(plan)
-        _check_alike(members)  # presets may have changed knobs
-        if any(plan.lengths != plans[0].lengths for plan in plans) or any(a.stage_steps != first.stage_steps for a in members):
-            raise ValueError("the agents have plans of different lengths: give total_timesteps, or equal *_steps")
-        for agent, plan in zip(members, plans, strict=True):
-            _check_same_data(first, agent)
-            agent.plan, agent.num_timesteps, agent.history = plan, 0, []
-            agent.provenance = provenance.begin(agent.provenance, agent.device, reset=True)
-            agent.stages()  # an algorithm may refuse its part of the plan
-    if any((agent.dataset_info or {})["sha256"] != data.info["sha256"] for agent in members):
-        warnings.warn("these are other data than the agents learned from first, whose transforms are kept", stacklevel=2)
-    sampler = adopted.sampler(first.device, first.reward_transform, first.obs_normalizer)
+    for candidate in candidates:
+        plan, adopted = prepare.accept(candidate, data, total_timesteps, True, stages)
+        assert plan is not None  # a new one, since it is not a resumed run
+        plans.append(plan)
+    _check_alike(candidates)  # presets may have changed hyperparameters
+    earlier = [candidate.state.stage_steps for candidate in candidates]
+    if any(plan.lengths != plans[0].lengths for plan in plans) or any(steps != earlier[0] for steps in earlier):
+        raise ValueError("the agents have plans of different lengths: give total_timesteps, or equal *_steps")
+    for candidate in candidates:
+        _check_same_data(candidates[0], candidate)
+    for agent, candidate, plan in zip(members, candidates, plans, strict=True):
+        agent.become(candidate)
+        state = agent.state
+        state.plan, state.num_timesteps, state.history = plan, 0, []
+        state.provenance = provenance.begin(state.provenance, agent.device, reset=True)
+    if any(agent.state.data["sha256"] != data.info["sha256"] for agent in members):
+        warnings.warn(
+            "these data differ from those that the agents first learned from, whose transforms are kept", stacklevel=2
+        )
+    sampler = adopted.sampler(first.device, first.state.reward_transform, first.obs_normalizer)
     seconds = offline.estimate(first, plans[0], sampler) if first.verbose or first.compile == "auto" else {}
     together = {name: value * len(members) for name, value in seconds.items()}
     offline.choose_modes(first, plans[0], together)
@@ -89,18 +101,23 @@ def learn_many(
         offline.announce(first, plans[0], together)
         print(f"{len(members)} agents together", flush=True)
     started = time.perf_counter()
-    failures: list[str] = []
-    lost: dict[int, dict[str, Any]] = {}  # who diverged, and the state to go back to
-    with stacked(members) as tensors, session.interrupt_between_updates() as interrupted, session.matmul_precision(first):
-        for position, stage in enumerate(first.stages()):
-            if stage.name in plans[0].lengths and not interrupted.is_set():
-                _run_stage(members, position, sampler, tensors, log_interval, failures, lost, interrupted)
+    diverged: dict[int, tuple[Snapshot, TrainingDiverged]] = {}
+    by_stage = zip(*[agent.stages(plan) for agent, plan in zip(members, plans, strict=True)], strict=True)
+    with stacked(members) as tensors, interrupt_between_updates() as interrupted, matmul_precision(first):
+        for each in by_stage:
+
+            def runner_for(samplers: Sequence[Sampler], mode: str, each: Sequence[Stage] = each) -> Runner | GraphRunner:
+                many = make_many_runner(members, each, samplers, tensors, mode)
+                return GraphRunner(many) if mode == "graph" else many
+
+            if each[0].name in plans[0].lengths and not interrupted.is_set():
+                offline.run_stage(members, each, sampler, runner_for, log_interval, interrupted, diverged=diverged)
     for agent in members:
-        agent.provenance |= {"seconds": time.perf_counter() - started, "trained_together": len(members)}
-    for k, good in lost.items():
+        agent.state.provenance |= {"seconds": time.perf_counter() - started, "trained_together": len(members)}
+    for k, (good, _) in diverged.items():
         restore(members[k], good)
-    if failures:
-        raise TrainingDiverged("; ".join(failures))
+    if diverged:
+        raise TrainingDiverged("; ".join(f"member {k}: {error}" for k, (_, error) in diverged.items()))
     if interrupted.is_set():
         raise KeyboardInterrupt
     return members
@@ -134,7 +151,7 @@ def _check_alike(agents: Sequence[Agent]) -> None:
 
 def _check_same_data(first: Agent, agent: Agent) -> None:
     """All see the data in the same units: transforms fitted on other data, or other spaces, would be member 0's."""
-    same = agent.spec == first.spec and agent.reward_transform == first.reward_transform
+    same = agent.spec == first.spec and agent.state.reward_transform == first.state.reward_transform
     ours, theirs = (one.obs_normalizer.state_dict().values() for one in (first, agent))
     if not same or not all(map(torch.equal, ours, theirs)):
         raise ValueError(
@@ -143,68 +160,8 @@ def _check_same_data(first: Agent, agent: Agent) -> None:
         )
 
 
-def _run_stage(
-    members: Sequence[Agent],
-    position: int,
-    sampler: Sampler,
-    tensors: NamedTensors,
-    log_interval: int | None,
-    failures: list[str],
-    lost: dict[int, dict[str, Any]],
-    interrupted: threading.Event,
-) -> None:
-    """Run one stage of all members to its end, or until Ctrl-C. Adds to `failures` and `lost` who diverged.
-
-    What is lost is computed along, since leaving it out would change the shapes; nobody looks at it again.
-    """
-    first, plans = members[0], [agent.plan for agent in members]
-    stages = [agent.stages()[position] for agent in members]
-    name = stages[0].name
-    assert plans[0] is not None
-    length, before = plans[0].lengths[name], first.stage_steps[name]
-    watches = []
-    samplers = []
-    for agent, stage in zip(members, stages, strict=True):
-        if name == agent.POLICY_STAGE:
-            agent._policy_missing = False
-        for update in stage.updates:
-            for optimizer in update.optimizers:
-                optimizer.start_schedule(length)
-        watches.append(Monitor(agent, name, length, 0))
-        samplers.append(sampler if stage.prepare is None else stage.prepare(sampler, offline.stage_generator(agent, stage)))
-        watches[-1].limit_q(samplers[-1])
-        watches[-1].restart_clock()
-        agent._pristine = False
-    mode = plans[0].modes[name]
-    many = make_many_runner(members, position, samplers, tensors, mode)
-    runner = GraphRunner(many) if mode == "graph" else many
-    interval = log_interval or max(1, min(1000, length // 20))
-    for done in range(1, length + 1):
-        runner.step(before + done - 1)
-        for agent in members:
-            assert agent.plan is not None
-            agent.plan.done[name] = done
-            agent.stage_steps[name] += 1
-            agent.num_timesteps += 1
-            agent.n_updates += 1
-            if runner.failed:
-                agent.plan.modes[name] = "eager"
-        stop = interrupted.is_set()
-        if done % interval == 0 or done == length or stop:
-            for k, (watch, means) in enumerate(zip(watches, many.each_means(), strict=True)):
-                if k in lost:
-                    continue
-                try:
-                    watch.log(done, means, put_back=False)
-                except TrainingDiverged as error:
-                    lost[k] = watch.good
-                    failures.append(f"member {k}: {error}")
-        if stop:
-            break
-
-
 class ManyRunner(Runner):
-    """A `Runner` for all members: one computation of losses and gradients, own draws and optimiser steps."""
+    """A `Runner` for all members: one computation of losses and gradients, separate noise and optimiser steps."""
 
     def __init__(
         self,
@@ -250,10 +207,9 @@ class ManyRunner(Runner):
 
 
 def make_many_runner(
-    members: Sequence[Agent], position: int, samplers: Sequence[Sampler], tensors: NamedTensors, mode: str
+    members: Sequence[Agent], stages: Sequence[Stage], samplers: Sequence[Sampler], tensors: NamedTensors, mode: str
 ) -> ManyRunner:
-    """What runs the steps of all members' stage number `position`, inside `with stacked(members) as tensors`."""
-    stages = [agent.stages()[position] for agent in members]
+    """What runs the steps of one stage of all members, inside `with stacked(members) as tensors`."""
     gradients = [_many_gradients(members, update, tensors, mode != "eager") for update in stages[0].updates]
     return ManyRunner(stages, samplers, [agent.generator for agent in members], gradients)
 
@@ -287,23 +243,24 @@ def stacked(agents: Sequence[Agent]) -> Iterator[NamedTensors]:
         for one in moved:
             one.data = one.data.clone()
         for agent in agents:
-            agent._compiled.clear()  # it reads the tensors that were there before
+            agent.forget_compiled()  # it reads the tensors that were there before
 
 
 def _many_gradients(agents: Sequence[Agent], update: Update, tensors: NamedTensors, compiled: bool) -> Any:
-    """`Update.gradients` for batches and draws (N, B, ...) of all members: gradients and metrics (N, ...)."""
+    """`Update.gradients` for batches and noise (N, B, ...) of all members: gradients and metrics (N, ...)."""
     if update.loss is None:
         return update.gradients
     template, loss = agents[0], update.loss
     roof = Networks(template.networks(), loss)
     trained = trained_names(roof, update)
-    knobs = [
+    varied = [
         field.name
         for field in dataclasses.fields(template.config)
         if len({getattr(agent.config, field.name) for agent in agents}) > 1
     ]
     values = {
-        KNOB + name: torch.tensor([getattr(agent.config, name) for agent in agents], device=template.device) for name in knobs
+        PREFIX + name: torch.tensor([getattr(agent.config, name) for agent in agents], device=template.device)
+        for name in varied
     }
     everything = {**tensors, **values}
     single = roof.tensors()
@@ -311,7 +268,7 @@ def _many_gradients(agents: Sequence[Agent], update: Update, tensors: NamedTenso
 
     def losses(given: NamedTensors, batch: Batch, noise: Noise) -> tuple[tuple[Tensor, ...], Metrics]:
         config = template.config
-        settings = {name: given[KNOB + name] for name in knobs}
+        settings = {name: given[PREFIX + name] for name in varied}
         template.config = types.SimpleNamespace(**{**dataclasses.asdict(config), **settings})
         try:
             own = {name: tensor for name, tensor in given.items() if name not in values}

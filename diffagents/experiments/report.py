@@ -1,4 +1,4 @@
-"""What a grid of runs gave: results.csv, README.md, curves.png and iqm.png, out of the results.json of its runs."""
+"""The report of a grid: results.csv, README.md, curves.png and iqm.png, made from the results.json of its runs."""
 
 import csv
 import html
@@ -15,30 +15,44 @@ from diffagents.experiments.grid import RESULTS, RunSpec
 from diffagents.storage import artifact
 
 Run = Mapping[str, Any]
-_REPEATS = 2000  # of every bootstrap
+"""The content of a results.json, as `grid.run_one` returns it."""
+_REPEATS = 2000  # bootstrap samples
 COLUMNS = (
     *("cell", "algorithm", "dataset", "seed", "name", "steps", "last_return", "last_score", "last_success", "last_length"),
     *("best_return", "best_score", "best_at", "data_return", "data_score", "data_sha256", "seconds", "machine", "commit"),
 )
+"""Columns of results.csv."""
 
 
 def read_runs(root: str | Path) -> list[dict[str, Any]]:
-    """The results of every finished run under `root`, sorted by name. Raises ValueError for one of another version."""
+    """The results of all finished runs under `root`, sorted by name.
+
+    Raises:
+        ValueError: if a file was written by another version of the library.
+    """
     found = sorted(Path(root).glob(f"*/{RESULTS}"))
     runs = [artifact.read_json(path.parent, RESULTS) for path in found]
     for path, run in zip(found, runs, strict=True):
         if not {"name", "cell", "spec", "last", "curve", "data", "stage_steps", "seconds", "machine", "commit"} <= set(run):
-            raise ValueError(f"{path} was not written by this version: delete its folder, and the run is made anew")
+            raise ValueError(f"{path} was written by another version: delete its folder to repeat the run")
     return runs
 
 
 def write_report(
     runs: Sequence[Run], folder: str | Path, *, specs: Sequence[RunSpec] = (), command: str, title: str, remarks: str = ""
 ) -> Path:
-    """Write the tables and pictures of `runs` into `folder` and return the path of its README.md.
+    """Write tables and pictures.
 
-    specs: the grid, whose runs that are missing are named. remarks: to stand above the tables. command: what makes a cell anew,
-    `CELL` standing for its name.
+    Args:
+        runs: results of finished runs.
+        folder: where to write; created if needed.
+        specs: the whole grid, to list the runs that are missing.
+        command: the command that repeats a cell, with `CELL` in place of its name.
+        title: heading of the page.
+        remarks: Markdown text above the tables.
+
+    Returns:
+        The path of the README.md.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +68,7 @@ def write_report(
         pictures.append('No pictures: matplotlib is missing (`pip install "diffagents[plot]"`).')
     parts = [
         f"# {title}\n",
-        "Generated from the runs' results: do not edit. One row of [results.csv](results.csv) is one run.\n",
+        "Generated from the results of the runs: do not edit. Each row of [results.csv](results.csv) is one run.\n",
         *([f"{remarks}\n"] if remarks else []),
         "## Scores\n",
         overview(cells),
@@ -75,35 +89,48 @@ def write_report(
 
 
 def cells_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Cell -> its runs by seed. Raises ValueError where two runs are of one seed, or a cell's runs had different settings."""
+    """Group runs by cell: cell -> its runs, sorted by seed.
+
+    Raises:
+        ValueError: if two runs of a cell have the same seed, or differ in more than their seeds.
+    """
     cells: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run["cell"], run["spec"]["seed"])):
         cells[run["cell"]].append(run)
     for cell, members in cells.items():
         without_seed = [{"label": "", **run["spec"], "seed": None} for run in members]
         if any(spec != without_seed[0] for spec in without_seed) or len({run["data"]["sha256"] for run in members}) > 1:
-            raise ValueError(f"the runs of {cell} differ in more than their seeds: keep those of one setting and one dataset")
+            raise ValueError(
+                f"the runs of {cell} differ in more than their seeds: keep only runs with the same settings and data"
+            )
         if len({run["spec"]["seed"] for run in members}) < len(members):
             raise ValueError(f"two runs of {cell} have the same seed")
     return dict(cells)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high): 95 % percentile bootstrap interval of the mean over seeds; of one seed, nothing but its value."""
+    """Mean over seeds with its 95 % percentile bootstrap interval: (mean, low, high). A single seed has an empty interval."""
     return float(np.mean(values)), *bootstrap(values)
 
 
 def interquartile_mean(values: Any) -> np.ndarray:
-    """Mean of the middle half along the last axis, a quarter (rounded down) dropped at each end (Agarwal et al. 2021)."""
+    """Mean of the middle half along the last axis: a quarter, rounded down, is dropped at each end (Agarwal et al. 2021)."""
     array = np.sort(np.asarray(values, np.float64), axis=-1)
     cut = array.shape[-1] // 4
     return array[..., cut : array.shape[-1] - cut].mean(axis=-1)
 
 
 def iqm_interval(by_task: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """(interquartile mean over all runs of all tasks, low, high); stratified bootstrap: seeds are redrawn within each task.
+    """Interquartile mean over all runs of all tasks, with its 95 % interval by stratified bootstrap over seeds.
 
-    Every task has the same number of seeds, else one would weigh more than another (ValueError).
+    Args:
+        by_task: one sequence of scores per task, all with the same number of seeds so that tasks have equal weight.
+
+    Returns:
+        (interquartile mean, low, high).
+
+    Raises:
+        ValueError: if the numbers of seeds differ.
     """
     rng = np.random.default_rng(0)
     scores = np.asarray([list(task) for task in by_task], np.float64)  # (tasks, seeds)
@@ -115,12 +142,12 @@ def iqm_interval(by_task: Sequence[Sequence[float]]) -> tuple[float, float, floa
 
 
 def median_run(members: Sequence[Run]) -> Run:
-    """The run whose last return is the median (of an even number, the lower of the two in the middle)."""
+    """The run with the median last return; of an even number, the lower of the two in the middle."""
     return sorted(members, key=lambda run: run["last"]["mean_return"])[(len(members) - 1) // 2]
 
 
 def unit_of(runs: Iterable[Run]) -> str:
-    """What the runs on a dataset are compared in: the D4RL scale; where returns count successes (mazes), these; the return."""
+    """The unit in which runs on one dataset are compared: "D4RL scale", "success %" if returns count successes, or "return"."""
     members = list(runs)
     if all(run["last"]["score"] is not None for run in members):
         return "D4RL scale"
@@ -128,23 +155,24 @@ def unit_of(runs: Iterable[Run]) -> str:
 
 
 def _counts_successes(run: Run) -> bool:
+    """Whether the return is 1 for a success and 0 otherwise."""
     last, data = run["last"], run["data"]["mean_return"]
     return last["success_rate"] is not None and abs(last["mean_return"] - last["success_rate"]) < 1e-6 and 0.0 <= data <= 1.0
 
 
 def value_of(row: Mapping[str, Any], unit: str) -> float:
-    """One of the `last`, `data` or curve rows of a run in a unit."""
+    """The value of a `last`, `data` or `curve` row of a run in a unit of `unit_of`."""
     return float(row["score"] if unit == "D4RL scale" else row["mean_return"] * (100.0 if unit == "success %" else 1.0))
 
 
 def curve_of(run: Run) -> list[dict[str, Any]]:
-    """Evaluations on the way, and at their end that of the last policy with all its episodes."""
+    """The evaluations during training, followed by that of the last policy with all its episodes."""
     last = {key: run["last"][key] for key in ("mean_return", "score")}
     return [*run["curve"][:-1], *({**row, **last} for row in run["curve"][-1:])]
 
 
 def best_of(run: Run) -> dict[str, Any]:
-    """The row of `curve_of` with the highest return; of a run that was not evaluated on the way, its last policy."""
+    """The row of `curve_of` with the highest return; without evaluations during training, that of the last policy."""
     return max(curve_of(run) or [run["last"]], key=lambda row: row["mean_return"])
 
 
@@ -152,7 +180,7 @@ def best_of(run: Run) -> dict[str, Any]:
 
 
 def as_csv(runs: Sequence[Run]) -> str:
-    """One row a run, columns COLUMNS."""
+    """A table in CSV with one row per run and the columns COLUMNS."""
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
@@ -169,12 +197,12 @@ def as_csv(runs: Sequence[Run]) -> str:
 
 
 def _column(members: Sequence[Run]) -> str:
-    """The algorithm, and the label of its settings."""
+    """Heading of a column: the algorithm and the label of its settings."""
     return " ".join(filter(None, (members[0]["spec"]["algorithm"], members[0]["spec"].get("label", ""))))
 
 
 def _by_dataset(cells: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Sequence[Run]]]:
-    """dataset -> algorithm (and label) -> runs"""
+    """dataset -> column (algorithm and label) -> runs."""
     found: dict[str, dict[str, Sequence[Run]]] = defaultdict(dict)
     for members in cells.values():
         found[members[0]["spec"]["dataset"]][_column(members)] = members
@@ -182,54 +210,56 @@ def _by_dataset(cells: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Seque
 
 
 def _units(cells: Mapping[str, Sequence[Run]]) -> dict[str, str]:
-    """dataset -> `unit_of` all its runs"""
+    """dataset -> the unit of its runs."""
     return {dataset: unit_of(run for members in row.values() for run in members) for dataset, row in _by_dataset(cells).items()}
 
 
-def _said(values: Sequence[float]) -> str:
+def _interval(values: Sequence[float]) -> str:
+    """The mean and, if there are several seeds, its interval."""
     mean, low, high = mean_interval(values)
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]" if len(values) > 1 else f"{mean:.1f}"
 
 
 def _lasts(members: Sequence[Run], unit: str) -> list[float]:
+    """The values of the last policies."""
     return [value_of(run["last"], unit) for run in members]
 
 
 def overview(cells: Mapping[str, Sequence[Run]]) -> str:
-    """One row a dataset, one column an algorithm: the last policies' mean over seeds and its interval."""
+    """A table with a row per dataset and a column per algorithm: mean over seeds of the last policies, and its interval."""
     algorithms, units = sorted({_column(members) for members in cells.values()}), _units(cells)
     lines = [
-        "LAST policy of each run, mean over seeds and its 95 % bootstrap interval (one seed: its value alone); beside it the",
-        "mean of the data's own episodes. D4RL scale: 0 is D4RL's random policy, 100 its expert, in mujoco-py; what was made",
-        "in other physics, or from other data, does not compare with published tables.\n",
+        "LAST policy of each run: mean over seeds with its 95 % bootstrap interval (of one seed only the value), next to the",
+        "mean of the data's own episodes. On the D4RL scale 0 is D4RL's random policy and 100 its expert, in mujoco-py;",
+        "results from other physics or other data are not comparable with published tables.\n",
         f"| dataset | unit | the data | {' | '.join(algorithms)} |",
         f"|{'---|' * (len(algorithms) + 3)}",
     ]
     for dataset, row in _by_dataset(cells).items():
         unit = units[dataset]
         means = {name: mean_interval(_lasts(members, unit))[0] for name, members in row.items()}
-        said = [
+        entries = [
             "-"
             if name not in row
-            else ("**{}**" if means[name] == max(means.values()) else "{}").format(_said(_lasts(row[name], unit)))
+            else ("**{}**" if means[name] == max(means.values()) else "{}").format(_interval(_lasts(row[name], unit)))
             + ("" if len(row[name]) > 1 else " (1)")
             for name in algorithms
         ]
         data = value_of(next(iter(row.values()))[0]["data"], unit)
-        lines.append(f"| `{dataset}` | {unit} | {data:.1f} | {' | '.join(said)} |")
-    return "\n".join([*lines, "", "(1): one seed. -: not reached. Bold: the highest mean, whatever the intervals say.\n"])
+        lines.append(f"| `{dataset}` | {unit} | {data:.1f} | {' | '.join(entries)} |")
+    return "\n".join([*lines, "", "(1): one seed. -: not run. Bold: the highest mean, regardless of the intervals.\n"])
 
 
 def details(cells: Mapping[str, Sequence[Run]], command: str) -> str:
-    """One row a cell: what it takes to judge it and to make it anew."""
+    """A table with a row per cell: what is needed to judge it and to repeat it."""
     specs, units = [members[0]["spec"] for members in cells.values()], _units(cells)
     episodes, fewer = (", ".join(map(str, sorted({spec[key] for spec in specs}))) for key in ("episodes", "point_episodes"))
     lines = [
-        "The last policy's raw return, and its value in the unit above, by seed too (in brackets the median seed, the one",
-        f"that is kept): {episodes} episodes a run, resets seeded 1000, 1001, ... Then the run's best evaluation and its step;",
-        f"on the way {fewer} episodes are played. To be chosen by the episodes it is reported on flatters a policy: it is here",
-        "to compare with papers that report it.\n",
-        "| cell | seeds | raw return | last | last by seed | best | at step | updates | minutes a run | machine | commit |",
+        "The raw return of the last policy, and its value in the unit above, also by seed (in brackets the median seed, whose",
+        f"policy is kept): {episodes} episodes per run, resets seeded 1000, 1001, ... Then the best evaluation of the run and",
+        f"its step; evaluations during training play {fewer} episodes. Choosing a policy by the episodes on which it is",
+        "reported is biased upwards: the column serves to compare with papers that report it.\n",
+        "| cell | seeds | raw return | last | last by seed | best | at step | updates | minutes per run | machine | commit |",
         f"|{'---|' * 11}",
     ]
     for cell, members in cells.items():
@@ -240,11 +270,11 @@ def details(cells: Mapping[str, Sequence[Run]], command: str) -> str:
         at = ", ".join(f"{row['num_timesteps']:,}" if "num_timesteps" in row else "last" for row in bests)
         minutes = ", ".join(f"{run['seconds'] / 60:.0f}" for run in members)
         lines.append(
-            f"| `{cell}` | {len(members)} | {_said([run['last']['mean_return'] for run in members])} | {_said(lasts)} "
-            f"| {by_seed} | {_said([value_of(row, unit) for row in bests])} | {at} | {steps} | {minutes} "
+            f"| `{cell}` | {len(members)} | {_interval([run['last']['mean_return'] for run in members])} | {_interval(lasts)} "
+            f"| {by_seed} | {_interval([value_of(row, unit) for row in bests])} | {at} | {steps} | {minutes} "
             f"| {_unique(run['machine'] for run in members)} | {_unique(run['commit'] for run in members)} |"
         )
-    return "\n".join([*lines, "", f"A cell anew:\n\n```sh\n{command}\n```\n"])
+    return "\n".join([*lines, "", f"To repeat a cell:\n\n```sh\n{command}\n```\n"])
 
 
 def _unique(values: Any) -> str:
@@ -252,7 +282,12 @@ def _unique(values: Any) -> str:
 
 
 def verdicts(cells: Mapping[str, Sequence[Run]], baseline: str = "DiffusionBC") -> str:
-    """Where an algorithm does not beat the data's mean, or cloning it, in the mean over seeds."""
+    """A list of the cells whose mean over seeds does not exceed the mean of the data, or that of behaviour cloning.
+
+    Args:
+        cells: the runs by cell.
+        baseline: name of the algorithm that clones the data.
+    """
     lines, units, alone = [], _units(cells), []
     for dataset, row in _by_dataset(cells).items():
         if baseline not in row:
@@ -266,18 +301,16 @@ def verdicts(cells: Mapping[str, Sequence[Run]], baseline: str = "DiffusionBC") 
             if name != baseline and below:
                 seeds = f"{len(members)} seed{'s' * (len(members) > 1)}"
                 lines.append(f"* `{dataset}`: {name} ({mean:.1f}, {seeds}) does not beat {' or '.join(below)}")
-    lines = lines or [
-        f"* nowhere: every algorithm beats the data's mean{'' if alone else f' and {baseline}'} wherever it was run"
-    ]
+    lines = lines or [f"* none: every algorithm beats the data's mean{'' if alone else f' and {baseline}'} wherever it was run"]
     if alone:
-        lines.append(f"* {baseline} was not run on {', '.join(alone)}: only compared with the data there")
+        lines.append(f"* {baseline} was not run on {', '.join(alone)}: there the comparison is with the data only")
     return "\n".join(
-        [f"Where an algorithm's mean is not above the data's mean, or not above that of {baseline}:\n", *lines, ""]
+        [f"Cases in which the mean of an algorithm does not exceed the mean of the data, or that of {baseline}:\n", *lines, ""]
     )
 
 
 def missing(runs: Sequence[Run], specs: Sequence[RunSpec]) -> str | None:
-    """The runs of the grid that are not there."""
+    """A list of the runs of the grid that are missing; None if there are none."""
     made = {run["name"] for run in runs}
     lacking: dict[str, list[str]] = defaultdict(list)
     for spec in specs:
@@ -286,14 +319,21 @@ def missing(runs: Sequence[Run], specs: Sequence[RunSpec]) -> str | None:
     if not lacking:
         return None
     lines = [f"* `{cell}`: seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" for cell, seeds in lacking.items()]
-    return "\n".join(["## Not reached\n", "Runs of the grid that have not been made:\n", *lines])
+    return "\n".join(["## Missing runs\n", "Runs of the grid that have not been made:\n", *lines])
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
 def draw_curves(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
-    """Evaluations on the way, a panel for each dataset: mean over seeds, from the lowest seed to the highest in the shade."""
+    """Draw the evaluations during training, one panel per dataset: mean over seeds, lowest to highest seed shaded.
+
+    Returns:
+        Whether there was anything to draw.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
     from matplotlib.figure import Figure
 
     rows = {dataset: row for dataset, row in _by_dataset(cells).items() if any(m[0]["curve"] for m in row.values())}
@@ -326,7 +366,14 @@ def draw_curves(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
 
 
 def draw_iqm(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
-    """Interquartile mean of the D4RL scale over the datasets that all drawn algorithms share, as many seeds of each."""
+    """Draw the interquartile mean of the D4RL scale over datasets that the drawn algorithms share, with equal numbers of seeds.
+
+    Returns:
+        Whether at least two algorithms share a dataset.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
     units = _units(cells)
     scored = {dataset: row for dataset, row in _by_dataset(cells).items() if units[dataset] == "D4RL scale"}
     names, datasets = shared_tasks({dataset: set(row) for dataset, row in scored.items()})
@@ -350,7 +397,14 @@ def draw_iqm(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
 
 
 def shared_tasks(covered: Mapping[str, set[str]]) -> tuple[list[str], list[str]]:
-    """(algorithms, tasks) such that every one of the algorithms has every one of the tasks, and their product is largest."""
+    """The largest complete block of a table.
+
+    Args:
+        covered: task -> algorithms that were run on it.
+
+    Returns:
+        (algorithms, tasks): each of the algorithms was run on each of the tasks, and the product of their numbers is largest.
+    """
     best: tuple[list[str], list[str]] = ([], [])
     for names in covered.values():
         for most in [names, *(names & other for other in covered.values())]:

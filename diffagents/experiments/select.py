@@ -1,14 +1,14 @@
-"""`select`: which of several policies to take, from data alone; a few episodes in the environment decide only where asked.
+"""`select`: choose among several policies from data alone; episodes in an environment decide only on request.
 
-Four signals for each policy, the first of which orders them:
-  fqe         fitted Q evaluation (fqe.py): its discounted return of raw reward, of the policy as it is deployed
-  off_data    how far its actions are from the nearest that the data hold in similar states, in units of how far the data's own
-              are: about 1 or less near the data. Where it is large no data speak of what the policy does, Q is a guess there,
-              often a rosy one, and the policy ranks behind all others whatever its fqe
-  bc_loss     mean squared distance, over data and dimensions, between its action and the data's, both in [-1, 1]
-  q_mean      what its own critic thinks of its actions, beside the data_return from the same states: a critic that promises
-              many times of what the data ever got has fooled itself
-All are of the deterministic policy. They are for ranking: no number here is what the policy will earn.
+Each policy gets four signals. The first one determines the order:
+  fqe         fitted Q evaluation (fqe.py): the discounted return of raw reward, of the policy as it is deployed
+  off_data    distance of its actions to the nearest actions of the data in similar states, relative to the same distance of
+              the data's own actions: about 1 or less near the data. If it is large, the data say nothing about what the policy
+              does, Q is an extrapolation there and often optimistic, so the policy ranks behind all others whatever its fqe
+  bc_loss     mean squared distance, over data and dimensions, between its actions and the data's, both in [-1, 1]
+  q_mean      the value that its own critic gives its actions, to compare with data_return from the same states: a critic that
+              promises many times what the data ever obtained is overestimating
+All signals are those of the deterministic policy. They serve to rank policies and do not predict the return.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffagents import registry
 from diffagents.config.checks import find_device, whole_number
 from diffagents.data.load import load_dataset
 from diffagents.data.normalize import ObsNormalizer, RewardTransform
@@ -36,24 +37,35 @@ from diffagents.networks.critics import IQLCritic, ReturnCritic
 from diffagents.networks.mlp import EnsembleMLP
 from diffagents.types import Spec
 
-ROWS_AT_ONCE = 256  # observations in one call of `predict`: a diffusion policy multiplies them by its candidates
-BC_ROWS = 2000  # rows of data behind bc_loss and q_mean, at most
-N_NEIGHBOURS = 50  # similar states behind off_data
-NEIGHBOUR_ROWS = 20_000  # rows of data among which they are looked for, at most
+ROWS_AT_ONCE = 256  # observations per call of `predict`: a diffusion policy multiplies them by its candidates
+BC_ROWS = 2000  # at most so many rows of data for bc_loss and q_mean
+N_NEIGHBOURS = 50  # similar states for off_data
+NEIGHBOUR_ROWS = 20_000  # at most so many rows of data in which they are searched
 OFF_DATA = 2.5
-"""The off_data from which on an estimate is not believed. At the corners of uniformly random actions, which such data do tell
-about, it is 2, whatever the number of dimensions A: the data lie on one side, with a density of 2^-A."""
-RAN_AWAY = 0.05  # share of clipped targets from which on an estimate counts as diverged
-SETTLED = 0.05  # share of itself by which an estimate may still move in the last quarter of the fit
+"""From this off_data on, an estimate is not trusted. At the corners of uniformly random actions, which such data do cover, it
+is 2 for any number of dimensions A: the data lie on one side only, with a density of 2^-A."""
+MAX_CLIPPED = 0.05  # from this share of clipped targets on, an estimate counts as diverged
+SETTLED = 0.05  # relative change in the last quarter of the fit below which an estimate counts as converged
 
 
 @dataclass(frozen=True)
 class Rated:
-    """What is known of one policy. fqe, q_mean and data_return are discounted returns; None: there is no such number.
+    """The signals of one policy.
 
-    interval: 95 % bootstrap interval of `fqe` over the data's first states; it knows nothing of the fit's own error. fqe_seeds:
-    the estimate of each fit. drift: how far `fqe` moved in the last quarter of the fit. q_mean and data_return: in units of the
-    reward that the agent learnt from, divided by its transform's scale (a shift stays in both), with its own discount.
+    Attributes:
+        name: name of the policy.
+        fqe: estimated discounted return of raw reward.
+        interval: 95 % bootstrap interval of `fqe` over the first states of the data; it does not include the error of the fit.
+        fqe_seeds: the estimate of each fit.
+        drift: change of `fqe` in the last quarter of the fit.
+        off_data: relative distance of its actions to those of the data, see the top of this file.
+        bc_loss: mean squared distance between its actions and the data's, both in [-1, 1].
+        q_mean: mean value of its own critic at its actions, with the agent's own discount, in units of the reward that it
+            learnt from divided by the scale of its transform (a shift remains); None without such a critic.
+        data_return: discounted return of the data from the same states, in the same units; None without such a critic.
+        trusted: False if the estimate diverged or concerns actions far from the data, as `notes` say; such policies rank last.
+        notes: remarks on the estimates.
+        evaluation: the episodes that were played; None if there were none.
     """
 
     name: str
@@ -65,9 +77,9 @@ class Rated:
     bc_loss: float
     q_mean: float | None = None
     data_return: float | None = None
-    trusted: bool = True  # False: the estimate diverged or is of actions far from the data, as `notes` say; it ranks last
+    trusted: bool = True
     notes: tuple[str, ...] = ()
-    evaluation: Evaluation | None = None  # where episodes were asked for
+    evaluation: Evaluation | None = None
 
     @property
     def q_ratio(self) -> float | None:
@@ -77,25 +89,36 @@ class Rated:
 
 @dataclass(frozen=True)
 class Selection:
-    """The report of `select`: `print` it for a table, `to_json` for a file. `rows`: best `fqe` first, the not trusted last."""
+    """The report of `select`: `print` shows a table, `to_json` returns it for a file.
+
+    Attributes:
+        rows: one row per policy, sorted by `fqe`, best first; policies that are not trusted come last.
+        dataset: id of the dataset.
+        config: settings of the fitted Q evaluation.
+        n_used: number of transitions that the estimates are fitted on.
+        n_transitions: number of transitions in the dataset.
+        n_starts: number of first states over which the estimates are averaged.
+        seconds: how long the selection took.
+        n_env_episodes: environment episodes that were played.
+    """
 
     rows: tuple[Rated, ...]
     dataset: str
     config: FQEConfig
-    n_used: int  # transitions that the estimates are fitted on
+    n_used: int
     n_transitions: int
-    n_starts: int  # first states that they are the mean over
+    n_starts: int
     seconds: float
     n_env_episodes: int = 0
 
     @property
     def order(self) -> list[str]:
-        """Names, the best first: by `fqe`, those that are not trusted behind the others."""
+        """Names in the order of `rows`, best first."""
         return [row.name for row in self.rows]
 
     @property
     def best(self) -> str:
-        """The name to take: the best by `fqe`; among those that were also played, where any were, the best by return."""
+        """Name of the best policy: by return among those that played episodes, if any did, else by `fqe`."""
         played = [row for row in self.rows if row.evaluation is not None]
         return max(played, key=lambda row: row.evaluation.mean_return).name if played else self.rows[0].name  # type: ignore[union-attr]
 
@@ -103,7 +126,7 @@ class Selection:
         return next(row for row in self.rows if row.name == name)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain JSON types; null for numbers that are none."""
+        """Everything as plain JSON types; NaN and infinity become null."""
         rows = [
             {
                 **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(row).items()},
@@ -113,8 +136,8 @@ class Selection:
             for row in self.rows
         ]
         config = {**dataclasses.asdict(self.config), "hidden": list(self.config.hidden)}
-        told = {**vars(self), "best": self.best, "order": self.order, "config": config, "rows": rows}
-        return json.loads(json.dumps(told, default=list), parse_constant=lambda _: None)
+        report = {**vars(self), "best": self.best, "order": self.order, "config": config, "rows": rows}
+        return json.loads(json.dumps(report, default=list), parse_constant=lambda _: None)
 
     def __str__(self) -> str:
         heads = ["policy", "fqe", "95 % interval", "off_data", "bc_loss", "q_mean", "data_return", "q_ratio", "return"]
@@ -127,7 +150,7 @@ class Selection:
         c = self.config
         lines.append(
             f"fqe: discounted return of raw reward (gamma {c.gamma:g}) from {self.n_starts:,} first states of {self.dataset}, "
-            f"by {self.n_used:,} of {self.n_transitions:,} transitions; a number to rank by, not what a policy will earn"
+            f"from {self.n_used:,} of {self.n_transitions:,} transitions; for ranking only, not a prediction of the return"
         )
         lines.append(f"best: {self.best}; {self.n_env_episodes} environment episodes used")
         return "\n".join(lines)
@@ -156,16 +179,28 @@ def select(
     load: Callable[[Any], Any] | None = None,
     verbose: int = 1,
 ) -> Selection:
-    """Order policies by what the data say of them, without an environment, and return the report.
+    """Rank policies by what the data say about them, without an environment, and return the report.
 
-    agents: name -> policy, or a sequence of policies. A policy is an agent of ours, anything else with SB3's `predict`, or the
-    path of a folder or .zip, which `load` reads (None: `diffagents.load`).
-    dataset: anything that `load_dataset` reads, of the task that the policies are for; best the data they were trained on.
-    gamma: discount of the estimate, near 1 where much comes late. fqe_steps: updates. n_seeds: fits for each policy; with 2 or
-    more, pessimistic where they disagree. max_transitions: how many of the data are used, drawn once for all policies.
-    n_episodes: also play this many episodes with each of the `top` best, in `env` (None: the dataset's own), and let the
-    return decide among those. The report counts them. env: also gives the spaces where the data have none.
-    Raises ValueError or TypeError, before any work, where a policy cannot act on these data.
+    Args:
+        agents: a mapping from names to policies, or a sequence of policies. A policy is an agent of this library, any object
+            with SB3's `predict`, or the path of a folder or .zip file, which `load` reads.
+        dataset: anything that `load_dataset` reads, for the task of the policies; ideally the data that they learnt from.
+        gamma: discount factor of the estimate; use a value near 1 if much of the reward comes late.
+        fqe_steps: gradient steps of the estimate.
+        n_seeds: number of fits per policy; with 2 or more the estimate is pessimistic where they disagree.
+        max_transitions: at most so many transitions are used, drawn once for all policies.
+        seed: seed of the estimate, and of the first episode.
+        device: where to fit: "auto", "cpu", "cuda", ...
+        env: environment for the episodes, or its id; it also provides the spaces if the data have none. Default: the
+            environment of the dataset.
+        n_episodes: also play so many episodes with each of the `top` best policies, and let their mean return decide. The
+            report counts the episodes.
+        top: number of policies that play.
+        load: reads a path. Default: `diffagents.load`.
+        verbose: 0 prints nothing, 1 the progress.
+
+    Raises:
+        ValueError, TypeError: before any work, for invalid arguments or a policy that cannot act on these data.
     """
     config = FQEConfig(gamma=gamma, steps=fqe_steps, n_seeds=n_seeds, max_transitions=max_transitions, seed=seed)
     whole_number("n_episodes", n_episodes, 0)
@@ -185,7 +220,7 @@ def select(
     rows.sort(key=lambda row: (not row.trusted, -row.fqe if math.isfinite(row.fqe) else math.inf))
     for k, row in enumerate(rows[: top if n_episodes else 0]):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about action bounds, told when the policy was trained
+            warnings.simplefilter("ignore", UserWarning)  # about action bounds: training has warned already
             played = evaluate(policies[row.name], where, n_episodes, seed=seed)
         rows[k] = dataclasses.replace(row, evaluation=played)
     n_played = sum(len(row.evaluation.returns) for row in rows if row.evaluation is not None)
@@ -202,37 +237,31 @@ def select(
 
 
 def _named(agents: Any, load: Callable[[Any], Any] | None) -> dict[str, Any]:
-    """Every policy by a name of its own, paths loaded."""
+    """The policies by unique names; paths are loaded."""
     if isinstance(agents, str | Path) or callable(getattr(agents, "predict", None)):
-        raise TypeError("agents must be several: a dict of name -> policy, or a list of policies or paths")
-    given = dict(agents) if isinstance(agents, Mapping) else {}
+        raise TypeError("agents must hold several policies: a dict of name -> policy, or a list of policies or paths")
+    named = dict(agents) if isinstance(agents, Mapping) else {}
     if not isinstance(agents, Mapping):
         for k, agent in enumerate(agents):
             is_path = isinstance(agent, str | Path)
             name = str(agent) if is_path else f"{type(agent).__name__}-{k}"
-            if name in given:
+            if name in named:
                 raise ValueError(f"agents holds {name} twice")
-            given[name] = agent
-    if not given:
-        raise ValueError("agents is empty: give at least one policy")
-    for name, agent in given.items():
+            named[name] = agent
+    if not named:
+        raise ValueError("agents is empty: pass at least one policy")
+    for name, agent in named.items():
         if isinstance(agent, str | Path):
-            given[name] = load(agent) if load is not None else _load(agent)
-        if not callable(getattr(given[name], "predict", None)):
-            raise TypeError(f"policy {name!r} is a {type(given[name]).__name__}, which has no predict(obs, deterministic=True)")
-    return given
-
-
-def _load(path: Any) -> Any:
-    import diffagents
-
-    return diffagents.load(path, verbose=0)
+            named[name] = load(agent) if load is not None else registry.load(agent, verbose=0)
+        if not callable(getattr(named[name], "predict", None)):
+            raise TypeError(f"policy {name!r} is a {type(named[name]).__name__}, which has no predict(obs, deterministic=True)")
+    return named
 
 
 def _check(name: str, policy: Any, data: Transitions) -> None:
     """Let the policy act on two rows of the data."""
     about = f"policy {name!r} cannot act on {data.info['id']}"
-    cure = "select among policies of one task, on data of that task"
+    cure = "select among policies for one task, on data of that task"
     try:
         action = actions_of(policy, data.obs[:1].expand(2, -1), data.spec)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
@@ -244,41 +273,51 @@ def _check(name: str, policy: Any, data: Transitions) -> None:
 
 
 def rate(policies: Mapping[str, Any], data: Transitions, fqe: FQE, verbose: int = 0) -> list[Rated]:
-    """All signals of policies on the data that `fqe` was made of. One that gives NaN somewhere is not trusted."""
+    """All signals of several policies.
+
+    Args:
+        policies: name -> policy.
+        data: the dataset that `fqe` was made from.
+        fqe: the prepared fitted Q evaluation.
+        verbose: 0 prints nothing, 1 the progress.
+
+    Returns:
+        One row per policy. A policy whose actions are not finite somewhere is not trusted.
+    """
     rows = some_rows(len(data), BC_ROWS, torch.Generator().manual_seed(fqe.config.seed + 1))
-    asked = [fqe.next_obs, fqe.start_obs, data.obs[rows]]
+    states = [fqe.next_obs, fqe.start_obs, data.obs[rows]]
     actions: dict[str, np.ndarray] = {}
     rated: list[Rated] = []
     for name, policy in policies.items():
         started = time.perf_counter()
         try:
-            actions[name] = actions_of(policy, torch.cat(asked), data.spec)
+            actions[name] = actions_of(policy, torch.cat(states), data.spec)
         except RuntimeError as error:
             nan = math.nan
             rated.append(Rated(name, nan, (nan, nan), (), nan, nan, nan, trusted=False, notes=(str(error),)))
         if verbose:
-            print(f"{name} acted in {sum(map(len, asked)):,} states in {time.perf_counter() - started:.1f} s", flush=True)
+            print(f"{name} acted in {sum(map(len, states)):,} states in {time.perf_counter() - started:.1f} s", flush=True)
     if not actions:
         return rated
     if verbose:
-        print(f"fitting {len(actions)} estimates by {fqe.config.steps:,} updates", flush=True)
+        print(f"fitting {len(actions)} estimates in {fqe.config.steps:,} steps", flush=True)
     scaled = torch.stack([_scaled(action, data.spec) for action in actions.values()])  # (P, rows, A)
-    next_act, start_act, act = torch.split(scaled, [len(some) for some in asked], 1)
+    next_act, start_act, act = torch.split(scaled, [len(some) for some in states], 1)
     distances = (act - _scaled(data.action[rows].numpy(), data.spec)).square().mean((1, 2)).tolist()
     neighbours = _Neighbours(data, rows, fqe.config.seed)
-    for k, (name, found, distance) in enumerate(zip(actions, fqe.fit(next_act, start_act), distances, strict=True)):
-        values = found.values.double().mean(0).numpy()  # of each first state
+    for k, (name, result, distance) in enumerate(zip(actions, fqe.fit(next_act, start_act), distances, strict=True)):
+        values = result.values.double().mean(0).numpy()  # one per first state
         interval = bootstrap(values)
         off_data = neighbours.off_data(act[k])
-        trusted, notes = _judge(found, interval, off_data, fqe.config)
+        trusted, notes = _judge(result, interval, off_data, fqe.config)
         own = _own_q(policies[name], data, rows, actions[name][-len(rows) :])
         rated.append(
             Rated(
                 name=name,
                 fqe=float(values.mean()),
                 interval=interval,
-                fqe_seeds=tuple(found.values.mean(1).tolist()),
-                drift=found.drift,
+                fqe_seeds=tuple(result.values.mean(1).tolist()),
+                drift=result.drift,
                 off_data=off_data,
                 bc_loss=distance,
                 q_mean=own.q_mean,
@@ -290,24 +329,24 @@ def rate(policies: Mapping[str, Any], data: Transitions, fqe: FQE, verbose: int 
     return rated
 
 
-def _judge(found: FQEResult, interval: tuple[float, float], off_data: float, config: FQEConfig) -> tuple[bool, list[str]]:
-    """Whether the estimate can be believed, and what is to be said of it."""
-    if not found.values.isfinite().all() or found.clipped > RAN_AWAY:
-        share = f"{100 * found.clipped:.0f} % of its targets lay beyond what rewards allow"
-        return False, [f"the estimate diverged ({share}): it acts where the data tell nothing, or gamma is too large"]
+def _judge(result: FQEResult, interval: tuple[float, float], off_data: float, config: FQEConfig) -> tuple[bool, list[str]]:
+    """Whether the estimate can be trusted, and remarks on it."""
+    if not result.values.isfinite().all() or result.clipped > MAX_CLIPPED:
+        share = f"{100 * result.clipped:.0f} % of its targets lay outside the range that the rewards allow"
+        return False, [f"the estimate diverged ({share}): the policy acts where there are no data, or gamma is too large"]
     if off_data > OFF_DATA:
         return False, [
-            f"it acts {off_data:.3g} times further from the data than the data's own actions lie: its fqe is a guess"
+            f"its actions lie {off_data:.3g} times further from the data than the data's own: its fqe is an extrapolation"
         ]
-    if abs(found.drift) > max(interval[1] - interval[0], SETTLED * abs(float(found.values.mean()))):
+    if abs(result.drift) > max(interval[1] - interval[0], SETTLED * abs(float(result.values.mean()))):
         return True, [
-            f"the estimate still moves ({found.drift:+.3g} in the last quarter): take more than {config.steps:,} steps"
+            f"the estimate has not converged ({result.drift:+.3g} in the last quarter): use more than {config.steps:,} steps"
         ]
     return True, []
 
 
 class _Neighbours:
-    """What the data did in states like those of `rows` (Q,): actions (Q, K, A) of the K most similar of some other states."""
+    """The actions of the data (Q, K, A) in the K states most similar to each state of `rows` (Q,)."""
 
     def __init__(self, data: Transitions, rows: Tensor, seed: int) -> None:
         normalizer = ObsNormalizer(data.spec.obs_dim).fit(data.obs)
@@ -316,48 +355,51 @@ class _Neighbours:
         k, parts = min(N_NEIGHBOURS, max(1, len(others) - 1)), []
         for some in torch.split(rows, ROWS_AT_ONCE):
             distance = torch.cdist(normalizer(data.obs[some]), obs)
-            distance[some[:, None] == others] = torch.inf  # an action is no witness for itself
+            distance[some[:, None] == others] = torch.inf  # a state is not its own neighbour
             parts.append(act[distance.topk(k, largest=False).indices])
         self.actions = torch.cat(parts)
-        self.own = max(self._distance(_scaled(data.action[rows].numpy(), data.spec)), 1e-4)  # 1 % of half the range at least
+        self.own = max(self._distance(_scaled(data.action[rows].numpy(), data.spec)), 1e-4)  # at least 1 % of half the range
 
     def _distance(self, act: Tensor) -> float:
-        """Mean squared distance of (Q, A) to the nearest of the actions."""
+        """Mean squared distance of actions (Q, A) to the nearest neighbouring action."""
         return float((self.actions - act[:, None]).square().mean(-1).amin(-1).mean())
 
     def off_data(self, act: Tensor) -> float:
+        """Distance of actions (Q, A) in [-1, 1] to the data, relative to that of the data's own actions."""
         return math.sqrt(self._distance(act) / self.own)
 
 
 @dataclass(frozen=True)
 class _Own:
+    """Mean value of an agent's own critic, the data's return to compare it with, and remarks."""
+
     q_mean: float | None = None
     data_return: float | None = None
     notes: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
-def _own_q(agent: Any, data: Transitions, rows: Tensor, action: np.ndarray) -> _Own:
-    """The mean of the agent's own critic at `action` in the states of `rows`, and the data's return from there.
+def _own_q(policy: Any, data: Transitions, rows: Tensor, action: np.ndarray) -> _Own:
+    """The mean value of the policy's own critic at `action` in the states of `rows`, and the data's return from there.
 
-    Empty for what has no critic of actions: DiffusionBC, AWR (whose critic values the data's policy), policies not of ours.
+    Empty for policies without a critic of actions: behaviour cloning, AWR (its critic values states only), other libraries.
     """
-    name = "critic_target" if hasattr(agent, "critic_target") else "critic"
-    critic = getattr(agent, name, None)
+    name = "critic_target" if hasattr(policy, "critic_target") else "critic"
+    critic = getattr(policy, name, None)
     if not isinstance(critic, IQLCritic | EnsembleMLP | ReturnCritic):
         return _Own()
-    if name not in agent.MODEL and not agent.has_learner:
-        return _Own(notes=["loaded to act only, without its critic: q_mean is unknown"])
-    flat = agent.spec.flatten_obs(_observation(data.obs[rows], data.spec))[0]
-    obs = agent.obs_normalizer(torch.from_numpy(flat).to(agent.device))
-    act = _scaled(action, agent.spec).to(agent.device)
+    if name not in policy.MODEL and not policy.has_learner:
+        return _Own(notes=["the policy was loaded without its critic: q_mean is unknown"])
+    flat = policy.spec.flatten_obs(_observation(data.obs[rows], data.spec))[0]
+    obs = policy.obs_normalizer(torch.from_numpy(flat).to(policy.device))
+    act = _scaled(action, policy.spec).to(policy.device)
     if isinstance(critic, ReturnCritic):  # learns standardised returns
         q = critic.mean + critic.std * critic(obs, act)
     elif isinstance(critic, IQLCritic):
         q = critic.q_target(torch.cat([act, obs], -1)).amin(0)
     else:
         q = critic(torch.cat([obs, act], -1)).amin(0)
-    transform, gamma = agent.reward_transform or RewardTransform(), agent.config.gamma
+    transform, gamma = policy.reward_transform or RewardTransform(), policy.config.gamma
     returns = discounted_returns(data, gamma, transform)[rows]
     rewards = transform(data.rew)
     most = max(float(rewards.max()), 0.0 if data.done.any() else -math.inf) / (1.0 - gamma)
@@ -365,14 +407,26 @@ def _own_q(agent: Any, data: Transitions, rows: Tensor, action: np.ndarray) -> _
     notes = []
     if not q_mean <= most:
         notes.append(
-            f"its critic promises {q_mean / transform.scale:.4g}, more than rewards allow ({highest:.4g}): it diverged"
+            f"its critic promises {q_mean / transform.scale:.4g}, more than the rewards allow ({highest:.4g}): it diverged"
         )
     return _Own(q_mean / transform.scale, float(returns.mean()) / transform.scale, notes)
 
 
 # ---- the policy as it is deployed ------------------------------------------------------------------------------------
 def actions_of(policy: Any, obs: Tensor, spec: Spec) -> np.ndarray:
-    """`predict(obs, deterministic=True)` for flat observations (n, S) of `spec`: (n, *action shape), environment units."""
+    """The deterministic actions of a policy, computed in batches.
+
+    Args:
+        policy: any object with SB3's `predict`.
+        obs: flat observations, (n, S).
+        spec: the spaces of the data.
+
+    Returns:
+        Actions in the environment's units, (n, *action shape).
+
+    Raises:
+        RuntimeError: if an action is not finite.
+    """
     parts = []
     for some in torch.split(obs, ROWS_AT_ONCE):
         action = np.asarray(policy.predict(_observation(some, spec), deterministic=True)[0])
@@ -383,7 +437,7 @@ def actions_of(policy: Any, obs: Tensor, spec: Spec) -> np.ndarray:
 
 
 def _observation(obs: Tensor, spec: Spec) -> Any:
-    """Flat observations (n, S) as the environment gives them: an array, or a dict of arrays by key."""
+    """Flat observations (n, S) in the form of the environment: an array, or a dict of arrays by key."""
     if spec.obs_keys is None:
         return obs.numpy().reshape(len(obs), *spec.observation_space.shape)  # type: ignore[misc]
     shapes = {key: spec.observation_space[key].shape for key in spec.obs_keys}  # type: ignore[index]
@@ -392,4 +446,5 @@ def _observation(obs: Tensor, spec: Spec) -> Any:
 
 
 def _scaled(action: np.ndarray, spec: Spec) -> Tensor:
+    """Actions in [-1, 1]."""
     return torch.from_numpy(spec.scale_action(action))

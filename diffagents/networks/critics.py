@@ -1,12 +1,16 @@
-"""Implicit Q-learning's critic: twin Q, lagged twins, V by expectile regression (Kostrikov et al. 2021, arXiv:2110.06169).
+"""Critics that several algorithms share: the critic of implicit Q-learning, and a Q of returns.
+
+IQLCritic: twin Q, target twins, V by expectile regression (Kostrikov et al. 2021, arXiv:2110.06169).
 
     L_V = E[ |tau - 1(u < 0)| u^2 ],   u = min_j Qbar_j(s, a) - V(s)           Eq. (5)
     L_Q = mean_j E[ (r + gamma (1 - d) V(s') - Q_j(s, a))^2 ]                  Eq. (6), averaged over the twins
     Qbar <- (1 - tau_target) Qbar + tau_target Q   after every step
 
-Shared by SRPO, IQL and IDQL. Order of SRPO's official code: min Qbar(s, a) and V(s') are computed BEFORE the V step
-(official IQL steps V first and bootstraps on the new V), so both losses can be taken and stepped together.
-Network input order is [action, observation], as in SRPO's official critic files.
+It is used by SRPO, IQL and IDQL. The order is that of SRPO's official code: min Qbar(s, a) and V(s') are computed BEFORE the
+V step (official IQL steps V first and bootstraps from the new V), so that both losses can be minimised in one step.
+The input of Q is [action, observation], as in SRPO's official critic files.
+
+Shapes: B batch, S observation, A action.
 """
 
 import copy
@@ -21,7 +25,15 @@ from diffagents.types import Batch, Metrics
 
 
 class IQLCritic(nn.Module):
-    """Networks and losses; who steps when is the agent's business. v_layer_norm: V normalises its input (IDQL)."""
+    """The networks and losses of IQL; the agent owns the optimisers and decides when to step.
+
+    Args:
+        obs_dim: S.
+        act_dim: A.
+        q_hidden: Hidden sizes of each Q.
+        v_hidden: Hidden sizes of V.
+        v_layer_norm: Whether V normalises its input (IDQL).
+    """
 
     def __init__(
         self, obs_dim: int, act_dim: int, q_hidden: Sequence[int], v_hidden: Sequence[int], v_layer_norm: bool = False
@@ -33,11 +45,20 @@ class IQLCritic(nn.Module):
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """The parameters of Q and V; the target follows by `update_target`."""
+        """The parameters of Q and V; the target network follows by `update_target`."""
         return [*self.q.parameters(), *self.v.parameters()]
 
     def loss(self, batch: Batch, expectile: float, gamma: float) -> tuple[Tensor, Metrics]:
-        """L_V + L_Q: the two share no parameter, so one backward pass serves both."""
+        """L_V + L_Q. The two share no parameter, so one backward pass serves both.
+
+        Args:
+            batch: Transitions.
+            expectile: tau in (0, 1).
+            gamma: Discount in [0, 1).
+
+        Returns:
+            The loss, a scalar, and the metrics `v_loss`, `q_loss`, `q` and `v`.
+        """
         act_obs = torch.cat([batch.act, batch.obs], -1)
         with torch.no_grad():
             target_q = self.q_target(act_obs).amin(0)  # (B,)
@@ -51,16 +72,22 @@ class IQLCritic(nn.Module):
         return v_loss + q_loss, metrics
 
     def update_target(self, tau: float) -> None:
-        """Move the lagged twins by a share `tau` towards the online ones."""
+        """Move the target twins towards the online ones by a share `tau` in (0, 1]."""
         polyak_update_(self.q_target.parameters(), self.q.parameters(), tau)
 
     def target_mean(self, obs: Tensor, act: Tensor) -> Tensor:
-        """(Qbar_1 + Qbar_2) / 2 at (B, S), (B, A) -> (B,): what SRPO's policy climbs."""
+        """(Qbar_1 + Qbar_2) / 2 at obs (B, S) and act (B, A): (B,). SRPO's policy ascends its gradient."""
         return self.q_target(torch.cat([act, obs], -1)).mean(0)
 
 
 class ReturnCritic(nn.Module):
-    """Q(s, a) in standard deviations from the mean return, and the two numbers that this means [D1]."""
+    """Q(s, a) in standard deviations from the mean return, together with that mean and standard deviation (SfBC).
+
+    Args:
+        obs_dim: S.
+        act_dim: A.
+        hidden: Hidden sizes.
+    """
 
     mean: Tensor
     std: Tensor
@@ -72,7 +99,7 @@ class ReturnCritic(nn.Module):
         self.register_buffer("std", torch.ones(()))
 
     def forward(self, obs: Tensor, act: Tensor) -> Tensor:
-        """act (..., A), obs (..., S) with sizes of 1 to expand -> (...,)."""
+        """Standardised values, (...,), of act (..., A) at obs (..., S), whose sizes of 1 expand."""
         pairs = torch.cat([obs.expand(*act.shape[:-1], -1), act], -1)
         q: Tensor = self.net(pairs)
         return q.squeeze(-1)

@@ -1,7 +1,9 @@
-"""Networks as small modules: MLP, batched ensembles of MLPs, policies, noise predictors.
+"""Multilayer perceptrons and what is made of them: policies, batched ensembles, initialisation, time features, dropout.
 
-Shapes: B batch, S observation, A action, E ensemble members. Every layer starts as PyTorch starts a Linear
-(uniform in +-1/sqrt(fan_in)), which is what the official PyTorch codes use; `orthogonal_` is for the others.
+Every layer is initialised as PyTorch initialises a Linear, uniformly in +-1/sqrt(fan_in), which is what the official PyTorch
+codes use; `orthogonal_` and `xavier_` are for the others.
+
+Shapes: B batch, S observation, A action, E ensemble members.
 """
 
 import math
@@ -15,6 +17,8 @@ from torch.nn import functional as F
 
 
 class _Mish(torch.autograd.Function):
+    """`mish` with a gradient of its own, which reuses the exponential and the gate of the forward pass."""
+
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         e = x.clamp(max=20.0).exp_()  # beyond 20 the function is x to the last digit
@@ -40,9 +44,10 @@ class _Mish(torch.autograd.Function):
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(softplus(x)) with one exponential: n / (n + 2), n = e^x (e^x + 2), is that tanh.
+    """The activation x tanh(softplus(x)), for any shape.
 
-    Agrees with `torch.nn.functional.mish` to 3e-7, in fewer passes over memory.
+    One exponential suffices: with n = e^x (e^x + 2) that tanh is n / (n + 2). The result agrees with
+    `torch.nn.functional.mish` to 3e-7 and takes fewer passes over memory.
     """
     if torch.is_grad_enabled():
         return _Mish.apply(x)[0]  # type: ignore[no-untyped-call]
@@ -59,7 +64,14 @@ class Mish(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Linear layers with an activation between them: (..., in) -> (..., out)."""
+    """Linear layers with an activation between them: (..., in_dim) -> (..., out_dim).
+
+    Args:
+        in_dim: Size of the input.
+        hidden: Sizes of the hidden layers; none gives a single Linear.
+        out_dim: Size of the output.
+        activation: Makes the activation module.
+    """
 
     def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
         sizes = [in_dim, *hidden]
@@ -72,9 +84,9 @@ class MLP(nn.Sequential):
         return self.rest(self[0](x))
 
     def rest(self, h: Tensor) -> Tensor:
-        """What comes after the first layer."""
+        """Apply all layers after the first: (..., first hidden size) -> (..., out_dim)."""
         for layer in list(self)[1:]:
-            if isinstance(layer, nn.Linear) and layer.out_features == 1:  # a sum: quicker than a product with one column
+            if isinstance(layer, nn.Linear) and layer.out_features == 1:  # a sum is quicker than a product with one column
                 h = (h * layer.weight[0]).sum(-1, keepdim=True) + layer.bias
             else:
                 h = layer(h)
@@ -90,7 +102,15 @@ class TanhPolicy(nn.Module):
         self.net = MLP(obs_dim, hidden, act_dim)
 
     def forward(self, obs: Tensor, masks: Tensor | None = None) -> Tensor:
-        """`masks` (B, sum of hidden sizes) are dropout masks, layer beside layer, None in use."""
+        """Act on observations.
+
+        Args:
+            obs: (B, S).
+            masks: Dropout masks of all hidden layers, concatenated, (B, sum of hidden sizes); None outside training.
+
+        Returns:
+            Actions, (B, A) in (-1, 1).
+        """
         if masks is None:
             return torch.tanh(self.net(obs))
         *body, last = self.net
@@ -101,10 +121,10 @@ class TanhPolicy(nn.Module):
 
 
 class GaussianPolicy(TanhPolicy):
-    """N(tanh(MLP(s)), diag sigma^2): the actor of IQL and AWR; calling it gives the mean, (B, S) -> (B, A).
+    """N(tanh(MLP(s)), diag sigma^2), the actor of IQL and AWR; calling it returns the mean, (B, S) -> (B, A).
 
-    sigma is one number per action dimension, the same for every s; log sigma starts at 0 and counts within [-5, 2].
-    Only the mean is squashed: the density is the plain Gaussian's, whose samples may leave [-1, 1].
+    sigma has one number per action dimension, the same for every s; log sigma is initialised to 0 and clamped to [-5, 2].
+    Only the mean is squashed: the density is that of a plain Gaussian, whose samples may leave [-1, 1].
     """
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
@@ -112,22 +132,37 @@ class GaussianPolicy(TanhPolicy):
         self.log_std = nn.Parameter(torch.zeros(act_dim))
 
     def log_prob(self, obs: Tensor, act: Tensor, masks: Tensor | None = None) -> Tensor:
-        """log pi(a|s) summed over dimensions: (B, S), (B, A) -> (B,)."""
+        """log pi(a|s), summed over the action dimensions.
+
+        Args:
+            obs: (B, S).
+            act: (B, A).
+            masks: As in `TanhPolicy.forward`.
+
+        Returns:
+            (B,).
+        """
         log_std = self.log_std.clamp(-5.0, 2.0)
         z = (act - self(obs, masks)) * torch.exp(-log_std)
         return -(0.5 * z.square() + log_std + 0.5 * math.log(2.0 * math.pi)).sum(-1)
 
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """a ~ pi(.|s) from standard normal `noise` (B, A), clamped to [-1, 1]."""
+        """Sample a ~ pi(.|s) for obs (B, S) from standard normal `noise` (B, A): (B, A), clamped to [-1, 1]."""
         return (self(obs) + self.log_std.clamp(-5.0, 2.0).exp() * noise).clamp(-1.0, 1.0)
 
 
 class EnsembleMLP(nn.Module):
-    """E independent MLPs as batched matrix products: (B, in) -> (E, B); (E, B, in) gives each its own input.
+    """E independent MLPs as batched matrix products, so that twin critics cost little more than one.
 
-    One product per layer instead of E: twin critics cost little more than one.
-    out_dim: None for one number, squeezed; else (E, B, out_dim).
-    layer_norm: normalise each hidden layer before its activation (eps 1e-6, flax's).
+    The input is (B, in_dim), shared by all members, or (E, B, in_dim), one for each; the output is (E, B) or (E, B, out_dim).
+
+    Args:
+        n_members: E.
+        in_dim: Size of the input.
+        hidden: Sizes of the hidden layers.
+        activation: A function applied after each hidden layer.
+        layer_norm: Normalise each hidden layer before its activation, with flax's eps of 1e-6.
+        out_dim: Size of the output; None for one number, whose dimension is dropped.
     """
 
     def __init__(
@@ -156,9 +191,15 @@ class EnsembleMLP(nn.Module):
         return self.rest(torch.baddbmm(self.biases[0], x.expand(self.n_members, *x.shape[-2:]), self.weights[0]))
 
     def on_parts(self, *parts: Tensor) -> Tensor:
-        """As calling it on the concatenation of `parts` (..., n_j), whose sizes of 1 expand: (E, ...) or (E, ..., out_dim).
+        """Apply the network to the concatenation of parts, without building it.
 
-        The first layer takes each part once: K actions of a state cost one product with the state, not K.
+        The first layer multiplies each part once: for K actions of a state, the state takes one product instead of K.
+
+        Args:
+            *parts: Tensors (..., n_j) whose n_j add up to `in_dim`; sizes of 1 expand.
+
+        Returns:
+            (E, ...) or (E, ..., out_dim).
         """
         h: Tensor | float = 0.0
         for part, weight in zip(parts, self.weights[0].split([part.shape[-1] for part in parts], 1), strict=True):
@@ -169,7 +210,7 @@ class EnsembleMLP(nn.Module):
         return out.view(*h.shape[:-1], *out.shape[2:])
 
     def rest(self, h: Tensor) -> Tensor:
-        """What comes after the product of the first layer, (E, B, hidden)."""
+        """Apply all that follows the product of the first layer: (E, B, first hidden size) -> (E, B) or (E, B, out_dim)."""
         for i in range(1, len(self.weights)):
             if self.layer_norm:
                 h = F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.norm_scales[i - 1] + self.norm_biases[i - 1]
@@ -181,27 +222,42 @@ class EnsembleMLP(nn.Module):
 
 
 def init_(module: nn.Module, fill: Callable[[Tensor], Any]) -> None:
-    """Start every weight matrix in `module` by `fill`, in place, and every bias at zero, the output layer's too."""
+    """Initialise a module in place: every bias to zero, the output layer's too, and every weight matrix by `fill`.
+
+    Args:
+        module: The module; parameters of normalisation layers keep their values.
+        fill: Fills one matrix in place. For an ensemble it is called for each member's matrix.
+    """
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:  # only its shape is wanted
+            continue
         if "bias" in name:
             nn.init.zeros_(parameter)
         elif "norm" not in name and parameter.dim() > 1:
-            for matrix in parameter.detach().view(-1, *parameter.shape[-2:]):  # of an ensemble, each member's
+            for matrix in parameter.detach().view(-1, *parameter.shape[-2:]):
                 fill(matrix)
 
 
 def orthogonal_(module: nn.Module, gain: float = math.sqrt(2.0)) -> None:
-    """`start_` with orthogonal matrices (BDPO's code)."""
+    """`init_` with orthogonal matrices scaled by `gain` (BDPO's code)."""
     init_(module, lambda weight: nn.init.orthogonal_(weight, gain))
 
 
 def xavier_(module: nn.Module) -> None:
-    """`start_` with Xavier's uniform matrices (IDQL's code)."""
+    """`init_` with Xavier's uniform matrices (IDQL's code)."""
     init_(module, nn.init.xavier_uniform_)
 
 
 def sinusoids(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(sin, cos) of t times dim / 2 frequencies 10000^(-k / (dim / 2 - 1)); t (...,) counts steps -> (..., dim / 2) each."""
+    """Sinusoidal features of a step: sin and cos of t times the dim / 2 frequencies 10000^(-k / (dim / 2 - 1)).
+
+    Args:
+        t: Steps, counted from 0, (...,).
+        dim: Number of features, even and at least 4.
+
+    Returns:
+        The sines and the cosines, (..., dim / 2) each.
+    """
     half = dim // 2
     frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000.0) / (half - 1)))
     phase = t[..., None] * frequencies
@@ -209,6 +265,15 @@ def sinusoids(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def dropout_masks(shape: tuple[int, ...], p: float, generator: torch.Generator) -> Tensor:
-    """Random factors 0 (with probability p) or 1 / (1 - p): dropout whose randomness the caller owns."""
+    """Dropout masks drawn from the caller's generator.
+
+    Args:
+        shape: Shape of the masks.
+        p: Probability of dropping, in [0, 1).
+        generator: Source of the random numbers; the masks lie on its device.
+
+    Returns:
+        Factors 0 (with probability `p`) or 1 / (1 - p), float32.
+    """
     keep = torch.rand(shape, generator=generator, device=generator.device) >= p
     return keep.to(torch.float32).div_(1.0 - p)

@@ -1,4 +1,7 @@
-"""The score network of QGPO and SfBC, and the behaviour model made of it."""
+"""The behaviour model of QGPO and SfBC: a noise predictor in continuous time, and samples from it by a DPM-Solver.
+
+Shapes: B batch, N observations, S observation, A action, M or n samples of one state; times t in (0, 1].
+"""
 
 import math
 import time
@@ -32,7 +35,10 @@ class FourierTime(nn.Module):
 
 
 class ConditionedBlock(nn.Module):
-    """silu(W2 (silu(W1 x) + V silu(e))) + skip x, the skip a Linear where sizes differ. `Residual_Block` in SfBC's code."""
+    """silu(W2 (silu(W1 x) + V silu(e))) + skip x, where skip is a Linear if the sizes differ, else the identity.
+
+    Source: `Residual_Block` in SfBC's official code. x is (..., in_dim), the embedding e (..., 128), the result (..., out_dim).
+    """
 
     EMBED_DIM = 128
 
@@ -51,17 +57,25 @@ class ConditionedBlock(nn.Module):
 class UNetDenoiser(nn.Module):
     """Noise predictor eps(a_t, s, t) of QGPO's and SfBC's behaviour model: `ScoreNet` in their official code.
 
-    Time and state (Linear S-32, SiLU) are embedded together, 64-128-128, and enter every block. Blocks A - w - w/2 - w/4,
-    one in the middle, and up again beside what came down; Linear 2w - A. `width` w is 512 in the official code.
-    The official net is written as a score h / sigma_t with h trained to -eps; this one gives eps = -h, which is the same net
-    with the other sign on its last layer.
+    Time and state (Linear S-32, SiLU) are embedded together, 64-128-128, and enter every block. The blocks go down A - w - w/2
+    - w/4, have one in the middle, and go up again with the outputs of the way down concatenated (skip connections); a
+    Linear 2w - A ends them. The official network is written as a score h / sigma_t with h trained to -eps; this one predicts
+    eps = -h, which is the same network with the sign of its last layer changed.
+
+    Args:
+        obs_dim: S.
+        act_dim: A.
+        width: w, at least 4; 512 in the official code.
+
+    Raises:
+        ValueError: If `width` is too small.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, width: int = 512) -> None:
         super().__init__()
         embed, half, quarter = ConditionedBlock.EMBED_DIM, width // 2, width // 4
         if quarter < 1:
-            raise ValueError(f"behavior_width={width} must be at least 4: the narrowest layers have a quarter of it")
+            raise ValueError(f"behavior_width={width} must be at least 4, because the narrowest layers are a quarter as wide")
         self.time = FourierTime()
         self.state = nn.Linear(obs_dim, FourierTime.DIM)
         self.embed = nn.Sequential(nn.Linear(2 * FourierTime.DIM, embed), nn.SiLU(), nn.Linear(embed, embed))
@@ -73,7 +87,16 @@ class UNetDenoiser(nn.Module):
         self.output = nn.Linear(2 * width, act_dim)
 
     def forward(self, a_t: Tensor, obs: Tensor, t: Tensor) -> Tensor:
-        """`a_t` (..., A); `obs` (..., S) and `t` (...,) in (0, 1] may have sizes of 1 to expand, and are embedded once."""
+        """Predict the noise in noisy actions.
+
+        Args:
+            a_t: Noisy actions, (..., A).
+            obs: (..., S); sizes of 1 expand.
+            t: Times in (0, 1], (...,); sizes of 1 expand.
+
+        Returns:
+            (..., A). Each pair of observation and time is embedded once.
+        """
         both = torch.broadcast_tensors(F.silu(self.state(obs)), self.time(t))  # type: ignore[no-untyped-call]
         embedding = self.embed(torch.cat(both, -1))
         kept, h = [], a_t
@@ -88,7 +111,15 @@ class UNetDenoiser(nn.Module):
 
 
 class VPBehavior(nn.Module):
-    """mu(a|s) of QGPO and SfBC: a noise predictor `net(a_t, obs, t)`, and the fixed x_1 of its deterministic samples."""
+    """The behaviour model mu(a|s) of QGPO and SfBC.
+
+    Args:
+        net: A noise predictor, net(a_t, obs, t).
+        act_dim: A.
+
+    Attributes:
+        fixed_noise: The x_1 from which deterministic samples start, (N_FIXED, A), saved with the model.
+    """
 
     fixed_noise: Tensor
 
@@ -98,18 +129,49 @@ class VPBehavior(nn.Module):
         self.register_buffer("fixed_noise", torch.randn(N_FIXED, act_dim))
 
     def loss(self, act: Tensor, obs: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """E || eps(a_t | s, t) - eps ||^2, act and eps (B, A), t (B,). Song et al. 2021, Eq. (7), weighted by sigma_t^2."""
+        """Denoising loss E || eps(a_t | s, t) - eps ||^2.
+
+        Source: Song et al. 2021, Eq. (7), weighted by sigma_t^2.
+
+        Args:
+            act: Dataset actions, (B, A).
+            obs: (B, S).
+            t: Times in (0, 1], (B,).
+            eps: Standard normal noise, (B, A).
+
+        Returns:
+            A scalar.
+        """
         return eps_loss(self.net(perturb(act, eps, *vp_alpha_sigma(t)), obs, t), eps)
 
     def noise(self, n_obs: int, n: int, deterministic: bool, generator: torch.Generator) -> Tensor:
-        """x_1 for n <= N_FIXED samples of each observation, (n_obs, n, A). deterministic: the fixed ones, (1, n, A)."""
+        """The x_1 of samples.
+
+        Args:
+            n_obs: Number of observations.
+            n: Samples of each observation; at most N_FIXED if deterministic.
+            deterministic: Whether to take the fixed noise, the same for every observation.
+            generator: Source of the random numbers otherwise.
+
+        Returns:
+            (n_obs, n, A), or (1, n, A) if deterministic.
+        """
         if not deterministic:
             size = (n_obs, n, self.fixed_noise.shape[1])
             return torch.randn(size, generator=generator, device=self.fixed_noise.device)
         return self.fixed_noise[None, :n]
 
     def sample(self, obs: Tensor, noise: Tensor, steps: tuple[SolverStep, ...]) -> Tensor:
-        """a ~ mu(.|s) from x_1 = `noise` (B or 1, M, A), for obs (B, S): (B, M, A), not clipped."""
+        """Sample a ~ mu(.|s) by a DPM-Solver.
+
+        Args:
+            obs: (B, S).
+            noise: x_1, (B or 1, M, A).
+            steps: The solver's constants, from `dpm_solver_steps`.
+
+        Returns:
+            Actions, (B, M, A), not clipped.
+        """
         obs = obs[:, None]
         return dpm_solve(lambda a, t: self.net(a, obs, t), noise.expand(obs.shape[0], -1, -1), steps)
 
@@ -117,15 +179,23 @@ class VPBehavior(nn.Module):
     def support(
         self, obs: Tensor, n: int, steps: tuple[SolverStep, ...], generator: torch.Generator, name: str | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Samples for all of obs (N, S), a few rows at a time: (rows, actions (rows, n, A)).
+        """Sample actions for many observations, a few rows at a time.
 
-        name: what to call it in the line that says how long this will take, where that is more than seconds; None is silent.
+        Args:
+            obs: (N, S).
+            n: Samples of each observation.
+            steps: The solver's constants, from `dpm_solver_steps`.
+            generator: Source of the random numbers.
+            name: Start of the line that is printed if this will take more than a few seconds; None prints nothing.
+
+        Yields:
+            The rows of `obs` and their actions, (rows, n, A).
         """
         rows_at_once, start = 256, time.perf_counter()
         for first in range(0, len(obs), rows_at_once):
             rows = slice(first, min(first + rows_at_once, len(obs)))
             yield rows, self.sample(obs[rows], self.noise(rows.stop - rows.start, n, False, generator), steps)
-            if name is not None and first == rows_at_once:  # the very first is slower
+            if name is not None and first == rows_at_once:  # the very first call is slower
                 if obs.is_cuda:
                     torch.cuda.synchronize(obs.device)
                 seconds = (time.perf_counter() - start) * len(obs) / rows.stop

@@ -1,16 +1,18 @@
-"""An agent <-> what an artifact holds: config, named tensors, trainer state. The files themselves are artifact.py's.
+"""An agent <-> the content of an artifact: config, named tensors, trainer state. artifact.py reads and writes the files.
 
 model.safetensors      what `predict` needs, the observation normaliser included
-learner.safetensors    every other network and target
-optimizer.safetensors  optimiser moments and both random generators; with trainer_state.json, training goes on to the bit
+learner.safetensors    every other network and target network
+optimizer.safetensors  moments of the optimisers and both random generators; with trainer_state.json, training resumes bit for
+bit
 """
 
 import dataclasses
 import platform
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from diffagents.config.checks import whole_number
 from diffagents.data.normalize import RewardTransform
@@ -18,58 +20,90 @@ from diffagents.errors import AGAIN, ArtifactError, short
 from diffagents.storage.artifact import CONFIG, TENSOR_FILES, TRAINER_STATE, Artifact, read
 from diffagents.training import provenance
 from diffagents.training.plan import OnlineRun, Plan
-from diffagents.training.state import Tensors, _load_named, _load_optimizer_side, _named, _optimizer_side
+from diffagents.training.state import (
+    Learner,
+    Tensors,
+    TrainState,
+    check_alike,
+    load_network_tensors,
+    load_optimizer_and_generator_tensors,
+    network_tensors,
+    networks_on_meta,
+    optimizer_and_generator_tensors,
+)
 from diffagents.types import Spec
 
+L = TypeVar("L", bound=Learner)
+Packed = tuple[dict[str, Any], dict[str, Tensors], dict[str, Any] | None]
+"""(config, {"model": ..., "learner": ..., "optimizer": ...}, trainer state or None)"""
 AGENT_OVERRIDES = ("seed", "verbose", "tensorboard_log", "compile", "tf32")
+"""Arguments of the constructor that may be changed when an agent is loaded; all others are hyperparameters."""
+MAX_NETWORK_BYTES = 1 << 32
+"""The most memory that the networks of a file without learner.safetensors may ask for."""
 
 
-def pack(agent: Any, trainer_state: bool) -> tuple[dict[str, Any], dict[str, Tensors], dict[str, Any] | None]:
-    """(config, {"model": ..., "learner": ..., "optimizer": ...}, trainer state or None) of a built agent."""
-    agent._need_networks()
-    if not agent.has_learner and agent.origin is not None:
+def pack(learner: Learner, trainer_state: bool) -> Packed:
+    """The content of an artifact of a built agent.
+
+    Args:
+        learner: The agent. If it was downloaded to act only, its other networks are downloaded now; offline it is packed
+            without.
+        trainer_state: Whether to include optimisers, generators, plan and history.
+    """
+    spec, state = learner.require_spec(), learner.state
+    if not learner.has_learner and learner.origin is not None:
         try:
-            need_learner(agent)
+            fetch_learner(learner)
         except OSError as error:
-            warnings.warn(f"saving what acts only, without critics and behaviour model: {error}", stacklevel=3)
-    spec: Spec = agent.spec
+            warnings.warn(f"saving without critics and behaviour model, to act only: {error}", stacklevel=3)
     config = {
         "library": "diffagents",
-        "algorithm": type(agent).__name__,
-        "knobs": dataclasses.asdict(agent.config),
-        "explicit": sorted(agent._explicit),
-        "policy_kwargs": agent.policy_kwargs,
-        "preset": agent.preset,
-        "seed": agent.seed,
+        "algorithm": type(learner).__name__,
+        "knobs": dataclasses.asdict(learner.config),  # the hyperparameters
+        "explicit": sorted(learner.explicit),
+        "policy_kwargs": learner.policy_kwargs,
+        "preset": learner.preset,
+        "seed": learner.seed,
         "spec": spec.to_json(),
-        "reward_transform": agent.reward_transform.to_json() if agent.reward_transform is not None else None,
-        "dataset": agent.dataset_info,
-        "provenance": agent.provenance,
+        "reward_transform": state.reward_transform.to_json() if state.reward_transform is not None else None,
+        "dataset": state.dataset_info,
+        "provenance": state.provenance,
         "counters": {
-            "num_timesteps": agent.num_timesteps,
-            "n_env_steps": agent.n_env_steps,
-            "n_updates": agent.n_updates,
-            "stage_steps": agent.stage_steps,
-            "policy_missing": agent._policy_missing,
-            "pristine": agent._pristine,
+            "num_timesteps": state.num_timesteps,
+            "n_env_steps": state.n_env_steps,
+            "n_updates": state.n_updates,
+            "stage_steps": state.stage_steps,
+            "policy_missing": state.policy_missing,
+            "pristine": state.pristine,
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("diffagents", "torch", "gymnasium")},
+            **{name: provenance.package_version(name) for name in ("diffagents", "torch", "gymnasium")},
         },
     }
-    tensors = {"model": _named(agent, ("obs_normalizer", *agent.MODEL))}
-    if agent.has_learner:
-        tensors["learner"] = _named(agent, agent.LEARNER)
+    tensors = {"model": network_tensors(learner, ("obs_normalizer", *learner.MODEL))}
+    if learner.has_learner:
+        tensors["learner"] = network_tensors(learner, learner.LEARNER)
     if not trainer_state:
         return config, tensors, None
-    tensors["optimizer"] = _optimizer_side(agent)
-    runs = {name: run.to_json() if run else None for name, run in (("plan", agent.plan), ("online", agent.online))}
-    return config, tensors, {**runs, "history": agent.history}
+    tensors["optimizer"] = optimizer_and_generator_tensors(learner)
+    runs = {name: run.to_json() if run else None for name, run in (("plan", state.plan), ("online", state.online))}
+    return config, tensors, {**runs, "history": state.history}
 
 
-def unpack(cls: type[Any], source: Artifact, device: Any, overrides: dict[str, Any]) -> Any:
-    """The agent that was written to `source`, as an instance of `cls`. Raises ArtifactError if it is of another class."""
+def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides: dict[str, Any]) -> L:
+    """The agent that was written to an artifact.
+
+    Args:
+        cls: Its class.
+        source: The artifact.
+        device: As in the constructor.
+        overrides: Hyperparameters and AGENT_OVERRIDES to change.
+
+    Raises:
+        ArtifactError: It is of another class, or not what this version writes.
+        TypeError, ValueError: `overrides` has an unknown name or a value out of its range.
+    """
     algorithm = source.config.get("algorithm")
     if algorithm != cls.__name__:
         raise ArtifactError(
@@ -80,15 +114,15 @@ def unpack(cls: type[Any], source: Artifact, device: Any, overrides: dict[str, A
 
 
 def restore(
-    cls: type[Any],
+    cls: type[L],
     config: dict[str, Any],
     tensors: dict[str, Tensors],
-    state: dict[str, Any] | None,
-    device: Any,
+    trainer_state: dict[str, Any] | None,
+    device: str | torch.device,
     overrides: dict[str, Any],
     fresh: Sequence[str],
-) -> Any:
-    """Build an agent from packed parts. `overrides` change knobs; networks in `fresh` stay newly built."""
+) -> L:
+    """Build an agent from what `pack` returned; `overrides` as in `unpack`, networks named in `fresh` get new weights."""
     unknown = [name for name in fresh if name not in (*cls.MODEL, *cls.LEARNER)]
     if unknown:
         raise ValueError(f"fresh={tuple(fresh)} names {unknown[0]!r}; the networks are {[*cls.MODEL, *cls.LEARNER]}")
@@ -97,57 +131,66 @@ def restore(
             raise TypeError(f"{name} belongs to the saved networks and cannot be changed here: make a new {cls.__name__}(...)")
     _check_overrides(cls, config, device, overrides)
     try:
-        agent = _build(cls, config, tensors, device, overrides)
-        plan = Plan.from_json(state["plan"], cls.STAGE_SHARES) if state and state.get("plan") else None
-        online = OnlineRun.from_json(state["online"]) if state and state.get("online") else None
-        history = provenance.checked_history(state["history"]) if state else []
+        learner = _build(cls, config, tensors, device, overrides)
+        plan = online = None
+        history: list[dict[str, Any]] = []
+        if trainer_state is not None:
+            if trainer_state.get("plan"):
+                plan = Plan.from_json(trainer_state["plan"], cls.STAGE_SHARES)
+            if trainer_state.get("online"):
+                online = OnlineRun.from_json(trainer_state["online"])
+            history = provenance.checked_history(trainer_state["history"])
     except ArtifactError:
         raise
     except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
         reason = short(" ".join(str(error).split()))
         raise ArtifactError(f"config.json or trainer_state.json is not what this version writes ({reason}): {AGAIN}") from None
-    _load_named(agent, tensors["model"], ("obs_normalizer", *agent.MODEL), fresh)
-    agent.has_learner = "learner" in tensors
-    if agent.has_learner:
-        _load_named(agent, tensors["learner"], agent.LEARNER, fresh)
-    if state is not None and "optimizer" in tensors and agent.has_learner:
-        _load_optimizer_side(agent, tensors["optimizer"], fresh, generators="seed" not in overrides)
-        agent.plan, agent.online, agent.history = plan, online, history
+    load_network_tensors(learner, tensors["model"], ("obs_normalizer", *learner.MODEL), fresh)
+    learner.has_learner = "learner" in tensors
+    if learner.has_learner:
+        load_network_tensors(learner, tensors["learner"], learner.LEARNER, fresh)
+    state = learner.state
+    if trainer_state is not None and "optimizer" in tensors and learner.has_learner:
+        load_optimizer_and_generator_tensors(learner, tensors["optimizer"], fresh, generators="seed" not in overrides)
+        state.plan, state.online, state.history = plan, online, history
     if fresh:  # what trains a new network begins anew, and is no longer the run that the plan describes
-        agent.plan = agent.online = None
-        new = [agent.optimizers[name] for name in fresh if name in agent.optimizers]
-        for stage in agent.stages():
-            if any(optimizer in part.optimizers for part in stage.updates for optimizer in new):
-                agent.stage_steps[stage.name] = 0
-    return agent
+        state.plan = state.online = None
+        new = [learner.optimizers[name] for name in fresh if name in learner.optimizers]
+        for stage in learner.stages(None):
+            if any(optimizer in update.optimizers for update in stage.updates for optimizer in new):
+                state.stage_steps[stage.name] = 0
+    return learner
 
 
-def need_learner(agent: Any) -> None:
-    """Get the critics and other networks of a policy that was pulled to act only, and its trainer state if there is one.
+def fetch_learner(learner: Learner) -> None:
+    """Download the critics and other networks of a policy that was loaded to act only, and its trainer state if there is one.
 
-    Raises RuntimeError where it was not pulled from anywhere; HubError, ArtifactError. Then the agent is as it was.
+    Raises:
+        RuntimeError: It was not downloaded from anywhere.
+        HubError, ArtifactError: The download failed. The agent is as it was then.
     """
-    if agent.has_learner:
+    if learner.has_learner:
         return
-    if agent.origin is None:
+    if learner.origin is None:
         raise RuntimeError(
-            f"this {type(agent).__name__} was loaded without {TENSOR_FILES['learner']}, its critics and behaviour model: it "
+            f"this {type(learner).__name__} was loaded without {TENSOR_FILES['learner']}, its critics and behaviour model: it "
             "can act, not learn; load the whole artifact"
         )
     names = [*TENSOR_FILES.values(), TRAINER_STATE, CONFIG]
-    source = read(agent.origin.fetch(names, needed=[TENSOR_FILES["learner"]]))
-    whole = unpack(type(agent), source, agent.device, {})
-    _load_named(agent, _named(whole, agent.LEARNER), agent.LEARNER, ())
-    agent.has_learner = True
-    if (whole.plan is not None or whole.online is not None) and agent.n_updates == whole.n_updates:
-        _load_optimizer_side(agent, _optimizer_side(whole), (), generators=False)
-        if agent.seed == whole.seed:  # `predict` has gone on with its own meanwhile
-            agent.generator.set_state(whole.generator.get_state())
-        agent.plan, agent.online, agent.history = whole.plan, whole.online, whole.history
+    source = read(learner.origin.fetch(names, needed=[TENSOR_FILES["learner"]]))
+    whole = unpack(type(learner), source, learner.device, {})
+    load_network_tensors(learner, network_tensors(whole, learner.LEARNER), learner.LEARNER)
+    learner.has_learner = True
+    state = learner.state
+    if (whole.state.plan is not None or whole.state.online is not None) and state.n_updates == whole.state.n_updates:
+        load_optimizer_and_generator_tensors(learner, optimizer_and_generator_tensors(whole), generators=False)
+        if learner.seed == whole.seed:  # `predict` has used its own generator meanwhile
+            learner.generator.set_state(whole.generator.get_state())
+        state.plan, state.online, state.history = whole.state.plan, whole.state.online, whole.state.history
 
 
-def _check_overrides(cls: type[Any], config: dict[str, Any], device: Any, overrides: dict[str, Any]) -> None:
-    """What the caller asks for is the caller's error, not the artifact's; a knob may be right only beside the saved ones."""
+def _check_overrides(cls: type[L], config: dict[str, Any], device: str | torch.device, overrides: dict[str, Any]) -> None:
+    """A wrong override is the caller's error, not the artifact's. Some are right only together with the saved values."""
     try:
         cls(device=device, **overrides)
     except ValueError:
@@ -157,44 +200,54 @@ def _check_overrides(cls: type[Any], config: dict[str, Any], device: Any, overri
         cls(device=device, **{**stored, **overrides})
 
 
-def _build(cls: type[Any], config: dict[str, Any], tensors: dict[str, Tensors], device: Any, overrides: dict[str, Any]) -> Any:
-    """The agent that `config` describes, networks new. Raises KeyError, TypeError, ... where it is not as `pack` writes it."""
+def _build(
+    cls: type[L], config: dict[str, Any], tensors: dict[str, Tensors], device: str | torch.device, overrides: dict[str, Any]
+) -> L:
+    """The agent that `config` describes, with new networks. Raises KeyError, TypeError, ... if `pack` did not write it so."""
     spec = Spec.from_json(config["spec"])
-    sizes = {n for some in tensors.values() for tensor in some.values() for n in tensor.shape}
-    if "learner" not in tensors:  # the sizes of what is not there cannot be compared
-        sizes |= set(range(4097))
-    numbers = _numbers(config["policy_kwargs"])
-    if len(numbers) > sum(map(len, tensors.values())):
+    if len(_numbers(config["policy_kwargs"])) > sum(map(len, tensors.values())):
         raise ValueError("policy_kwargs name more layers than there are tensors")
-    named = set(numbers) - set(range(17))  # numbers of blocks are no tensor's size
-    for name in cls.SIZES:
-        if not {config["knobs"][name], config["knobs"][name] + 1} & sizes:
-            raise ValueError(f"{name}={config['knobs'][name]!r} is a size that no tensor has")
-    if len(tensors["model"]["obs_normalizer.mean"]) != spec.obs_dim or not named <= sizes:
-        raise ValueError("spec or policy_kwargs name sizes that no tensor has")  # before any memory is taken for them
     settings = {"seed": config["seed"], **{k: v for k, v in overrides.items() if k in AGENT_OVERRIDES}}
-    knobs = {**config["knobs"], **{k: v for k, v in overrides.items() if k not in AGENT_OVERRIDES}}
-    agent = cls(preset=config["preset"], policy_kwargs=config["policy_kwargs"], device=device, **settings, **knobs)
-    agent._explicit = {name: knobs[name] for name in {*config["explicit"], *overrides} if name in knobs}
+    values = {**config["knobs"], **{k: v for k, v in overrides.items() if k not in AGENT_OVERRIDES}}
+    learner = cls(preset=config["preset"], policy_kwargs=config["policy_kwargs"], device=device, **settings, **values)
+    learner.explicit = {name: values[name] for name in {*config["explicit"], *overrides} if name in values}
     transform, counters = config["reward_transform"], config["counters"]
     if (transform is None) != (config["dataset"] is None):
         raise ValueError("a reward transform and the dataset that it was fitted on belong together")
-    agent.reward_transform = RewardTransform.from_json(transform) if transform is not None else None
     if transform is not None:
         for name in ("reward_transform", "normalize_obs"):
             if name in overrides and overrides[name] != config["knobs"].get(name):
                 raise ArtifactError(
                     f"{name} was fitted when the agent first learned: make a new {cls.__name__}({name}=...) instead"
                 )
-    agent.dataset_info = provenance.checked_dataset(config["dataset"])
-    agent.provenance = provenance.checked(config.get("provenance", {}))
-    agent.num_timesteps, agent.n_env_steps, agent.n_updates = (
-        whole_number(name, counters[name], 0) for name in ("num_timesteps", "n_env_steps", "n_updates")
+    learner.state = TrainState(
+        stage_steps={name: whole_number(name, counters["stage_steps"][name], 0) for name in cls.STAGE_SHARES},
+        num_timesteps=whole_number("num_timesteps", counters["num_timesteps"], 0),
+        n_env_steps=whole_number("n_env_steps", counters["n_env_steps"], 0),
+        n_updates=whole_number("n_updates", counters["n_updates"], 0),
+        reward_transform=RewardTransform.from_json(transform) if transform is not None else None,
+        dataset_info=provenance.checked_dataset(config["dataset"]),
+        provenance=provenance.checked(config.get("provenance", {})),
+        pristine=bool(counters["pristine"]),
+        policy_missing=bool(counters["policy_missing"]),
     )
-    agent.stage_steps = {name: whole_number(name, counters["stage_steps"][name], 0) for name in cls.STAGE_SHARES}
-    agent._set_up(spec)
-    agent._policy_missing, agent._pristine = bool(counters["policy_missing"]), bool(counters["pristine"])
-    return agent
+    _check_shapes(learner, spec, tensors)
+    learner.set_up(spec)
+    return learner
+
+
+def _check_shapes(learner: Learner, spec: Spec, tensors: dict[str, Tensors]) -> None:
+    """Compare names, shapes and dtypes of the networks before any memory is taken for them. Raises ArtifactError."""
+    expected = networks_on_meta(learner, spec)
+    for part, names in (("model", ("obs_normalizer", *learner.MODEL)), ("learner", learner.LEARNER)):
+        if part in tensors:
+            check_alike(tensors[part], {key: value for key, value in expected.items() if key.partition(".")[0] in names})
+    if "learner" not in tensors:  # nothing to compare with: only the size is limited
+        n_bytes = sum(value.numel() * value.element_size() for value in expected.values())
+        if n_bytes > MAX_NETWORK_BYTES:
+            raise ArtifactError(
+                f"config.json describes networks of {n_bytes:,} bytes, more than {MAX_NETWORK_BYTES:,}: {AGAIN}"
+            )
 
 
 def _numbers(value: Any) -> list[int]:
@@ -204,10 +257,3 @@ def _numbers(value: Any) -> list[int]:
     if isinstance(value, list | tuple):
         return [number for item in value for number in _numbers(item)]
     return [value] if isinstance(value, int) else []
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

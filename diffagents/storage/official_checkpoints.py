@@ -3,7 +3,7 @@
 SRPO (thu-ml/SRPO) saves the behaviour as `diffusion_behavior.*`, the critic as `q0.*`, `q0_target.*`, `vf.v.*`, and never
 the extracted policy. Layers appear by their place in an `nn.Sequential`, twins as `q1`, `q2`.
 Diffusion-QL and DiffCPS, a fork of it, save the actor as `model.{time_mlp,mid_layer,final_layer}.*` beside the buffers of
-its schedule, the critic as `q1_model.*`, `q2_model.*`; no lagged copy of either.
+its schedule, the critic as `q1_model.*`, `q2_model.*`; no EMA or target copy of either.
 """
 
 import pathlib
@@ -15,23 +15,20 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from gymnasium import spaces
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffagents.agents.diffcps import DiffCPS
-from diffagents.agents.diffusion_ql import DiffusionQL
-from diffagents.agents.srpo import SRPO
 from diffagents.config.presets import resolve_preset
 from diffagents.diffusion.chain import vp_chain
-from diffagents.training.state import load_state
+from diffagents.training.state import Learner, load_state
 from diffagents.types import Spec
 
 State = Mapping[str, Tensor]
-ChainAgent = TypeVar("ChainAgent", DiffusionQL, DiffCPS)
+L = TypeVar("L", bound=Learner)
 
 
-def srpo_from_official(behavior: Any, critic: Any, policy: Any = None, *, env: Any = None, **kwargs: Any) -> SRPO:
-    """An SRPO agent from official files (paths, or state dicts already read); see `SRPO.from_official`."""
-    kwargs = _with_preset(SRPO, kwargs)
+def srpo_from_official(cls: type[L], behavior: Any, critic: Any, policy: Any = None, *, env: Any = None, **kwargs: Any) -> L:
+    """An agent of the class SRPO from official files (paths, or state dicts already read); see `SRPO.from_official`."""
+    kwargs = _with_preset(cls, kwargs)
     behavior_state = srpo_behavior_state(read_checkpoint(behavior, "behavior"))
     critic_state = srpo_critic_state(read_checkpoint(critic, "critic"))
     act_dim = len(behavior_state["net.output.bias"])
@@ -52,19 +49,19 @@ def srpo_from_official(behavior: Any, critic: Any, policy: Any = None, *, env: A
         "behavior_width": len(behavior_state["net.input.bias"]),
         "behavior_blocks": n_blocks,
     }
-    agent = SRPO(env=env, policy_kwargs=policy_kwargs, **kwargs)
-    _set_up(agent, obs_dim, act_dim)
-    noise = agent.behavior.noise  # ours: the official file has no such tensor
-    load_state(agent.behavior, {**behavior_state, "noise": noise})
-    load_state(agent.critic, critic_state)
+    agent = cls(env=env, policy_kwargs=policy_kwargs, **kwargs)
+    networks = _networks(agent, obs_dim, act_dim)
+    noise = networks["behavior"].get_buffer("noise")  # ours: the official file has no such tensor
+    load_state(networks["behavior"], {**behavior_state, "noise": noise})
+    load_state(networks["critic"], critic_state)
     if policy_state is None:
-        agent._policy_missing = True
+        agent.state.policy_missing = True
     else:
-        load_state(agent.policy, policy_state)
+        load_state(networks["policy"], policy_state)
     return agent
 
 
-def chain_from_official(cls: type[ChainAgent], actor: Any, critic: Any, *, env: Any = None, **kwargs: Any) -> ChainAgent:
+def chain_from_official(cls: type[L], actor: Any, critic: Any, *, env: Any = None, **kwargs: Any) -> L:
     """A Diffusion-QL or DiffCPS agent from official files; see `DiffusionQL.from_official`."""
     kwargs = _with_preset(cls, kwargs)
     actor_file, critic_state = read_checkpoint(actor, "actor"), chain_critic_state(read_checkpoint(critic, "critic"))
@@ -81,23 +78,25 @@ def chain_from_official(cls: type[ChainAgent], actor: Any, critic: Any, *, env: 
                 f"VP schedule on that many steps can be loaded (n_diffusion_steps={kwargs['n_diffusion_steps']})"
             )
     agent = cls(env=env, policy_kwargs={"net_arch": {"pi": trunk[1:-1], "qf": q_hidden}}, **kwargs)
-    _set_up(agent, obs_dim, act_dim)
-    load_state(agent.policy.net, actor_state)
-    load_state(agent.critic, critic_state)
-    agent.policy_ema.load_state_dict(agent.policy.state_dict())
-    agent.critic_target.load_state_dict(agent.critic.state_dict())
-    warnings.warn("official files hold no lagged policy and no lagged critic: both start as copies", stacklevel=3)
+    networks = _networks(agent, obs_dim, act_dim)
+    load_state(networks["policy"].get_submodule("net"), actor_state)
+    load_state(networks["critic"], critic_state)
+    networks["policy_ema"].load_state_dict(networks["policy"].state_dict())
+    networks["critic_target"].load_state_dict(networks["critic"].state_dict())
+    warnings.warn("official files hold neither EMA policy nor target critic: both start as copies", stacklevel=3)
     return agent
 
 
-def _set_up(agent: Any, obs_dim: int, act_dim: int) -> None:
+def _networks(agent: Learner, obs_dim: int, act_dim: int) -> dict[str, nn.Module]:
+    """The networks of an agent that is about to be loaded, by name."""
     if agent.spec is None:  # the official tasks have unbounded observations and actions in [-1, 1]
         box = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
-        agent._set_up(Spec(box, spaces.Box(-1.0, 1.0, (act_dim,), np.float32)))
-    agent._pristine = False
+        agent.set_up(Spec(box, spaces.Box(-1.0, 1.0, (act_dim,), np.float32)))
+    agent.state.pristine = False
+    return agent.networks()
 
 
-def _with_preset(cls: type[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _with_preset(cls: type[Learner], kwargs: dict[str, Any]) -> dict[str, Any]:
     """kwargs with the knobs of a named preset under them, so that networks and optimizers are built with these.
 
     Raises ValueError for "auto": a checkpoint file names no dataset.

@@ -6,54 +6,69 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffagents import errors
-from diffagents.errors import ArtifactError, short
+from diffagents.errors import ArtifactError, HubError, short
 from diffagents.evaluation.evaluate import Evaluation
 from diffagents.evaluation.video import record_video
 from diffagents.storage import artifact, card, checkpoint, hub
+from diffagents.storage.artifact import Artifact
+from diffagents.training.state import Learner
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-    from diffagents.agent import Agent
+
+L = TypeVar("L", bound=Learner)
 
 
-class How(NamedTuple):
-    """What to put into the folder: the arguments of `Agent.push_to_hub` of these names."""
+def save_pretrained(
+    learner: Learner,
+    folder: str | Path,
+    *,
+    include_trainer_state: bool = False,
+    eval_env: Any = None,
+    n_eval_episodes: int = 10,
+    video: bool = False,
+    license: str = "mit",
+    name: str | None = None,
+) -> Path:
+    """Write the folder that is published; see `Agent.save_pretrained`.
 
-    include_trainer_state: bool
-    eval_env: Any
-    n_eval_episodes: int
-    video: bool
-    license: str
-
-
-def save_pretrained(agent: "Agent", folder: str | Path, how: How, name: str | None = None) -> Path:
-    """See `Agent.save_pretrained`. name: what the card tells people to load; None: the folder's own name."""
-    agent._need_networks()
-    results, notes = _results(agent, how.eval_env, how.n_eval_episodes), []
+    Args:
+        learner: The agent.
+        folder: The folder.
+        include_trainer_state: As in `Agent.push_to_hub`, like all but the last.
+        eval_env: Evaluate in it first.
+        n_eval_episodes: Number of episodes.
+        video: Render an episode.
+        license: Of this policy.
+        name: What the card tells people to load; the folder's own name by default.
+    """
+    learner.require_spec()
+    results, notes = _results(learner, eval_env, n_eval_episodes), []
     companions: dict[str, bytes] = {}
     if results is not None:
         companions["results.json"] = json.dumps(artifact.to_json_safe(results, "results"), indent=1).encode() + b"\n"
     try:
-        curves = card.draw_curves(agent.history, agent.provenance.get("evaluations", ()))
+        curves = card.draw_curves(learner.state.history, learner.state.provenance.get("evaluations", ()))
         if curves is not None:
             companions["curves.png"] = curves
     except ImportError:
         notes.append('no picture of the curves: matplotlib is missing (pip install "diffagents[plot]")')
-    if how.video:
-        replay = _video(agent, how.eval_env)
+    if video:
+        replay = _video(learner, eval_env)
         if replay is not None:
             companions["replay.mp4"] = replay
         else:
             notes.append("no video: it could not be rendered where this policy was published")
-    config, tensors, state = checkpoint.pack(agent, how.include_trainer_state)
+    config, tensors, state = checkpoint.pack(learner, include_trainer_state)
     name, plain = name or Path(folder).name, artifact.to_json_safe(config)
-    text = _card(plain, results, name=name, license=how.license, pictures=companions, notes=notes)
+    text = _card(plain, results, name=name, license=license, pictures=companions, notes=notes)
     companions["README.md"] = _hand_written(_readme(folder)) or text.encode()
     return artifact.write(folder, config, tensors, state, folder=True, companions=companions)
 
@@ -65,12 +80,12 @@ def _card(*config_and_results: Any, **how: Any) -> str:
         raise ArtifactError(f"no card can be made of config.json or results.json ({short(error)}): {errors.AGAIN}") from None
 
 
-def _results(agent: "Agent", eval_env: Any, n_eval_episodes: int) -> dict[str, Any] | None:
+def _results(learner: Learner, eval_env: Any, n_eval_episodes: int) -> dict[str, Any] | None:
     """What results.json holds: the last policy's score if it is evaluated now, and the best one met in training."""
     results: dict[str, Any] = {}
     if eval_env is not None and eval_env is not False:
         made = isinstance(eval_env, Evaluation)
-        done: Evaluation = eval_env if made else agent.evaluate(None if eval_env is True else eval_env, n_eval_episodes)
+        done: Evaluation = eval_env if made else learner.evaluate(None if eval_env is True else eval_env, n_eval_episodes)
         results = {
             "mean_reward": done.mean_return,
             "std_reward": done.std_return,
@@ -81,23 +96,23 @@ def _results(agent: "Agent", eval_env: Any, n_eval_episodes: int) -> dict[str, A
             "normalized_score": done.score,
             **{key: value for key, value in done.to_json().items() if key not in ("mean_return", "std_return", "score")},
         }
-    if evaluations := agent.provenance.get("evaluations"):
+    if evaluations := learner.state.provenance.get("evaluations"):
         results["best_in_training"] = max(evaluations, key=lambda row: row["mean_return"])
         results["evaluations_in_training"] = evaluations
     if not results:
         return None
-    return {**results, "dataset": (agent.dataset_info or {}).get("id"), "training_seed": agent.seed}
+    return {**results, "dataset": (learner.state.dataset_info or {}).get("id"), "training_seed": learner.seed}
 
 
-def _video(agent: "Agent", eval_env: Any) -> bytes | None:
+def _video(learner: Learner, eval_env: Any) -> bytes | None:
     """One episode in the environment of the evaluation, else of the dataset; None, with a warning, where it cannot be."""
-    stored = (agent.dataset_info or {}).get("env_spec")
+    stored = (learner.state.dataset_info or {}).get("env_spec")
     env = eval_env if isinstance(eval_env, str) else getattr(eval_env, "spec", None) or stored
     if env is None:
         warnings.warn("no video: no environment is known that could be made anew for it", stacklevel=4)
         return None
     with tempfile.TemporaryDirectory() as folder:
-        path = record_video(agent, env, Path(folder) / "replay.mp4")
+        path = record_video(learner, env, Path(folder) / "replay.mp4")
         return None if path is None else path.read_bytes()
 
 
@@ -113,70 +128,98 @@ def _readme(folder: str | Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def open_pretrained(
-    class_of: Callable[[artifact.Artifact], "type[Agent]"],
+def find_pretrained(
     where: str | Path,
-    revision: str | None,
-    how: dict[str, Any],
-    load: dict[str, Any],
-) -> "Agent":
-    """The agent in a folder or .zip that exists, else in the Hub repository of that name: there at first what acting needs.
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> tuple[Artifact, hub.Origin | None]:
+    """The artifact in a folder or .zip that exists, else in the Hub repository of that name: there only what acting needs.
 
-    class_of: the agent's class. how: token, cache_dir, local_files_only. load: what `Agent.load` takes.
+    Args:
+        where: A path, or "organisation/name".
+        revision: Branch, tag or commit.
+        token: For the Hub.
+        cache_dir: The Hub's cache.
+        local_files_only: From the cache alone.
+
+    Returns:
+        The artifact, and the commit that it was downloaded from, None for a path.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name, and it is no repository id.
+        ValueError: A revision of a path.
+        HubError, ArtifactError: The download failed, or it is no artifact.
     """
     path = Path(where)
     if path.exists() or Path(f"{path}.zip").exists():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for the Hub, but {path} exists here and wins: rename it")
-        source = artifact.read(path)
-        return class_of(source).load(source.path, **load)
+        return artifact.read(path), None
     try:
-        origin = hub.resolve(str(where), revision, **how)
+        origin = hub.resolve(str(where), revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     except ValueError as error:
         raise FileNotFoundError(str(error)) from None
     folder = origin.fetch(hub.ACTING, needed=hub.ACTING)
-    try:
+    with _named_as(origin, folder):
         source = artifact.read(folder)
-        source = artifact.Artifact(source.path, source.config, hub.ACTING)
-        env, device, overrides = load.get("env"), load.get("device", "auto"), load.keys() - {"env", "device"}
-        agent: Agent = checkpoint.unpack(class_of(source), source, device, {name: load[name] for name in overrides})
+    return Artifact(source.path, source.config, hub.ACTING), origin
+
+
+def load_pretrained(
+    cls: type[L], found: tuple[Artifact, hub.Origin | None], env: Any, device: Any, overrides: dict[str, Any]
+) -> L:
+    """The agent in what `find_pretrained` returned; `cls` is its class, the rest as in `Agent.load`."""
+    source, origin = found
+    with _named_as(origin, source.path):
+        learner = checkpoint.unpack(cls, source, device, overrides)
         if env is not None:
-            agent.set_env(env)
+            learner.set_env(env)
+    if origin is not None:
+        learner.origin = origin
+        learner.state.provenance |= {"source": {"repo_id": origin.repo_id, "sha": origin.sha}}
+    return learner
+
+
+@contextmanager
+def _named_as(origin: hub.Origin | None, folder: Path) -> Iterator[None]:
+    """Let an ArtifactError name the repository instead of the folder in the cache."""
+    try:
+        yield
     except ArtifactError as error:
+        if origin is None:
+            raise
         raise ArtifactError(str(error).replace(str(folder), str(origin))) from None
-    agent.origin = origin
-    agent.provenance = {**agent.provenance, "source": {"repo_id": origin.repo_id, "sha": origin.sha}}
-    return agent
 
 
 def push_to_hub(
-    agent: "Agent",
+    learner: Learner,
     repo_id: str,
-    how: How,
-    private: bool | None,
-    revision: str | None,
-    commit_message: str | None,
-    token: str | bool | None,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    **contents: Any,
 ) -> "CommitInfo":
-    """See `Agent.push_to_hub`."""
-    agent._need_networks()
-    if agent.origin is not None:
-        checkpoint.need_learner(agent)  # else the push would take it out of the repository
+    """See `Agent.push_to_hub`; `contents` as in `save_pretrained`."""
+    learner.require_spec()
+    if learner.origin is not None:
+        checkpoint.fetch_learner(learner)  # otherwise the push would remove it from the repository
     push = hub.begin_push(repo_id, private=private, revision=revision, token=token)
     folder = Path(tempfile.mkdtemp(prefix="diffagents-push-"))
     keep = False
     try:
-        save_pretrained(agent, folder / "policy", how, name=repo_id)
-        keep = how.eval_env is not None or how.video
+        save_pretrained(learner, folder / "policy", name=repo_id, **contents)
+        keep = contents.get("eval_env") is not None or bool(contents.get("video"))
         if theirs := _hand_written(push.readme):
             (folder / "policy" / "README.md").write_bytes(theirs)
-        commit = push.commit(folder / "policy", commit_message or f"{type(agent).__name__} trained with diffagents")
+        commit = push.commit(folder / "policy", commit_message or f"{type(learner).__name__} trained with diffagents")
         keep = False
-    except errors.HubError as error:
+    except HubError as error:
         if keep:
-            raise errors.HubError(
-                f"{error}. The finished folder is kept: diffagents push {folder / 'policy'} {repo_id}"
-            ) from error
+            raise HubError(f"{error}. The finished folder is kept: diffagents push {folder / 'policy'} {repo_id}") from error
         raise
     finally:
         if not keep:

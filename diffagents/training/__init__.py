@@ -1,0 +1,1 @@
+"""Training: the loop over updates, offline and online, with its state, callbacks, monitoring and compiled updates."""

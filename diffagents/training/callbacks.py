@@ -1,17 +1,30 @@
-"""Stable-Baselines3 callbacks and loggers on our agents."""
+"""Stable-Baselines3 callbacks and loggers for our agents.
+
+Nothing in SB3 asks for its own base class: its callbacks read a handful of attributes. SB3 is imported where it is used, so
+that training from arrays without a callback never pays for it.
+"""
 
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from diffagents.training.provenance import note_evaluation
+from diffagents.training.state import Learner
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import Logger
 
 
-def make_callback(agent: Any, callback: Any, progress_bar: bool) -> "BaseCallback | None":
-    """A callback, a list of them, a function or None -> one initialised SB3 callback, or None when there is nothing to do."""
+def make_callback(callback: Any, progress_bar: bool) -> "BaseCallback | None":
+    """One SB3 callback, not initialised yet, or None if there is nothing to call.
+
+    Args:
+        callback: An SB3 callback, a function of (locals, globals), a list of them, or None.
+        progress_bar: Add SB3's progress bar.
+
+    Raises:
+        TypeError: `callback` is something else.
+    """
     if callback is None and not progress_bar:
         return None
     from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
@@ -33,34 +46,37 @@ def make_callback(agent: Any, callback: Any, progress_bar: bool) -> "BaseCallbac
             self.counted = self.model.num_timesteps
 
         def _on_step(self) -> bool:
-            self.pbar.update(self.num_timesteps - self.counted)  # gradient steps; online a step for every environment
+            self.pbar.update(self.num_timesteps - self.counted)  # one gradient step, or online one step of each environment
             self.counted = self.num_timesteps
             return True
 
     if progress_bar:
         callbacks.append(ProgressBar())
-    whole = callbacks[0] if len(callbacks) == 1 else CallbackList(callbacks)
-    whole.init_callback(agent)
-    return whole
+    return callbacks[0] if len(callbacks) == 1 else CallbackList(callbacks)
 
 
-def make_logger(agent: Any, name: str, reset_num_timesteps: bool) -> "Logger":
-    """SB3's Logger; its table goes to stdout from verbose=2 on, our own one-line report serves verbose=1."""
+def make_logger(learner: Learner, name: str, reset_num_timesteps: bool) -> "Logger":
+    """SB3's Logger for `learner`. It prints SB3's tables from verbose=2 on; verbose=1 has our one line per log step.
+
+    Raises:
+        ImportError: `tensorboard_log` is set but tensorboard is not installed.
+    """
     from stable_baselines3.common.utils import configure_logger
 
-    if agent.tensorboard_log is not None and importlib.util.find_spec("tensorboard") is None:
+    if learner.tensorboard_log is not None and importlib.util.find_spec("tensorboard") is None:
         raise ImportError('tensorboard_log needs tensorboard: pip install "diffagents[tensorboard]"')
-    return with_history(configure_logger(int(agent.verbose >= 2), agent.tensorboard_log, name, reset_num_timesteps), agent)
+    logger = configure_logger(int(learner.verbose >= 2), learner.tensorboard_log, name, reset_num_timesteps)
+    return with_history(logger, learner)
 
 
-def with_history(logger: "Logger", agent: Any) -> "Logger":
-    """The logger, made to note what an EvalCallback finds: `agent.provenance["evaluations"]`, the curve on the card."""
+def with_history(logger: "Logger", learner: Learner) -> "Logger":
+    """The logger, extended so that the scores of an EvalCallback are kept in the learner's provenance, for the model card."""
     from stable_baselines3.common.logger import KVWriter
 
     class Evaluations(KVWriter):
         def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
             if "eval/mean_reward" in key_values:
-                note_evaluation(agent.provenance, int(step), float(key_values["eval/mean_reward"]))
+                note_evaluation(learner.state.provenance, int(step), float(key_values["eval/mean_reward"]))
 
         def close(self) -> None:
             pass

@@ -1,18 +1,21 @@
-"""A function of networks as one compiled function: traced once, with every tensor it touches as an input.
+"""Functions of networks, traced once and compiled, with every tensor that they touch as an input.
 
-An update's forward and backward pass become a single graph, so that an activation's two passes over memory become one and
-nothing is computed for networks that are frozen in the update. Optimiser steps stay outside: they are fused kernels already.
-Random numbers come in as draws, so that the compiled function computes what the eager one does, to float tolerance.
+The forward and the backward pass of an update become one graph, so that an activation needs one pass over memory instead of
+two, and nothing is computed for networks that are frozen in the update. Optimiser steps stay outside: they are fused kernels
+already. Random numbers are inputs, so that the compiled function computes what the eager one does, to float tolerance.
+
+torch.compile is not used: it checks guards at each call, which takes longer than a small network. What is used instead, and
+what happens in a version of torch without it, is described in diffagents/torch_internals.py.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from diffagents import torch_internals
 from diffagents.training.updates import Gradients, Noise, Update
 from diffagents.types import Batch, Metrics
 
@@ -20,7 +23,12 @@ NamedTensors = dict[str, Tensor]
 
 
 class Networks(nn.Module):
-    """Networks under one roof, where `functional_call` can put other tensors in the places of theirs while `function` runs."""
+    """Several networks as one module, so that `torch.func.functional_call` can replace their tensors while `function` runs.
+
+    Args:
+        networks: The networks by name; the names of their tensors begin with it.
+        function: What a call of the module computes. It uses the networks, e.g. a method of their agent.
+    """
 
     def __init__(self, networks: Mapping[str, nn.Module], function: Callable[..., Any]) -> None:
         super().__init__()
@@ -29,10 +37,11 @@ class Networks(nn.Module):
         self.function = function
 
     def forward(self, *args: Any) -> Any:
+        """`function(*args)`."""
         return self.function(*args)
 
     def tensors(self) -> NamedTensors:
-        """All parameters and buffers, live, without gradients."""
+        """All parameters and buffers by name: detached, but with the memory of the networks."""
         named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         return {name: tensor.detach() for name, tensor in named.items()}
 
@@ -40,7 +49,15 @@ class Networks(nn.Module):
 def gradient_program(
     update: Update, networks: Mapping[str, nn.Module]
 ) -> tuple[NamedTensors, Callable[[NamedTensors, Batch, Noise], tuple[Gradients, Metrics]]]:
-    """`Update.gradients` as a function of the tensors of all networks too; and those tensors."""
+    """`Update.gradients` as a function of the networks' tensors as well.
+
+    Args:
+        update: An update of these networks.
+        networks: All networks of the agent, by name.
+
+    Returns:
+        The tensors of all networks; and the function (tensors, batch, noise) -> (gradients, metrics).
+    """
     roof = Networks(networks, update.loss) if update.loss is not None else Networks({}, update.gradients)
     trained = trained_names(roof, update)
 
@@ -53,19 +70,28 @@ def gradient_program(
 
 
 def trained_names(roof: Networks, update: Update) -> list[list[str]]:
-    """For each optimiser of the part, the names of its parameters under the roof."""
+    """For each optimiser of the update, the names of its parameters in `roof`."""
     names = {id(parameter): name for name, parameter in roof.named_parameters()}
     return [[names[id(parameter)] for parameter in optimizer.parameters] for optimizer in update.optimizers]
 
 
 def with_leaves(tensors: NamedTensors, trained: Sequence[Sequence[str]]) -> NamedTensors:
-    """The same tensors, those that are trained as new leaves of the autograd graph."""
+    """The same tensors, but those with a name in `trained` are new leaves of the autograd graph."""
     leaves = {name: tensors[name].detach().requires_grad_(True) for names in trained for name in names}
     return {**tensors, **leaves}
 
 
 def gradients_of(losses: Sequence[Tensor], given: NamedTensors, trained: Sequence[Sequence[str]]) -> Gradients:
-    """The gradient of each loss in the parameters of its optimiser."""
+    """The gradients of each optimiser's loss.
+
+    Args:
+        losses: One scalar for each optimiser.
+        given: What the losses were computed from, as `with_leaves` returned it.
+        trained: For each optimiser, the names of its parameters.
+
+    Returns:
+        For each optimiser, one contiguous tensor for each of its parameters.
+    """
     found = []
     for k, (loss, names) in enumerate(zip(losses, trained, strict=True)):
         some = torch.autograd.grad(loss, [given[name] for name in names], retain_graph=k < len(losses) - 1)
@@ -74,10 +100,15 @@ def gradients_of(losses: Sequence[Tensor], given: NamedTensors, trained: Sequenc
 
 
 class Compiled:
-    """`program(tensors, *args)` compiled at its first call, for the shapes of that call; called with the args alone.
+    """A function of the networks' tensors, compiled at its first call for the shapes of that call.
 
-    tensors: live, read anew at each call. eager(*args) takes the program's place where compiling fails (no C++ compiler,
-    say), after one warning: `failed` tells.
+    A call takes the arguments without the tensors, which are read anew each time. Where compiling fails, e.g. for want of a C++
+    compiler, it warns once, sets `failed` and calls `eager` from then on.
+
+    Args:
+        tensors: The tensors of the networks by name; their memory stays the networks' own.
+        program: The function (tensors, *args) -> nested tuples, lists and dicts of tensors, as the args are too.
+        eager: The function (*args) that computes the same without being compiled.
     """
 
     def __init__(self, tensors: NamedTensors, program: Callable[..., Any], eager: Callable[..., Any]) -> None:
@@ -86,47 +117,74 @@ class Compiled:
         self._function: Callable[..., Sequence[Tensor]] | None = None
 
     def __call__(self, *args: Any) -> Any:
+        """What `program` returns for the present values of the tensors, detached."""
         if not self.failed and self._function is None:
             try:
                 self._compile(args)
-            except Exception as error:  # whatever a compiler may say
+            except Exception as error:  # a compiler may raise anything
                 self.failed = True
                 reason = " ".join(str(error).split())[:200]
                 warnings.warn(f"compiling failed, so this runs eagerly ({type(error).__name__}: {reason})", stacklevel=2)
         if self._function is None:
             return self.eager(*args)
         with torch.no_grad():
-            out = self._function(*self._state, *pytree.tree_leaves(args))
-        return pytree.tree_unflatten(out, self._structure)
+            out = self._function(*self._state, *_leaves(args))
+        return _rebuild(self._structure, iter(out))
 
     def _compile(self, args: tuple[Any, ...]) -> None:
-        from torch._inductor import compile as compile_graph
-
         graph, inputs = self.trace(args)
-        function = compile_graph(graph, [*inputs])
+        function = torch_internals.compile_graph(graph, inputs)
         with torch.no_grad():
-            function(*inputs)  # what is lazy in the compiler is over after this
+            function(*inputs)  # parts of the compiler work lazily; they are done after this
         self._function = function
 
     def trace(self, args: tuple[Any, ...]) -> tuple[torch.fx.GraphModule, list[Tensor]]:
-        """The program's tensor operations as a graph; and its inputs, the tensors and the leaves of `args`."""
-        from torch.fx.experimental.proxy_tensor import make_fx
+        """Trace the program.
 
-        leaves, structure = pytree.tree_flatten(args)
+        Args:
+            args: As for a call; only their shapes matter.
+
+        Returns:
+            The program's tensor operations as a graph; and the graph's inputs: the tensors, then the tensors in `args`.
+        """
+        n = len(self._names)
 
         def flat(*given: Tensor) -> list[Tensor]:
-            n = len(self._names)
-            result = self.program(dict(zip(self._names, given[:n], strict=True)), *pytree.tree_unflatten(given[n:], structure))
-            out: list[Tensor]
-            out, self._structure = pytree.tree_flatten(result)
-            return [tensor.detach() for tensor in out]
+            result = self.program(dict(zip(self._names, given[:n], strict=True)), *_rebuild(args, iter(given[n:])))
+            out = [tensor.detach() for tensor in _leaves(result)]
+            self._structure = _rebuild(result, iter([None] * len(out)))
+            return out
 
-        inputs = [*self._state, *leaves]
-        return make_fx(flat)(*inputs), inputs
+        inputs = [*self._state, *_leaves(args)]
+        return torch_internals.trace(flat, inputs), inputs
+
+
+def _leaves(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts, in order."""
+    if not isinstance(tree, tuple | list | dict):
+        return [tree]
+    return [leaf for branch in (tree.values() if isinstance(tree, dict) else tree) for leaf in _leaves(branch)]
+
+
+def _rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
+    """Nested tuples, lists and dicts like `tree`, with other leaves."""
+    if isinstance(tree, dict):
+        return {key: _rebuild(branch, leaves) for key, branch in tree.items()}
+    if not isinstance(tree, tuple | list):
+        return next(leaves)
+    branches = [_rebuild(branch, leaves) for branch in tree]
+    if isinstance(tree, list):
+        return branches
+    return tree._make(branches) if hasattr(tree, "_make") else tuple(branches)  # Batch is a NamedTuple
 
 
 def compiled_gradients(
     update: Update, networks: Mapping[str, nn.Module]
 ) -> Callable[[Batch, Noise], tuple[Gradients, Metrics]]:
-    """What takes the place of `part.gradients`."""
+    """`update.gradients` as a compiled function; an update without a loss stays as it is.
+
+    Args:
+        update: An update of these networks.
+        networks: All networks of the agent, by name.
+    """
     return update.gradients if update.loss is None else Compiled(*gradient_program(update, networks), update.gradients)

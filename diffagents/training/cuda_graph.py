@@ -1,7 +1,8 @@
-"""A stage's whole step as a CUDA graph: batch, draws, losses, gradients, optimisers, targets and metric sums, one launch.
+"""A whole training step as a CUDA graph: batch, noise, losses, gradients, optimisers, target networks and sums of metrics.
 
-What is due together is captured together, so a stage with a part every second step has two graphs. The generators are
-registered with each graph: replays draw new numbers and move their states on, as eager steps would.
+A graph is launched as one operation, which saves the launches of hundreds of small kernels. Updates that are due together are
+captured together, so a stage with an update every second step has two graphs. The random generators are registered with each
+graph: replays draw new numbers and advance the generators as eager steps would.
 """
 
 from collections import Counter
@@ -12,11 +13,15 @@ import torch
 from diffagents.training.updates import Runner
 
 WARM_UP = 3
-"""Eager steps before a capture: lazy initialisations must not fall into it. They are steps of the training like any other."""
+"""Eager steps before a capture, which must not contain lazy initialisations. They are ordinary steps of the training."""
 
 
 class GraphRunner:
-    """A `Runner` on a CUDA device whose steps are captured once and then replayed."""
+    """Runs the steps of a `Runner` on a CUDA device, captured once and then replayed.
+
+    Args:
+        runner: Its tensors (networks, optimisers, data) must keep their memory from the first capture on.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
@@ -25,12 +30,12 @@ class GraphRunner:
         self._stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
 
     def step(self, k: int) -> None:
-        """As `Runner.step`."""
+        """Take step k of the stage, counted from 0, as `Runner.step` does."""
         due = tuple(self.runner.due(k))
         if due not in self._graphs:
             if self._seen[due] < WARM_UP:
                 self._seen[due] += 1
-                self._on_the_side(due)
+                self._warm_up(due)
                 return
             self._graphs[due] = self._capture(due)
         self._graphs[due].replay()
@@ -39,15 +44,19 @@ class GraphRunner:
 
     @property
     def failed(self) -> bool:
-        """As `Runner.failed`; the graph then holds eager kernels."""
+        """As `Runner.failed`. The graphs then hold the kernels of eager steps."""
         return self.runner.failed
 
     def means(self) -> dict[str, float]:
-        """As `Runner.means`."""
+        """As `Runner.means`: waits for the device and resets the sums."""
         return self.runner.means()
 
-    def _on_the_side(self, due: Sequence[int]) -> None:
-        """A step on the stream that captures will use."""
+    def each_means(self) -> list[dict[str, float]]:
+        """As `Runner.each_means`."""
+        return self.runner.each_means()
+
+    def _warm_up(self, due: Sequence[int]) -> None:
+        """An eager step, on the stream that captures will use."""
         here = torch.cuda.current_stream(self.runner.device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
@@ -55,6 +64,7 @@ class GraphRunner:
         here.wait_stream(self._stream)
 
     def _capture(self, due: Sequence[int]) -> torch.cuda.CUDAGraph:
+        """The graph of a step; nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
         for generator in self.runner.generators:
             graph.register_generator_state(generator)

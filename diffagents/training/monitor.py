@@ -1,4 +1,4 @@
-"""Looking at a running stage: its metrics, whether all is finite, and the state to fall back to where it is not."""
+"""Log steps of a running stage: its metrics, the guard against NaN, and the state to fall back to."""
 
 import math
 import time
@@ -7,58 +7,72 @@ from typing import Any
 import torch
 
 from diffagents.errors import TrainingDiverged
-from diffagents.training import state
-from diffagents.training.state import restore, snapshot
+from diffagents.training.state import Learner, Snapshot, snapshot, training_tensors
 
 
 class Monitor:
-    """The looks at one stage of one agent, `length` steps of which `done` are behind it."""
+    """Logs one stage of one learner and keeps its last good state.
 
-    def __init__(self, agent: Any, stage: str, length: int, done: int) -> None:
-        self.agent, self.stage, self.length = agent, stage, length
-        self.good, self.good_at = snapshot(agent), done
+    Args:
+        learner: Whose stage it is.
+        stage: Name of the stage.
+        length: Steps that the stage has in all.
+        done: Steps that are done already.
+    """
+
+    def __init__(self, learner: Learner, stage: str, length: int, done: int) -> None:
+        self.learner, self.stage, self.length = learner, stage, length
+        self.good: Snapshot = snapshot(learner)
+        self.good_at = done
         self.q_limit = math.inf
         self.start = (time.perf_counter(), done)
 
     def limit_q(self, sampler: Any) -> None:
-        """No policy earns more than max|r| / (1 - gamma): a mean Q a hundred times beyond has run away."""
-        self.q_limit = 100.0 * sampler.max_abs_reward / (1.0 - getattr(self.agent.config, "gamma", 0.0)) + 1.0
+        """No policy earns more than max|r| / (1 - gamma): a mean Q a hundred times beyond it has run away."""
+        gamma = getattr(self.learner.config, "gamma", 0.0)
+        self.q_limit = 100.0 * sampler.max_abs_reward / (1.0 - gamma) + 1.0
 
     def restart_clock(self) -> None:
-        """Rates are of what is done from now on."""
+        """Measure rates from now on."""
         self.start = (time.perf_counter(), self.start[1])
 
-    def log(self, done: int, means: dict[str, float], put_back: bool = True) -> None:
-        """Wait for the device, see whether all is well, report, and keep the state to fall back to.
+    def log(self, done: int, means: dict[str, float]) -> None:
+        """Wait for the device, check that all is finite, report the metrics and keep the state to fall back to.
 
-        Raises TrainingDiverged, after putting that state back (or leaving that to the caller).
+        Args:
+            done: Steps of the stage that are done.
+            means: The means of the metrics since the last log step.
+
+        Raises:
+            TrainingDiverged: A tensor or a metric is not finite, or Q has run away. The caller puts `good` back.
         """
-        agent, tensors = self.agent, state.training_tensors(self.agent).values()
-        finite = bool(torch.stack([t.sum() for t in tensors if t.is_floating_point()]).isfinite().all())
+        learner = self.learner
+        sums = [tensor.sum() for tensor in training_tensors(learner).values() if tensor.is_floating_point()]
+        finite = bool(torch.stack(sums).isfinite().all())
         if not finite or not all(map(math.isfinite, means.values())) or abs(means.get("q", 0.0)) > self.q_limit:
-            if put_back:
-                restore(agent, self.good)
             raise TrainingDiverged(
                 f"{self.stage} diverged between its steps {self.good_at} and {done} ({_numbers(means)}); the agent holds its "
                 "state from before: try a lower learning_rate, another reward_transform or normalize_obs=True"
             )
-        self.good, self.good_at = snapshot(agent), done
+        self.good, self.good_at = snapshot(learner), done
         if means:
             rate = (done - self.start[1]) / max(time.perf_counter() - self.start[0], 1e-9)
-            _report(agent, self.stage, done, self.length, rate, means)
+            _report(learner, self.stage, done, self.length, rate, means)
 
 
-def _report(agent: Any, stage: str, done: int, length: int, rate: float, means: dict[str, float]) -> None:
-    if len(agent.history) >= 10_000:  # a long run with short intervals: keep every other row, so that it can be saved
-        agent.history = agent.history[::2]
-    agent.history.append({"num_timesteps": agent.num_timesteps, "stage": stage, "stage_step": done, **means})
-    if agent._logger is not None:
+def _report(learner: Learner, stage: str, done: int, length: int, rate: float, means: dict[str, float]) -> None:
+    """Add a row to the history, to SB3's logger if there is one, and to the terminal."""
+    state, logger = learner.state, learner.sb3_logger
+    if len(state.history) >= 10_000:  # a long run with short intervals: keep every other row, so that it can be saved
+        state.history = state.history[::2]
+    state.history.append({"num_timesteps": state.num_timesteps, "stage": stage, "stage_step": done, **means})
+    if logger is not None:
         for name, value in means.items():
-            agent._logger.record(f"{stage}/{name}", value)
-        agent._logger.record("time/fps" if stage == "online" else "time/updates_per_second", rate)
-        agent._logger.record("train/n_updates", agent.n_updates, exclude="tensorboard")
-        agent.dump_logs()
-    if agent.verbose:
+            logger.record(f"{stage}/{name}", value)
+        logger.record("time/fps" if stage == "online" else "time/updates_per_second", rate)
+        logger.record("train/n_updates", state.n_updates, exclude="tensorboard")
+        learner.dump_logs()
+    if learner.verbose:
         left = clock((length - done) / max(rate, 1e-9))
         print(f"{stage:>8} {done:>9,}/{length:,}  {_numbers(means)}  {rate:,.0f}/s, {left} left", flush=True)
 
@@ -68,6 +82,6 @@ def _numbers(means: dict[str, float]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss, or m:ss."""
+    """Seconds as h:mm:ss or m:ss."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

@@ -1,186 +1,272 @@
-"""What `learn` does: adopt the data, plan, loop, look at the metrics, guard against NaN. Nothing about any algorithm.
+"""What `learn` does after the checks: choose how updates run, run the stages of the plan, log, guard against NaN.
 
-Between looks nothing waits for the device: batches and random numbers are made on it, metrics are summed on it.
+Nothing here knows about any algorithm. Between log steps nothing waits for the device: batches and random inputs are made on it
+and metrics are summed on it.
 """
 
 import threading
 import time
 import warnings
 import zlib
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from diffagents.data.sampler import Sampler
+from diffagents.data.transitions import Transitions
+from diffagents.errors import TrainingDiverged
+from diffagents.training.callbacks import make_logger
 from diffagents.training.monitor import Monitor, clock
 from diffagents.training.plan import Plan
+from diffagents.training.prepare import begin
 from diffagents.training.session import interrupt_between_updates, matmul_precision, timed
-from diffagents.training.state import restore, snapshot
+from diffagents.training.state import Learner, Snapshot, restore, snapshot
 from diffagents.training.updates import Runner, Stage
 
 if TYPE_CHECKING:
+    from stable_baselines3.common.callbacks import BaseCallback
+
     from diffagents.training.cuda_graph import GraphRunner
 
 WORTH_COMPILING, WORTH_A_GRAPH = 120.0, 60.0
-"""Seconds that a stage must take eagerly before compile="auto" compiles it: on a CPU it costs tens of seconds, and saves a
-quarter to a half; on a GPU (not measured) it should save more: launching many small kernels is what takes the time there."""
+"""Seconds that a stage must take eagerly before compile="auto" compiles it. On a CPU compiling costs tens of seconds and saves
+a quarter to a half; on a GPU (not measured) it should save more, since launching many small kernels is what takes the time
+there."""
 
 
-def run(agent: Any, plan: Plan, sampler: Sampler, callback: Any, log_interval: int | None, tb_log_name: str | None) -> None:
-    """Run what is left of `plan`; returns early when a callback says stop, raises KeyboardInterrupt after Ctrl-C."""
+def train(
+    learner: Learner,
+    plan: Plan,
+    data: Transitions,
+    callback: "BaseCallback | None" = None,
+    log_interval: int | None = None,
+    tb_log_name: str | None = None,
+    reset: bool = True,
+) -> None:
+    """Run what is left of an accepted plan on accepted data (see prepare.py).
+
+    Args:
+        learner: Whose plan it is.
+        plan: The stages to run and how far each has come.
+        data: The dataset, in the learner's spaces.
+        callback: An initialised SB3 callback.
+        log_interval: Gradient steps between log steps; None for a twentieth of each stage, at most 1000.
+        tb_log_name: Name of the run in TensorBoard.
+        reset: Whether a new plan starts the counters at zero.
+
+    Raises:
+        TrainingDiverged: NaN, or Q has run away; the learner holds its last good state.
+        KeyboardInterrupt: After Ctrl-C, once the running update is complete.
+    """
+    begin(learner, plan, data, reset)
+    if learner.tensorboard_log is not None:
+        learner.sb3_logger = make_logger(learner, tb_log_name or type(learner).__name__, reset)
+    sampler = data.sampler(learner.device, learner.state.reward_transform, learner.obs_normalizer)
+    seconds = estimate(learner, plan, sampler) if learner.verbose or learner.compile == "auto" else {}
+    choose_modes(learner, plan, seconds)
+    if learner.verbose:
+        announce(learner, plan, seconds)
     local = {
-        "self": agent,
-        "total_timesteps": agent.num_timesteps + plan.remaining,
+        "self": learner,
+        "total_timesteps": learner.state.num_timesteps + plan.remaining,
         "tb_log_name": tb_log_name,
         "dones": np.zeros(1, bool),
         "rewards": np.zeros(1, np.float32),
         "infos": [{}],
     }
-    with timed(agent, callback, local), interrupt_between_updates() as interrupted, matmul_precision(agent):
-        for stage in agent.stages():
-            if stage.name in plan.lengths and not _run_stage(
-                agent, stage, plan, sampler, callback, local, log_interval, interrupted
+
+    with timed(learner, callback, local), interrupt_between_updates() as interrupted, matmul_precision(learner):
+        for stage in learner.stages(plan):
+
+            def runner_for(samplers: Sequence[Sampler], mode: str, stage: Stage = stage) -> "Runner | GraphRunner":
+                return make_runner(learner, stage, samplers[0], mode)
+
+            if stage.name in plan.lengths and not run_stage(
+                [learner], [stage], sampler, runner_for, log_interval, interrupted, callback, local
             ):
                 break
     if interrupted.is_set():
         raise KeyboardInterrupt
 
 
-def _run_stage(
-    agent: Any,
-    stage: Stage,
-    plan: Plan,
+def run_stage(
+    learners: Sequence[Learner],
+    stages: Sequence[Stage],
     sampler: Sampler,
-    callback: Any,
-    local: dict[str, Any],
+    make_runner: "Callable[[Sequence[Sampler], str], Runner | GraphRunner]",
     log_interval: int | None,
     interrupted: threading.Event,
+    callback: "BaseCallback | None" = None,
+    local: dict[str, Any] | None = None,
+    diverged: dict[int, tuple[Snapshot, TrainingDiverged]] | None = None,
 ) -> bool:
-    """Bring one stage to its planned length. False when a callback or Ctrl-C stopped it."""
-    length, done = plan.lengths[stage.name], plan.done.get(stage.name, 0)
-    if done == length:  # a resumed plan: nothing to run, so no state to copy either
+    """Bring one stage of one learner, or of several that are trained together, to its planned length.
+
+    Args:
+        learners: One or more of one class, with plans of equal lengths that have come equally far.
+        stages: The stage of each.
+        sampler: The data, in the units of all learners.
+        make_runner: (the sampler that each stage has prepared, mode) -> what runs a step of all.
+        log_interval: Gradient steps between log steps; None for a twentieth of the stage, at most 1000.
+        interrupted: Set by Ctrl-C.
+        callback: An initialised SB3 callback, called after each step.
+        local: The local variables that it may read.
+        diverged: Where the learners that diverge are entered, with the state to go back to. They are computed along with the
+            others, whose shapes would change otherwise. None: the first to diverge stops all.
+
+    Returns:
+        False if the callback or Ctrl-C stopped it.
+
+    Raises:
+        TrainingDiverged: If `diverged` is None; the learner holds its last good state.
+    """
+    name, states = stages[0].name, [learner.state for learner in learners]
+    plans = [state.plan for state in states if state.plan is not None]
+    plan = plans[0]
+    length, done = plan.lengths[name], plan.done.get(name, 0)
+    if done == length:  # a resumed plan: nothing to run, so there is no state to copy either
         return True
-    if stage.name == agent.POLICY_STAGE:
-        agent._policy_missing = False
-    before = agent.stage_steps[stage.name] - done  # steps of earlier plans: what starts late, starts once
-    for update in stage.updates:
-        for optimizer in update.optimizers:
-            optimizer.start_schedule(length, update.times(before, before + done))
-    watch = Monitor(agent, stage.name, length, done)  # before `prepare`, which may start networks anew
-    if stage.prepare is not None:
-        sampler = stage.prepare(sampler, stage_generator(agent, stage))
-    runner = make_runner(agent, stage, sampler, plan.modes.get(stage.name, "eager"))
+    earlier = learners[0].state.stage_steps[name] - done  # steps of earlier plans: what starts late, starts once
+    monitors: list[Monitor] = []
+    samplers: list[Sampler] = []
+    for learner, stage in zip(learners, stages, strict=True):
+        if name == learner.POLICY_STAGE:
+            learner.state.policy_missing = False
+        for update in stage.updates:
+            for optimizer in update.optimizers:
+                optimizer.start_schedule(length, update.times(earlier, earlier + done))
+        monitors.append(Monitor(learner, name, length, done))  # before `prepare`, which may initialise networks anew
+        own = sampler if stage.prepare is None else stage.prepare(sampler, stage_generator(learner, stage))
+        samplers.append(own)
+        monitors[-1].limit_q(own)
+    runner = make_runner(samplers, plan.modes.get(name, "eager"))
+    for learner, monitor in zip(learners, monitors, strict=True):
+        monitor.restart_clock()
+        learner.state.pristine = False
     interval = log_interval or max(1, min(1000, length // 20))
-    watch.limit_q(sampler)
-    watch.restart_clock()
-    agent._pristine = False
+
+    def log() -> None:
+        for k, (monitor, means) in enumerate(zip(monitors, runner.each_means(), strict=True)):
+            if diverged is not None and k in diverged:
+                continue
+            try:
+                monitor.log(done, means)
+            except TrainingDiverged as error:
+                if diverged is None:
+                    restore(monitor.learner, monitor.good)
+                    raise
+                diverged[k] = monitor.good, error
 
     while done < length:
-        runner.step(before + done)
-        if runner.failed:
-            plan.modes[stage.name] = "eager"
+        runner.step(earlier + done)
         done += 1
-        plan.done[stage.name] = done
-        agent.stage_steps[stage.name] += 1
-        agent.num_timesteps += 1
-        agent.n_updates += 1
+        for state, own_plan in zip(states, plans, strict=True):
+            own_plan.done[name] = done
+            state.stage_steps[name] += 1
+            state.num_timesteps += 1
+            state.n_updates += 1
+        if runner.failed:
+            for own_plan in plans:
+                own_plan.modes[name] = "eager"
         if done % interval == 0 or done == length:
-            watch.log(done, runner.means())
-        go_on = True
+            log()
+        goes_on = True
         if callback is not None:
-            callback.update_locals(local)
+            callback.update_locals(local or {})
             try:
-                go_on = callback.on_step()
+                goes_on = callback.on_step()
             except Exception:
-                watch.log(done, runner.means())  # a NaN explains more than what it led to
+                log()  # a NaN explains more than the error that it led to
                 raise
-        if not go_on or interrupted.is_set():
-            watch.log(done, runner.means())  # whoever stops here can save what is here
+        if not goes_on or interrupted.is_set():
+            log()  # whoever stops here can save what is here
             return False
     return True
 
 
-def make_runner(agent: Any, stage: Stage, sampler: Sampler, mode: str) -> "Runner | GraphRunner":
-    """What runs the steps of a stage in one of engine.MODES."""
+def make_runner(learner: Learner, stage: Stage, sampler: Sampler, mode: str) -> "Runner | GraphRunner":
+    """What runs the steps of a stage in one of `plan.MODES`."""
     if mode == "eager":
-        return Runner(stage, sampler, agent.generator)
-    from diffagents.training.compiled import compiled_gradients
+        return Runner(stage, sampler, learner.generator)
+    from diffagents.training.compiled import compiled_gradients  # it takes seconds to import
     from diffagents.training.cuda_graph import GraphRunner
 
-    networks = agent.networks()
-    runner = Runner(stage, sampler, agent.generator, [compiled_gradients(update, networks) for update in stage.updates])
+    networks = learner.networks()
+    gradients = [compiled_gradients(update, networks) for update in stage.updates]
+    runner = Runner(stage, sampler, learner.generator, gradients)
     return GraphRunner(runner) if mode == "graph" else runner
 
 
-def stage_generator(agent: Any, stage: Stage) -> torch.Generator:
-    """The same random numbers every time the stage begins or goes on: what it prepares need not be kept in files."""
-    return torch.Generator(agent.device).manual_seed(agent.seed + zlib.crc32(stage.name.encode()))
+def stage_generator(learner: Learner, stage: Stage) -> torch.Generator:
+    """The same random numbers each time the stage begins or resumes: what it prepares need not be kept in files."""
+    return torch.Generator(learner.device).manual_seed(learner.seed + zlib.crc32(stage.name.encode()))
 
 
-def estimate(agent: Any, plan: Plan, sampler: Sampler) -> dict[str, float]:
-    """Seconds that what is left of each stage takes eagerly, from a few real updates that are then undone."""
+def estimate(learner: Learner, plan: Plan, sampler: Sampler) -> dict[str, float]:
+    """Seconds that the rest of each stage takes eagerly, from a few real updates that are undone afterwards."""
     lefts = {name: length - plan.done.get(name, 0) for name, length in plan.lengths.items()}
     seconds = dict.fromkeys(lefts, 0.0)
     if max(lefts.values()) < 100:
         return seconds
-    before = snapshot(agent)
+    before = snapshot(learner)
     try:
-        for stage in agent.stages():
+        for stage in learner.stages(plan):
             left = lefts.get(stage.name, 0)
             if left < 100:
                 continue
             some = sampler
             if stage.prepare is not None:  # on a few rows
                 start, few = time.perf_counter(), sampler.head(256)
-                some = stage.prepare(few, stage_generator(agent, stage))
-                seconds[stage.name] = (
-                    (time.perf_counter() - start) * min(len(sampler), stage.n_prepared or len(sampler)) / len(few)
-                )
+                some = stage.prepare(few, stage_generator(learner, stage))
+                rows = min(len(sampler), stage.n_prepared or len(sampler))
+                seconds[stage.name] = (time.perf_counter() - start) * rows / len(few)
             for update in stage.updates:
                 for n in (1, 3):  # the first only warms up
                     start = time.perf_counter()
                     for _ in range(n):
-                        batch = some.sample(stage.batch_size, agent.generator)
-                        update.step(batch, update.draw(stage.batch_size, agent.generator))
-                    if agent.device.type == "cuda":
-                        torch.cuda.synchronize(agent.device)
-                first = agent.stage_steps[stage.name]
+                        batch = some.sample(stage.batch_size, learner.generator)
+                        update.step(batch, update.draw(stage.batch_size, learner.generator))
+                    if learner.device.type == "cuda":
+                        torch.cuda.synchronize(learner.device)
+                first = learner.state.stage_steps[stage.name]
                 seconds[stage.name] += update.times(first, first + left) * (time.perf_counter() - start) / 3
-    finally:  # Ctrl-C, too, leaves the agent as it was
-        restore(agent, before)
+    finally:  # Ctrl-C, too, leaves the learner as it was
+        restore(learner, before)
     return seconds
 
 
-def choose_modes(agent: Any, plan: Plan, seconds: dict[str, float]) -> None:
-    """How each stage of the plan will run: as `compile` says; "auto" weighs what compiling takes.
+def choose_modes(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
+    """Enter into the plan how each stage will run: as `compile` says, where "auto" weighs the time that compiling takes.
 
-    A stage that has begun goes on as it began, so that a resumed run ends where the uninterrupted one would; with "auto" one
-    that has not begun, too, keeps what was chosen for it.
+    A stage that has begun continues as it began, so that a resumed run ends where the uninterrupted one would. With "auto" a
+    stage that has not begun also keeps the mode that was chosen for it.
     """
-    cuda = agent.device.type == "cuda"
+    cuda = learner.device.type == "cuda"
     for name in plan.lengths:
-        mode = agent.compile
+        mode = learner.compile
         if name in plan.modes and (mode == "auto" or plan.done.get(name, 0) > 0):
             mode = plan.modes[name]
         if mode == "auto":
             worth = seconds.get(name, 0.0) > (WORTH_A_GRAPH if cuda else WORTH_COMPILING)
             mode = ("graph" if cuda else "compiled") if worth else "eager"
         if mode == "graph" and not cuda:
-            warnings.warn('compile="graph" needs a CUDA device: training runs compiled, without a graph', stacklevel=3)
+            warnings.warn('compile="graph" needs a CUDA device: training runs compiled, without a graph', stacklevel=4)
             mode = "compiled"
         plan.modes[name] = mode
 
 
-def announce(agent: Any, plan: Plan, seconds: dict[str, float]) -> None:
-    """Say what will be done, how, and how long it would take eagerly."""
-    data, rewards = agent.dataset_info, agent.reward_transform
+def announce(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
+    """Print the data, the plan and how long it would take eagerly."""
+    data, rewards = learner.state.data, learner.state.reward_transform
+    assert rewards is not None
     print(
-        f"{type(agent).__name__} on {data['id']}: {data['n_steps']:,} steps, {data['n_episodes']:,} episodes, mean return "
-        f"{data['mean_return']:.1f}; rewards {rewards.name} ({rewards.scale:.4g} r {rewards.shift:+.4g}); {agent.device}"
-        f"{', TF32' if agent.device.type == 'cuda' and agent.tf32 else ''}, seed {agent.seed}"
+        f"{type(learner).__name__} on {data['id']}: {data['n_steps']:,} steps, {data['n_episodes']:,} episodes, mean return "
+        f"{data['mean_return']:.1f}; rewards {rewards.name} ({rewards.scale:.4g} r {rewards.shift:+.4g}); {learner.device}"
+        f"{', TF32' if learner.device.type == 'cuda' and learner.tf32 else ''}, seed {learner.seed}"
     )
     lengths = ", ".join(f"{name} {plan.done.get(name, 0):,}/{steps:,}" for name, steps in plan.lengths.items())
     faster = [name for name in plan.lengths if plan.modes[name] != "eager"]
-    how = f" if eager; {', '.join(faster)} will be compiled, a minute first, and then run faster" if faster else ""
+    how = f" if eager; {', '.join(faster)} will be compiled, which takes a minute and then runs faster" if faster else ""
     print(f"plan: {lengths} gradient steps; about {clock(sum(seconds.values()))}{how}", flush=True)

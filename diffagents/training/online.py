@@ -1,13 +1,14 @@
-"""What `learn_online` does: act, keep what happened, update on a mixture of old and new data. Nothing about any algorithm.
+"""What `learn_online` does: act, store what happened, update on a mixture of old and new data. Nothing about any algorithm.
 
 Every environment step: the updates that are owed, one action, its outcome into the replay buffer, the callback. Saved inside
-the callback (or after Ctrl-C), agent and buffer together are the whole state: the resumed run does what this one would, but for
-algorithms that prepare tables, which are made anew.
+the callback (or after Ctrl-C), agent and buffer together are the whole state: a resumed run does what the uninterrupted one
+would, except for algorithms that prepare tables, which are computed anew.
 """
 
 import json
+import threading
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,21 +20,37 @@ from diffagents.data.normalize import fit_reward_transform
 from diffagents.data.replay_buffer import Mixture, Replay
 from diffagents.data.sampler import Sampler
 from diffagents.envs.make import env_id_of
+from diffagents.errors import TrainingDiverged
 from diffagents.functional import lambda_returns
-from diffagents.storage import checkpoint
-from diffagents.training import prepare, provenance, session
-from diffagents.training.callbacks import make_callback, make_logger
+from diffagents.training import provenance
+from diffagents.training.callbacks import make_logger
 from diffagents.training.monitor import Monitor
 from diffagents.training.plan import OnlineRun, OnlineSettings
-from diffagents.training.rollout import World, explore
+from diffagents.training.prepare import adopt
+from diffagents.training.rollout import Rollout, explore
+from diffagents.training.session import interrupt_between_updates, matmul_precision, timed
+from diffagents.training.state import Learner, restore
 from diffagents.training.updates import Runner, Stage
 
+if TYPE_CHECKING:
+    from stable_baselines3.common.callbacks import BaseCallback
+
 MAX_RELAXATION = 16.0
-"""The most that `constraint_relaxation` grows to: by then the constraint hardly binds, and beyond it only floats overflow."""
+"""The most that the constraint is relaxed by: by then it hardly binds, and beyond it only floats overflow."""
 
 
-def checked(settings: OnlineSettings) -> OnlineSettings:
-    """The settings with whole numbers as int. Raises ValueError for what a run cannot be."""
+def check_arguments(total: int | None, log_interval: int | None, settings: OnlineSettings) -> OnlineSettings:
+    """Check the numbers among the arguments of `learn_online`, before anything is read.
+
+    Returns:
+        The settings with whole numbers as int.
+
+    Raises:
+        ValueError: One of them is out of its range.
+    """
+    for name, value in (("total_timesteps", total), ("log_interval", log_interval)):
+        if value is not None:
+            whole_number(name, value, 1, " of environment steps")
     if isinstance(ratio := settings.offline_ratio, str):
         check_choice("offline_ratio", ratio, ("uniform",))
     elif ratio is not None:
@@ -50,56 +67,82 @@ def checked(settings: OnlineSettings) -> OnlineSettings:
     )
 
 
-def begin(agent: Any, total: int | None, env: Any, dataset: Any, settings: OnlineSettings) -> tuple[OnlineRun, Sampler | None]:
-    """Check everything, before anything is done: (the run, the offline data in the learner's units). Raises ValueError, ..."""
-    settings = checked(settings)
-    if total is not None:
-        total = whole_number("total_timesteps", total, 1, " of environment steps")
-    if agent._policy_missing:
-        raise RuntimeError(
-            f'this {type(agent).__name__} has no policy yet: learn(data, stages=("{agent.POLICY_STAGE}",)) first'
-        )
-    checkpoint.need_learner(agent)
-    stages = list(agent.STAGE_SHARES)
-    needed = stages[: stages.index(agent.POLICY_STAGE) + 1]
-    if any(agent.stage_steps.values()) and (missing := [name for name in needed if agent.stage_steps[name] == 0]):
+def accept(
+    learner: Learner, total: int | None, env: Any, dataset: Any, settings: OnlineSettings
+) -> tuple[OnlineRun, Sampler | None]:
+    """Check everything before anything is done, and adopt environment and data.
+
+    It changes `learner`, which is a candidate (see prepare.py).
+
+    Args:
+        learner: The learner; its networks are all there.
+        total: Environment steps to take; None resumes the unfinished run.
+        env: What `set_env` takes, or None.
+        dataset: What `load_dataset` takes, or None.
+        settings: Checked by `check_arguments`.
+
+    Returns:
+        The run, and the offline data in the learner's units, None without any.
+
+    Raises:
+        ValueError: Something does not fit, or is missing.
+        RuntimeError: There is no policy yet, or the replay buffer of a resumed run is missing.
+    """
+    state, name = learner.state, type(learner).__name__
+    total = None if total is None else int(total)
+    if state.policy_missing:
+        raise RuntimeError(f'this {name} has no policy yet: learn(data, stages=("{learner.POLICY_STAGE}",)) first')
+    stages = list(learner.STAGE_SHARES)
+    needed = stages[: stages.index(learner.POLICY_STAGE) + 1]
+    missing = [stage for stage in needed if state.stage_steps[stage] == 0]
+    if missing and any(state.stage_steps.values()):
         raise ValueError(f"the stage {missing[0]!r} was never trained: learn(data, stages=({missing[0]!r},)) first")
     if env is not None:
-        agent.set_env(env)
+        learner.set_env(env)
     data = None
     if dataset is not None:
-        data = load_dataset(dataset, env=agent._env, obs_keys=agent.obs_keys, verbose=agent.verbose)
-        data = prepare.adopt(agent, data)
-    if agent._env is None:
-        stored = (agent.dataset_info or {}).get("env_spec")
+        data = load_dataset(dataset, env=learner.env, obs_keys=learner.obs_keys, verbose=learner.verbose)
+        data = adopt(learner, data)
+    if learner.env is None:
+        stored = (state.dataset_info or {}).get("env_spec")
         if stored is None:
             raise ValueError("no environment is known: pass env=, an id, a Gymnasium Env or an SB3 VecEnv")
-        agent.set_env(stored)
-    if agent.get_vec_normalize_env() is not None:
+        learner.set_env(stored)
+    if learner.get_vec_normalize_env() is not None:
         raise ValueError(
-            "the environment is inside a VecNormalize, which would move the observations and rewards that the agent was "
+            "the environment is inside a VecNormalize, which would change the observations and rewards that the agent was "
             "trained on: pass it without; the agent keeps its own normaliser and reward transform"
         )
-    if agent.reward_transform is None:
-        _start_without_data(agent)
-    run = _make_run(agent, total, settings, None if data is None else str(data.info["sha256"]))
-    sampler = data.sampler(agent.device, agent.reward_transform, agent.obs_normalizer) if data is not None else None
+    if state.reward_transform is None:
+        _start_without_data(learner)
+    run = _make_run(learner, total, settings, None if data is None else str(data.info["sha256"]))
+    sampler = None
+    if data is not None:
+        sampler = data.sampler(learner.device, state.reward_transform, learner.obs_normalizer)
     if run.settings.calibrate:
-        if not agent.CALIBRATES or sampler is None:
+        if not learner.CALIBRATES or sampler is None:
             raise ValueError(
                 "calibrate=True takes its floors from dataset=, for critics that bootstrap from the policy's own actions "
-                f"(DiffusionQL, DiffCPS, BDPO, TD3BC), not for {type(agent).__name__}{'' if agent.CALIBRATES else ' at all'}"
+                f"(DiffusionQL, DiffCPS, BDPO, TD3BC), not for {name}{'' if learner.CALIBRATES else ' at all'}"
             )
-        sampler = sampler.with_extras(floor=floors(sampler, agent.config.gamma))
+        sampler = sampler.with_extras(floor=floors(sampler, learner.config.gamma))
     if data is None and run.settings.offline_ratio == 1:
         raise ValueError("offline_ratio=1 learns from the dataset alone: pass dataset=, or a ratio below 1")
+    learner.online_stage()  # an algorithm may refuse it
     return run, sampler
 
 
 def floors(data: Sampler, gamma: float) -> Tensor:
-    """The discounted return that followed each row, (N,): what a better policy's Q is not below. Minus infinity: not known.
+    """The discounted return that followed each transition, a lower bound of the Q of a better policy (as in Cal-QL).
 
-    After a time-out or a cut it is not known, unless no reward is negative: then what is left out only adds to it.
+    After a time-out or a cut the return is unknown, unless no reward is negative: then what was cut off only adds to it.
+
+    Args:
+        data: N transitions of whole episodes.
+        gamma: Discount.
+
+    Returns:
+        Lower bounds (N,); minus infinity where the return is unknown.
     """
     rows = data.all()
     returns = lambda_returns(rows.rew, rows.done, torch.zeros_like(rows.rew), data.episode_ends, gamma, 1.0)
@@ -112,21 +155,21 @@ def floors(data: Sampler, gamma: float) -> Tensor:
     return torch.where(known, returns, -torch.inf)
 
 
-def _start_without_data(agent: Any) -> None:
-    """An agent that never saw data: rewards stay as they are, unless their transform needs no data to be fitted."""
-    name = "none" if agent.config.reward_transform == "auto" else agent.config.reward_transform
+def _start_without_data(learner: Learner) -> None:
+    """For a learner that never saw data: rewards stay as they are, unless their transform needs no data to be fitted."""
+    name = "none" if learner.config.reward_transform == "auto" else learner.config.reward_transform
     if name in ("iql_locomotion", "normalize"):
         raise ValueError(f'reward_transform="{name}" is fitted on data: pass dataset=, or another transform ("none")')
-    agent.reward_transform = fit_reward_transform(name, torch.zeros(0), torch.zeros(0))
-    env_id = env_id_of(agent._env)
-    agent.dataset_info = {
+    learner.state.reward_transform = fit_reward_transform(name, torch.zeros(0), torch.zeros(0))
+    env_id = env_id_of(learner.env)
+    learner.state.dataset_info = {
         "id": f"no dataset: learned online{f' in {env_id}' if env_id else ''}",
         "kind": "online",
         "sha256": "",
         "n_steps": 0,
         "n_episodes": 0,
         "mean_return": 0.0,
-        "env_spec": _spec_json(agent._env),
+        "env_spec": _spec_json(learner.env),
     }
 
 
@@ -139,176 +182,204 @@ def _spec_json(env: Any) -> str | None:
         return None
 
 
-def _make_run(agent: Any, total: int | None, settings: OnlineSettings, data: str | None) -> OnlineRun:
-    """The run to go on with (total None), or a new one on the buffer that there is."""
-    run: OnlineRun | None = agent.online
+def _make_run(learner: Learner, total: int | None, settings: OnlineSettings, data: str | None) -> OnlineRun:
+    """The unfinished run if `total` is None, else a new one on the buffer that there is."""
+    state, replay = learner.state, learner.replay_buffer
+    run = state.online
     if total is None:
         if run is None or (run.done >= run.total and run.owed <= 0):
-            raise ValueError("no online run is unfinished: say total_timesteps, the environment steps to take")
+            raise ValueError("no online run is unfinished: give total_timesteps, the number of environment steps to take")
         if settings not in (OnlineSettings(), run.settings):
-            raise ValueError(f"the unfinished run goes on with {run.settings}: leave these arguments out, or begin another")
-        if agent.replay_buffer is None:
+            raise ValueError(f"the unfinished run continues with {run.settings}: leave these arguments out, or begin another")
+        if replay is None:
             raise RuntimeError(
-                f"the unfinished run has a replay buffer of its {run.done:,} steps, which is not here: load what "
-                "save_replay_buffer(path) wrote with load_replay_buffer(path), or begin another with total_timesteps"
+                f"the unfinished run needs the replay buffer with its {run.done:,} steps: load what save_replay_buffer(path) "
+                "wrote with load_replay_buffer(path), or begin another with total_timesteps"
             )
         if run.data is not None and data is None:
             raise ValueError("the unfinished run learns from a dataset too: pass the same dataset=")
         if run.data != data:
-            warnings.warn("these are other data than those that the unfinished run began with", stacklevel=5)
+            warnings.warn("these data differ from those that the unfinished run began with", stacklevel=5)
         return run
-    if data not in (None, agent.dataset_info["sha256"]):
-        warnings.warn(f"these are other data than {agent.dataset_info['id']}, whose transform is kept", stacklevel=5)
-    kept = agent.replay_buffer is not None and settings.buffer_size in (None, agent.replay_buffer.capacity)
+    if data not in (None, state.data["sha256"]):
+        warnings.warn(f"these data differ from {state.data['id']}, whose transform is kept", stacklevel=5)
+    kept = replay is not None and settings.buffer_size in (None, replay.capacity)
     starts = settings.learning_starts
     if starts is None:
         starts = min(5000 if data is None else 1000, total // 5)
-    starts = max(0, starts - (len(agent.replay_buffer) if kept else 0))
+    starts = max(0, starts - (len(replay) if kept and replay is not None else 0))
     if starts >= total:
-        warnings.warn(f"learning_starts={starts} leaves no update to a run of {total} steps: it only collects", stacklevel=5)
-    n_episodes = 0 if run is None else run.n_episodes + 1  # the unfinished one is not walked again
-    random = bool(agent._pristine)
-    # Where no stage was trained, the networks came from files, or there was nothing before the first online run.
-    settled = agent.stage_steps[agent.POLICY_STAGE] > 0 or (not random and (run is None or run.settled))
-    return OnlineRun(total, settings, starts, random, settled, data, n_episodes=n_episodes)
+        warnings.warn(f"learning_starts={starts} leaves no update to a run of {total} steps, which only collects", stacklevel=5)
+    n_episodes = 0 if run is None else run.n_episodes + 1  # the unfinished one is not replayed
+    # If no stage was trained, the networks came from files, or there was nothing before the first online run.
+    settled = state.stage_steps[learner.POLICY_STAGE] > 0 or (not state.pristine and (run is None or run.settled))
+    return OnlineRun(total, settings, starts, state.pristine, settled, data, n_episodes=n_episodes)
 
 
-def start(agent: Any, run: OnlineRun) -> None:
-    """Make `run` the agent's, with a buffer to go with it."""
-    if run is not agent.online:
-        size, old = run.settings.buffer_size, agent.replay_buffer
-        if old is None or size not in (None, old.capacity):
-            if old is not None:
-                warnings.warn("another buffer_size: the replay buffer of the last online run is dropped", stacklevel=4)
-            agent.replay_buffer = Replay(agent.obs_dim, agent.act_dim, size or 1_000_000, agent.device)
-        agent.replay_buffer.cut()
-        agent.provenance = provenance.begin(agent.provenance, agent.device, reset=False)
-    agent.online = run
-
-
-def constraint_relaxation(agent: Any) -> float:
-    """By how much the constraint to the data is weaker by now: doubled every `online_halflife` environment steps."""
-    halflife = getattr(agent.config, "online_halflife", None)
+def constraint_relaxation(learner: Learner) -> float:
+    """The factor by which the constraint to the data is weaker by now: it doubles every `online_halflife` environment steps."""
+    halflife = getattr(learner.config, "online_halflife", None)
     if halflife is None:
         return 1.0
-    doublings: float = agent.n_env_steps / halflife
+    doublings: float = learner.state.n_env_steps / halflife
     return float(min(2.0 ** min(doublings, 100.0), MAX_RELAXATION))
 
 
-def learn_online(
-    agent: Any,
-    total: int | None,
-    env: Any,
-    dataset: Any,
-    settings: OnlineSettings,
-    callback: Any,
-    log_interval: int | None,
-    tb_log_name: str | None,
-    progress_bar: bool,
+def train(
+    learner: Learner,
+    run: OnlineRun,
+    offline: Sampler | None,
+    callback: "BaseCallback | None" = None,
+    log_interval: int | None = None,
+    tb_log_name: str | None = None,
 ) -> None:
-    """See `Agent.learn_online`."""
-    if log_interval is not None:
-        whole_number("log_interval", log_interval, 1, " of environment steps")
-    with prepare.nothing_if_refused(agent):
-        run, offline = begin(agent, total, env, dataset, settings)
-        tick = make_callback(agent, callback, progress_bar)
-        stage = agent.online_stage()
-    start(agent, run)
-    if agent.tensorboard_log is not None and agent._logger is None:
-        agent._logger = make_logger(agent, tb_log_name or type(agent).__name__, False)
-    if agent.verbose:
-        _announce(agent, run, offline)
-    mixture = Mixture(offline, agent.replay_buffer, _ratio(agent, run))
-    local = {"self": agent, "total_timesteps": agent.num_timesteps + run.total - run.done, "tb_log_name": tb_log_name}
-    local |= {"replay_buffer": agent.replay_buffer, "dones": np.zeros(agent.n_envs, bool), "infos": [{}] * agent.n_envs}
-    with session.timed(agent, tick, local), session.matmul_precision(agent):
-        with session.interrupt_between_updates() as interrupted:
-            _run(agent, run, stage, mixture, tick, local, log_interval, interrupted)
-        if interrupted.is_set():
-            raise KeyboardInterrupt
+    """Run what is left of an accepted run.
+
+    Args:
+        learner: Whose run it is.
+        run: From `accept`.
+        offline: The offline data in the learner's units, from `accept`.
+        callback: An initialised SB3 callback.
+        log_interval: Environment steps between log steps; None for a twentieth of the run, at most 1000.
+        tb_log_name: Name of the run in TensorBoard.
+
+    Raises:
+        TrainingDiverged: NaN, or Q has run away; the learner holds its last good state.
+        KeyboardInterrupt: After Ctrl-C, once the running update is complete.
+    """
+    stage = learner.online_stage()
+    replay = _begin(learner, run)
+    if learner.tensorboard_log is not None and learner.sb3_logger is None:
+        learner.sb3_logger = make_logger(learner, tb_log_name or type(learner).__name__, False)
+    if learner.verbose:
+        _announce(learner, run, offline)
+    mixture = Mixture(offline, replay, _ratio(learner, run))
+    local: dict[str, Any] = {
+        "self": learner,
+        "total_timesteps": learner.state.num_timesteps + run.total - run.done,
+        "tb_log_name": tb_log_name,
+        "replay_buffer": replay,
+        "dones": np.zeros(learner.n_envs, bool),
+        "infos": [{}] * learner.n_envs,
+    }
+    interval = log_interval or max(1, min(1000, run.total // 20))
+    with timed(learner, callback, local), matmul_precision(learner), interrupt_between_updates() as interrupted:
+        _loop(learner, run, stage, mixture, callback, local, interval, interrupted)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
-def _run(
-    agent: Any, run: OnlineRun, stage: Stage, mixture: Mixture, tick: Any, local: dict[str, Any], look: int | None, stop: Any
+def _begin(learner: Learner, run: OnlineRun) -> Replay:
+    """Make `run` the learner's, with a replay buffer for it."""
+    state, replay = learner.state, learner.replay_buffer
+    if run is not state.online or replay is None:
+        size = run.settings.buffer_size
+        if replay is None or size not in (None, replay.capacity):
+            if replay is not None:
+                warnings.warn("buffer_size differs: the replay buffer of the last online run is dropped", stacklevel=4)
+            replay = learner.replay_buffer = Replay(learner.obs_dim, learner.act_dim, size or 1_000_000, learner.device)
+        replay.cut()
+        state.provenance = provenance.begin(state.provenance, learner.device, reset=False)
+    state.online = run
+    return replay
+
+
+def _loop(
+    learner: Learner,
+    run: OnlineRun,
+    stage: Stage,
+    mixture: Mixture,
+    callback: "BaseCallback | None",
+    local: dict[str, Any],
+    interval: int,
+    interrupted: threading.Event,
 ) -> None:
-    for name, optimizer in agent.optimizers.items():  # constant from here on, whatever the offline schedule ended with
+    state = learner.state
+    for name, optimizer in learner.optimizers.items():  # constant from here on, whatever the offline schedule ended with
         optimizer.start_schedule(0)
         if name == "policy" and run.settled:
-            optimizer.lr.fill_(getattr(agent.config, "online_learning_rate", optimizer.learning_rate))
-    world = World(agent, run)
-    watch = Monitor(agent, stage.name, run.total, run.done)
-    interval = look or max(1, min(1000, run.total // 20))
+            optimizer.lr.fill_(getattr(learner.config, "online_learning_rate", optimizer.learning_rate))
+    rollout = Rollout(learner, run)
+    monitor = Monitor(learner, stage.name, run.total, run.done)
     runner: Runner | None = None
     prepared_at = -stage.refresh
-    agent._exploring = True
+    state.exploring = True
     try:
         while True:
-            while run.owed > 0 and not stop.is_set():
+            while run.owed > 0 and not interrupted.is_set():
                 if runner is None or (stage.prepare is not None and run.done - prepared_at >= stage.refresh):
-                    sampler = mixture if stage.prepare is None else stage.prepare(mixture, agent.generator)
+                    sampler = mixture if stage.prepare is None else stage.prepare(mixture, learner.generator)
                     prepared_at = run.done
                     if sampler is None:  # nothing to learn from yet
                         run.starts = max(run.starts, run.done + stage.refresh)
                         if run.starts >= run.total:
-                            warnings.warn("no episode has ended: this run has nothing to learn from", stacklevel=4)
+                            warnings.warn("no episode has ended: this run has nothing to learn from", stacklevel=5)
                         break
-                    runner = runner or Runner(stage, sampler, agent.generator)
+                    runner = runner or Runner(stage, sampler, learner.generator)
                     runner.sampler = sampler
-                agent._pristine = agent._policy_missing = False
-                agent.constraint_relaxation = constraint_relaxation(agent)
+                state.pristine = state.policy_missing = False
+                state.constraint_relaxation = constraint_relaxation(learner)
                 runner.step(run.n_updates)
                 run.n_updates += 1
-                agent.n_updates += 1
-            if run.done >= run.total or stop.is_set():
+                state.n_updates += 1
+            if run.done >= run.total or interrupted.is_set():
                 break
-            if tick is not None:
-                tick.on_rollout_start()
+            if callback is not None:
+                callback.on_rollout_start()
             try:
-                local |= world.step(explore(agent, world.obs, run.random and run.n_updates == 0))
+                local |= rollout.step(explore(learner, rollout.obs, run.random and run.n_updates == 0))
             except FloatingPointError:
-                watch.log(run.done, {"action": float("nan")})
+                _check(monitor, run.done, {"action": float("nan")})
                 raise
-            agent.num_timesteps += world.n
-            agent.n_env_steps += world.n
-            before, run.done = run.done, run.done + world.n
+            state.num_timesteps += rollout.n
+            state.n_env_steps += rollout.n
+            before, run.done = run.done, run.done + rollout.n
             if run.done // interval > before // interval and run.done < run.total:
-                _log(agent, watch, run, runner, world, mixture)
-            if tick is not None:
-                tick.update_locals(local)
-                go_on = tick.on_step()
-                tick.on_rollout_end()
-                if not go_on:
+                _log(learner, monitor, run, runner, rollout, mixture)
+            if callback is not None:
+                callback.update_locals(local)
+                goes_on = callback.on_step()
+                callback.on_rollout_end()
+                if not goes_on:
                     break
-        _log(agent, watch, run, runner, world, mixture)
+        _log(learner, monitor, run, runner, rollout, mixture)
     finally:
-        agent.constraint_relaxation, agent._exploring = 1.0, False
+        state.constraint_relaxation, state.exploring = 1.0, False
 
 
-def _log(agent: Any, watch: Monitor, run: OnlineRun, runner: Runner | None, world: World, mixture: Mixture) -> None:
-    """Metrics of the updates, and the return of the episodes that ended since the last look: `train_return`, exploring."""
+def _log(learner: Learner, monitor: Monitor, run: OnlineRun, runner: Runner | None, rollout: Rollout, mixture: Mixture) -> None:
+    """Log the metrics of the updates and, as `train_return`, the mean return of the exploring episodes since the last time."""
     means = {} if runner is None else runner.means()
-    if world.finished:
-        returns, lengths = (float(np.mean(column)) for column in zip(*world.finished, strict=True))
+    if rollout.finished:
+        returns, lengths = (float(np.mean(column)) for column in zip(*rollout.finished, strict=True))
         means = {"train_return": returns, **means}
-        if agent._logger is not None:  # SB3's names for the same
-            agent._logger.record("rollout/ep_rew_mean", returns)
-            agent._logger.record("rollout/ep_len_mean", lengths)
-        world.finished = []
-    watch.limit_q(mixture)  # rewards that were not met before widen it
-    watch.log(run.done, means)
+        if learner.sb3_logger is not None:  # SB3's names for the same
+            learner.sb3_logger.record("rollout/ep_rew_mean", returns)
+            learner.sb3_logger.record("rollout/ep_len_mean", lengths)
+        rollout.finished = []
+    monitor.limit_q(mixture)  # rewards that had not been seen before raise it
+    _check(monitor, run.done, means)
 
 
-def _ratio(agent: Any, run: OnlineRun) -> float | str:
-    asked = run.settings.offline_ratio
-    ratio: float | str = agent.OFFLINE_RATIO if asked is None else asked
-    return ratio
+def _check(monitor: Monitor, done: int, means: dict[str, float]) -> None:
+    try:
+        monitor.log(done, means)
+    except TrainingDiverged:
+        restore(monitor.learner, monitor.good)
+        raise
 
 
-def _announce(agent: Any, run: OnlineRun, offline: Sampler | None) -> None:
-    share = _ratio(agent, run)
+def _ratio(learner: Learner, run: OnlineRun) -> float | str:
+    """The share of offline data in a batch: as the arguments say, else the algorithm's own."""
+    ratio = run.settings.offline_ratio
+    return learner.OFFLINE_RATIO if ratio is None else ratio
+
+
+def _announce(learner: Learner, run: OnlineRun, offline: Sampler | None) -> None:
+    share = _ratio(learner, run)
     mix = "uniform over data and buffer" if isinstance(share, str) else f"{100 * share:g} % of each batch from the data"
     print(
-        f"{type(agent).__name__} online: {run.total - run.done:,} environment steps in {agent.n_envs} environment(s), "
+        f"{type(learner).__name__} online: {run.total - run.done:,} environment steps in {learner.n_envs} environment(s), "
         f"{run.settings.utd:g} updates each, after {run.starts:,} steps; "
         + (f"{len(offline):,} offline transitions, {mix}" if offline is not None else "no offline data"),
         flush=True,

@@ -8,6 +8,7 @@ import platform
 import re
 import shlex
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,21 @@ def _is_number(value: Any) -> bool:
 
 
 def command_line() -> str | None:
-    """What started this process, as one would type it again in the same folder; None in a notebook or a shell."""
+    """The command that started this process, as one would type it in the same folder, without secrets and private paths.
+
+    Returns:
+        For example `python train.py --seed 1` or, for a package, `python -m diffagents eval runs/a`. None in a notebook or an
+        interactive interpreter.
+    """
     script = sys.argv[0] if sys.argv else ""
     if not script or script == "-c" or "ipykernel" in script or not Path(script).exists():
         return None
-    program = ["python", plain(script)] if script.endswith(".py") else [Path(script).name]
+    if Path(script).name == "__main__.py":
+        program = ["python", "-m", Path(script).resolve().parent.name]
+    elif script.endswith(".py"):
+        program = ["python", plain(script)]
+    else:
+        program = [Path(script).name]
     return _TOKEN.sub("hf_***", shlex.join([*program, *map(plain, sys.argv[1:])]))
 
 
@@ -100,3 +111,11 @@ def note_evaluation(provenance: dict[str, Any], num_timesteps: int, mean_return:
     if len(rows) > MAX_EVALUATIONS:
         best = max(rows, key=lambda row: row["mean_return"])
         provenance["evaluations"] = [row for i, row in enumerate(rows) if i % 2 or row is best]
+
+
+def package_version(package: str) -> str:
+    """The version of an installed package, "unknown" if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

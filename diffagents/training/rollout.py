@@ -1,4 +1,4 @@
-"""The live environments while an agent learns in them: acting, what is kept of each step, seeded episodes, walking back."""
+"""The live environments of `learn_online`: acting, storing each step, seeded episodes, replaying an unfinished episode."""
 
 import copy
 import warnings
@@ -8,25 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffagents.data.normalize import RewardTransform
-from diffagents.data.replay_buffer import Replay
 from diffagents.training.plan import OnlineRun
+from diffagents.training.state import Learner
 
 
-class World:
-    """The environments, and where they are: n of them stepped together. With one, episodes are seeded one by one.
+class Rollout:
+    """The environments that a learner acts in, stepped together, and the observations at which they stand.
 
-    So the k-th episode of a seed is the same in every run, and a resumed run can walk its unfinished one again.
+    With a single environment every episode has a seed of its own. So the k-th episode of a seed is the same in every run, and a
+    resumed run can replay its unfinished episode from its seed and its stored actions.
+
+    Args:
+        learner: Its `env`, `spec`, `replay_buffer` and reward transform are set.
+        run: Counts the episodes.
     """
 
-    def __init__(self, agent: Any, run: OnlineRun) -> None:
-        self.agent, self.run, self.env, self.spec = agent, run, agent._env, agent.spec
-        self.n = self.env.num_envs
-        self.replay: Replay = agent.replay_buffer
-        self.normalizer = copy.deepcopy(agent.obs_normalizer).cpu()
-        self.transform: RewardTransform = agent.reward_transform
+    def __init__(self, learner: Learner, run: OnlineRun) -> None:
+        env, replay, transform = learner.env, learner.replay_buffer, learner.state.reward_transform
+        assert env is not None and replay is not None and transform is not None
+        self.learner, self.run, self.env, self.spec = learner, run, env, learner.require_spec()
+        self.n: int = env.num_envs
+        self.replay, self.transform = replay, transform
+        self.normalizer = copy.deepcopy(learner.obs_normalizer).cpu()
         self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
-        self.finished: list[tuple[float, int]] = []  # (return, length) since the last look
+        self.finished: list[tuple[float, int]] = []  # (return, length) of the episodes since the last log step
         self.obs = self._begin()
 
     def _normalized(self, obs: Any) -> Tensor:
@@ -36,7 +41,7 @@ class World:
         return out
 
     def _reset(self) -> Any:
-        words = np.random.SeedSequence([self.agent.seed, self.run.n_episodes]).generate_state(1)
+        words = np.random.SeedSequence([self.learner.seed, self.run.n_episodes]).generate_state(1)
         self.env.seed(int(words[0] % 2**31))
         try:
             return self.env.reset()
@@ -47,7 +52,7 @@ class World:
 
     def _begin(self) -> Tensor:
         actions, replay = list(self.replay.running) if self.n == 1 else [], self.replay
-        if not actions:  # nothing to walk again: several environments go on with new episodes
+        if not actions:  # nothing to replay: several environments continue with new episodes
             replay.cut()
         obs, ended = self._reset(), False
         for action in actions:  # a resumed run
@@ -60,7 +65,8 @@ class World:
         now = self._normalized(obs)
         if actions and (ended or not torch.equal(now[0], replay.last_next_obs().cpu())):
             warnings.warn(
-                "the environment did not come back to where the run stopped: it goes on with a new episode", stacklevel=5
+                "the environment did not return to the state in which the run stopped: it continues with a new episode",
+                stacklevel=5,
             )
             self.returns[:], self.lengths[:] = 0.0, 0
             replay.cut()
@@ -69,7 +75,17 @@ class World:
         return now
 
     def step(self, act: np.ndarray) -> dict[str, Any]:
-        """Take the actions (n, A) in [-1, 1] and keep what follows. Returns what callbacks may look at."""
+        """Take one step of each environment and store it.
+
+        Args:
+            act: Actions (n, A) in [-1, 1].
+
+        Returns:
+            The local variables that SB3's callbacks read: new_obs, rewards, dones, infos, actions.
+
+        Raises:
+            ValueError: A reward is not finite, or the terminal observation of a time-out is missing.
+        """
         action = self.spec.unscale_action(act)
         obs, rew, dones, infos = self.env.step(action)
         rew, dones = np.asarray(rew, np.float32), np.asarray(dones, bool)
@@ -82,7 +98,8 @@ class World:
             elif not terminated[i]:
                 raise ValueError("the VecEnv gives no infos[i]['terminal_observation'] after a time-out, as SB3's own do")
         if not np.isfinite(rew).all():
-            raise ValueError(f"the environment gave the rewards {rew} at step {self.agent.n_env_steps + 1}: mend it first")
+            step = self.learner.state.n_env_steps + 1
+            raise ValueError(f"the environment gave the rewards {rew} at step {step}: correct its reward function")
         self.replay.add(
             self.obs,
             torch.from_numpy(self.spec.scale_action(action)),
@@ -106,20 +123,31 @@ class World:
         return {"new_obs": obs, "rewards": rew, "dones": dones, "infos": infos, "actions": action}
 
 
-def explore(agent: Any, obs: Tensor, random: bool) -> np.ndarray:
-    """What the agent does to learn: its random policy, plus Gaussian noise of `online_noise` where it has that knob.
+def explore(learner: Learner, obs: Tensor, random: bool) -> np.ndarray:
+    """Exploring actions: the stochastic policy, plus Gaussian noise of `online_noise` if there is such a hyperparameter.
 
-    obs (n, S) normalised -> (n, A) in [-1, 1]. All randomness is from the generator for training: evaluating changes nothing.
+    All randomness comes from the generator for training, so that evaluating changes nothing.
+
+    Args:
+        learner: Whose policy acts.
+        obs: Normalised observations (n, S).
+        random: Draw the actions uniformly instead.
+
+    Returns:
+        Actions (n, A) in [-1, 1].
+
+    Raises:
+        FloatingPointError: The policy's actions are not finite.
     """
-    shape, generator = (len(obs), agent.act_dim), agent.generator
+    shape, generator = (len(obs), learner.act_dim), learner.generator
     if random:
-        act = 2.0 * torch.rand(shape, generator=generator, device=agent.device) - 1.0
+        act = 2.0 * torch.rand(shape, generator=generator, device=learner.device) - 1.0
     else:
         with torch.no_grad():
-            noise = agent.draw_act(len(obs), False, agent.config, generator)
-            act = agent.act(obs.to(agent.device), noise, agent.config)
-            if std := getattr(agent.config, "online_noise", 0.0):
-                act = act + std * torch.randn(shape, generator=generator, device=agent.device)
+            noise = learner.draw_act(len(obs), False, learner.config, generator)
+            act = learner.act(obs.to(learner.device), noise, learner.config)
+            if std := getattr(learner.config, "online_noise", 0.0):
+                act = act + std * torch.randn(shape, generator=generator, device=learner.device)
     out: np.ndarray = act.clamp(-1.0, 1.0).cpu().numpy()
     if not np.isfinite(out).all():
         raise FloatingPointError("the policy's actions are not finite numbers")

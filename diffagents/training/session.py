@@ -1,4 +1,4 @@
-"""What surrounds a running training: callbacks, Ctrl-C, matrix precision."""
+"""The frame of a running training: its callback and clock, Ctrl-C between updates, the precision of matrix products."""
 
 import signal
 import threading
@@ -6,29 +6,35 @@ import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffagents.training.state import Learner
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.callbacks import BaseCallback
+
 
 @contextmanager
-def timed(agent: Any, callback: Any, local: dict[str, Any]) -> Iterator[None]:
-    """The callback told of start and end, and the seconds between them added to the agent's."""
+def timed(learner: Learner, callback: "BaseCallback | None", local: dict[str, Any]) -> Iterator[None]:
+    """Announce start and end to the callback, and add the seconds between them to the learner's provenance."""
     started = time.perf_counter()
     if callback is not None:
         callback.on_training_start(local, globals())
     try:
         yield
     finally:
-        agent.provenance["seconds"] = agent.provenance.get("seconds", 0.0) + time.perf_counter() - started
+        seconds = learner.state.provenance.get("seconds", 0.0)
+        learner.state.provenance["seconds"] = seconds + time.perf_counter() - started
         if callback is not None:
             callback.on_training_end()
 
 
 @contextmanager
-def matmul_precision(agent: Any) -> Iterator[None]:
-    """Let matrix products on a CUDA device round their factors to TF32 (10 bits of mantissa) while an agent trains there."""
-    if agent.device.type != "cuda" or not agent.tf32:
+def matmul_precision(learner: Learner) -> Iterator[None]:
+    """With `tf32` on a CUDA device, let matrix products round their factors to TF32 (10 bits of mantissa)."""
+    if learner.device.type != "cuda" or not learner.tf32:
         yield
         return
     before = torch.get_float32_matmul_precision()

@@ -1,110 +1,276 @@
-"""The state of a training: counters, plan, networks and optimisers as named tensors."""
+"""What training changes: counters, plan and transforms (`TrainState`), and the tensors of networks and optimisers.
 
+`Learner` is the interface through which the training loops, the files, the Hub, the export and the experiments see an agent.
+They touch nothing else of it.
+"""
+
+import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffagents.data.normalize import ObsNormalizer, RewardTransform
+from diffagents.data.replay_buffer import Replay
 from diffagents.errors import AGAIN, ArtifactError, short
+from diffagents.training.plan import OnlineRun, Plan
+from diffagents.training.updates import Noise, Optimizer, Stage
+from diffagents.types import Spec
 
-
-def bare(key: str) -> str:
-    """A state dict's key without what `torch.compile` puts before it."""
-    return key.replace("_orig_mod.", "")
-
+if TYPE_CHECKING:
+    from stable_baselines3.common.logger import Logger
+    from stable_baselines3.common.vec_env import VecEnv
 
 Tensors = dict[str, Tensor]
 GENERATORS = ("generator", "predict_generator")
+"""The attributes of an agent that hold its two random generators."""
 
 
-def training_tensors(agent: Any) -> Tensors:
-    """Every tensor that training changes, live, under unique names."""
-    return {**_named(agent, ("obs_normalizer", *agent.MODEL, *agent.LEARNER)), **_optimizer_side(agent)}
+@dataclass
+class TrainState:
+    """The state of an agent's training, apart from the tensors of its networks and optimisers.
+
+    Args:
+        stage_steps: Gradient steps ever taken, by stage.
+        num_timesteps: Offline gradient steps plus environment steps, as SB3 counts for its callbacks.
+        n_env_steps: Environment steps taken by `learn_online`.
+        n_updates: Steps of updates, offline and online.
+        plan: The stages of the last `learn` and how far each has come; None before the first.
+        online: The last run of `learn_online`; None before the first.
+        history: One row for each log step: `num_timesteps`, stage, step of the stage and the means of the metrics.
+        reward_transform: Fitted on the first dataset and kept from then on; None before.
+        dataset_info: What is known of the first dataset (`Transitions.info`).
+        provenance: Commands, machine, seconds, evaluations: see provenance.py.
+        pristine: Whether no weight has been trained or loaded yet.
+        policy_missing: Whether the networks came from an official checkpoint that holds no policy.
+        exploring: Whether `learn_online` is running.
+        constraint_relaxation: The factor by which the constraint to the data is weaker while `learn_online` runs, at least 1.
+    """
+
+    stage_steps: dict[str, int]
+    num_timesteps: int = 0
+    n_env_steps: int = 0
+    n_updates: int = 0
+    plan: Plan | None = None
+    online: OnlineRun | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    reward_transform: RewardTransform | None = None
+    dataset_info: dict[str, Any] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    pristine: bool = True
+    policy_missing: bool = False
+    exploring: bool = False
+    constraint_relaxation: float = 1.0
+
+    def copy(self) -> "TrainState":
+        """A state of its own: assigning to it, or to its counters by stage, leaves this one unchanged."""
+        return dataclasses.replace(
+            self, stage_steps=dict(self.stage_steps), history=list(self.history), provenance=dict(self.provenance)
+        )
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """`dataset_info` of an agent that has learned or is about to. Raises RuntimeError before."""
+        if self.dataset_info is None:
+            raise RuntimeError("this agent has not learned from a dataset yet")
+        return self.dataset_info
 
 
-def load_training_tensors(agent: Any, tensors: Tensors) -> None:
-    """Put `training_tensors` (cloned earlier) back."""
-    names = ("obs_normalizer", *agent.MODEL, *agent.LEARNER)
-    _load_named(agent, {k: v for k, v in tensors.items() if k.partition(".")[0] in names}, names, ())
-    _load_optimizer_side(agent, {k: v for k, v in tensors.items() if k.partition(".")[0] in ("optimizer", *GENERATORS)}, ())
+class Learner(Protocol):
+    """An agent as training, storage and deployment see it; `diffagents.agent.Agent` documents each member."""
+
+    Config: ClassVar[type[Any]]
+    STAGE_SHARES: ClassVar[dict[str, int]]
+    POLICY_STAGE: ClassVar[str]
+    MODEL: ClassVar[tuple[str, ...]]
+    LEARNER: ClassVar[tuple[str, ...]]
+    OFFLINE_RATIO: ClassVar[float | str]
+    CALIBRATES: ClassVar[bool]
+    CHOICE: ClassVar[tuple[str, ...]]
+
+    config: Any
+    explicit: dict[str, Any]
+    preset: str | None
+    policy_kwargs: dict[str, Any]
+    obs_keys: tuple[str, ...] | None
+    seed: int
+    device: torch.device
+    compile: str
+    tf32: bool
+    verbose: int
+    tensorboard_log: str | None
+
+    spec: Spec | None
+    obs_dim: int
+    act_dim: int
+    obs_normalizer: ObsNormalizer
+    optimizers: dict[str, Optimizer]
+    generator: torch.Generator
+    predict_generator: torch.Generator
+    state: TrainState
+    has_learner: bool
+    origin: Any
+    replay_buffer: Replay | None
+    env: "VecEnv | None"
+    sb3_logger: "Logger | None"
+
+    def __init__(self, policy: str = ..., env: Any = ..., **settings: Any) -> None: ...
+    @classmethod
+    def presets_name(cls) -> str: ...
+    @property
+    def n_envs(self) -> int: ...
+    def build(self) -> None: ...
+    def set_up(self, spec: Spec) -> None: ...
+    def require_spec(self) -> Spec: ...
+    def networks(self) -> dict[str, nn.Module]: ...
+    def stages(self, plan: Plan | None) -> list[Stage]: ...
+    def online_stage(self) -> Stage: ...
+    def act(self, obs: Tensor, noise: Noise, config: Any) -> Tensor: ...
+    def draw_act(self, n: int, deterministic: bool, config: Any, generator: torch.Generator) -> Noise: ...
+    def predict(
+        self, observation: Any, state: Any = ..., episode_start: Any = ..., deterministic: bool = ..., **choice: Any
+    ) -> tuple[np.ndarray, Any]: ...
+    def evaluate(self, env: Any = ..., n_episodes: int = ..., *, choice: Any = ..., **kwargs: Any) -> Any: ...
+    def set_env(self, env: Any, force_reset: bool = ...) -> None: ...
+    def get_vec_normalize_env(self) -> Any: ...
+    def dump_logs(self) -> None: ...
 
 
-def _named(agent: Any, names: Sequence[str]) -> Tensors:
-    return {f"{name}.{key}": value for name in names for key, value in getattr(agent, name).state_dict().items()}
+# ---- the tensors of a learner ----------------------------------------------------------------------------------------
+def network_tensors(learner: Learner, names: Sequence[str]) -> Tensors:
+    """The live tensors of the networks that `names` lists, as `<network>.<key of its state dict>`."""
+    return {f"{name}.{key}": value for name in names for key, value in getattr(learner, name).state_dict().items()}
 
 
-def _load_named(agent: Any, tensors: Tensors, names: Sequence[str], fresh: Sequence[str]) -> None:
+def load_network_tensors(learner: Learner, tensors: Tensors, names: Sequence[str], fresh: Sequence[str] = ()) -> None:
+    """Copy what `network_tensors` returned into the networks, in place, except those named in `fresh`.
+
+    Raises:
+        ArtifactError: A tensor belongs to no network of `names`, or names, shapes or dtypes differ.
+    """
     stray = [key for key in tensors if key.partition(".")[0] not in names]
     if stray:
         raise ArtifactError(f"unexpected tensor {short(stray[0])!r}: the artifact belongs to another version or algorithm")
     for name in names:
         if name not in fresh:
-            load_state(getattr(agent, name), tensors, f"{name}.")
+            load_state(getattr(learner, name), tensors, f"{name}.")
 
 
-def _optimizer_side(agent: Any) -> Tensors:
+def optimizer_and_generator_tensors(learner: Learner) -> Tensors:
+    """The live moments of every optimiser and the states of both generators, under unique names."""
     tensors: Tensors = {}
-    for name, optimizer in agent.optimizers.items():
+    for name, optimizer in learner.optimizers.items():
         tensors |= optimizer_tensors(optimizer, f"optimizer.{name}")
     for name in GENERATORS:
-        tensors[f"{name}.state"] = getattr(agent, name).get_state()
+        tensors[f"{name}.state"] = getattr(learner, name).get_state()
     return tensors
 
 
-def _load_optimizer_side(agent: Any, tensors: Tensors, fresh: Sequence[str], generators: bool = True) -> None:
-    for name, optimizer in agent.optimizers.items():
+def load_optimizer_and_generator_tensors(
+    learner: Learner, tensors: Tensors, fresh: Sequence[str] = (), generators: bool = True
+) -> None:
+    """Copy what `optimizer_and_generator_tensors` returned back, except for the optimisers named in `fresh`.
+
+    A generator's state is skipped where it belongs to another kind of device.
+    """
+    for name, optimizer in learner.optimizers.items():
         if name not in fresh:
             load_optimizer(optimizer, tensors, f"optimizer.{name}")
     for name in GENERATORS if generators else ():
         state = tensors.get(f"{name}.state")
-        if state is not None and len(state) == len(getattr(agent, name).get_state()):  # another device's state does not fit
-            getattr(agent, name).set_state(state.cpu())
+        if state is not None and len(state) == len(getattr(learner, name).get_state()):
+            getattr(learner, name).set_state(state.cpu())
+
+
+def training_tensors(learner: Learner) -> Tensors:
+    """Every tensor that training changes, live, under unique names."""
+    names = ("obs_normalizer", *learner.MODEL, *learner.LEARNER)
+    return {**network_tensors(learner, names), **optimizer_and_generator_tensors(learner)}
+
+
+def load_training_tensors(learner: Learner, tensors: Tensors) -> None:
+    """Copy clones of `training_tensors` back."""
+    names = ("obs_normalizer", *learner.MODEL, *learner.LEARNER)
+    load_network_tensors(learner, {k: v for k, v in tensors.items() if k.partition(".")[0] in names}, names)
+    others = {k: v for k, v in tensors.items() if k.partition(".")[0] in ("optimizer", *GENERATORS)}
+    load_optimizer_and_generator_tensors(learner, others)
+
+
+def networks_on_meta(learner: Learner, spec: Spec) -> Tensors:
+    """The tensors that the networks would have for `spec`: names, shapes and dtypes on the meta device, without memory."""
+    trial = copy.copy(learner)
+    trial.device, trial.spec = torch.device("meta"), spec
+    trial.obs_dim, trial.act_dim = spec.obs_dim, spec.act_dim
+    try:
+        with torch.device("meta"):
+            trial.obs_normalizer = ObsNormalizer(spec.obs_dim)
+            trial.build()
+    except RuntimeError as error:  # torch's own limits
+        raise ArtifactError(f"config.json describes networks that cannot be built ({short(error)}): {AGAIN}") from None
+    return network_tensors(trial, ("obs_normalizer", *learner.MODEL, *learner.LEARNER))
+
+
+def bare(key: str) -> str:
+    """A key of a state dict without the prefix that `torch.compile` puts in front of it."""
+    return key.replace("_orig_mod.", "")
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Copy the tensors named `prefix` + parameter or buffer into the module, in place; other prefixes are left alone.
+    """Copy the tensors named `prefix` + parameter or buffer into the module, in place; other prefixes are ignored.
 
-    Raises ArtifactError, before anything is copied, where names, shapes or dtypes are not exactly the module's.
+    Raises:
+        ArtifactError: Names, shapes or dtypes are not exactly the module's. Nothing has been copied then.
     """
-    own = {prefix + bare(key): value for key, value in module.state_dict().items()}
+    expected = {prefix + bare(key): value for key, value in module.state_dict().items()}
     given = {bare(key): value for key, value in tensors.items() if key.startswith(prefix)}
-    for keys, what in ((own.keys() - given.keys(), "lacks"), (given.keys() - own.keys(), "has the unknown")):
-        if keys:
-            some = ", ".join(map(short, sorted(keys)[:3])) + (", ..." if len(keys) > 3 else "")
-            raise ArtifactError(f"the artifact {what} {some} ({len(keys)} tensors): it is another network or version")
-    for key, value in own.items():
-        _check_like(given[key], value, key)
+    check_alike(given, expected)
     with torch.no_grad():
-        for key, value in own.items():
+        for key, value in expected.items():
             value.copy_(given[key])
 
 
-def _check_like(given: Tensor, own: Tensor, name: str) -> None:
-    if given.shape != own.shape or given.dtype != own.dtype:
-        found, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (given, own))
-        raise ArtifactError(f"{short(name)} is {found} in the artifact, {wanted} here: another network or space")
+def check_alike(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises ArtifactError unless both have the same names, with the same shape and dtype each."""
+    for keys, what in ((expected.keys() - given.keys(), "lacks"), (given.keys() - expected.keys(), "has the unknown")):
+        if keys:
+            some = ", ".join(map(short, sorted(keys)[:3])) + (", ..." if len(keys) > 3 else "")
+            raise ArtifactError(f"the artifact {what} {some} ({len(keys)} tensors): it belongs to another network or version")
+    for key, value in expected.items():
+        _check_like(given[key], value, key)
+
+
+def _check_like(given: Tensor, expected: Tensor, name: str) -> None:
+    if given.shape != expected.shape or given.dtype != expected.dtype:
+        found, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (given, expected))
+        raise ArtifactError(
+            f"{short(name)} is {found} in the artifact but {wanted} here: it belongs to another network or space"
+        )
 
 
 def optimizer_tensors(optimizer: Any, prefix: str) -> dict[str, Tensor]:
-    """The state of an Adam or AdamW as `<prefix>.<i>.<key>`, i in parameter order; empty where it has not stepped.
+    """The moments of an Adam or AdamW as `<prefix>.<i>.<key>`, i in the order of its parameters; empty before its first step.
 
-    The tensors are the optimiser's own, not copies. Learning rates and other settings are the agent's to set.
+    The tensors are live. Learning rates and other settings are not included: the agent sets them.
     """
     states = [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
     return {f"{prefix}.{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()}
 
 
 def load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Put what `optimizer_tensors` gave back into an optimiser over the same parameters; in place where it has stepped.
+    """Copy what `optimizer_tensors` returned into an optimiser over the same parameters, in place if it has stepped.
 
-    Raises ArtifactError, before anything is changed, where names, shapes or dtypes do not fit the parameters.
+    Raises:
+        ArtifactError: Names, shapes or dtypes do not fit the parameters. Nothing has been changed then.
     """
     given = {name: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
     places = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     states: list[dict[str, Tensor]] = []
     for i, (parameter, group) in enumerate(places):
-        # Adam keeps the step beside the parameter only where a kernel reads it there.
+        # Adam keeps the step on the parameter's device only where a kernel reads it there.
         step = torch.zeros((), device=parameter.device if group["fused"] or group["capturable"] else "cpu")
         likes = {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter}
         found = {key: given.pop(f"{prefix}.{i}.{key}") for key in likes if f"{prefix}.{i}.{key}" in given}
@@ -119,30 +285,49 @@ def load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str) -
         raise ArtifactError(f"the artifact has {short(min(given))}, this optimizer of {len(places)} tensors does not")
     for (parameter, _), state in zip(places, states, strict=True):
         old = optimizer.state.pop(parameter, {})
-        if state:  # into the same memory where there is some, which a captured CUDA graph may hold
+        if state:  # into the same memory if there is some: a captured CUDA graph may hold it
             optimizer.state[parameter] = {key: old[key].copy_(new) if key in old else new for key, new in state.items()}
 
 
-def snapshot(agent: Any) -> dict[str, Any]:
-    """The whole training state, cloned on the device: what a NaN or a timing run falls back to."""
-    return {
-        "tensors": {name: tensor.clone() for name, tensor in training_tensors(agent).items()},
-        "counts": (agent.num_timesteps, agent.n_env_steps, agent.n_updates, dict(agent.stage_steps)),
-        "done": {} if agent.plan is None else dict(agent.plan.done),
-        "online": 0 if agent.online is None else agent.online.n_updates,
-        "steps": {name: optimizer.n_steps.clone() for name, optimizer in agent.optimizers.items()},
-    }
+# ---- what a training falls back to -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of the whole training state on the device: what a run falls back to after NaN or a timing run."""
+
+    tensors: Tensors
+    num_timesteps: int
+    n_env_steps: int
+    n_updates: int
+    stage_steps: dict[str, int]
+    plan_done: dict[str, int]
+    online_updates: int
+    schedule_steps: Tensors
 
 
-def restore(agent: Any, snapshot: dict[str, Any]) -> None:
-    """Put what `snapshot` gave back, in place."""
-    load_training_tensors(agent, snapshot["tensors"])
-    num_timesteps, n_env_steps, agent.n_updates, stage_steps = snapshot["counts"]
-    agent.num_timesteps = num_timesteps + agent.n_env_steps - n_env_steps  # what was lived through stays, in the buffer too
-    agent.stage_steps = dict(stage_steps)
-    if agent.plan is not None:
-        agent.plan.done = dict(snapshot["done"])
-    if agent.online is not None:
-        agent.online.n_updates = snapshot["online"]
-    for name, step in snapshot["steps"].items():
-        agent.optimizers[name].n_steps.copy_(step)
+def snapshot(learner: Learner) -> Snapshot:
+    """Clone the training state of `learner`."""
+    state = learner.state
+    return Snapshot(
+        tensors={name: tensor.clone() for name, tensor in training_tensors(learner).items()},
+        num_timesteps=state.num_timesteps,
+        n_env_steps=state.n_env_steps,
+        n_updates=state.n_updates,
+        stage_steps=dict(state.stage_steps),
+        plan_done={} if state.plan is None else dict(state.plan.done),
+        online_updates=0 if state.online is None else state.online.n_updates,
+        schedule_steps={name: optimizer.n_steps.clone() for name, optimizer in learner.optimizers.items()},
+    )
+
+
+def restore(learner: Learner, good: Snapshot) -> None:
+    """Put a snapshot back, in place. Environment steps taken since then remain counted: the replay buffer holds them."""
+    load_training_tensors(learner, good.tensors)
+    state = learner.state
+    state.num_timesteps = good.num_timesteps + state.n_env_steps - good.n_env_steps
+    state.n_updates, state.stage_steps = good.n_updates, dict(good.stage_steps)
+    if state.plan is not None:
+        state.plan.done = dict(good.plan_done)
+    if state.online is not None:
+        state.online.n_updates = good.online_updates
+    for name, step in good.schedule_steps.items():
+        learner.optimizers[name].n_steps.copy_(step)

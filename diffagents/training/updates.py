@@ -1,10 +1,11 @@
-"""Running updates: an optimiser step with its schedule, and the stages of a plan. Nothing about any algorithm.
+"""Updates, optimisers, and running the steps of a stage. Nothing here knows about any algorithm.
 
-An update is three functions. `draw(n, generator)` makes every random number of the update as tensors; `loss(batch, noise)`
-is a pure, fixed sequence of tensor operations that never asks the device for a value; `after()` moves what follows the
-trained networks. Gradients and optimiser steps between the last two are the engine's. The same update can therefore run
-eagerly, compiled (compiling.py), inside a CUDA graph (cuda_graph.py), for many agents at once (many.py), or be replayed by a
-test with recorded draws. What happens every d-th step only is a Part with a period, never an `if` on the step inside it.
+An update is three functions. `draw(n, generator)` makes every random input of the update as tensors; `loss(batch, noise)` is a
+pure, fixed sequence of tensor operations that never asks the device for a value; `after()` moves what follows the trained
+networks, such as target networks. Gradients and optimiser steps, between the last two, are made here. So the same update can
+run eagerly, compiled (compiled.py), inside a CUDA graph (cuda_graph.py), for many agents at once (experiments/learn_many.py),
+or be replayed by a test with recorded noise. What happens only every d-th step is an Update with a period, never an `if` on
+the step.
 """
 
 import math
@@ -15,25 +16,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffagents import torch_internals
 from diffagents.types import Batch, Metrics
 
 Noise = dict[str, Tensor]
+"""Every random input of an update or of acting by name: Gaussian noise, diffusion times, coins, dropout masks."""
 Gradients = Sequence[Sequence[Tensor]]
-"""For each optimiser of a part, one tensor for each of its parameters."""
+"""For each optimiser of an update, one tensor for each of its parameters."""
 GradientFunction = Callable[[Batch, Noise], tuple[Gradients, Metrics]]
 
 
 def no_noise(n: int, generator: torch.Generator) -> Noise:
-    """For an update without randomness."""
+    """The noise of an update without randomness."""
     return {}
 
 
 @dataclass(frozen=True)
 class Update:
-    """An update and when it is due: at steps `start`, `start` + `every`, ... of its stage, counted from 0.
+    """A loss with its optimisers, due at steps `start`, `start` + `every`, ... of its stage, counted from 0.
 
-    loss: (batch, noise) -> (loss, metrics), or as many losses as there are optimisers, each minimised by its own. None
-    where there is nothing to minimise. after: in-place updates of lagged networks and the like, element by element.
+    Args:
+        loss: (batch, noise) -> (loss, metrics), or a tuple of as many losses as there are optimisers, each minimised by its
+            own. None if there is nothing to minimise.
+        draw: (batch size, generator) -> the noise of the loss.
+        optimizers: Who takes the steps.
+        after: Updates of target networks and the like, in place and element by element.
+        every: Period in steps of the stage.
+        start: First step.
     """
 
     loss: Callable[[Batch, Noise], tuple[Tensor | tuple[Tensor, ...], Metrics]] | None = None
@@ -44,6 +53,7 @@ class Update:
     start: int = 0
 
     def due(self, step: int) -> bool:
+        """Whether it runs at this step of the stage."""
         return step >= self.start and (step - self.start) % self.every == 0
 
     def times(self, first: int, last: int) -> int:
@@ -51,26 +61,26 @@ class Update:
         return sum(sign * max(0, -(-(step - self.start) // self.every)) for sign, step in ((1, last), (-1, first)))
 
     def gradients(self, batch: Batch, noise: Noise) -> tuple[Gradients, Metrics]:
-        """The gradient of each optimiser's loss in its own parameters; other networks are frozen."""
+        """The gradient of each optimiser's loss with respect to its own parameters; all others are constants."""
         if self.loss is None:
             return [], {}
         loss, metrics = self.loss(batch, noise)
         losses = loss if isinstance(loss, tuple) else (loss,)
-        found = [
+        gradients = [
             torch.autograd.grad(one, optimizer.parameters, retain_graph=k < len(losses) - 1)
             for k, (one, optimizer) in enumerate(zip(losses, self.optimizers, strict=True))
         ]
-        return found, metrics
+        return gradients, metrics
 
     def apply(self, gradients: Gradients) -> None:
-        """The optimisers' steps, and what comes after them."""
+        """Take the optimisers' steps and do what comes after them."""
         for optimizer, gradient in zip(self.optimizers, gradients, strict=True):
             optimizer.step(gradient)
         if self.after is not None:
             self.after()
 
     def step(self, batch: Batch, noise: Noise) -> Metrics:
-        """Both, eagerly."""
+        """Compute the gradients and apply them, eagerly."""
         gradients, metrics = self.gradients(batch, noise)
         self.apply(gradients)
         return metrics
@@ -78,12 +88,19 @@ class Update:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training with a length of its own, e.g. SRPO's critic.
+    """A phase of training with a length of its own, e.g. SRPO's critic.
 
-    Each step draws one batch, on which the parts that are due run in order. `prepare` is called when the stage begins or
-    goes on, with the data and a generator that is the same every time; what it returns is sampled from. It works on
-    `n_prepared` rows (None: all), by which its duration is told beforehand. Online it is called again every `refresh`
-    environment steps, with all that there is by then; there it may return None: nothing to learn from yet.
+    Each step draws one batch, on which the updates that are due run in order.
+
+    Args:
+        name: Its name in STAGE_SHARES, or "online".
+        batch_size: Transitions in a batch.
+        updates: What runs on each batch.
+        prepare: (data, generator) -> what batches are drawn from. Called when the stage begins or resumes, with a generator
+            that is the same every time. Online it is called again every `refresh` environment steps, with all data collected by
+            then, and may return None as long as there is nothing to learn from.
+        n_prepared: Rows that `prepare` works on, by which its duration is estimated; None for all.
+        refresh: Environment steps between two calls of `prepare` online.
     """
 
     name: str
@@ -95,10 +112,16 @@ class Stage:
 
 
 class Optimizer:
-    """Adam or AdamW over named parameters, with a constant or cosine learning rate counted in its own steps.
+    """Adam or AdamW (betas 0.9 and 0.999, eps 1e-8) with a constant or cosine learning rate, counted in its own steps.
 
-    weight_decay: None is Adam, a number AdamW. max_grad_norm: clip the norm of all gradients together.
-    beta1 = 0.9, beta2 = 0.999, eps = 1e-8. All that changes is tensors on the device, so that a graph can hold a step.
+    Everything that changes from step to step is a tensor on the device of the parameters, so that a CUDA graph can hold a step.
+
+    Args:
+        parameters: The tensors to train, all on one device.
+        learning_rate: At the start of a schedule.
+        weight_decay: None for Adam; the decoupled weight decay, at least 0, for AdamW.
+        cosine: Let the learning rate fall to 0 along half a cosine over the schedule's horizon.
+        max_grad_norm: Scale the gradients down to this norm, taken over all of them together. Default: no clipping.
     """
 
     def __init__(
@@ -116,24 +139,35 @@ class Optimizer:
         self.lr = torch.tensor(learning_rate, dtype=torch.float32, device=device)
         self.n_steps = torch.zeros((), dtype=torch.float64, device=device)  # of the schedule
         self.horizon = 0
-        self.state: dict[Tensor, dict[str, Tensor]] = {}  # step, exp_avg and exp_avg_sq by parameter, as torch.optim keeps them
+        self.state: dict[Tensor, dict[str, Tensor]] = {}  # step, exp_avg and exp_avg_sq of each parameter, as in torch.optim
         self.param_groups = [{"params": self.parameters, "fused": True, "capturable": device.type == "cuda"}]
+        self._all_steps = torch.empty(0)  # the memory of every "step" in the state: one addition counts them all
+        self._step_entries: list[Tensor] = []
 
     def start_schedule(self, horizon: int, step: int = 0) -> None:
-        """Begin (or go on with, at `step`) a schedule that ends after `horizon` steps; 0: the learning rate is constant."""
+        """Start the learning rate's schedule, or resume it.
+
+        Args:
+            horizon: Its length in steps of this optimiser; 0 for a constant learning rate.
+            step: How many of these steps have been taken.
+        """
         self.horizon = horizon
         self.n_steps.fill_(step)
         self.lr.fill_(self.learning_rate)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:
-        """One step down `gradients`, one for each parameter. The schedule is tensors too, so that a graph can hold it."""
+        """Take one step.
+
+        Args:
+            gradients: One for each parameter, of its shape.
+        """
         if self.cosine and self.horizon > 0:  # lr_k = lr_0 (1 + cos(pi k / K)) / 2, as CosineAnnealingLR(T_max=K)
             share = (self.n_steps / self.horizon).clamp(max=1.0)
             self.lr.copy_(self.learning_rate * 0.5 * (1.0 + torch.cos(math.pi * share)))
             self.n_steps.add_(1.0)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            # The fused kernels read memory in order, whatever the strides say.
+            # The fused kernels read memory in order and ignore strides.
             alike = gradient.stride() == parameter.stride()
             parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
         if self.max_grad_norm is not None:
@@ -141,41 +175,38 @@ class Optimizer:
         self._adam([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def _adam(self, gradients: list[Tensor]) -> None:
-        """torch.optim's fused kernel, without torch.optim, whose bookkeeping takes longer than this arithmetic (and its import
-        a second, which loading an agent to act would wait for)."""
+        """The arithmetic of a step."""
         for parameter in self.parameters:
             if parameter not in self.state:
                 moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
         states = [self.state[parameter] for parameter in self.parameters]
         steps = [state["step"] for state in states]
-        if steps[0]._base is None or steps[0]._base is not steps[-1]._base:  # counted together from now on
-            together = torch.stack(steps)
-            steps = list(together.unbind())
+        if not self._counted_together(steps):  # at the first step, and after loading or copying
+            self._all_steps = torch.stack(steps)
+            self._step_entries = steps = list(self._all_steps.unbind())
             for state, step in zip(states, steps, strict=True):
                 state["step"] = step
-        assert steps[0]._base is not None
-        steps[0]._base.add_(1.0)
-        kernel = torch._fused_adam_ if self.weight_decay is None else torch._fused_adamw_
-        kernel(
-            self.parameters,
-            gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            steps,
-            lr=self.lr,
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=self.weight_decay or 0.0,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
-        )
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        kernel = torch_internals.fused_adam(self.weight_decay is not None, self.lr.device)
+        if kernel is None:
+            decay = self.weight_decay
+            torch_internals.adam_by_torch_optim(self.parameters, gradients, means, squares, steps, self.lr, decay)
+            return
+        self._all_steps.add_(1.0)
+        settings = {"lr": self.lr, "beta1": 0.9, "beta2": 0.999, "weight_decay": self.weight_decay or 0.0, "eps": 1e-8}
+        kernel(self.parameters, gradients, means, squares, [], steps, **settings, amsgrad=False, maximize=False)
+
+    def _counted_together(self, steps: list[Tensor]) -> bool:
+        """Whether these are the entries of `_all_steps`. Only the first and the last are checked, which takes no time."""
+        known = self._step_entries
+        if not known or steps[0] is not known[0] or steps[-1] is not known[-1]:
+            return False
+        return known[0].data_ptr() == self._all_steps.data_ptr()  # a copy may have separated them
 
 
 class MetricSums:
-    """Running means of an update's metrics, kept on the device until somebody looks."""
+    """Running means of the metrics of an update, kept on the device until a log step."""
 
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
@@ -183,26 +214,31 @@ class MetricSums:
         self.count = 0
 
     def add(self, metrics: Metrics) -> None:
+        """Add the metrics of one step."""
         if metrics and not self._sums:
             self._names, self._sums = list(metrics), [torch.zeros_like(value) for value in metrics.values()]
         if metrics:
-            torch._foreach_add_(self._sums, list(metrics.values()))
+            torch_internals.for_each("add_")(self._sums, list(metrics.values()))
         self.count += 1
 
     def take(self) -> dict[str, float]:
-        """The means since the last look (this waits for the device), and start anew."""
+        """Return the means since the last call (this waits for the device) and start again from zero."""
         if self.count == 0 or not self._sums:
             return {}
         means = (torch.stack(self._sums) / self.count).tolist()
-        torch._foreach_zero_(self._sums)
+        torch_internals.for_each("zero_")(self._sums)
         self.count = 0
         return dict(zip(self._names, means, strict=True))
 
 
 class Runner:
-    """The steps of one stage: draw a batch, run the parts that are due, sum their metrics on the device.
+    """Runs the steps of one stage: draw a batch, run the updates that are due, sum their metrics on the device.
 
-    gradients: for each part, what takes the place of `Update.gradients`, e.g. a compiled version of it.
+    Args:
+        stage: The stage.
+        sampler: What batches are drawn from (`data.sampler.Sampler` or a mixture of them).
+        generator: The source of all its randomness.
+        gradients: For each update, what takes the place of `Update.gradients`, e.g. a compiled version of it.
     """
 
     def __init__(
@@ -218,15 +254,15 @@ class Runner:
         self.sums = [MetricSums() for _ in stage.updates]
 
     def due(self, k: int) -> list[int]:
-        """The numbers of the parts that are due at the stage's step k, counted from 0."""
+        """The indices of the updates that are due at step k of the stage, counted from 0."""
         return [j for j, update in enumerate(self.updates) if update.due(k)]
 
     def step(self, k: int) -> None:
-        """The stage's step k."""
+        """Run step k of the stage."""
         self.run(self.due(k))
 
     def run(self, due: Sequence[int]) -> None:
-        """One batch for the parts numbered `due`, in order."""
+        """Draw one batch and run the updates with the indices `due` on it, in order."""
         (generator,) = self.generators
         batch = self.sampler.sample(self.batch_size, generator)
         for j in due:
@@ -236,9 +272,13 @@ class Runner:
 
     @property
     def failed(self) -> bool:
-        """Whether a part could not be compiled, and so runs eagerly."""
+        """Whether an update could not be compiled, and so runs eagerly."""
         return any(getattr(gradients, "failed", False) for gradients in self.gradients)
 
     def means(self) -> dict[str, float]:
-        """The means of all metrics since the last look; waits for the device."""
+        """The means of all metrics since the last log step; waits for the device."""
         return {name: value for some in self.sums for name, value in some.take().items()}
+
+    def each_means(self) -> list[dict[str, float]]:
+        """`means` of each learner whose steps these are: here of one."""
+        return [self.means()]

@@ -157,12 +157,12 @@ def test_a_fresh_policy_starts_from_the_behaviour_again() -> None:
 
 
 def test_warmup_is_once_and_shorter_than_the_stage() -> None:
-    with pytest.raises(ValueError, match="warmup_steps=6 leaves none of the 6 train steps to the policy"):
+    with pytest.raises(ValueError, match="warmup_steps=6 leaves none of the 6 train steps for the policy"):
         small(warmup_steps=6).learn(DATA)
     agent = small(train_steps=400).learn(DATA, callback=lambda local, _: local["self"].num_timesteps < 6 + 1)
     assert agent.stages()[1].updates[1].start == 10
     agent.learn(DATA, stages=("train",), total_timesteps=1)
-    agent.plan = type(agent.plan)({"train": 1000})  # type: ignore[misc]
+    agent.state.plan = type(agent.plan)({"train": 1000})  # type: ignore[misc]
     assert agent.stages()[1].updates[1].start == 0
 
 

@@ -96,7 +96,7 @@ def make_agent(**knobs: Any) -> BDPO:
     }
     arch = {"pi": DIFFUSION["mlp_hidden_dims"], "qf": hidden, "vf": hidden}
     agent = BDPO(seed=0, verbose=0, device="cpu", policy_kwargs={"net_arch": arch}, **(kwargs | knobs))
-    agent._set_up(Spec(spaces.Box(-np.inf, np.inf, (INFO["obs_dim"],)), spaces.Box(-1.0, 1.0, (INFO["act_dim"],))))
+    agent.set_up(Spec(spaces.Box(-np.inf, np.inf, (INFO["obs_dim"],)), spaces.Box(-1.0, 1.0, (INFO["act_dim"],))))
     for name, network in {
         "behavior": agent.behavior,
         "behavior_target": agent.behavior_ema,

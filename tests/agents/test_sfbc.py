@@ -132,13 +132,13 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_a_round_begins_with_the_first_weights_and_a_new_optimizer_and_goes_on_with_what_is_there() -> None:
     agent = SfBC(**SMALL).learn(DATA, stages=("behavior", "critic"))
     sampler, generator = Sampler(torch.randn(40, 10), 3, 2), torch.Generator().manual_seed(0)
-    agent.plan = Plan({"planning": 10})
+    agent.state.plan = Plan({"planning": 10})
     trained = state_of(agent.critic)
     assert len(agent.optimizers["critic"].state) > 0
     goals = agent.prepare_planning(sampler, generator).tables["goals"]
     assert same(state_of(agent.critic_before), trained)
     built = SfBC(**SMALL)
-    built._set_up(agent.spec)  # type: ignore[arg-type]
+    built.set_up(agent.spec)  # type: ignore[arg-type]
     assert same(state_of(agent.critic.net), state_of(built.critic.net))
     assert len(agent.optimizers["critic"].state) == 0
     mean = agent.critic.mean.clone()
@@ -176,7 +176,7 @@ def test_planning_stopped_and_loaded_ends_as_the_uninterrupted_one(tmp_path: pat
 def chooser(candidates: list[float]) -> SfBC:
     """An agent whose candidates are these numbers, (a, 0) each, and whose Q is a."""
     agent = SfBC(**SMALL)
-    agent._set_up(Spec(spaces.Box(-np.inf, np.inf, (3,)), spaces.Box(-1, 1, (2,))))
+    agent.set_up(Spec(spaces.Box(-np.inf, np.inf, (3,)), spaces.Box(-1, 1, (2,))))
     table = torch.tensor([[x, 0.0] for x in candidates])
     agent.behavior.sample = lambda obs, noise, steps: table.expand(len(obs), -1, -1)  # type: ignore[method-assign]
     agent.critic.net = Sum()  # type: ignore[assignment]

@@ -47,7 +47,7 @@ class NoPull(nn.Module):
 
 def analytic_agent(**knobs: Any) -> SRPO:
     agent = SRPO(seed=0, verbose=0, device="cpu", **knobs)
-    agent._set_up(Spec(spaces.Box(-np.inf, np.inf, (1,)), spaces.Box(-1, 1, (2,))))
+    agent.set_up(Spec(spaces.Box(-np.inf, np.inf, (1,)), spaces.Box(-1, 1, (2,))))
     agent.behavior.net = GaussianScore()  # type: ignore[assignment]
     agent.critic.target_mean = lambda obs, act: -(act - BEST).square().sum(-1)  # type: ignore[method-assign]
     return agent

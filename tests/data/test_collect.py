@@ -420,12 +420,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"noise": "salt:1"}, ValueError, "noise='salt:1'"),
     ({"noise": 0.1}, ValueError, "noise=0.1"),
     ({"policy": "policy.zip"}, TypeError, r"name 'policy.zip'; load it first"),
-    ({"policy": Recurrent}, TypeError, r"class Recurrent; pass one that was made"),
+    ({"policy": Recurrent}, TypeError, r"class Recurrent; pass a trained instance"),
     ({"policy": object()}, TypeError, r"object, has no predict"),
     ({"env": "Nowhere-v0"}, ValueError, "unknown environment 'Nowhere-v0'"),
     ({"env": 5}, TypeError, "not int"),
     ({"env": lambda: Counter()}, ValueError, "has no spec.*register"),
-    ({"env": lambda: gym.make_vec("Counter-v0", 2)}, TypeError, "SyncVectorEnv: pass a single one"),
+    ({"env": lambda: gym.make_vec("Counter-v0", 2)}, TypeError, "SyncVectorEnv; pass a single Env"),
     ({"env": lambda: gym.make("Counter-v0"), "env_kwargs": {"ends": 3}}, ValueError, r"\['ends'\]"),
     ({"env_kwargs": {"fails": object()}}, ValueError, "spec of Counter-v0 cannot be stored"),
     ({"env_kwargs": {"fails": "/etc/passwd"}}, ValueError, "spec of Counter-v0 cannot be stored.*looks like a path"),
@@ -460,7 +460,7 @@ def test_an_untrained_agent_without_spaces_is_refused(root: Path) -> None:
 def test_what_exists_is_not_overwritten(root: Path) -> None:
     collect(nothing, "Counter-v0", 10, "test/old-v0")
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    with pytest.raises(FileExistsError, match=r"old-v0 exists and is a dataset: choose another version"):
+    with pytest.raises(FileExistsError, match=r"old-v0 exists and is a dataset; choose another version"):
         collect(never, "Counter-v0", 10, "test/old-v0")
     (root / "test" / "rest-v0").mkdir()
     with pytest.raises(FileExistsError, match="something else"):
@@ -505,7 +505,7 @@ def after(n: int, what: Any) -> Callable[[Any], Any]:
     [
         (after(30, RuntimeError("burnt out")), "", RuntimeError, "burnt out"),
         (after(30, KeyboardInterrupt()), "", KeyboardInterrupt, ""),
-        (after(30, np.zeros(3)), "", ValueError, r"actions of shape \(1, 3\)"),
+        (after(30, np.zeros(3)), "", ValueError, r"returned actions of shape \(1, 3\)"),
         (after(30, np.array([0, np.nan])), "", ValueError, "NaN"),
         (nothing, "observations", ValueError, "observations of episode 1 hold NaN or infinity at step 10"),
         (nothing, "rewards", ValueError, "rewards of episode 1 hold NaN or infinity at step 9"),

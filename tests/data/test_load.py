@@ -14,9 +14,9 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from diffagents.data.arrays import D4RL_NAMES
 from diffagents.data.load import load_dataset
 from diffagents.data.transitions import Transitions
+from diffagents.data.validation import D4RL_NAMES
 
 LENGTHS, TERMINATES = (5, 7, 4, 6), (True, False, True, False)
 OBS_SPACE = spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -557,6 +557,7 @@ def test_the_second_load_comes_from_the_cache_and_is_equal(
         raise AssertionError("read again in spite of the cache")
 
     monkeypatch.setattr("diffagents.data.load.from_episodes", fail)
+    monkeypatch.setattr("diffagents.data.minari.from_episodes", fail)
     monkeypatch.setattr("diffagents.data.load.from_arrays", fail)
     second = load_dataset(source)
     assert_same(first, second)

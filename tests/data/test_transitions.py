@@ -114,7 +114,7 @@ def test_a_file_gives_back_the_same(data: Transitions, tmp_path: Path) -> None:
 def test_a_file_of_another_format_is_refused(data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data.save(tmp_path / "d.safetensors")
     monkeypatch.setattr("diffagents.data.transitions.FILE_FORMAT", 2)
-    with pytest.raises(ValueError, match="format 1, expected 2; save it again"):
+    with pytest.raises(ValueError, match="format 1, but this version reads 2; save it again"):
         Transitions.load(tmp_path / "d.safetensors")
 
 

@@ -278,7 +278,7 @@ def test_agents_without_a_policy_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(RuntimeError, match=r"this SRPO has no policy to export yet: train it with learn\(data\)"):
         export(small("SRPO"), tmp_path / "policy")
     critic_only = acting("SRPO")
-    critic_only._policy_missing = True
+    critic_only.state.policy_missing = True
     with pytest.raises(RuntimeError, match=r'learn\(data, stages=\("policy",\)\)'):
         export(critic_only, tmp_path / "policy")
 

@@ -245,7 +245,7 @@ def test_policies_that_are_no_single_network_have_no_such_path(name: str) -> Non
 
 def test_a_policy_that_was_not_trained_yet_is_refused() -> None:
     agent = acting("SRPO")
-    agent._policy_missing = True
+    agent.state.policy_missing = True
     with pytest.raises(RuntimeError, match="no policy yet"):
         agent.predict(raw(3))
 
@@ -365,7 +365,7 @@ def test_a_compiled_choice(traced_only: list[Any], trained: dict[str, Agent]) ->
         )
     with pytest.raises(TypeError, match="no choice 'stochastic'"):
         agent.compile_policy(3, stochastic=1)
-    with pytest.raises(RuntimeError, match="knows no spaces yet"):
+    with pytest.raises(RuntimeError, match="does not know its spaces yet"):
         small("DiffusionQL").compile_policy()
 
 

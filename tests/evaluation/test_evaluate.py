@@ -519,7 +519,7 @@ def test_missing_packages_name_the_extra_to_install() -> None:
     code = """
 import sys
 sys.modules["mujoco"] = sys.modules["gymnasium_robotics"] = None
-from diffagents.environments import make_env, prefer_egl
+from diffagents.envs.make import make_env, prefer_egl
 assert not prefer_egl()
 for name in ("Hopper-v5", "PointMaze_UMaze-v3", "AdroitHandPen-v1", "Nope-v0"):
     try:
@@ -581,7 +581,7 @@ class Blind(Toy):
     [
         (Falls(), TOY, "a.mp4", "the policy fell over"),
         (Steer(), Toy(), "a.mp4", 'made with render_mode="rgb_array"'),
-        (Steer(), Blind(render_mode="rgb_array"), "a.mp4", "gave no uint8 picture"),
+        (Steer(), Blind(render_mode="rgb_array"), "a.mp4", "returned no uint8 image"),
         (Steer(), sb3_env(1), "a.mp4", "a single one"),
         (Steer(), "Nope-v0", "a.mp4", "unknown environment"),
         (Steer(), TOY, "a.gif", "must end in .mp4"),
@@ -616,8 +616,8 @@ def test_mujoco_renders_without_a_screen(tmp_path: Path) -> None:
         pytest.skip("no libEGL on this machine")
     code = f"""
 import os, numpy as np
-from diffagents.environments import prefer_egl
-from diffagents.evaluation import record_video
+from diffagents.envs.make import prefer_egl
+from diffagents.evaluation.video import record_video
 class Still:
     def predict(self, obs, state=None, episode_start=None, deterministic=True):
         return np.zeros((1, 2), np.float32), None

@@ -180,7 +180,7 @@ def test_a_run_that_was_cut_ends_as_if_it_had_not_been(algorithm: str, tmp_path:
     monkeypatch.setattr(grid, "SAVE_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
         grid.run_one(one, tmp_path / "cut")
-    assert grid.status(one, tmp_path / "cut")["state"] == "cut"
+    assert grid.status(one, tmp_path / "cut")["state"] == "interrupted"
     monkeypatch.setattr(grid, "evaluate_as", evaluate)
     trained = len(calls)
     resumed = grid.run_one(one, tmp_path / "cut")
@@ -290,7 +290,7 @@ def test_other_data_under_the_same_name_are_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="cut"):
         grid.run_one(one, tmp_path)
     np.savez(tmp_path / "line.npz", **line_data(obs_dim=3, act_dim=1, seed=1))
-    with pytest.raises(ValueError, match=r"checkpoint\.zip began to learn from"):
+    with pytest.raises(ValueError, match=r"is not the dataset of .*checkpoint\.zip"):
         grid.run_one(one, tmp_path)
 
 
@@ -432,10 +432,13 @@ def test_two_settings_of_an_algorithm_are_two_columns() -> None:
 
 
 def test_the_commit_is_ours_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = tmp_path / "other" / "site-packages" / "diffagents"
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode == 0 and (ROOT / ".git").exists():
+        assert (grid.commit() or "").removesuffix("-dirty") == head.stdout[:12]
+    site = tmp_path / "other" / "site-packages" / "diffagents" / "experiments"
     site.mkdir(parents=True)
     subprocess.run(["git", "init", "-q", str(tmp_path / "other")], check=True)
-    monkeypatch.setattr(grid, "__file__", str(site / "sweep.py"))
+    monkeypatch.setattr(grid, "__file__", str(site / "grid.py"))
     assert grid.commit() is None
 
 

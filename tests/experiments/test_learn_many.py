@@ -250,7 +250,7 @@ def test_agents_that_are_not_equally_far_are_refused(far: int) -> None:
 
 
 def test_a_bad_argument_is_refused() -> None:
-    with pytest.raises(ValueError, match="give a tuple of some of"):
+    with pytest.raises(ValueError, match="must be a tuple of some of"):
         learn_many(members("IQL", 2), DATA, stages=("nothing",))
     with pytest.raises(ValueError, match="total_timesteps"):
         learn_many(members("IQL", 2), DATA, -1)

@@ -187,7 +187,7 @@ def test_select_ranks_the_good_policy_first_and_says_in_what_units() -> None:
     assert found["right"].bc_loss == pytest.approx(2.0, abs=0.3)
     assert found["right"].q_mean is None and found["right"].q_ratio is None
     text = str(found)
-    assert "discounted return of raw reward (gamma 0.8)" in text and "to rank by, not what a policy will earn" in text
+    assert "discounted return of raw reward (gamma 0.8)" in text and "for ranking only, not a prediction of the return" in text
     assert "best: right; 0 environment episodes used" in text and "200 of 200 transitions" in text
     lines = text.splitlines()
     assert lines[1].startswith("right ") and lines[2].startswith("left ") and len(lines[0]) >= len(lines[1].rstrip()) - 2
@@ -240,7 +240,7 @@ def test_q_mean_is_in_the_units_of_the_datas_return(name: str, everyone: tuple[T
     """A critic that knows every return exactly, in the learner's units, has a ratio of 1."""
     data, agents = everyone
     agent = agents[name].clone()
-    agent.reward_transform = RewardTransform("iql_locomotion", scale=10.0)
+    agent.state.reward_transform = RewardTransform("iql_locomotion", scale=10.0)
     truth = float(discounted_returns(data, agent.config.gamma).mean())
     if name == "SfBC":
         critic, networks = agent.critic, [agent.critic.net]
@@ -261,7 +261,7 @@ def test_q_mean_is_in_the_units_of_the_datas_return(name: str, everyone: tuple[T
         with torch.no_grad():
             critic.biases[-1].fill_(1e4)
         (note,) = select({name: agent}, data, **QUICK)[name].notes
-        assert "its critic promises 1000, more than rewards allow (0): it diverged" in note
+        assert "its critic promises 1000, more than the rewards allow (0): it diverged" in note
 
 
 @pytest.mark.parametrize("name", ["IQL", "TD3BC", "SfBC"])
@@ -299,7 +299,9 @@ def test_a_diverged_estimate_ranks_last(everyone: tuple[Transitions, dict[str, A
     monkeypatch.setattr(FQE, "fit", runs_away)
     found = select({"wild": Constant([1.0, 1.0]), "tame": Constant([0.0, 0.0])}, data, **QUICK)
     assert found.order == ["tame", "wild"] and not found["wild"].trusted
-    assert "50 % of its targets lay beyond what rewards allow" in str(found) and "wild (not trusted)" in str(found)
+    assert "50 % of its targets lay outside the range that the rewards allow" in str(found) and "wild (not trusted)" in str(
+        found
+    )
 
 
 def test_a_policy_far_from_the_data_ranks_behind_whatever_q_guesses() -> None:
@@ -427,10 +429,10 @@ def test_a_good_and_a_bad_policy_of_a_real_task(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("agents", "arguments", "error", "message"),
     [
-        ([], {}, ValueError, "agents is empty: give at least one policy"),
+        ([], {}, ValueError, "agents is empty: pass at least one policy"),
         ({"a": 3}, {}, TypeError, r"policy 'a' is a int, which has no predict\(obs, deterministic=True\)"),
-        (Constant([0, 0]), {}, TypeError, "agents must be several: a dict of name -> policy, or a list"),
-        ("runs/a", {}, TypeError, "agents must be several"),
+        (Constant([0, 0]), {}, TypeError, "agents must hold several policies: a dict of name -> policy, or a list"),
+        ("runs/a", {}, TypeError, "agents must hold several"),
         (["a", "a"], {"load": lambda _: Constant([0, 0])}, ValueError, "agents holds a twice"),
         (
             {"a": Constant([0, 0, 0])},
@@ -453,7 +455,7 @@ def test_bad_calls(agents: Any, arguments: dict[str, Any], error: type[Exception
 
 def test_an_agent_of_another_task_is_refused(everyone: tuple[Transitions, dict[str, Any]]) -> None:
     _, agents = everyone
-    with pytest.raises(ValueError, match=r"policy 'it' cannot act on arrays .*shape \(2, 5\).*policies of one task"):
+    with pytest.raises(ValueError, match=r"policy 'it' cannot act on arrays .*shape \(2, 5\).*policies for one task"):
         select({"it": agents["IQL"]}, line_data(60, obs_dim=5), **QUICK)
 
 

@@ -17,7 +17,7 @@ from diffagents.agent import Agent
 from diffagents.errors import TrainingDiverged
 from diffagents.experiments import tune as tune_module
 from diffagents.experiments.select import Rated
-from diffagents.experiments.tune import MAIN_KNOB, _Trainer, tune
+from diffagents.experiments.tune import MAIN_HYPERPARAMETER, _Trainer, tune
 from diffagents.training.plan import Plan
 
 optuna = pytest.importorskip("optuna")
@@ -51,31 +51,31 @@ def values(report: tune_module.TuningReport) -> list[float]:
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", MAIN_KNOB)
-def test_the_table_names_knobs_ranges_and_stages_that_are_there(name: str) -> None:
-    knob, cls = MAIN_KNOB[name], agent_class(name)
-    assert knob.low <= fields(name)[knob.name] <= knob.high
-    assert set(knob.stages) <= set(cls.STAGE_SHARES)
-    for value in (knob.low, knob.high):
-        cls(**{knob.name: value}, verbose=0)
-    assert list(knob.stages) == list(cls.STAGE_SHARES)[len(cls.STAGE_SHARES) - len(knob.stages) :]  # the last ones
-    assert knob.source
+@pytest.mark.parametrize("name", MAIN_HYPERPARAMETER)
+def test_the_table_names_existing_hyperparameters_ranges_and_stages(name: str) -> None:
+    searched, cls = MAIN_HYPERPARAMETER[name], agent_class(name)
+    assert searched.low <= fields(name)[searched.name] <= searched.high
+    assert set(searched.stages) <= set(cls.STAGE_SHARES)
+    for value in (searched.low, searched.high):
+        cls(**{searched.name: value}, verbose=0)
+    assert list(searched.stages) == list(cls.STAGE_SHARES)[len(cls.STAGE_SHARES) - len(searched.stages) :]  # the last ones
+    assert searched.source
 
 
-def test_only_cloning_has_no_main_knob() -> None:
-    assert set(NAMES) - set(MAIN_KNOB) == {"DiffusionBC"}
+def test_only_cloning_has_no_main_hyperparameter() -> None:
+    assert set(NAMES) - set(MAIN_HYPERPARAMETER) == {"BC", "DiffusionBC"}
 
 
-@pytest.mark.parametrize("name", MAIN_KNOB)
+@pytest.mark.parametrize("name", MAIN_HYPERPARAMETER)
 def test_shared_stages_end_where_a_run_of_its_own_ends(name: str) -> None:
     """Each trial's agent is what training from scratch with that value gives, to the bit."""
-    knob, data = MAIN_KNOB[name], load_dataset(DATA)
-    trainer = _Trainer(small(name, compile="eager"), data, knob)
+    searched, data = MAIN_HYPERPARAMETER[name], load_dataset(DATA)
+    trainer = _Trainer(small(name, compile="eager"), data, searched)
     for share in (0.3, 0.8):  # the second goes on from what the first left behind
-        value: float = knob.low + share * (knob.high - knob.low)
-        value = round(value) if isinstance(fields(name)[knob.name], int) else value
-        shared, alone = trainer.train(value), small(name, compile="eager", **{knob.name: value}).learn(data)
-        assert getattr(shared.config, knob.name) == value
+        value: float = searched.low + share * (searched.high - searched.low)
+        value = round(value) if isinstance(fields(name)[searched.name], int) else value
+        shared, alone = trainer.train(value), small(name, compile="eager", **{searched.name: value}).learn(data)
+        assert getattr(shared.config, searched.name) == value
         for network, state in alone.get_parameters().items():
             for key, tensor in state.items():
                 assert torch.equal(shared.get_parameters()[network][key], tensor), f"{network}.{key}"
@@ -115,7 +115,7 @@ def test_a_seed_decides_the_search(best_at_3: list[Agent]) -> None:
     assert values(quick(n_trials=6)) == values(quick(n_trials=6)) != values(quick(n_trials=6, seed=1))
 
 
-def test_the_users_value_of_the_knob_takes_the_defaults_place(best_at_3: list[Agent]) -> None:
+def test_the_users_value_of_the_hyperparameter_replaces_the_default(best_at_3: list[Agent]) -> None:
     assert values(quick(alpha=1.5, n_trials=2))[0] == 1.5
     assert all(3.0 <= value <= 4.0 for value in values(quick(low=3.0, n_trials=2)))  # the default lies outside
 
@@ -171,7 +171,7 @@ def test_a_trial_that_was_killed_is_made_again(
 def test_a_storage_of_another_search_is_refused(best_at_3: list[Agent], tmp_path: pathlib.Path) -> None:
     place = str(tmp_path / "search.log")
     quick(storage=place, n_trials=1)
-    with pytest.raises(ValueError, match=r"search.log holds a search with steps=4, not 5: give another storage"):
+    with pytest.raises(ValueError, match=r"search.log holds a search with steps=4, not 5: use another storage"):
         quick(storage=place, steps=5)
     with pytest.raises(ValueError, match="holds a search with dataset="):
         quick(dataset=line_data(seed=1), storage=place)
@@ -190,7 +190,7 @@ def test_a_diverged_trial_fails_alone(best_at_3: list[Agent], monkeypatch: pytes
     assert len(report.trials) == 4 and report.trials[0].value == 2.5
     assert report.trials[0].score is None and "train diverged" in report.trials[0].note
     assert report.value != 2.5 and "train diverged" in str(report)
-    with pytest.raises(RuntimeError, match="all 1 trials failed, the last so: train diverged"):
+    with pytest.raises(RuntimeError, match="all 1 trials failed; the last one: train diverged"):
         quick(n_trials=1)
 
 
@@ -211,7 +211,7 @@ def test_the_estimate_itself_and_the_report() -> None:
     text = str(report)
     assert "TD3BC alpha, range from arXiv:2106.06860" in text and "<- best" in text and "0 environment episodes used" in text
     saved = json.loads(json.dumps(report.to_json()))
-    assert saved["knob"] == "alpha" and len(saved["trials"]) == 2 and "agent" not in saved
+    assert saved["hyperparameter"] == "alpha" and len(saved["trials"]) == 2 and "agent" not in saved
 
 
 def test_returns_are_played_and_counted(tmp_path: pathlib.Path) -> None:
@@ -226,16 +226,22 @@ def test_returns_are_played_and_counted(tmp_path: pathlib.Path) -> None:
     assert "6 environment episodes used" in str(report) and "mean return of episodes" in str(report)
 
 
-def test_a_knob_of_ones_own_and_one_that_is_counted(best_at_3: list[Agent]) -> None:
-    report = quick(knob="policy_noise", low=0.05, high=0.5)
-    assert report.knob == "policy_noise" and values(report)[0] == 0.2 and report.source == "the call"
-    counted = quick(knob="policy_freq", low=1, high=4)
+def test_a_hyperparameter_without_a_published_range_and_an_integer(best_at_3: list[Agent]) -> None:
+    report = quick(hyperparameter="policy_noise", low=0.05, high=0.5)
+    assert report.hyperparameter == "policy_noise" and values(report)[0] == 0.2 and report.source == "the call"
+    counted = quick(hyperparameter="policy_freq", low=1, high=4)
     assert values(counted)[0] == 2 and all(isinstance(value, int) for value in values(counted))
 
 
-def test_a_knob_that_only_acting_asks_about_trains_nothing_more(
-    best_at_3: list[Agent], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_old_name_of_the_argument_still_works_and_warns(best_at_3: list[Agent]) -> None:
+    with pytest.warns(UserWarning, match="`knob` is now called `hyperparameter`") as warned:
+        report = quick(knob="policy_noise", low=0.05, high=0.5, n_trials=1)
+    assert report.hyperparameter == "policy_noise" and len([w for w in warned if "`knob`" in str(w.message)]) == 1
+    with pytest.warns(UserWarning, match=r"TuningReport\.knob is now called hyperparameter"):
+        assert report.knob == "policy_noise"
+
+
+def test_a_hyperparameter_of_acting_alone_trains_nothing_more(best_at_3: list[Agent], monkeypatch: pytest.MonkeyPatch) -> None:
     cls: Any = agent_class("IDQL")
     n_learnt, original = [0], cls.learn
 
@@ -259,9 +265,13 @@ def test_a_knob_that_only_acting_asks_about_trains_nothing_more(
     ("arguments", "error", "message"),
     [
         ({"algorithm": "PPO"}, ValueError, "algorithm='PPO'; choose from SRPO, "),
-        ({"algorithm": "DiffusionBC"}, ValueError, "DiffusionBC has no main knob: give knob=, low= and high="),
-        ({"knob": "betta"}, TypeError, "TD3BC has no knob 'betta'. Valid: "),
-        ({"knob": "policy_noise"}, ValueError, "knob='policy_noise' is not the main knob of TD3BC, .* give low= and high="),
+        (
+            {"algorithm": "DiffusionBC"},
+            ValueError,
+            "DiffusionBC has no main hyperparameter: pass hyperparameter=, low= and high=",
+        ),
+        ({"hyperparameter": "betta"}, TypeError, "TD3BC has no hyperparameter 'betta'. Valid: "),
+        ({"hyperparameter": "policy_noise"}, ValueError, "no published range for 'policy_noise' of TD3BC: pass low= and high="),
         ({"low": 5.0}, ValueError, r"high=4.0 must be above low=5"),
         ({"low": 0.0, "log": True}, ValueError, "low=0.0 must be positive for log=True"),
         ({"low": -1.0}, ValueError, "alpha=-1.0 must not be negative"),
@@ -271,7 +281,7 @@ def test_a_knob_that_only_acting_asks_about_trains_nothing_more(
         ({"steps": 0}, ValueError, "steps=0 must be a positive whole number of gradient steps"),
         ({"fqe": {"gama": 0.9}}, TypeError, "gama"),
         ({"fqe": {"gamma": 2}}, ValueError, "gamma=2 must lie in"),
-        ({"alfa": 1.0}, TypeError, "TD3BC has no knob 'alfa'; did you mean 'alpha'"),
+        ({"alfa": 1.0}, TypeError, "TD3BC has no hyperparameter 'alfa'; did you mean 'alpha'"),
     ],
 )
 def test_bad_calls_end_before_any_training(

@@ -38,6 +38,11 @@ compiler = pytest.mark.skipif(
 )
 
 
+# In torch 2.8 (no longer in 2.13), tracing changes how some gradients are rounded, by 4e-7 of their size. Adam takes full steps
+# even where a gradient is 0 but for its rounding, as that of the last bias of QGPO's energy is, so that whole runs differ more.
+WHOLE_RUN = 1e-5 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13) else 5e-3
+
+
 def states_agree(a: Agent, b: Agent, rtol: float = 1e-5) -> None:
     """Every network, relative to its tensor's size; 0 is to the bit."""
     for network, state in b.get_parameters().items():
@@ -133,7 +138,7 @@ def test_the_traced_program_is_the_eager_one_and_nothing_is_baked_in(name: str, 
             moved = agrees(graph, inputs, update, args[0])
             assert not torch.allclose(before, moved, rtol=1e-3), "the same gradient: nothing would be seen"
             agrees(graph, [*inputs[: len(tensors)], *pytree.tree_leaves(args[1])], update, args[1])
-    assert n_parts == {"DiffusionBC": 1}.get(name, {"QGPO": 3, "SfBC": 3, "SRPO": 3, "BDPO": 4}.get(name, 2))
+    assert n_parts == {"BC": 1, "DiffusionBC": 1}.get(name, {"QGPO": 3, "SfBC": 3, "SRPO": 3, "BDPO": 4}.get(name, 2))
 
 
 def agrees(graph: Any, inputs: list[torch.Tensor], update: Any, args: Any) -> torch.Tensor:
@@ -153,7 +158,7 @@ def agrees(graph: Any, inputs: list[torch.Tensor], update: Any, args: Any) -> to
 def test_a_compiled_run_is_an_eager_run(name: str, traced_only: list[Any], trained: dict[str, Agent]) -> None:
     """Whole runs, with every second step's parts, schedules and lagged copies; the code generator has tests of its own."""
     whole, run = eager(name, trained), quick(name, compile="compiled").learn(DATA)
-    states_agree(run, whole)
+    states_agree(run, whole, WHOLE_RUN)
     assert run.plan is not None and set(run.plan.modes.values()) == {"compiled"}
     updates = {id(update.loss.__func__) for stage in run.stages() for update in stage.updates if update.loss}  # type: ignore[attr-defined]
     assert len(traced_only) >= len(updates)
@@ -286,7 +291,7 @@ def test_bad_modes(trained: dict[str, Agent], tmp_path: pathlib.Path) -> None:
     path = eager("TD3BC", trained).save(tmp_path / "a")
     with pytest.raises(ValueError, match=says):
         diffagents.load(path, compile="nonsense")
-    with pytest.raises(ValueError, match=r"modes \['nonsense'\] are not of"):
+    with pytest.raises(ValueError, match=r"modes \['nonsense'\] are not among"):
         Plan.from_json({"lengths": {"a": 3}, "done": {}, "modes": {"a": "nonsense"}}, ["a"])
     with pytest.raises(ValueError, match="stages that it does not have"):
         Plan.from_json({"lengths": {"a": 3}, "done": {}, "modes": {"b": "eager"}}, ["a", "b"])

@@ -22,7 +22,7 @@ from diffagents.errors import ArtifactError, TrainingDiverged
 from diffagents.training.online import MAX_RELAXATION, constraint_relaxation, floors
 from diffagents.training.state import training_tensors
 
-TABLES = {"AWR", "SfBC", "QGPO", "DiffusionBC"}  # whose batches come from tables that a resumed run makes anew
+TABLES = {"AWR", "SfBC", "QGPO", "DiffusionBC", "BC"}  # whose batches come from tables that a resumed run makes anew
 LIMIT = 25
 
 
@@ -71,7 +71,7 @@ def assert_same(one: Agent, two: Agent) -> None:
         assert torch.equal(tensor, b[name]), name
     for counter in ("num_timesteps", "n_env_steps", "n_updates"):
         assert getattr(one, counter) == getattr(two, counter), counter
-    assert one.online == two.online
+    assert one.state.online == two.state.online
     assert one.replay_buffer is not None and two.replay_buffer is not None
     assert torch.equal(one.replay_buffer.matrix, two.replay_buffer.matrix)
 
@@ -87,7 +87,7 @@ def test_every_algorithm_goes_on_from_a_file_with_old_data(name: str) -> None:
     moved = [key for key, tensor in all_tensors(agent).items() if not torch.equal(tensor, before[key])]
     assert any(key.startswith(network) for key in moved for network in agent.MODEL), "what acts has learnt nothing"
     assert agent.history[-1]["stage"] == "online" and "train_return" in agent.history[-1]
-    assert agent.constraint_relaxation == 1.0  # offline learning is again what the paper says
+    assert agent.state.constraint_relaxation == 1.0  # offline learning is again what the paper says
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,7 +152,7 @@ def test_a_stopped_run_with_tables_goes_on(name: str, tmp_path: pathlib.Path) ->
     agent = offline(name)
     agent.learn_online(70, pendulum(), data(), lambda a, b: a["self"].n_env_steps < 40, learning_starts=20)
     agent.learn_online(dataset=data())
-    assert agent.n_env_steps == 70 and agent.online is not None and agent.online.n_updates == 50
+    assert agent.n_env_steps == 70 and agent.state.online is not None and agent.state.online.n_updates == 50
 
 
 def test_same_seed_same_run_and_evaluating_changes_nothing() -> None:
@@ -252,7 +252,7 @@ def test_several_environments(tmp_path: pathlib.Path) -> None:
     steps = agent.num_timesteps
     agent.learn_online(20, make_vec_env(lambda: Line(5, 9), 3), learning_starts=6, utd=2)
     assert agent.n_env_steps == 21 and agent.num_timesteps == steps + 21  # rounded up to whole steps of all
-    assert agent.online is not None and agent.online.n_updates == 30
+    assert agent.state.online is not None and agent.state.online.n_updates == 30
     assert agent.replay_buffer is not None
     episodes = agent.replay_buffer.episodes(whole=False)
     assert episodes is not None and episodes.episode_ends.tolist() == [5, 7, 12, 14, 19, 21]
@@ -307,7 +307,7 @@ def test_buffer_file(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match="no replay buffer at"):
         again.load_replay_buffer(tmp_path / "nothing")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ArtifactError, match="not a replay buffer of ours"):
+    with pytest.raises(ArtifactError, match="not a replay buffer of diffagents, or it is damaged"):
         again.load_replay_buffer(path)
 
 
@@ -363,9 +363,9 @@ def test_the_share_is_what_learn_online_trains_on(ratio: float, share: float) ->
 def test_the_constraint_loosens_with_environment_steps_and_no_further_than_it_may() -> None:
     agent = offline("SRPO", online_halflife=10)
     assert constraint_relaxation(agent) == 1.0
-    agent.n_env_steps = 20
+    agent.state.n_env_steps = 20
     assert constraint_relaxation(agent) == 4.0
-    agent.n_env_steps = 10**9
+    agent.state.n_env_steps = 10**9
     assert constraint_relaxation(agent) == MAX_RELAXATION
     assert constraint_relaxation(offline("IQL")) == 1.0 and constraint_relaxation(offline("SRPO", online_halflife=None)) == 1.0
 
@@ -378,7 +378,7 @@ def test_loosening_reaches_the_loss(name: str) -> None:
         agent = offline(name)
         sampler = data().sampler("cpu", agent.reward_transform, agent.obs_normalizer)
         batch = sampler.sample(64, torch.Generator().manual_seed(0))
-        agent.constraint_relaxation = loose
+        agent.state.constraint_relaxation = loose
         slot = "multiplier" if name == "DiffCPS" else "policy"  # there it is lambda that feels kappa
         part = next(p for p in agent.online_stage().updates if agent.optimizers[slot] in p.optimizers)
         position = part.optimizers.index(agent.optimizers[slot])
@@ -449,7 +449,7 @@ def test_nan_stops_with_the_last_good_state() -> None:
     assert np.isfinite(agent.predict(np.zeros(4, np.float32))[0]).all()
     assert all(tensor.isfinite().all() for tensor in agent.policy.parameters())
     assert agent.replay_buffer is not None and agent.n_env_steps == len(agent.replay_buffer) == 24  # lived through all the same
-    assert agent.online is not None and agent.online.n_updates == 9
+    assert agent.state.online is not None and agent.state.online.n_updates == 9
     assert agent.num_timesteps == offline("TD3BC").num_timesteps + 24
 
 
@@ -475,7 +475,7 @@ def test_an_environment_that_does_not_come_back_begins_a_new_episode() -> None:
 
     agent = line_agent()
     agent.learn_online(40, Moody(20, 30), callback=lambda a, b: a["self"].n_env_steps < 10, learning_starts=5)
-    with pytest.warns(UserWarning, match="did not come back to where the run stopped"):
+    with pytest.warns(UserWarning, match="did not return to the state in which the run stopped"):
         agent.learn_online()
     assert agent.n_env_steps == 40
 
@@ -522,7 +522,7 @@ def test_what_is_missing_is_named(tmp_path: pathlib.Path) -> None:
     agent = offline("IQL")
     agent.learn_online(30, pendulum(), data(), lambda a, b: a["self"].n_env_steps < 15, learning_starts=5)
     again: Agent = diffagents.load(agent.save(tmp_path / "a"), verbose=0)
-    with pytest.raises(RuntimeError, match=r"replay buffer of its 15 steps.*load_replay_buffer"):
+    with pytest.raises(RuntimeError, match=r"replay buffer with its 15 steps.*load_replay_buffer"):
         again.learn_online(env=pendulum(), dataset=data())
     with pytest.raises(ValueError, match="the unfinished run goes on with"):
         agent.learn_online(utd=3)
@@ -589,7 +589,7 @@ def test_calibrated_targets_reach_the_critic(name: str) -> None:
 def test_calibration_in_a_run_and_where_it_is_refused() -> None:
     for ratio in (0.5, "uniform"):
         agent = offline("TD3BC").learn_online(40, pendulum(), data(), learning_starts=20, calibrate=True, offline_ratio=ratio)
-        assert agent.n_env_steps == 40 and agent.online is not None and agent.online.settings.calibrate
+        assert agent.n_env_steps == 40 and agent.state.online is not None and agent.state.online.settings.calibrate
     with pytest.raises(ValueError, match="not for SRPO at all"):
         offline("SRPO").learn_online(40, pendulum(), data(), calibrate=True)
     with pytest.raises(ValueError, match="takes its floors from dataset="):
@@ -618,12 +618,12 @@ def test_it_gets_better_online(name: str) -> None:
 def test_whole_numbers_in_any_dress_can_be_saved(tmp_path: pathlib.Path) -> None:
     agent = offline("IQL").learn_online(20, pendulum(), data(), learning_starts=5.0, buffer_size=1e4, utd=1, offline_ratio=1)  # type: ignore[arg-type]
     again: Agent = diffagents.load(agent.save(tmp_path / "a"), verbose=0)
-    assert again.online == agent.online
+    assert again.state.online == agent.state.online
 
 
 def test_the_default_wait_leaves_something_of_a_short_run() -> None:
     assert offline("IQL").learn_online(50, pendulum()).n_updates > offline("IQL").n_updates
-    with pytest.warns(UserWarning, match="it only collects"):
+    with pytest.warns(UserWarning, match="which only collects"):
         offline("IQL").learn_online(20, pendulum(), learning_starts=20)
 
 
@@ -655,11 +655,11 @@ def test_only_a_settled_policy_is_changed_slowly() -> None:
 def test_a_dropped_buffer_is_waited_for_again() -> None:
     agent = offline("TD3BC").learn_online(40, pendulum(), data(), learning_starts=20, buffer_size=100)
     agent.learn_online(30, dataset=data(), learning_starts=20)  # the same buffer: 100
-    assert agent.online is not None and agent.online.starts == 0 and agent.replay_buffer is not None
+    assert agent.state.online is not None and agent.state.online.starts == 0 and agent.replay_buffer is not None
     assert agent.replay_buffer.capacity == 100 and len(agent.replay_buffer) == 70
-    with pytest.warns(UserWarning, match="another buffer_size: the replay buffer of the last online run is dropped"):
+    with pytest.warns(UserWarning, match="buffer_size differs: the replay buffer of the last online run is dropped"):
         agent.learn_online(30, dataset=data(), learning_starts=20, buffer_size=50)
-    assert agent.online.starts == 20 and len(agent.replay_buffer) == 30
+    assert agent.state.online.starts == 20 and len(agent.replay_buffer) == 30
 
 
 def test_pieces_of_episodes_are_not_whole_ones() -> None:
@@ -743,12 +743,12 @@ def test_updates_see_the_loosening_of_their_step() -> None:
     loss = agent.critic_loss  # type: ignore[attr-defined]
 
     def watched(batch: Any, noise: Any) -> Any:
-        seen.append((agent.n_env_steps, agent.constraint_relaxation))
+        seen.append((agent.n_env_steps, agent.state.constraint_relaxation))
         return loss(batch, noise)
 
     agent.critic_loss = watched  # type: ignore[attr-defined]
     agent.learn_online(30, pendulum(), data(), learning_starts=20)
-    assert seen == [(step, 2.0 ** (step / 10)) for step in range(21, 31)] and agent.constraint_relaxation == 1.0
+    assert seen == [(step, 2.0 ** (step / 10)) for step in range(21, 31)] and agent.state.constraint_relaxation == 1.0
 
 
 def test_a_q_that_runs_away_is_caught() -> None:
@@ -765,7 +765,7 @@ def test_a_q_that_runs_away_is_caught() -> None:
         agent.learn_online(60, pendulum(), data(), blow_up, learning_starts=10, log_interval=10)
 
 
-@pytest.mark.parametrize("name", ["DiffusionBC", "SfBC"])
+@pytest.mark.parametrize("name", ["BC", "DiffusionBC", "SfBC"])
 def test_a_run_without_a_whole_episode_says_that_it_learnt_nothing(name: str) -> None:
     agent = small(name)
     with pytest.warns(UserWarning, match="no episode has ended: this run has nothing to learn from"):

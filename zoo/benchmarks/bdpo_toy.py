@@ -1,10 +1,10 @@
-"""BDPO's own check on 2-D toys: does the value of pure noise equal the soft optimum of the reward under the data?
+"""BDPO on 2-D toy tasks: does the value of pure noise equal the soft optimum of the reward under the data?
 
   python zoo/benchmarks/bdpo_toy.py --task 8gaussians --seeds 0 1
 
-By theory V_T(a_T) = eta log E_nu[ exp(Q / eta) ] for every a_T once the policy is optimal: the free energy that regularisation
-by the behaviour nu leaves. Printed: the mean of V_T over a_T ~ N(0, I), aggregated as the targets are, that free energy
-from the data's rewards and from the learned Q on samples of the learned behaviour, and the relative errors.
+In theory V_T(a_T) = eta log E_nu[ exp(Q / eta) ] for every a_T once the policy is optimal: the free energy under regularisation
+by the behaviour nu. Printed are the mean of V_T over a_T ~ N(0, I), aggregated like the targets, the free energy computed from
+the rewards of the data and from the learned Q on samples of the learned behaviour, and the relative errors.
 """
 
 import argparse
@@ -28,7 +28,13 @@ def free_energy(values: torch.Tensor, eta: float) -> float:
 
 
 def check(agent: BDPO, rewards: torch.Tensor, n: int = 4000) -> dict[str, float]:
-    """V_T at noise against the free energy of the data's rewards, and of Q on the behaviour's samples."""
+    """Compare V_T at noise with the free energy of the data's rewards, and with that of Q on samples of the behaviour.
+
+    Args:
+        agent: A trained agent.
+        rewards: Rewards of the data.
+        n: Number of samples.
+    """
     generator = torch.Generator().manual_seed(0)
     obs, eta = torch.zeros(n, agent.obs_dim), agent.config.eta
     with torch.no_grad():
@@ -56,18 +62,20 @@ def main() -> None:
     parser.add_argument("--behavior-steps", type=int, default=5000)
     parser.add_argument("--train-steps", type=int, default=12_000)
     parser.add_argument("--diffusion-steps", type=int, default=50)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="HYPERPARAMETER=VALUE", help="other hyperparameters, with values in JSON"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/bdpo_toy.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    knobs: dict[str, Any] = {
+    hyperparameters: dict[str, Any] = {
         "eta": args.eta,
-        "gamma": 0.0,  # one step: no path is walked at a next state
+        "gamma": 0.0,  # episodes have one step: there is no next state
         "rho": 0.0,
         "n_critics": 2,
         "n_samples": 4,
-        "tau": 0.02,  # 50 steps hand the value on, each lags behind the one below
+        "tau": 0.02,  # the value passes through 50 steps, each with a delay
         "clip_x0": False,
         "n_diffusion_steps": args.diffusion_steps,
         "reward_transform": "none",
@@ -83,17 +91,19 @@ def main() -> None:
     for seed in args.seeds:
         start = time.perf_counter()
 
-        def look(local: dict[str, Any], _: Any) -> bool:
+        def log(local: dict[str, Any], _: Any) -> bool:
             done = local["self"].plan.done.get("train", 0)
             if done and done % 1000 == 0:
                 print({name: round(value, 4) for name, value in check(local["self"], rewards).items()}, flush=True)
             return True
 
-        agent = BDPO("MlpPolicy", bandits.Bandit(args.task), seed=seed, **knobs).learn(data, callback=look)
+        agent = BDPO("MlpPolicy", bandits.Bandit(args.task), seed=seed, **hyperparameters).learn(data, callback=log)
         results.append({"seed": seed, "seconds": time.perf_counter() - start, **check(agent, rewards)})
         print(json.dumps(results[-1]), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"command": "python " + " ".join(sys.argv), "knobs": knobs, "runs": results}, indent=1))
+        args.out.write_text(
+            json.dumps({"command": "python " + " ".join(sys.argv), "knobs": hyperparameters, "runs": results}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ ID = "benchmark/hopper-like-v0"
 LOAD = """
 import json, sys, time
 start = time.perf_counter()
-import diffagents.datasets as datasets
+from diffagents.data.load import load_dataset
 imported, cpu = time.perf_counter(), time.process_time()
-data = datasets.load_dataset(sys.argv[1], download=False)
+data = load_dataset(sys.argv[1], download=False)
 loaded, cpu = time.perf_counter(), time.process_time() - cpu
 sampler = data.sampler("cpu")
 done = time.perf_counter()

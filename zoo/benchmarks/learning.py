@@ -1,11 +1,11 @@
-"""SRPO against its own behaviour cloning and the data: learning curves over seeds and betas, kept as JSON with the command.
+"""Compare SRPO with its own behaviour cloning and the data: learning curves over seeds and betas, stored with the command.
 
   python zoo/benchmarks/learning.py --dataset diffagents/halfcheetah/medium-v0 --seeds 0 1 2 --betas 0.05 0.2 --out results.json
 
-For each seed, critic and behaviour are trained once; each beta then extracts a policy from them, evaluated `--points` times
-on the way, in the same episodes each time. Printed at the end: mean and standard deviation over seeds of the LAST policy's
-mean return. The best point of a curve is in the JSON, and is not the result. Critic and behaviour are kept beside --out: the
-same command again uses them.
+For each seed, critic and behaviour model are trained once; each beta then extracts a policy from them, which is evaluated
+`--points` times during training, in the same episodes each time. The result, printed at the end, is the mean and standard
+deviation over seeds of the mean return of the LAST policy; the JSON file has the whole curves. Critic and behaviour model are
+stored next to --out and reused by the same command.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from diffagents import SRPO, evaluate, load_dataset
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="a Minari id, .npz or .hdf5")
-    parser.add_argument("--env", help="environment id, where the dataset names none")
+    parser.add_argument("--env", help="environment id, if the dataset names none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--betas", type=float, nargs="+", default=[0.05])
     parser.add_argument("--critic-steps", type=int, default=20_000)
@@ -78,7 +78,7 @@ def main() -> None:
             curve: list[dict[str, Any]] = []
             every = max(1, args.policy_steps // args.points)
 
-            def look(local: dict[str, Any], _: Any) -> bool:
+            def log(local: dict[str, Any], _: Any) -> bool:
                 done = local["self"].plan.done["policy"]
                 if done % every == 0:  # noqa: B023
                     result = evaluate(local["self"], env, args.episodes, n_envs=args.episodes)
@@ -86,7 +86,7 @@ def main() -> None:
                     print(f"  beta {beta} at {done}: {result}", flush=True)  # noqa: B023
                 return True
 
-            agent.learn(data, stages=("policy",), callback=look)
+            agent.learn(data, stages=("policy",), callback=log)
             agent.save(f"{stem}-seed{seed}-beta{beta}.zip", include_trainer_state=False)
             result["runs"].append(
                 {

@@ -1,12 +1,12 @@
-"""Online fine-tuning from an offline init, beside SB3's SAC from scratch ("SAC") and with the data preloaded ("SAC+data").
+"""Online fine-tuning of an offline policy, compared with SB3's SAC from scratch ("SAC") and with preloaded data ("SAC+data").
 
   python zoo/benchmarks/online.py run --dataset diffagents/hopper/medium-v0 --algorithm SRPO --seeds 0 1 2
   python zoo/benchmarks/online.py plot
 
-`run` trains the offline agent first where --inits does not hold it yet (same seed, same agent), evaluates it, fine-tunes, and
-evaluates on the way: the deterministic policy, in the same episodes each time. One JSON for each dataset and algorithm, one row
-for each seed, with the command. `plot` draws all of them in one picture and prints the table: score at step 0, the largest fall
-below it, the score at the end.
+`run` first trains the offline agent unless --inits holds it already (the same seed gives the same agent), evaluates it, then
+fine-tunes it with evaluations of the deterministic policy, in the same episodes each time. There is one JSON file per dataset
+and algorithm, with one row per seed that contains the command. `plot` draws all of them in one picture and prints a table: the
+score at step 0, the largest drop below it, and the score at the end.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from diffagents.envs.make import make_env
 from diffagents.experiments.grid import commit
 from diffagents.training.provenance import command_line
 
-# Offline budgets for one slow CPU core: minutes each.
+# Offline budgets of minutes on one slow CPU core.
 OFFLINE: dict[str, dict[str, Any]] = {
     "SRPO": {
         **{"critic_steps": 30_000, "behavior_steps": 15_000, "policy_steps": 10_000},
@@ -49,11 +49,17 @@ def main() -> None:
     parser.add_argument("--algorithm", default="SRPO", choices=[*OFFLINE, "SAC", "SAC+data"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=20_000, help="environment steps")
-    parser.add_argument("--every", type=int, default=2_000, help="of them between evaluations")
-    parser.add_argument("--episodes", type=int, default=10, help="of one evaluation")
-    parser.add_argument("--ratio", default=None, help='offline_ratio: a number, or "uniform"; left out: the algorithm\'s own')
-    parser.add_argument("--knobs", type=json.loads, default={}, help='online knobs as JSON, e.g. {"online_noise": 0.2}')
-    parser.add_argument("--label", default="", help="added to the algorithm's name, for other settings")
+    parser.add_argument("--every", type=int, default=2_000, help="environment steps between evaluations")
+    parser.add_argument("--episodes", type=int, default=10, help="episodes per evaluation")
+    parser.add_argument("--ratio", default=None, help='offline_ratio: a number, or "uniform"; default: that of the algorithm')
+    parser.add_argument(
+        "--hyperparameters",
+        "--knobs",
+        type=json.loads,
+        default={},
+        help='online hyperparameters as JSON, e.g. {"online_noise": 0.2}',
+    )
+    parser.add_argument("--label", default="", help="added to the name of the algorithm, for other settings")
     parser.add_argument("--inits", type=pathlib.Path, default=ROOT / ".data" / "online")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "zoo" / "results")
     parser.add_argument("--picture", type=pathlib.Path, default=ROOT / "zoo" / "online.png")
@@ -63,7 +69,7 @@ def main() -> None:
     if args.what == "plot":
         plot(args.out, args.picture)
         return
-    if (args.knobs or args.ratio) and not args.label:
+    if (args.hyperparameters or args.ratio) and not args.label:
         parser.error("other settings than the defaults need a --label of their own")
     version = commit()
     for seed in args.seeds:
@@ -73,24 +79,26 @@ def main() -> None:
 
 
 def short(dataset: str) -> str:
+    """The name of a dataset for files and titles."""
     return dataset.removeprefix("diffagents/").replace("/", "-")
 
 
 class Curve:
-    """Evaluations every so many environment steps, printed as they come."""
+    """Evaluations at regular numbers of environment steps, printed at once."""
 
     def __init__(self, args: argparse.Namespace, env: Any, name: str) -> None:
         self.args, self.env, self.name, self.rows = args, env, name, []  # type: ignore[var-annotated]
 
-    def look(self, policy: Any, env_steps: int) -> None:
+    def log(self, policy: Any, env_steps: int) -> None:
+        """Evaluate the policy."""
         n = self.args.episodes
-        found = evaluate(policy, self.env, n, seed=1000, n_envs=n)
+        result = evaluate(policy, self.env, n, seed=1000, n_envs=n)
         keys = ("mean_return", "std_return", "score", "mean_length", "success_rate")
-        self.rows.append({"env_steps": env_steps, **{key: getattr(found, key) for key in keys}})
-        print(f"{self.name} at {env_steps:>6,}: {found}", flush=True)
+        self.rows.append({"env_steps": env_steps, **{key: getattr(result, key) for key in keys}})
+        print(f"{self.name} at {env_steps:>6,}: {result}", flush=True)
 
     def every(self, policy: Any, env_steps: Callable[[], int]) -> Callable[[Any, Any], bool]:
-        """A callback that looks at every --every-th environment step."""
+        """A callback that evaluates at every --every-th environment step."""
 
         def on_step(local: Any, outer: Any) -> bool:
             if env_steps() % self.args.every == 0:
@@ -101,13 +109,14 @@ class Curve:
 
 
 def ours(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
+    """The curve of an agent of this library."""
     data = load_dataset(args.dataset)
     kind = getattr(diffagents, args.algorithm)
     init = args.inits / f"{args.algorithm}-{short(args.dataset)}-{seed}.zip"
     if not init.exists():
         init.parent.mkdir(parents=True, exist_ok=True)
         kind(seed=seed, preset="auto", **OFFLINE[args.algorithm]).learn(data).save(init)
-    agent = kind.load(init, verbose=1, **args.knobs)
+    agent = kind.load(init, verbose=1, **args.hyperparameters)
     curve = Curve(args, data.info["env_spec"], f"{args.algorithm} {seed}")
     curve.log(agent, 0)
     ratio = float(args.ratio) if args.ratio not in (None, "uniform") else args.ratio
@@ -116,6 +125,7 @@ def ours(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 
 
 def sac(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
+    """The curve of SB3's SAC."""
     from stable_baselines3 import SAC
 
     data = load_dataset(args.dataset)
@@ -141,7 +151,7 @@ def sac(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 
 
 def keep(args: argparse.Namespace, row: dict[str, Any]) -> None:
-    """Put the row into its file, over an older one of the same seed."""
+    """Store the row in its file, replacing an older one of the same seed."""
     name = f"{args.algorithm}{args.label}"
     path = args.out / f"online-{short(args.dataset)}-{name.lower()}.json"
     row |= {
@@ -163,7 +173,7 @@ def plot(folder: pathlib.Path, picture: pathlib.Path) -> None:
     cells = [json.loads(path.read_text()) for path in sorted(folder.glob("online-*.json"))]
     datasets = sorted({cell["dataset"] for cell in cells}, key=lambda name: ("hopper" not in name, name))
     figure = Figure(figsize=(5.5 * len(datasets), 4.2), layout="constrained")
-    print("| data | algorithm | seeds | at step 0 | largest fall below it | at the end | at the end, by seed |")
+    print("| data | algorithm | seeds | at step 0 | largest drop below it | at the end | at the end, by seed |")
     print("|---|---|---|---|---|---|---|")
     for i, dataset in enumerate(datasets):
         axis = figure.add_subplot(1, len(datasets), i + 1)

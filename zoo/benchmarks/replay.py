@@ -1,9 +1,9 @@
-"""Our replay buffer beside Stable-Baselines3's: microseconds to add a transition and to draw a batch of 256, and their ratio.
+"""Our replay buffer and that of SB3: microseconds to add a transition and to draw a batch of 256, and their ratio.
 
   python zoo/benchmarks/replay.py
 
-Both end with the batch as tensors on the CPU. Measured in turns, the median of --rounds; ours also draws a mixture with as many
-offline transitions, which the other has no counterpart for.
+Both return the batch as tensors on the CPU. Measurements are interleaved; the median of --rounds is reported. Ours also draws a
+mixture with as many offline transitions, for which SB3 has no counterpart.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""How well `select` orders policies of one task that it has never seen act: rank correlation with their true returns.
+"""How well `select` ranks policies of one task without playing them: rank correlation with their true returns.
 
   python zoo/benchmarks/selection.py 'runs/*hopper*' --dataset diffagents/hopper/medium-v0 --episodes 20 --gamma 0.99 0.995
   python zoo/benchmarks/selection.py ... --returns zoo/results/selection-hopper-medium-v0.json  # other settings, same returns
 
-Prints, for each signal, Spearman's rank correlation with the mean return of real episodes, its 95 % bootstrap interval over the
-policies, and regret@1: what is lost by taking the signal's first instead of the truly best. Writes a JSON with all of it, the
-command, the machine and the commit. Twelve policies or more make sense of the correlations.
+For each signal this prints Spearman's rank correlation with the mean return of real episodes, its 95 % bootstrap interval over
+the policies, and regret@1: the loss of choosing the first policy by the signal instead of the truly best one. All results are
+written as JSON, with the command, the machine and the commit. Use at least twelve policies.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from diffagents.experiments.select import Selection, select
 from diffagents.training.provenance import command_line
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Signal -> whether the best policy has the largest. "order" is what `select` goes by: fqe, the not trusted behind.
+# Signal -> whether larger is better. "order" is the order of `select`: by fqe, policies that are not trusted last.
 SIGNALS = {"order": True, "fqe": True, "bc_loss": False, "off_data": False, "q_mean": True}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("policies", nargs="+", help="folders or .zip files, or patterns of them")
+    parser.add_argument("policies", nargs="+", help="folders or .zip files, or patterns for them")
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--episodes", type=int, default=20, help="real ones, for each policy")
-    parser.add_argument("--seed", type=int, default=1000, help="of the first of them")
-    parser.add_argument("--returns", type=pathlib.Path, help="a JSON of this command whose returns to take instead of playing")
-    parser.add_argument("--gamma", type=float, nargs="+", default=[FQEConfig.gamma], help="several: one selection each")
+    parser.add_argument("--episodes", type=int, default=20, help="real episodes per policy")
+    parser.add_argument("--seed", type=int, default=1000, help="seed of the first episode")
+    parser.add_argument("--returns", type=pathlib.Path, help="JSON file of this command with the returns, instead of playing")
+    parser.add_argument("--gamma", type=float, nargs="+", default=[FQEConfig.gamma], help="one selection for each value")
     parser.add_argument("--fqe-steps", type=int, default=FQEConfig.steps)
     parser.add_argument("--n-seeds", type=int, default=FQEConfig.n_seeds)
     parser.add_argument("--max-transitions", type=int, default=FQEConfig.max_transitions)
@@ -50,7 +50,7 @@ def main() -> None:
     warnings.simplefilter("ignore", UserWarning)
     paths = sorted({path for pattern in args.policies for path in glob.glob(pattern)})
     if len(paths) < 3:
-        parser.error(f"{len(paths)} policies match: a ranking needs three at least, and twelve to mean something")
+        parser.error(f"{len(paths)} policies match: a ranking needs at least three, and twelve to be meaningful")
     where, data = machine(), diffagents.load_dataset(args.dataset)
     policies = {path: diffagents.load(path, device=args.device, verbose=0) for path in paths}
     true = known_returns(args.returns, paths) if args.returns else play(policies, args)
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def play(policies: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The mean return of real episodes, the same ones for each policy, and its interval."""
+    """The mean return of real episodes, with the same seeds for each policy, and its interval."""
     found = {}
     for path, policy in policies.items():
         start = time.perf_counter()
@@ -88,21 +88,22 @@ def play(policies: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[s
 
 
 def known_returns(file: pathlib.Path, paths: list[str]) -> dict[str, dict[str, float]]:
+    """The returns stored in the JSON file of an earlier run."""
     known = json.loads(file.read_text())["true"]
     if missing := [path for path in paths if path not in known]:
-        raise SystemExit(f"{file} knows no return of {missing[0]}")
+        raise SystemExit(f"{file} has no return of {missing[0]}")
     return {path: known[path] for path in paths}
 
 
 def compare(found: Selection, true: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """For each signal: rank correlation with the returns, its interval, and what its first policy loses."""
+    """For each signal: rank correlation with the returns, its interval, and the regret of its first policy."""
     signals = {}
     for signal, largest in SIGNALS.items():
-        said = {row.name: -k if signal == "order" else getattr(row, signal) for k, row in enumerate(found.rows)}
-        rows = [row for row in found.rows if said[row.name] is not None and np.isfinite(said[row.name])]
+        values = {row.name: -k if signal == "order" else getattr(row, signal) for k, row in enumerate(found.rows)}
+        rows = [row for row in found.rows if values[row.name] is not None and np.isfinite(values[row.name])]
         if len(rows) < 3:
             continue
-        score = np.array([(1 if largest else -1) * said[row.name] for row in rows])
+        score = np.array([(1 if largest else -1) * values[row.name] for row in rows])
         returns = np.array([true[row.name]["mean_return"] for row in rows])
         noise = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
         many = [spearman(score[d], returns[d]) for d in noise if len(set(d.tolist())) > 2]
@@ -119,7 +120,7 @@ def compare(found: Selection, true: dict[str, dict[str, float]]) -> dict[str, di
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The correlation of ranks; ties share their mean rank."""
+    """The correlation of the ranks; ties share their mean rank."""
     ranks = [(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in (a, b)]
     spread = ranks[0].std() * ranks[1].std()
     return float(((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())).mean() / spread) if spread > 0 else 0.0

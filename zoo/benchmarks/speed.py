@@ -1,11 +1,12 @@
-"""How fast everything is, as ratios side by side: training, predict, eight seeds together, startup, where the time goes, looks.
+"""How fast everything is, compared side by side: training, predict, eight seeds as one, start-up, profile, log steps.
 
   python zoo/benchmarks/speed.py [--only training predict] [--algorithms SRPO DiffusionQL] [--threads 2] [--out FILE.json]
 
-Sizes are the papers' on Hopper (S 11, A 3), batch 256, random data. What is compared runs in turns, `--repeats` short bursts
-of each, so that a noisy machine disturbs all alike: times are medians of the bursts, +- is half their range in percent, and a
-ratio is the median of the bursts' ratios. "straightforward" is the plain eager PyTorch of straightforward.py. Compiling takes
-10 to 100 s a part, once. --out is written anew after every section, with the machine and the commit. GPU: speed_gpu.py.
+Networks have the papers' sizes for Hopper (S 11, A 3), with batch 256 and random data. Whatever is compared runs interleaved,
+`--repeats` short bursts of each, so that a noisy machine disturbs all alike: times are medians of the bursts, +- is half their
+range in percent, and a ratio is the median of the bursts' ratios. "straightforward" is the plain eager PyTorch of
+straightforward.py. Compiling takes 10 to 100 s per update, once. --out is written after every section, with the machine and the
+commit. For a GPU use speed_gpu.py.
 """
 
 import argparse
@@ -55,10 +56,10 @@ MEMBERS = 8  # trained together
 
 # ---- 1. training -----------------------------------------------------------------------------------------------------
 def measure_training(args: argparse.Namespace, data: Transitions) -> list[dict[str, Any]]:
-    """Milliseconds per update by stage and mode, and the share of what the machine's matrix products reach.
+    """Milliseconds per update by stage and mode, and the share of the measured rate of matrix products.
 
     An update's arithmetic is that of its eager matrix products, forward and backward; the rates are those of a 256 x 256
-    x 256 product and of a large one, in the same turns.
+    x 256 product and of a large one, interleaved with the updates.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -95,7 +96,7 @@ def measure_training(args: argparse.Namespace, data: Transitions) -> list[dict[s
 
 # ---- 2. predict ------------------------------------------------------------------------------------------------------
 def measure_predict(args: argparse.Namespace, data: Transitions) -> list[dict[str, Any]]:
-    """Microseconds per call for 1 and 64 observations, beside SB3's TD3, the bare network and the plain Diffusion-QL."""
+    """Microseconds per call for 1 and 64 observations, compared with SB3's TD3, the bare network and plain Diffusion-QL."""
     from stable_baselines3 import TD3
 
     from diffagents.envs.vec_env import stub_env
@@ -127,7 +128,9 @@ def measure_predict(args: argparse.Namespace, data: Transitions) -> list[dict[st
                 return lambda: agent.predict(obs, deterministic=fixed)
 
             calls[f"eager {kind}, {size}"] = predict(eager)
-            if (size == 1 and eager.point_policy(fixed) is None) or name == "DiffusionQL":  # else numpy, quicker still
+            if (
+                size == 1 and eager.point_policy(fixed) is None
+            ) or name == "DiffusionQL":  # otherwise numpy runs it, which is faster
                 print(f"  compiling {name}, {kind}, {size} ...", flush=True)
                 fast.compile_policy(size, fixed)
                 calls[f"compiled {kind}, {size}"] = predict(fast)
@@ -147,7 +150,7 @@ def measure_predict(args: argparse.Namespace, data: Transitions) -> list[dict[st
 
 # ---- 3. many seeds ---------------------------------------------------------------------------------------------------
 def measure_many(args: argparse.Namespace, data: Transitions) -> list[dict[str, Any]]:
-    """A step of eight agents together as a share of eight steps of one, both in the same mode."""
+    """The time of one step of eight agents as one, relative to eight steps of a single agent in the same mode."""
     from diffagents.experiments.learn_many import make_many_runner, stacked
     from diffagents.training.cuda_graph import GraphRunner
 
@@ -193,7 +196,7 @@ print(base / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"""
 
 
 def measure_startup(args: argparse.Namespace, data: Transitions) -> dict[str, Any]:
-    """Import and load times in fresh processes, in turns; peak memory of a short eager training."""
+    """Import and load times in new processes, interleaved; peak memory of a short eager training."""
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         imports = ("import diffagents", "from diffagents import SRPO", "from diffagents import SRPO, learn_many, load_dataset")
@@ -204,7 +207,7 @@ def measure_startup(args: argparse.Namespace, data: Transitions) -> dict[str, An
         runs: dict[str, list[list[float]]] = {what: [] for what in codes}
         for what, code in [*codes.items()] * args.repeats:
             runs[what].append(numbers_of(code))
-    show("seconds", "median", "beside")
+    show("seconds", "median", "compare")
     for what, found in runs.items():
         other = "a second load" if what.startswith("load") else "torch, gymnasium"
         values = {"seconds": statistics.median(one[1] for one in found), other: statistics.median(one[0] for one in found)}
@@ -228,7 +231,7 @@ BOOKKEEPING = (  # of tensors, without arithmetic
 
 
 def kind_of(operation: str) -> str:
-    """Which of KINDS an operation of the profiler belongs to."""
+    """The kind, one of KINDS, of an operation of the profiler."""
     if operation.startswith(MATMUL):
         return "matmul"
     name = operation.removeprefix("aten::").strip("_")
@@ -238,7 +241,7 @@ def kind_of(operation: str) -> str:
 
 
 def measure_profile(args: argparse.Namespace, data: Transitions) -> list[dict[str, Any]]:
-    """Milliseconds per update by kind: the engine's phases timed as they run, losses and gradients split by torch.profiler."""
+    """Milliseconds per update by kind: phases are timed as they run, losses and gradients are split by torch.profiler."""
     from torch._inductor import config
 
     rows = []
@@ -246,7 +249,7 @@ def measure_profile(args: argparse.Namespace, data: Transitions) -> list[dict[st
     for name, mode in itertools.product(args.algorithms, ("eager", "compiled")):
         agent = make_agent(name, data)
         for stage in agent.stages():
-            with config.patch({"cpp.enable_kernel_profile": True}):  # compiled kernels tell the profiler their names
+            with config.patch({"cpp.enable_kernel_profile": True}):  # names compiled kernels for the profiler
                 runner, n = offline.make_runner(agent, stage, stage_sampler(agent, stage, data), mode), cycle_length(stage)
                 stepper(runner, n)()
             profiled = profile_gradients(runner, n, args.repeats)
@@ -266,13 +269,13 @@ def measure_profile(args: argparse.Namespace, data: Transitions) -> list[dict[st
 
 
 def profile_gradients(runner: Any, n: int, repeats: int) -> dict[str, float]:
-    """Microseconds of each of KINDS within the losses and gradients of n steps, `repeats` times."""
+    """Microseconds of each of KINDS in the losses and gradients of n steps, repeated `repeats` times."""
     (generator,), due = runner.generators, [j for k in range(FIRST, FIRST + n) for j in runner.due(k)]
     batch = runner.sampler.sample(runner.batch_size, generator)
     jobs = [(runner.gradients[j], runner.updates[j].draw(runner.batch_size, generator)) for j in due]
-    for rounds in (1, repeats):  # the first profile of a process starts slowly
+    for rounds in (1, repeats):  # the first profile of a process is slow
         cpu, own = [torch.profiler.ProfilerActivity.CPU], torch.profiler.record_function("gradients")
-        with torch.profiler.profile(activities=cpu) as profiler, own:  # what is left to `own` is Python's time
+        with torch.profiler.profile(activities=cpu) as profiler, own:  # the remainder in `own` is the time of Python
             for (gradients, noise), _ in itertools.product(jobs, range(rounds)):
                 gradients(batch, noise)
     found = dict.fromkeys(KINDS, 0.0)
@@ -282,7 +285,7 @@ def profile_gradients(runner: Any, n: int, repeats: int) -> dict[str, float]:
 
 
 def phases_of(runner: Any, n: int) -> dict[str, float]:
-    """Seconds of each phase of n steps, which are those of Runner.run."""
+    """Seconds of each phase of n steps, in the order of Runner.step."""
     seconds = dict.fromkeys(("sampling", "gradients", "optimiser", "rest"), 0.0)
     (generator,), marks = runner.generators, [time.perf_counter()]
 
@@ -307,11 +310,11 @@ def phases_of(runner: Any, n: int) -> dict[str, float]:
     return seconds
 
 
-# ---- 6. looks --------------------------------------------------------------------------------------------------------
-def measure_looks(args: argparse.Namespace, data: Transitions) -> dict[str, Any]:
-    """What logging, snapshots, counting and a do-nothing callback add to SRPO's critic updates, in percent.
+# ---- 6. log steps --------------------------------------------------------------------------------------------------------
+def measure_log_steps(args: argparse.Namespace, data: Transitions) -> dict[str, Any]:
+    """The cost of logging, snapshots, counting and an empty callback, in percent of SRPO's critic updates.
 
-    Once as what `learn`'s loop spends outside the steps, in the same run: steady; and against a bare loop: noisy.
+    Measured as the time that the loop of `learn` spends outside the steps (precise), and relative to a bare loop (noisy).
     """
     from stable_baselines3.common.callbacks import BaseCallback
 
@@ -325,8 +328,8 @@ def measure_looks(args: argparse.Namespace, data: Transitions) -> dict[str, Any]
         def _on_step(self) -> bool:
             return True
 
-    def timed_runner(*given: Any) -> Any:
-        runner = training_runner(*given)
+    def timed_runner(*args: Any) -> Any:
+        runner = training_runner(*args)
         step = runner.step
 
         def timed(k: int) -> None:
@@ -354,7 +357,7 @@ def measure_looks(args: argparse.Namespace, data: Transitions) -> dict[str, Any]
                 agent.learn(data, n, callback, interval, stages=("critic",))
             found[key].append(callback.seconds)
     result = {key: milliseconds(times, n) for key, times in found.items()}
-    show(f"{n:,} updates", "ms per update", "in the run", "beside bare")
+    show(f"{n:,} updates", "ms per update", "in the run", "to bare loop")
     for key, row in result.items():
         row["added_percent"] = 100 * (ratio(found[key], steps[key] or found[key]) - 1)
         row["added_percent_to_bare"] = 100 * (ratio(found[key], found["bare"]) - 1)
@@ -369,7 +372,7 @@ SECTIONS = {
     "many": measure_many,
     "startup": measure_startup,
     "profile": measure_profile,
-    "looks": measure_looks,
+    "looks": measure_log_steps,
 }
 
 
@@ -378,10 +381,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--algorithms", nargs="+", choices=diffagents.AGENTS)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5, help="bursts of each")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of a burst")
-    parser.add_argument("--look-steps", type=int, default=2000, help="updates in each burst of the looks")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of training and many; the rest is the CPU's")
+    parser.add_argument("--repeats", type=int, default=5, help="bursts of each measurement")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds per burst")
+    parser.add_argument("--look-steps", type=int, default=2000, help="updates in each burst of the section looks")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device of training and many; other sections use the CPU"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="default: zoo/results/speed-cpu.json, or -cuda")
     args = parser.parse_args()
     args.modes = ["eager", "compiled", *(["graph"] if args.device == "cuda" else [])]

@@ -1,11 +1,12 @@
-"""Minutes that the papers' schedules take on a GPU: steady updates of SRPO and Diffusion-QL, straightforward to CUDA graph.
+"""Minutes that the papers' schedules take on a GPU: SRPO and Diffusion-QL, from straightforward PyTorch to CUDA graphs.
 
   python zoo/benchmarks/speed_gpu.py [--seconds 60] [--only SRPO] [--stages behavior] [--modes eager graph] [--out FILE.json]
 
-Each stage runs at least --seconds in each mode, after its warm-up, on random data of Hopper's sizes: batch 256, SRPO's
-behaviour 2048. The time of an update times the paper's number of them gives the minutes; compiling is told beside them. TF32
-as in training (on, unless --no-tf32) and printed. First, 20 steps from one state in both modes, TF32 off, must agree.
-"straightforward" is plain eager PyTorch (straightforward.py), for at most 20 s. Needs torch, numpy, safetensors, gymnasium.
+Each stage runs for at least --seconds in each mode, after a warm-up, on random data of Hopper's sizes with batch 256 (SRPO's
+behaviour stage: 2048). The minutes are the time per update times the number of updates in the paper; the warm-up with compiling
+is reported separately. TF32 is on as in training, unless --no-tf32. Before that, 20 steps from the same state in both modes are
+compared, with TF32 off. "straightforward" is plain eager PyTorch (straightforward.py), for at most 20 s. Requires torch, numpy,
+safetensors and gymnasium only.
 """
 
 import argparse
@@ -40,9 +41,10 @@ CHECKED = 20  # steps
 
 
 def differences(name: str, position: int, mode: str, args: argparse.Namespace, data: Transitions) -> dict[str, float]:
-    """After CHECKED steps from one state, the largest difference of any number of any network between `mode` and eager.
+    """The largest difference of any weight between `mode` and eager after CHECKED steps from the same state.
 
-    Beside it, how far the steps moved the networks at most: what the difference is to be compared with.
+    Returns:
+        "difference", and "moved": the largest change of any weight in these steps, for comparison.
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
     for way in ("eager", mode):
@@ -62,13 +64,13 @@ def differences(name: str, position: int, mode: str, args: argparse.Namespace, d
 
 
 def tensors_of(agent: Any) -> dict[str, torch.Tensor]:
-    """Copies of all numbers of all networks."""
+    """Copies of all tensors of all networks."""
     networks = agent.networks().items()
     return {f"{name}.{key}": t.detach().clone() for name, net in networks for key, t in net.state_dict().items()}
 
 
 def steady(name: str, position: int, mode: str, args: argparse.Namespace, data: Transitions) -> dict[str, float]:
-    """Seconds per update over at least --seconds of them; and the seconds of the warm-up, compiling and capturing included."""
+    """Seconds per update, measured over at least --seconds, and of the warm-up including compiling and capturing."""
     agent = make_agent(name, data, args.device, tf32=args.tf32, **PAPER[name])
     stage = agent.stages()[position]
     sampler, n = stage_sampler(agent, stage, data), cycle_length(stage)
@@ -88,22 +90,22 @@ def steady(name: str, position: int, mode: str, args: argparse.Namespace, data: 
                 cycle()
             synchronize()
             cycles += chunk
-            chunk = max(1, round(0.5 * cycles / (time.perf_counter() - start)))  # waits twice a second
+            chunk = max(1, round(0.5 * cycles / (time.perf_counter() - start)))  # synchronises twice a second
     return {"seconds_per_update": passed / (n * cycles), "updates": n * cycles, "seconds": passed, "warm_up_seconds": warmed}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=BARS, default=list(BARS))
-    parser.add_argument("--stages", nargs="+", help="some of them; the sums are then left out")
+    parser.add_argument("--stages", nargs="+", help="only these stages; the totals are omitted then")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--no-tf32", dest="tf32", action="store_false")
-    parser.add_argument("--out", type=pathlib.Path, help="keep the results as JSON, too")
+    parser.add_argument("--out", type=pathlib.Path, help="also write the results as JSON")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: nothing was measured (--device cpu --seconds 2 tries the command without one)")
+        print("there is no CUDA device, so nothing was measured; --device cpu --seconds 2 tries the command without one")
         return
     modes = [mode for mode in args.modes if mode != "graph" or args.device == "cuda"]
     results: dict[str, Any] = {"command": "python " + " ".join(sys.argv), "machine": machine(), "tf32": args.tf32, "runs": []}
@@ -135,8 +137,8 @@ def main() -> None:
                 )
         if chosen == list(shares):
             results[name] = {"minutes": minutes, "bar": BARS[name]}
-            told = ", ".join(f"{mode} {value:.1f}" for mode, value in minutes.items())
-            print(f"{name}, the paper's schedule in minutes (bar: {BARS[name]}): {told}", flush=True)
+            line = ", ".join(f"{mode} {value:.1f}" for mode, value in minutes.items())
+            print(f"{name}, the paper's schedule in minutes (bar: {BARS[name]}): {line}", flush=True)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1) + "\n")

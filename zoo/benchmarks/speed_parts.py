@@ -1,6 +1,6 @@
-"""What speed.py and speed_gpu.py share: agents on random data of Hopper's sizes, their steps, timing in turns, the machine.
+"""Shared by speed.py and speed_gpu.py: agents on random data of Hopper's sizes, their steps, interleaved timing, the machine.
 
-Imports torch, numpy and diffagents only, so that it runs where the rest of our dependencies is missing.
+Imports only torch, numpy and diffagents, so that it runs without the other dependencies.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from diffagents.data.transitions import Transitions
 from diffagents.training import offline, prepare
 from diffagents.training.updates import Stage
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each start and stop of its own
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler quiet
 HERE = pathlib.Path(__file__).resolve().parent
 OBS_DIM, ACT_DIM, BATCH = 11, 3, 256
-FIRST = 10_000  # the step that a stage is taken up at: all its parts are due from time to time, and a cycle begins here
+FIRST = 10_000  # the first step that is measured: by then all updates of a stage take place, and a cycle begins
 Call = Callable[[], Any]
 Bursts = dict[str, list[float]]  # seconds per call, one number for each burst
 
@@ -52,51 +52,51 @@ def synthetic_data(n: int = 50_000) -> Transitions:
         "truncations": ends & (np.arange(n) % 1000 >= 500),
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about bounds taken from the data
+        warnings.simplefilter("ignore")  # about action bounds inferred from the data
         return diffagents.load_dataset(arrays)
 
 
-def make_agent(name: str, data: Transitions, device: str = "cpu", seed: int = 0, **knobs: Any) -> Any:
-    """An agent with the paper's networks that knows the data and is not trained."""
+def make_agent(name: str, data: Transitions, device: str = "cpu", seed: int = 0, **hyperparameters: Any) -> Any:
+    """An untrained agent with the networks of the paper, prepared for the data."""
     cls = getattr(diffagents, name)
     sizes = {"batch_size": BATCH, "behavior_batch_size": BATCH, "n_support_states": BATCH, "n_critics": 10, "n_samples": 10}
     known = {field.name for field in dataclasses.fields(cls.Config)}
-    knobs = {**{knob: value for knob, value in sizes.items() if knob in known}, **knobs}
-    agent = cls(seed=seed, verbose=0, device=device, compile="eager", **knobs)
+    hyperparameters = {**{key: value for key, value in sizes.items() if key in known}, **hyperparameters}
+    agent = cls(seed=seed, verbose=0, device=device, compile="eager", **hyperparameters)
     prepare.adopt(agent, data)
     return agent
 
 
 def stage_sampler(agent: Any, stage: Stage, data: Transitions) -> Sampler:
-    """The data as the stage samples them."""
+    """The sampler of a stage."""
     sampler = data.sampler(agent.device, agent.reward_transform, agent.obs_normalizer)
     return sampler if stage.prepare is None else stage.prepare(sampler, offline.stage_generator(agent, stage))
 
 
 def cycle_length(stage: Stage) -> int:
-    """Steps after which the same parts are due again."""
+    """Number of steps after which the pattern of updates repeats."""
     return math.lcm(*(update.every for update in stage.updates))
 
 
 def stepper(runner: Any, n: int) -> Call:
-    """Runs the runner's next n steps at each call. Raises RuntimeError where compiling failed, so that they run eagerly."""
+    """A function that runs the next n steps at each call. It raises RuntimeError if compiling failed."""
     steps = itertools.count(FIRST)
 
     def call() -> None:
         for _ in range(n):
             runner.step(next(steps))
         if runner.failed:
-            raise RuntimeError("compiling failed (the warning says why): what runs is not what was to be measured")
+            raise RuntimeError("compiling failed, as the warning explains: the measurement would be that of eager updates")
 
     return call
 
 
 def plain_stepper(name: str, stage: Stage, sampler: Sampler, device: str, n: int) -> Call:
-    """The same n steps in straightforward PyTorch, batches included."""
+    """A function that runs n steps in straightforward PyTorch, including the batches."""
     late = {"ema_start": 0} if name in ("DiffusionQL", "DiffCPS") else {}
     module = straightforward if hasattr(straightforward, f"Plain{name}") else straightforward_baselines
     plain = getattr(module, f"Plain{name}")(OBS_DIM, ACT_DIM, device, **late)
-    names = (f"update_{stage.name}", "update", "update_critic")  # SfBC's planning is its critic's update on other goals
+    names = (f"update_{stage.name}", "update", "update_critic")  # SfBC plans with the update of its critic on other targets
     update = next(getattr(plain, update) for update in names if hasattr(plain, update))
     columns = [column.contiguous() for column in sampler.all()[:5]]
     tables = list(sampler.tables.values())
@@ -116,13 +116,13 @@ def synchronize() -> None:
 
 
 def warm_up(call: Call) -> None:
-    """Until all is compiled and, on a GPU, captured: what is due together is captured at its fourth time."""
+    """Call until everything is compiled and, on a GPU, captured, which happens at the fourth occurrence of a combination."""
     for _ in range(8 if torch.cuda.is_available() and torch.cuda.is_initialized() else 1):
         call()
 
 
 def interleave(calls: dict[str, Call], args: argparse.Namespace) -> Bursts:
-    """`--repeats` bursts of about `--seconds` of each call, in turns, after two calls to warm up (the first may compile)."""
+    """Interleaved: `--repeats` bursts of about `--seconds` of each call, after a warm-up in which it may compile."""
     counts: dict[str, int] = {}
     found: Bursts = {name: [] for name in calls}
     for name, call in calls.items():
@@ -143,14 +143,14 @@ def interleave(calls: dict[str, Call], args: argparse.Namespace) -> Bursts:
 
 
 def latencies(calls: dict[str, Call], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Microseconds of single calls, p50 and p99, in turns as above; n: how many calls."""
+    """Microseconds of single calls, interleaved as above: p50, p99 and the number n of calls."""
     times: Bursts = {name: [] for name in calls}
     for name, call in [*calls.items()] * (args.repeats + 1):
         end = time.perf_counter() + args.seconds
         while (start := time.perf_counter()) < end:
             call()
             times[name].append(time.perf_counter() - start)
-    skip = {name: len(some) // (5 * (args.repeats + 1)) for name, some in times.items()}  # while warming up
+    skip = {name: len(some) // (5 * (args.repeats + 1)) for name, some in times.items()}  # the warm-up
     return {
         name: {"p50": 1e6 * np.percentile(t[skip[name] :], 50), "p99": 1e6 * np.percentile(t[skip[name] :], 99), "n": len(t)}
         for name, t in times.items()
@@ -158,8 +158,8 @@ def latencies(calls: dict[str, Call], args: argparse.Namespace) -> dict[str, dic
 
 
 def numbers_of(code: str) -> list[float]:
-    """What Python prints last, running `code` in a fresh process."""
-    # By way of a small process: on Linux a child's ru_maxrss begins at the size of the parent it was started from.
+    """Run `code` in a new Python process and return the numbers on its last line of output."""
+    # Through a small process: on Linux ru_maxrss of a child starts at the size of its parent.
     small = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
     done = subprocess.run([sys.executable, "-c", small, code], capture_output=True, text=True)
     if done.returncode:
@@ -168,7 +168,7 @@ def numbers_of(code: str) -> list[float]:
 
 
 def milliseconds(times: list[float], per: int = 1) -> dict[str, float]:
-    """The median, and half the range in percent of it."""
+    """The median in milliseconds, and half the range in percent of it."""
     median = statistics.median(times)
     return {"ms": 1e3 * median / per, "spread_percent": 50 * (max(times) - min(times)) / median}
 
@@ -183,7 +183,7 @@ def show(*cells: Any) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on; asked before measuring, for the load."""
+    """A description of the machine; call it before measuring, for the load average."""
     cpu = platform.processor() or platform.machine()
     if pathlib.Path("/proc/cpuinfo").exists():
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

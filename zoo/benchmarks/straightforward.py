@@ -1,20 +1,20 @@
-"""Plain eager PyTorch versions of every update: what our engine is measured against. They import torch, nothing of ours.
+"""Plain eager PyTorch versions of every update, the baseline for our speed. They import torch and nothing of this library.
 
-They compute what diffagents/agents/ compute, the way the official research code does it: Linear layers in Sequentials, twin
-critics one after the other, each draw made where it is needed, the chain a Python loop that gathers its constants for
-every row, each step's whole input concatenated, Adam as it comes, soft updates parameter by parameter, losses read with
-`.item()` at every step. Nothing is slowed down on purpose:
-  - targets run under `no_grad`, also where the official code forgets it; left as there is that the policy steps of
+They compute what diffagents/agents/ compute, in the style of official research code: Linear layers in Sequentials, twin critics
+one after the other, random numbers drawn where they are needed, the chain as a Python loop that gathers its constants for every
+row, the whole input of each step concatenated, Adam with its defaults, soft updates parameter by parameter, and losses read
+with `.item()` at every step. Nothing is slowed down on purpose:
+  - targets are computed under `no_grad`, also where the official code omits it. As in the official code, the policy steps of
     Diffusion-QL, DiffCPS and TD3+BC compute gradients of the critic's weights too, which the next critic step clears;
-  - the policy that SRPO's code trains beside its critic, only to watch it, is left out;
-  - BDPO's and IDQL's originals are in JAX. The translation is direct: BDPO's vmapped ensembles are batched products.
-Of all ways of acting there are two: Diffusion-QL's, and the bare network. This file has SRPO, Diffusion-QL, DiffCPS, BDPO and
-IQL's critic; straightforward_baselines.py the other algorithms; straightforward_parts.py the networks.
+  - the policy that SRPO's code trains during the critic stage, only for monitoring, is omitted;
+  - the originals of BDPO and IDQL are in JAX. The translation is direct: BDPO's vmapped ensembles are batched products.
+There are two ways of acting: Diffusion-QL's, and the bare network. This file has SRPO, Diffusion-QL, DiffCPS, BDPO and IQL's
+critic; straightforward_baselines.py the other algorithms; straightforward_parts.py the networks.
 
   agent = PlainDiffusionQL()                                   # Hopper's sizes, on the CPU
   losses = agent.update((obs, act, rew, next_obs, done))       # obs (B, S), act (B, A), rew and done (B,) or (B, 1)
 
-Every `update*` takes a batch of any size, moves the networks, and returns its losses as floats.
+Every `update*` takes a batch of any size, updates the networks, and returns its losses as floats.
 """
 
 import copy
@@ -57,7 +57,7 @@ class PlainMLPPolicy:
 
 
 class PlainDiffusionQL:
-    """`ema_start`: the step from which the lagged policy follows; 0 to time what a long run does."""
+    """`ema_start`: the step from which the EMA of the policy is updated; 0 to time what a long run does."""
 
     def __init__(self, obs_dim: int = 11, act_dim: int = 3, device: str = "cpu", ema_start: int = 1000) -> None:
         self.device, self.ema_start, self.step = device, ema_start, 0

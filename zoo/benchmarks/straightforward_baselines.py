@@ -1,7 +1,7 @@
-"""The plain versions of the baselines, as straightforward.py says: IQL, IDQL, TD3+BC, diffusion BC, AWR, QGPO, SfBC.
+"""Plain versions of the baselines, in the style of straightforward.py: IQL, IDQL, TD3+BC, diffusion BC, AWR, QGPO, SfBC.
 
-What is computed once for the whole data, the supports of QGPO (DPM-Solver) and the returns of AWR and SfBC, comes in as a
-tensor beside the batch.
+What is computed once for the whole data, the supports of QGPO (DPM-Solver) and the returns of AWR and SfBC, is passed as a
+tensor in addition to the batch.
 """
 
 import copy
@@ -135,7 +135,7 @@ class PlainIDQL(PlainIQLCritic):
 
 
 class PlainTD3BC:
-    """The policy and both lagged copies move in every second call of `update`."""
+    """The policy and both target networks are updated in every second call of `update`."""
 
     def __init__(self, obs_dim: int = 11, act_dim: int = 3, device: str = "cpu") -> None:
         self.step = 0

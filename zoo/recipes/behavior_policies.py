@@ -1,7 +1,7 @@
-"""The policies that the recipes let act: published networks as arrays, and planners for mazes.
+"""The behaviour policies of the recipes: published networks as arrays, and planners for mazes.
 
-Each is a callable, observation -> action in the environment's units (not yet clipped), and draws from a generator of its own
-that starts from a seed. Arrays come from `policies/`; the README there says who trained them.
+Each is a callable, observation -> action in the environment's units (not yet clipped), with a seeded generator of its own. The
+arrays are in `policies/`; the README there says who trained them.
 """
 
 import collections
@@ -27,49 +27,60 @@ class Network:
         self.relu, self.squash = str(arrays["act"]) == "relu", bool(arrays["squash"])
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
-        """An action with the policy's own noise."""
+        """A noisy action for one observation."""
         return self.act(obs, noisy=True)
 
     def act(self, obs: np.ndarray, noisy: bool) -> np.ndarray:
-        """(n_inputs,) -> (A,). Raises ValueError for noise from a policy that has none."""
-        given, x = self.arrays, obs
-        if "mean" in given:  # the observation normaliser that it was trained with
-            x = np.clip((x - given["mean"]) / given["std"], -float(given["clip"]), float(given["clip"]))
+        """Compute an action.
+
+        Args:
+            obs: One observation, (n_inputs,).
+            noisy: Whether to add the policy's own noise.
+
+        Returns:
+            The action, (A,).
+
+        Raises:
+            ValueError: If the policy has no noise of its own.
+        """
+        arrays, x = self.arrays, obs
+        if "mean" in arrays:  # the observation normaliser that it was trained with
+            x = np.clip((x - arrays["mean"]) / arrays["std"], -float(arrays["clip"]), float(arrays["clip"]))
         x = x.astype(np.float32)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             x = weight @ x + bias
             x = np.maximum(x, 0) if self.relu else np.tanh(x)
         action = self.weights[-1] @ x + self.biases[-1]
-        if noisy and "Ws" in given:  # the spread is a second head of the network
-            spread = np.exp(np.clip(given["Ws"] @ x + given["bs"], -20, 2))
+        if noisy and "Ws" in arrays:  # the spread is a second head of the network
+            spread = np.exp(np.clip(arrays["Ws"] @ x + arrays["bs"], -20, 2))
             action = action + spread * self.rng.standard_normal(action.shape)
-        elif noisy and "log_std" in given:
-            action = action + np.exp(given["log_std"]) * self.rng.standard_normal(action.shape)
+        elif noisy and "log_std" in arrays:
+            action = action + np.exp(arrays["log_std"]) * self.rng.standard_normal(action.shape)
         elif noisy:
             raise ValueError("this policy has no noise of its own")
         return np.tanh(action) if self.squash else action
 
 
 class Snapshots:
-    """One of several policies, drawn anew for every episode: what a training run left behind ("medium-replay")."""
+    """One of several policies, drawn for every episode, like the snapshots of a training run ("medium-replay")."""
 
     def __init__(self, policies: Sequence[Network], rng: np.random.Generator) -> None:
         self.policies, self.rng = policies, rng
 
     def reset(self) -> None:
-        """Called before every episode."""
+        """Draw the policy of the next episode."""
         self.policy = self.policies[self.rng.integers(len(self.policies))]
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
-        """An action of the policy of this episode, with its own noise."""
+        """A noisy action of the policy of this episode."""
         return self.policy(obs)
 
 
 class Waypoints:
-    """The way through a maze: breadth-first search over free cells, then from centre to centre, the last leg to the goal."""
+    """A path through a maze by breadth-first search over free cells, followed from centre to centre and finally to the goal."""
 
     near = 0.15
-    """Distance to a centre, in the maze's units, at which the next one becomes the target."""
+    """Distance to a centre, in units of the maze, at which the next centre becomes the target."""
 
     def __init__(self, maze: Any) -> None:
         self.maze = maze  # of Gymnasium-Robotics
@@ -77,7 +88,7 @@ class Waypoints:
         self.reset()
 
     def reset(self) -> None:
-        """Called before every episode: a new start, a new way."""
+        """Forget the path, before every episode."""
         self.path: list[Cell] | None = None
         self.leg = 0
 
@@ -86,7 +97,7 @@ class Waypoints:
         return row, column
 
     def _way(self, start: Cell, end: Cell) -> list[Cell]:
-        """The cells after `start` up to `end`, on a shortest way."""
+        """The cells after `start` up to `end` on a shortest path."""
         after: dict[Cell, Cell | None] = {end: None}
         queue = collections.deque([end])
         while queue and queue[0] != start:
@@ -104,7 +115,7 @@ class Waypoints:
         return path
 
     def target(self, obs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The point (2,) to make for."""
+        """The point (2,) to move towards."""
         goal, here = obs["desired_goal"], obs["achieved_goal"]
         if self.path is None:
             self.path = self._way(self._cell(here), self._cell(goal))
@@ -116,16 +127,16 @@ class Waypoints:
         return self.maze.cell_rowcol_to_xy(np.array(cell))
 
     def __call__(self, obs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """PD control of PointMaze's ball: the force (2,)."""
+        """The force (2,) on the ball of PointMaze, by PD control."""
         return 10.0 * (self.target(obs) - obs["achieved_goal"]) - obs["observation"][2:4]
 
 
 class AntWaypoints(Waypoints):
-    """AntMaze: the same way, walked by a policy that only learnt to run along +x, without its noise.
+    """AntMaze: the same path, followed by a policy that only learnt to run along +x, without its noise.
 
-    No training is needed, by symmetry. The dynamics do not change when the world turns about z: what the policy sees of the
-    torso is turned by minus the direction, so that it runs there. And the Ant looks the same from four sides: its legs are
-    relabelled so that the rest of its yaw, as the policy sees it, is within 45 degrees.
+    No training is needed, by symmetry. The dynamics are invariant under rotations about z: the torso as the policy observes it
+    is rotated by minus the direction, so that the policy runs in that direction. The Ant also looks the same from four sides:
+    its legs are relabelled so that the remaining yaw, as the policy observes it, is within 45 degrees.
     """
 
     near = 1.0
@@ -138,7 +149,7 @@ class AntWaypoints(Waypoints):
         """Torques (8,) for an AntMaze observation."""
         ahead = self.target(obs) - obs["achieved_goal"]
         seen, k = seen_along(obs["observation"][:27], np.arctan2(ahead[1], ahead[0]))
-        contact_forces = np.zeros(self.runner.n_inputs - 27)  # the versions of Ant that it learnt in always gave zeros
+        contact_forces = np.zeros(self.runner.n_inputs - 27)  # always zero in the versions of Ant in which it was trained
         return relabelled(np.clip(self.runner.act(np.concatenate([seen, contact_forces]), noisy=False), -1, 1), k)
 
 
@@ -148,9 +159,14 @@ _ANKLE_SIGNS = np.array([[np.prod([_ANKLE[(i + j) % 4] for j in range(k)], dtype
 
 
 def seen_along(obs: np.ndarray, direction: float) -> tuple[np.ndarray, int]:
-    """An Ant observation (27,) as if `direction` (radians) were +x and leg k were the first, and that k.
+    """Transform an Ant observation as if `direction` were +x and leg k the first.
 
-    obs: height, quaternion (4,), joint angles (8,), linear and angular velocity (3,) each, joint velocities (8,).
+    Args:
+        obs: (27,): height, quaternion (4,), joint angles (8,), linear and angular velocity (3,) each, joint velocities (8,).
+        direction: In radians.
+
+    Returns:
+        The transformed observation (27,), and k.
     """
     turned = _times(_turn(-direction), obs[1:5])
     k = int(np.round(-_yaw(turned) / (np.pi / 2))) % 4
@@ -164,7 +180,7 @@ def seen_along(obs: np.ndarray, direction: float) -> tuple[np.ndarray, int]:
 
 
 def relabelled(action: np.ndarray, k: int) -> np.ndarray:
-    """Torques (8,) for legs as `seen_along` numbered them -> those for the legs as they are."""
+    """Torques (8,) for the legs as numbered by `seen_along` -> torques for the actual legs."""
     of_leg, real = np.zeros((4, 2)), np.zeros((4, 2))
     for n, leg in enumerate(_ACTUATOR_LEGS):
         of_leg[leg] = action[2 * n : 2 * n + 2]
@@ -188,15 +204,16 @@ def _times(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def _turn(angle: float) -> np.ndarray:
-    """The quaternion of a turn about z."""
+    """The quaternion of a rotation about z."""
     return np.array([np.cos(angle / 2), 0, 0, np.sin(angle / 2)])
 
 
 def _yaw(q: np.ndarray) -> float:
+    """The rotation about z, in radians."""
     return np.arctan2(2 * (q[0] * q[3] + q[1] * q[2]), 1 - 2 * (q[2] ** 2 + q[3] ** 2))
 
 
 def _turned(angle: float, v: np.ndarray) -> np.ndarray:
-    """A vector (3,) turned about z."""
+    """A vector (3,) rotated about z."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([c * v[0] - s * v[1], s * v[0] + c * v[1], v[2]])

@@ -1,10 +1,10 @@
-"""Make Minari datasets of two sets of human demonstrations; what exists is left alone.
+"""Make Minari datasets from two sets of human demonstrations; existing datasets are left alone.
 
   python zoo/recipes/human.py --root .data/minari [--only pusht]
 
 diffagents/pusht/human-v0: a T-shaped block pushed to its place with a mouse, 206 demonstrations in gym_pusht/PushT-v0
-(pip install gym-pusht). The recording has no rewards and ends before the last action takes effect: both come from the
-environment, which goes from each recorded state to the next, to a hundredth of a pixel; that is checked for each.
+(pip install gym-pusht). The recording has no rewards and ends before the last action takes effect: both are computed with the
+environment, which reproduces each recorded state from the one before to a hundredth of a pixel; this is checked for each.
 diffagents/door/human-v0: an Adroit hand opens a door, 25 demonstrations with a glove, the source of D4RL's door-human, in
 AdroitHandDoor-v1 (pip install "diffagents[robotics]"). Actions beyond the bounds are clipped. The state after the last
 action was not recorded, so the last step of each demonstration is left out.
@@ -24,8 +24,8 @@ from diffagents.data.collect import write_dataset
 from diffagents.envs.make import make_env
 
 DATA = Path(__file__).parent / "data"
-SETTLED = 10  # steps after which the speed that the block began with, which was not recorded, plays no part any more
-TOLERANCE = 1e-2  # pixels (or radians) between a recorded state and what the environment makes of the one before it
+SETTLED = 10  # steps after which the initial speed of the block, which was not recorded, no longer matters
+TOLERANCE = 1e-2  # largest difference between a recorded state and the simulated one, in pixels or radians
 CREDITS = {"author": "diffagents", "code_permalink": "zoo/recipes/human.py"}
 
 
@@ -39,9 +39,10 @@ def demonstrations(file: str) -> Iterator[dict[str, np.ndarray]]:
 
 
 def pusht_episodes(env: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Recorded states and actions with the rewards of the former and the state after the last of the latter.
+    """Recorded states and actions, completed by the rewards of the states and the state after the last action.
 
-    RuntimeError where the environment does not go on as recorded.
+    Raises:
+        RuntimeError: If the environment deviates from the recording.
     """
     world = env.unwrapped
     for number, demonstration in enumerate(demonstrations("pusht_lowdim.npz")):
@@ -50,8 +51,8 @@ def pusht_episodes(env: Any) -> Iterator[dict[str, np.ndarray]]:
         world.agent.position = states[0, :2].tolist()
         coverages, ahead = [], []
         for state, action in zip(states, actions, strict=True):
-            # Before every step, so that errors of rounding cannot grow in a collision. The angle first: it moves the block, as
-            # that turns about its centre of gravity. reset(options=...) would set it last.
+            # Before every step, so that rounding errors cannot grow in a collision. The angle comes first: the block rotates
+            # about its centre of gravity, so it moves. reset(options=...) would set the angle last.
             world.block.angle += (state[4] - world.block.angle + np.pi) % (2 * np.pi) - np.pi
             world.block.position = state[2:4].tolist()
             coverages.append(world._get_coverage())
@@ -105,19 +106,19 @@ SETS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(".data/minari"), help="the folder of all datasets")
-    parser.add_argument("--only", choices=list(SETS))
-    given = parser.parse_args()
-    for name in [given.only] if given.only else SETS:
+    parser.add_argument("--root", type=Path, default=Path(".data/minari"), help="Folder of all datasets.")
+    parser.add_argument("--only", choices=list(SETS), help="Make only this dataset.")
+    args = parser.parse_args()
+    for name in [args.only] if args.only else SETS:
         env_id, read, description = SETS[name]
         dataset_id = f"diffagents/{name}/human-v0"
-        if (given.root / dataset_id / "data" / "metadata.json").is_file():
+        if (args.root / dataset_id / "data" / "metadata.json").is_file():
             continue
         if name == "pusht":
             import gym_pusht  # noqa: F401  (registers the environment)
         with closing(make_env(env_id)) as env:
             episodes = list(read(env))
-        write_dataset(episodes, env_id, dataset_id, root=given.root, algorithm_name="human", description=description, **CREDITS)
+        write_dataset(episodes, env_id, dataset_id, root=args.root, algorithm_name="human", description=description, **CREDITS)
         returns = [episode["rewards"].sum() for episode in episodes]
         n_steps = sum(len(episode["rewards"]) for episode in episodes)
         print(f"{dataset_id}: {n_steps:,} steps, {len(episodes)} episodes, mean return {np.mean(returns):.2f}")

@@ -1,13 +1,13 @@
-"""Make the benchmark datasets, all or some; what exists is left alone.
+"""Make all or some of the benchmark datasets; existing datasets are left alone.
 
   python zoo/recipes/make_datasets.py --root .data/minari --steps 100000 --only hopper,pointmaze
   export MINARI_DATASETS_PATH=.data/minari     # then: diffagents train SRPO diffagents/hopper/medium-v0
 
 They follow D4RL's design (an intermediate policy = medium, a mixture of snapshots = medium-replay, a near-optimal policy =
-expert, both after each other = medium-expert), made in the physics of Gymnasium's v5 environments from published policies
-(policies/README.md). They are not D4RL's data: its published tables are a sanity range, never a pass mark.
+expert, both one after the other = medium-expert), in the physics of Gymnasium's v5 environments and with published policies
+(policies/README.md). They are not D4RL's data: its published tables give an orientation, not a target.
 
-Same seed, same data. About 10 s for 100,000 steps of MuJoCo, 6 s for PointMaze, 45 s for AntMaze, on one thread.
+The same seed gives the same data. On one thread 100,000 steps take about 10 s in MuJoCo, 6 s in PointMaze, 45 s in AntMaze.
 Needs gymnasium-robotics: pip install "diffagents[robotics]".
 """
 
@@ -34,12 +34,19 @@ CREDITS = {"author": "diffagents", "code_permalink": "zoo/recipes/make_datasets.
 
 
 class Recipe(NamedTuple):
-    """Who acts where. policy: a file of policies/, a pattern for several of them, or None; in mazes it is led by a planner."""
+    """How to collect a dataset.
+
+    Attributes:
+        env: Id of the environment.
+        policy: A file in policies/, a pattern for several of them, or None. In mazes a planner leads it.
+        noise: Noise in addition to the policy's own.
+        share: Share of --steps.
+    """
 
     env: str
     policy: str | None
-    noise: str | None = None  # beside the policy's own
-    share: float = 1.0  # of --steps
+    noise: str | None = None
+    share: float = 1.0
 
 
 RECIPES = {
@@ -63,7 +70,13 @@ COMBINED = {
 
 
 def make_policy(recipe: Recipe, env: Any, seed: int) -> Any:
-    """The recipe's policy, drawing from `seed` on. `env`: where it will act, for the map of a maze."""
+    """The policy of a recipe.
+
+    Args:
+        recipe: The recipe.
+        env: The environment in which it will act, for the map of a maze.
+        seed: Seed of its noise.
+    """
     rng = np.random.default_rng(seed)
     files = sorted(POLICIES.glob(f"{recipe.policy}.npz")) if recipe.policy else []
     networks = [Network(file, rng) for file in files]
@@ -74,7 +87,7 @@ def make_policy(recipe: Recipe, env: Any, seed: int) -> Any:
 
 
 def make(name: str, recipe: Recipe, n_steps: int, seed: int, root: Path) -> None:
-    """Collect one dataset; prints what it came to."""
+    """Collect one dataset and print a summary."""
     # An episode ends at its goal, as in D4RL's antmaze.
     with closing(make_env(recipe.env, **({"continuing_task": False} if "Maze" in recipe.env else {}))) as env:
         who = recipe.policy or "shortest path and PD control"
@@ -84,10 +97,10 @@ def make(name: str, recipe: Recipe, n_steps: int, seed: int, root: Path) -> None
 
 
 def combine(name: str, parts: tuple[str, ...], root: Path) -> None:
-    """Put the episodes of `parts` after each other; prints what they came to."""
+    """Concatenate the episodes of the datasets `parts` and print a summary."""
     folders = [root / NAMESPACE / part / "data" for part in parts]
     if missing := [part for part, folder in zip(parts, folders, strict=True) if not (folder / "metadata.json").is_file()]:
-        print(f"{NAMESPACE}{name}: left out, it is made of {' and '.join(missing)}, which --only did not name")
+        print(f"{NAMESPACE}{name}: skipped: it needs {' and '.join(missing)}, which --only excludes")
         return
     facts = [json.loads((folder / "metadata.json").read_text()) for folder in folders]
     episodes = [
@@ -100,7 +113,7 @@ def combine(name: str, parts: tuple[str, ...], root: Path) -> None:
 
 
 def wanted(names: Any, only: str, root: Path) -> Iterator[str]:
-    """The names that begin as `only` says and are not there yet."""
+    """The names that start with one of the texts in `only` and do not exist yet."""
     for name in names:
         there = (root / NAMESPACE / name / "data" / "metadata.json").is_file()
         if not there and name.startswith(tuple(only.split(","))):
@@ -109,15 +122,17 @@ def wanted(names: Any, only: str, root: Path) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(".data/minari"), help="the folder of all datasets")
-    parser.add_argument("--steps", type=int, default=100_000, help="of a dataset (mazes and door: a share of it)")
-    parser.add_argument("--only", default="", help="beginnings of names, as in hopper,pointmaze/umaze")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    for name in wanted(RECIPES, given.only, given.root):
-        make(name, RECIPES[name], int(given.steps * RECIPES[name].share), given.seed, given.root)
-    for name in wanted(COMBINED, given.only, given.root):
-        combine(name, COMBINED[name], given.root)
+    parser.add_argument("--root", type=Path, default=Path(".data/minari"), help="Folder of all datasets.")
+    parser.add_argument(
+        "--steps", type=int, default=100_000, help="Steps per dataset (a share of them for mazes and door). Default: 100000."
+    )
+    parser.add_argument("--only", default="", help="Beginnings of names, e.g. hopper,pointmaze/umaze.")
+    parser.add_argument("--seed", type=int, default=0, help="Default: 0.")
+    args = parser.parse_args()
+    for name in wanted(RECIPES, args.only, args.root):
+        make(name, RECIPES[name], int(args.steps * RECIPES[name].share), args.seed, args.root)
+    for name in wanted(COMBINED, args.only, args.root):
+        combine(name, COMBINED[name], args.root)
 
 
 if __name__ == "__main__":

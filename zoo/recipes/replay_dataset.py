@@ -1,9 +1,9 @@
-"""Train Stable-Baselines3's SAC for a while and keep everything it did as a Minari dataset ("replay": random to half-trained).
+"""Train SB3's SAC for a while and store all its transitions as a Minari dataset ("replay": from random to half-trained).
 
   python zoo/recipes/replay_dataset.py --env Reacher-v5 --steps 30000 --id diffagents/reacher/replay-v0 --root .data/minari
 
-Same arguments, same machine: same data. Stored: observations (T+1 an episode), actions in the environment's units, rewards,
-terminations, truncations, all float32 / bool; the environment's spec, so that agents are evaluated where the data is from.
+The same arguments give the same data on the same machine. Stored are observations (T+1 per episode), actions in the
+environment's units, rewards, terminations and truncations as float32 and bool, and the specification of the environment.
 Needs gymnasium[mujoco] for the MuJoCo environments.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 
 class Recorder(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Keeps every episode that passes through the environment."""
+    """Records every episode that is played in the environment."""
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
         super().__init__(env)
@@ -37,17 +37,17 @@ class Recorder(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", required=True)
-    parser.add_argument("--steps", type=int, default=30_000)
-    parser.add_argument("--id", required=True, help="the new Minari id, e.g. diffagents/reacher/replay-v0")
-    parser.add_argument("--root", default=".data/minari")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--env", required=True, help="Id of the environment.")
+    parser.add_argument("--steps", type=int, default=30_000, help="Environment steps. Default: 30000.")
+    parser.add_argument("--id", required=True, help="Id of the new dataset, e.g. diffagents/reacher/replay-v0.")
+    parser.add_argument("--root", default=".data/minari", help="Folder of all datasets.")
+    parser.add_argument("--seed", type=int, default=0, help="Default: 0.")
     args = parser.parse_args()
     os.environ["MINARI_DATASETS_PATH"] = os.path.abspath(args.root)
     os.makedirs(args.root, exist_ok=True)
 
     if os.path.exists(os.path.join(args.root, args.id)):
-        parser.error(f"{args.id} is already there: choose another --id or --root, or delete that folder")
+        parser.error(f"{args.id} exists: choose another --id or --root, or delete its folder")
 
     import minari
     from minari.data_collector.episode_buffer import EpisodeBuffer

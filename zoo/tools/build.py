@@ -1,12 +1,12 @@
-"""From finished runs to the zoo: the median seed's policy of every cell as zoo/<cell>, the runs' results, and the tables.
+"""Build the zoo from finished runs: the policy of the median seed of each cell as zoo/<cell>, the results, and the tables.
 
-  diffagents bench zoo/grids/zoo.yml --root .data/zoo     # hours; makes only what is missing
-  python zoo/tools/build.py                                     # then this
+  diffagents bench zoo/grids/zoo.yml --root .data/zoo     # hours; makes only missing runs
+  python zoo/tools/build.py                                     # afterwards
 
-Copies each cell's policy folder (the exact folder that `push_to_hub` uploads), keeps the results of all runs in
-zoo/results/zoo/, and writes zoo/README.md, zoo/results.csv and the pictures from these, and the table on the front page.
-Without .data/zoo it only writes the tables anew. A cell whose folder would be larger than --max-mb goes without
-learner.safetensors: it acts, but cannot be trained further.
+Copies the policy folder of each cell (the folder that `push_to_hub` uploads), stores the results of all runs in
+zoo/results/zoo/, and writes zoo/README.md, zoo/results.csv, the pictures and the table in README.md from these results.
+Without .data/zoo only the tables and pictures are written. A policy whose folder would exceed --max-mb is stored without
+learner.safetensors: it can act, but not be trained further.
 """
 
 import argparse
@@ -23,16 +23,20 @@ sys.path.insert(0, str(ROOT))
 from diffagents.experiments import grid, report  # noqa: E402
 from diffagents.storage import publish  # noqa: E402
 
-REMARKS = pathlib.Path(__file__).parent / "remarks.md"  # what stands above the tables
+REMARKS = pathlib.Path(__file__).parent / "remarks.md"  # the text above the tables
 RUNS = ROOT / "zoo" / "results" / "zoo"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=pathlib.Path, default=ROOT / "zoo" / "grids" / "zoo.yml")
-    parser.add_argument("--root", type=pathlib.Path, default=ROOT / ".data" / "zoo", help="of `diffagents bench`")
-    parser.add_argument("--max-mb", type=float, default=4.0, help="of one folder with its learner")
-    parser.add_argument("--prune", action="store_true", help="delete results and policies that the grid does not have")
+    parser.add_argument("--grid", type=pathlib.Path, default=ROOT / "zoo" / "grids" / "zoo.yml", help="Grid file.")
+    parser.add_argument(
+        "--root", type=pathlib.Path, default=ROOT / ".data" / "zoo", help="Folder of runs, the --root of `diffagents bench`."
+    )
+    parser.add_argument(
+        "--max-mb", type=float, default=4.0, help="Largest size of a policy folder with its learner, in MB. Default: 4."
+    )
+    parser.add_argument("--prune", action="store_true", help="Delete results and policies that are not in the grid.")
     args = parser.parse_args()
 
     specs = {spec.name: spec for spec in grid.read_grid(args.grid)}
@@ -46,13 +50,11 @@ def main() -> None:
     for path in others if args.prune else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if others and not args.prune:
-        print(f"not of this grid, and left alone without --prune: {', '.join(path.name for path in others)}")
+        print(f"not in this grid, and left alone without --prune: {', '.join(path.name for path in others)}")
     runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json")) if path.stem in specs]
     wrong = [cell for cell, members in report.cells_of(runs).items() if not ship(cell, members, args)]
     if wrong:
-        sys.exit(
-            f"no policy of the median seed in {args.root} or zoo/ for {', '.join(wrong)}: the tables would not fit the zoo"
-        )
+        sys.exit(f"no policy of the median seed for {', '.join(wrong)} in {args.root} or zoo/: the tables would not match")
     command = (
         "export MINARI_DATASETS_PATH=.data/minari\n"
         "python zoo/recipes/make_datasets.py --root .data/minari   # and human.py, for pusht\n"
@@ -75,7 +77,7 @@ def main() -> None:
 
 
 def put_into_readme(table: str) -> None:
-    """The overview again, on the front page between its two marks."""
+    """Write the overview into README.md, between its two markers."""
     path = ROOT / "README.md"
     text = path.read_text() if path.exists() else ""
     before, mark, rest = text.partition("<!-- zoo table: written by zoo/tools/build.py -->\n")
@@ -85,7 +87,7 @@ def put_into_readme(table: str) -> None:
 
 
 def ship(cell: str, members: list[dict[str, Any]], args: argparse.Namespace) -> bool:
-    """Put the median seed's policy into zoo/<cell>; False where neither --root nor zoo/ has it."""
+    """Copy the policy of the median seed to zoo/<cell>; False if neither --root nor zoo/ has it."""
     run, target = report.median_run(members), ROOT / "zoo" / cell
     source = args.root / run["name"] / grid.POLICY
     if not source.is_dir():

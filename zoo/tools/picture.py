@@ -1,4 +1,4 @@
-"""Draw the zoo at work: one row a policy, frames of its first episode from left to right.
+"""Draw policies of the zoo in their environments: one row per policy, with frames of its first episode.
 
 python zoo/tools/picture.py srpo-hopper-medium-expert-v0 diffusionbc-pusht-human-v0 ...     # writes docs/images/zoo.png
 """
@@ -23,11 +23,11 @@ SIDE = 150  # pixels of a frame
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="+", metavar="NAME", help="of a folder in zoo/")
-    parser.add_argument("--frames", type=int, default=6)
-    parser.add_argument("--every", type=int, default=12, help="steps between frames; 4 for what runs, from step 60")
-    parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "images" / "zoo.png")
+    parser.add_argument("cells", nargs="+", metavar="NAME", help="Name of a folder in zoo/.")
+    parser.add_argument("--frames", type=int, default=6, help="Frames per row. Default: 6.")
+    parser.add_argument("--every", type=int, default=12, help="Steps between frames (locomotion: always 4, from step 60).")
+    parser.add_argument("--seed", type=int, default=1000, help="Seed of the episode. Default: 1000.")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "images" / "zoo.png", help="Image file.")
     args = parser.parse_args()
     prefer_egl()
     rows = [row(cell, args) for cell in args.cells]
@@ -41,9 +41,10 @@ def main() -> None:
 
 
 def row(cell: str, args: argparse.Namespace) -> list[np.ndarray]:
+    """The frames of one episode."""
     agent = diffagents.load(ROOT / "zoo" / cell, device="cpu", verbose=0)
     deterministic = artifact.read_json(ROOT / "zoo" / cell, "results.json")["is_deterministic"]  # as it was evaluated
-    runs = any(name in cell for name in ("hopper", "halfcheetah", "walker2d"))  # away from a camera that stands still
+    runs = any(name in cell for name in ("hopper", "halfcheetah", "walker2d"))  # which would leave the view of a fixed camera
     env = make_env(
         (agent.dataset_info or {})["env_spec"], render_mode="rgb_array", **({"camera_name": "track"} if runs else {})
     )

@@ -1,9 +1,9 @@
 """Publish every policy of the zoo under one Hub organisation: each folder of zoo/ as <organisation>/<folder's name>.
 
-  python zoo/tools/publish.py my-org              # shows what it would do, and whether every folder would load: uploads nothing
-  python zoo/tools/publish.py my-org --upload     # does it, one commit a repository; `hf auth login` or HF_TOKEN first
+  python zoo/tools/publish.py my-org              # checks that every folder loads; uploads nothing
+  python zoo/tools/publish.py my-org --upload     # uploads, one commit per repository; log in with `hf auth login` or HF_TOKEN
 
-A repository that has the same files gets no new commit, so the command can be given again after a failure.
+A repository with identical files gets no new commit, so the command can be repeated after a failure.
 """
 
 import argparse
@@ -19,17 +19,19 @@ from diffagents import registry  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("organisation")
-    parser.add_argument("--upload", action="store_true", help="without it nothing leaves this machine")
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="policies whose name contains one of these")
-    parser.add_argument("--private", action="store_true", default=None)
-    parser.add_argument("--zoo", type=pathlib.Path, default=ROOT / "zoo", help="another folder of policies")
+    parser.add_argument("organisation", help="Organisation or user on the Hub.")
+    parser.add_argument("--upload", action="store_true", help="Upload; without this option nothing leaves this machine.")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="Only policies whose name contains one of these texts."
+    )
+    parser.add_argument("--private", action="store_true", default=None, help="Create private repositories.")
+    parser.add_argument("--zoo", type=pathlib.Path, default=ROOT / "zoo", help="Folder of policies. Default: zoo/.")
     args = parser.parse_args()
 
     folders = [path.parent for path in sorted(args.zoo.glob("*/config.json"))]
     folders = [folder for folder in folders if not args.only or any(text in folder.name for text in args.only)]
     if not folders:
-        print(f"no policy in {args.zoo}", file=sys.stderr)
+        print(f"there is no policy in {args.zoo}", file=sys.stderr)
         return 1
     failed = 0
     for folder in folders:
@@ -41,7 +43,7 @@ def main() -> int:
             else:
                 agent = diffagents.load(folder, device="cpu", verbose=0)
                 print(f"would push {folder.name} to {repo_id}: {type(agent).__name__}, {size:.1f} MB", flush=True)
-        except (OSError, ValueError) as error:  # a policy that fails stops no other
+        except (OSError, ValueError) as error:  # a failure does not stop the others
             failed += 1
             print(f"{repo_id}: {error}", file=sys.stderr)
     if not args.upload:
