@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: the packages and single modules of diffagents. A module may import from its own package and from those
 # before it, wherever the import stands: at module level, in a function or under TYPE_CHECKING.
 ORDER = [
+    "version",
     "types",
     "errors",
     "torch_internals",
@@ -32,8 +33,8 @@ ORDER = [
     "agents",
     "registry",
     "experiments",
+    "__init__",  # what users import; it names everything below it
     "cli",
-    "__init__",
     "__main__",
 ]
 # What may be imported at module level besides the standard library: training from arrays needs no more.
