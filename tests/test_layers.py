@@ -33,8 +33,8 @@ ORDER = [
     "agents",
     "registry",
     "experiments",
-    "__init__",  # what users import; it names everything below it
     "cli",
+    "__init__",
     "__main__",
 ]
 # What may be imported at module level besides the standard library: training from arrays needs no more.
