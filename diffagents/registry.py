@@ -90,7 +90,7 @@ def class_of(source: "Artifact") -> "type[Agent]":
     if algorithm not in AGENTS:
         known = ", ".join(AGENTS)
         raise ArtifactError(
-            f"{source.path} holds the algorithm {short(algorithm)!r}; this version knows {known}: upgrade diffagents"
+            f"{source} holds the algorithm {short(algorithm)!r}; this version knows {known}: upgrade diffagents"
         )
     return agent_class(algorithm)
 
