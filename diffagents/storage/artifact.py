@@ -162,7 +162,9 @@ def _encode(
         files[TENSOR_FILES[name]] = safetensors.torch.save(copies, {"format": "pt"})
     for file, data in files.items():
         if len(data) > MAX_BYTES[file]:
-            raise ValueError(f"{file} would have {len(data)} bytes; files of more than {MAX_BYTES[file]} bytes cannot be read back")
+            raise ValueError(
+                f"{file} would have {len(data)} bytes; files of more than {MAX_BYTES[file]} bytes cannot be read back"
+            )
     return files
 
 
@@ -284,9 +286,7 @@ class Artifact:
             return read_json(self.path, TRAINER_STATE) if self.has("trainer_state") else None
 
 
-def read(
-    path: str | os.PathLike[str], origin: HubCommit | None = None, files: Collection[str] = tuple(MAX_BYTES)
-) -> Artifact:
+def read(path: str | os.PathLike[str], origin: HubCommit | None = None, files: Collection[str] = tuple(MAX_BYTES)) -> Artifact:
     """Open an artifact folder or zip file, check its config and convert an old format.
 
     Args:
@@ -330,8 +330,8 @@ def _read_config(found: Path) -> dict[str, Any]:
         raise ArtifactError(f"{where} has the format {short(version)}, not a whole number of at least 1: {AGAIN}")
     if version > FORMAT:
         raise ArtifactError(
-            f"{where} has format {short(version)}, but this version reads at most format {FORMAT}; the artifact is from a newer "
-            f"{LIBRARY}: upgrade {LIBRARY}"
+            f"{where} has format {short(version)}, but this version reads at most format {FORMAT}; the artifact is from a "
+            f"newer {LIBRARY}: upgrade {LIBRARY}"
         )
     if not isinstance(config.get("algorithm"), str):
         raise ArtifactError(f"{where} names no algorithm: {AGAIN}")
