@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffagents.errors import ArtifactError, HubError, short
 from diffagents.storage import artifact
@@ -21,6 +21,7 @@ from diffagents.storage.artifact import CONFIG, LIBRARY, MAX_BYTES, TENSOR_FILES
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 ACTING = (CONFIG, TENSOR_FILES["model"])
 """The files that `predict` needs; the others are downloaded when the agent continues learning."""
@@ -75,8 +76,11 @@ class Origin:
         if self._offline:
             missing = ", ".join(sorted(set(needed or names) - set(have)))
             raise HubError(f"{self}: {missing} is not in the cache, and no request is made while offline: pull it once online")
+        from huggingface_hub.hf_api import RepoFile  # only here: importing it takes long
+
         with explained(str(self)):
-            found = {entry.path: entry for entry in self._api.get_paths_info(self.repo_id, list(names), revision=self.sha)}
+            entries = self._api.get_paths_info(self.repo_id, list(names), revision=self.sha)
+            found = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         if missing_files := [name for name in needed if name not in found and name not in have]:
             raise ArtifactError(f"{self} {self._describe_other(missing_files)}")
         for name in names:
@@ -103,7 +107,7 @@ class Origin:
         path = try_to_load_from_cache(self.repo_id, name, cache_dir=self.cache_dir, revision=self.sha)
         return Path(path) if isinstance(path, str) else None
 
-    def _download(self, entry: Any) -> Path:
+    def _download(self, entry: "RepoFile") -> Path:
         """Download one file, checking its size before and its hash after; a wrong file is removed from the cache."""
         limit = MAX_BYTES.get(entry.path, artifact.MAX_COMPANION_BYTES)
         if not isinstance(entry.size, int) or entry.size > limit:

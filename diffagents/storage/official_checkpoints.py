@@ -24,10 +24,14 @@ from diffagents.types import Spec
 
 State = Mapping[str, Tensor]
 """A state dict: name -> tensor."""
+Checkpoint = str | pathlib.Path | State
+"""The path of an official file, or its state dict."""
 L = TypeVar("L", bound=Learner)
 
 
-def srpo_from_official(cls: type[L], behavior: Any, critic: Any, policy: Any = None, *, env: Any = None, **kwargs: Any) -> L:
+def srpo_from_official(
+    cls: type[L], behavior: Checkpoint, critic: Checkpoint, policy: Checkpoint | None = None, *, env: Any = None, **kwargs: Any
+) -> L:
     """Build an SRPO agent from official files; see `SRPO.from_official`.
 
     Args:
@@ -76,7 +80,7 @@ def srpo_from_official(cls: type[L], behavior: Any, critic: Any, policy: Any = N
     return learner
 
 
-def chain_from_official(cls: type[L], actor: Any, critic: Any, *, env: Any = None, **kwargs: Any) -> L:
+def chain_from_official(cls: type[L], actor: Checkpoint, critic: Checkpoint, *, env: Any = None, **kwargs: Any) -> L:
     """Build a Diffusion-QL or DiffCPS agent from official files; see `DiffusionQL.from_official`.
 
     EMA policy and target critic start as copies, with a warning.
@@ -137,7 +141,7 @@ def _with_preset(cls: type[Learner], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in values.items() if name != "policy_kwargs"}, **kwargs}
 
 
-def read_checkpoint(source: Any, what: str) -> dict[str, Tensor]:
+def read_checkpoint(source: Checkpoint, what: str) -> dict[str, Tensor]:
     """Read a checkpoint, without running code from it.
 
     Args:
