@@ -36,7 +36,7 @@ from diffagents.training import offline, online, prepare
 from diffagents.training.callbacks import make_callback, make_logger, with_history
 from diffagents.training.compiled import Compiled
 from diffagents.training.plan import MODES, OnlineSettings, Plan
-from diffagents.training.state import TrainState, load_state
+from diffagents.training.state import HubCommit, TrainState, load_state
 from diffagents.training.updates import Noise, Optimizer, Stage
 from diffagents.types import Spec
 
@@ -131,7 +131,7 @@ class Agent(ABC):
         self.state = TrainState(stage_steps=dict.fromkeys(self.STAGE_SHARES, 0))
         self.spec: Spec | None = None
         self.replay_buffer: Replay | None = None
-        self.origin: hub.Origin | None = None  # the commit on the Hub that the agent was downloaded from
+        self.origin: HubCommit | None = None  # the commit on the Hub that the agent was downloaded from
         self.has_learner = True  # False: loaded without learner.safetensors, to act only
         self.env: VecEnv | None = None
         self.sb3_logger: Logger | None = None
@@ -452,10 +452,7 @@ class Agent(ABC):
             FileNotFoundError: There is nothing at `path`.
             ArtifactError: It is not a policy of this class, or damaged; the message says what to do.
         """
-        agent = checkpoint.unpack(cls, artifact.read(path), device, overrides)
-        if env is not None:
-            agent.set_env(env)
-        return agent
+        return checkpoint.unpack(cls, artifact.read(path), device, overrides, env)
 
     def clone(self, fresh: Sequence[str] = (), **hyperparameters: Any) -> Self:
         """A copy with other hyperparameters on copied networks.
@@ -618,10 +615,10 @@ class Agent(ABC):
             HubError: No such repository, no access, no connection.
             ArtifactError: Not a policy of this class, damaged, or from a newer version.
         """
-        from diffagents.storage import publish
-
-        found = publish.find_pretrained(repo_id_or_folder, revision, token, cache_dir, local_files_only)
-        return publish.load_pretrained(cls, found, env, device, overrides)
+        source = hub.find_artifact(
+            repo_id_or_folder, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        return checkpoint.unpack(cls, source, device, overrides, env)
 
     # ---- networks --------------------------------------------------------------------------------------------------
     def networks(self) -> dict[str, nn.Module]:

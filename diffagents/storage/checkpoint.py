@@ -91,7 +91,7 @@ def pack(learner: Learner, trainer_state: bool) -> Packed:
     return config, tensors, {**runs, "history": state.history}
 
 
-def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides: dict[str, Any]) -> L:
+def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides: dict[str, Any], env: Any = None) -> L:
     """The agent that was written to an artifact.
 
     Args:
@@ -99,18 +99,25 @@ def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides
         source: The artifact.
         device: As in the constructor.
         overrides: Hyperparameters and AGENT_OVERRIDES to change.
+        env: As in `Agent.set_env`; None sets none.
 
     Raises:
         ArtifactError: It is of another class, or not what this version writes.
-        TypeError, ValueError: `overrides` has an unknown name or a value out of its range.
+        TypeError, ValueError: `overrides` has an unknown name or a value out of its range, or the spaces of `env` differ.
     """
     algorithm = source.config.get("algorithm")
     if algorithm != cls.__name__:
         raise ArtifactError(
-            f"{source.path} holds a {algorithm}, not a {cls.__name__}: use diffagents.load(path) or {algorithm}.load"
+            f"{source} holds a {algorithm}, not a {cls.__name__}: use diffagents.load(path) or {algorithm}.load"
         )
     tensors = {name: source.tensors(name) for name in ("model", "learner", "optimizer") if source.has(name)}
-    return restore(cls, source.config, tensors, source.trainer_state(), device, overrides, ())
+    learner = restore(cls, source.config, tensors, source.trainer_state(), device, overrides, ())
+    if env is not None:
+        learner.set_env(env)
+    if source.origin is not None:
+        learner.origin = source.origin
+        learner.state.provenance |= {"source": {"repo_id": source.origin.repo_id, "sha": source.origin.sha}}
+    return learner
 
 
 def restore(
@@ -177,7 +184,7 @@ def fetch_learner(learner: Learner) -> None:
             "can act, not learn; load the whole artifact"
         )
     names = [*TENSOR_FILES.values(), TRAINER_STATE, CONFIG]
-    source = read(learner.origin.fetch(names, needed=[TENSOR_FILES["learner"]]))
+    source = read(learner.origin.fetch(names, needed=[TENSOR_FILES["learner"]]), learner.origin)
     whole = unpack(type(learner), source, learner.device, {})
     load_network_tensors(learner, network_tensors(whole, learner.LEARNER), learner.LEARNER)
     learner.has_learner = True

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -80,6 +81,16 @@ class TrainState:
         return self.dataset_info
 
 
+class HubCommit(Protocol):
+    """The commit on the Hub that an agent was downloaded from; `storage.hub.Origin` implements it."""
+
+    @property
+    def repo_id(self) -> str: ...
+    @property
+    def sha(self) -> str: ...
+    def fetch(self, names: Sequence[str], needed: Sequence[str] = ...) -> Path: ...
+
+
 class Learner(Protocol):
     """An agent as training, storage and deployment see it; `diffagents.agent.Agent` documents each member."""
 
@@ -113,7 +124,7 @@ class Learner(Protocol):
     predict_generator: torch.Generator
     state: TrainState
     has_learner: bool
-    origin: Any
+    origin: HubCommit | None
     replay_buffer: Replay | None
     env: "VecEnv | None"
     sb3_logger: "Logger | None"

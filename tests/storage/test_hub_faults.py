@@ -567,7 +567,7 @@ def test_a_full_disk_while_saving_and_pushing(other: World, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
     assert not isinstance(other.here(save_pretrained, folder), Refused)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    other.here(on_a_full_disk, 1000, save_pretrained, folder).says("OSError", "an older one is as it was")
+    other.here(on_a_full_disk, 1000, save_pretrained, folder).says("OSError", "an older one is unchanged")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == [folder]
     other.here(on_a_full_disk, 1000, pushed_from, tmp_path / "scratch", other.repo).says("OSError")
