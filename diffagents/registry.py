@@ -1,6 +1,6 @@
-"""The algorithms by name; loading and publishing an agent of whatever algorithm a file holds.
+"""The algorithms by name; loading and publishing agents of any algorithm.
 
-Importing this module is quick: what it needs is imported when it is called.
+Importing this module is fast: its functions import what they need when they are called.
 """
 
 import importlib
@@ -59,7 +59,7 @@ def load(
     device: Any = "auto",
     **overrides: Any,
 ) -> "Agent":
-    """Load an agent of whatever algorithm a folder, a .zip or a Hub repository holds.
+    """Load an agent of any algorithm from a folder, a .zip file or a Hub repository.
 
     Args:
         path: A folder or .zip that exists, else "organisation/name" on the Hub.
@@ -109,7 +109,7 @@ def push_folder(
 ) -> "CommitInfo":
     """Push a folder that `save_pretrained` wrote, after checking that it loads.
 
-    The folder itself is unchanged. The pushed card names the repository, unless the card was written by hand.
+    The folder itself is unchanged. The pushed card names the repository, unless somebody edited the card and removed our mark.
 
     Args:
         folder: The folder.

@@ -105,7 +105,7 @@ def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides
         ArtifactError: It is of another class, or not what this version writes.
         TypeError, ValueError: `overrides` has an unknown name or a value out of its range, or the spaces of `env` differ.
     """
-    algorithm = source.config.get("algorithm")
+    algorithm = short(source.config.get("algorithm"))
     if algorithm != cls.__name__:
         raise ArtifactError(
             f"{source} holds a {algorithm}, not a {cls.__name__}: use diffagents.load(path) or {algorithm}.load"

@@ -92,12 +92,14 @@ class Origin:
 
     @property
     def _offline(self) -> bool:
+        """Whether no request may be made."""
         from huggingface_hub.constants import is_offline_mode
 
         return self.local_files_only or is_offline_mode()
 
     @property
     def _api(self) -> "HfApi":
+        """The Hub's client with the token of this origin."""
         return _api(self.token)
 
     def _cached(self, name: str) -> Path | None:
@@ -371,6 +373,7 @@ def list_policies(author: str, token: str | bool | None = None) -> Iterator[tupl
 
 
 def _api(token: str | bool | None) -> "HfApi":
+    """The Hub's client."""
     from huggingface_hub import HfApi
 
     return HfApi(token=token, library_name=LIBRARY)

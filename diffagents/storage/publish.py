@@ -36,7 +36,7 @@ def save_pretrained(
 
     Args:
         learner: The agent.
-        folder: The folder. A README.md in it that was written by hand is kept.
+        folder: The folder. A README.md in it that was not generated here is kept.
         include_trainer_state: Include what others need to resume the run itself.
         eval_env: The environment to evaluate the agent in (an id, an environment, or True for the dataset's own), or an
             Evaluation that was made before; None evaluates nothing.
@@ -193,7 +193,7 @@ def push_to_hub(
 
 
 def renew_card(folder: Path, name: str) -> None:
-    """Rewrite the model card of a folder, unless it was written by hand.
+    """Rewrite the model card of a folder, unless somebody edited it and removed our mark.
 
     Args:
         folder: A folder that `save_pretrained` wrote.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffagents.data.normalize import ObsNormalizer, RewardTransform
 from diffagents.data.replay_buffer import Replay
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 Tensors = dict[str, Tensor]
 GENERATORS = ("generator", "predict_generator")
 """The attributes of an agent that hold its two random generators."""
+MAX_TENSORS = 10_000
+"""The most parameters that the networks of a file may have, so that a small file cannot make loading take long."""
 
 
 @dataclass
@@ -212,16 +215,31 @@ def load_training_tensors(learner: Learner, tensors: Tensors) -> None:
 
 
 def networks_on_meta(learner: Learner, spec: Spec) -> Tensors:
-    """The tensors that the networks would have for `spec`: names, shapes and dtypes on the meta device, without memory."""
+    """The tensors that the networks would have for `spec`: names, shapes and dtypes on the meta device, without memory.
+
+    Raises:
+        ArtifactError: The networks cannot be built, or have more than MAX_TENSORS parameters.
+    """
     trial = copy.copy(learner)
     trial.device, trial.spec = torch.device("meta"), spec
     trial.obs_dim, trial.act_dim = spec.obs_dim, spec.act_dim
+    n_parameters = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal n_parameters
+        n_parameters += 1
+        if n_parameters > MAX_TENSORS:  # a module takes memory even if its tensors take none
+            raise RuntimeError(f"they have more than {MAX_TENSORS:,} parameters")
+
+    handle = register_module_parameter_registration_hook(count)
     try:
         with torch.device("meta"):
             trial.obs_normalizer = ObsNormalizer(spec.obs_dim)
             trial.build()
-    except RuntimeError as error:  # torch's own limits
+    except RuntimeError as error:  # torch has limits of its own
         raise ArtifactError(f"config.json describes networks that cannot be built ({short(error)}): {AGAIN}") from None
+    finally:
+        handle.remove()
     return network_tensors(trial, ("obs_normalizer", *learner.MODEL, *learner.LEARNER))
 
 

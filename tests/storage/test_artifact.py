@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from diffagents.errors import ArtifactError
-from diffagents.storage import artifact
+from diffagents.storage import artifact, hub
 from diffagents.storage.artifact import read, to_json_safe, write
 from diffagents.training.state import load_optimizer, load_state, optimizer_tensors
 
@@ -588,6 +588,18 @@ def test_the_trainer_state_is_as_strict(tmp_path: Path) -> None:
     (place / "trainer_state.json").write_text('{"x": Infinity}')
     with pytest.raises(ArtifactError, match=r"trainer_state\.json is not JSON"):
         read(place).trainer_state()
+
+
+def test_errors_about_a_download_name_its_commit(tmp_path: Path) -> None:
+    """And not the folder in the Hub's cache."""
+    place, commit = write(tmp_path / "a", CONFIG, parts(), STATE, folder=True), hub.Origin("me/policy", "0123456789" * 4)
+    found = read(place, commit)
+    for name in ("model.safetensors", "trainer_state.json", "config.json"):
+        (place / name).write_bytes(b"damaged")
+    for use in (lambda: found.tensors("model"), found.trainer_state, lambda: read(place, commit)):
+        with pytest.raises(ArtifactError, match=r"me/policy \(commit 01234567\): ") as caught:
+            use()
+        assert str(place) not in str(caught.value)
 
 
 def test_other_files_are_allowed_and_compression_too(tmp_path: Path) -> None:
