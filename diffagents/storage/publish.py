@@ -171,7 +171,7 @@ def push_to_hub(
     """
     learner.require_spec()
     if learner.origin is not None:
-        checkpoint.fetch_learner(learner)  # otherwise the push would remove it from the repository
+        checkpoint.fetch_training_networks(learner)  # otherwise the push would remove it from the repository
     repository = hub.Repository.open(repo_id, private=private, revision=revision, token=token)
     scratch = Path(tempfile.mkdtemp(prefix="diffagents-push-"))
     folder, keep = scratch / "policy", False

@@ -101,7 +101,7 @@ class Learner(Protocol):
     STAGE_SHARES: ClassVar[dict[str, int]]
     POLICY_STAGE: ClassVar[str]
     MODEL: ClassVar[tuple[str, ...]]
-    LEARNER: ClassVar[tuple[str, ...]]
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]]
     OFFLINE_RATIO: ClassVar[float | str]
     CALIBRATES: ClassVar[bool]
     CHOICE: ClassVar[tuple[str, ...]]
@@ -126,7 +126,7 @@ class Learner(Protocol):
     generator: torch.Generator
     predict_generator: torch.Generator
     state: TrainState
-    has_learner: bool
+    has_training_networks: bool
     origin: HubCommit | None
     replay_buffer: Replay | None
     env: "VecEnv | None"
@@ -202,13 +202,13 @@ def load_optimizer_and_generator_tensors(
 
 def training_tensors(learner: Learner) -> Tensors:
     """Every tensor that training changes, live, under unique names."""
-    names = ("obs_normalizer", *learner.MODEL, *learner.LEARNER)
+    names = ("obs_normalizer", *learner.MODEL, *learner.TRAINING_NETWORKS)
     return {**network_tensors(learner, names), **optimizer_and_generator_tensors(learner)}
 
 
 def load_training_tensors(learner: Learner, tensors: Tensors) -> None:
     """Copy clones of `training_tensors` back."""
-    names = ("obs_normalizer", *learner.MODEL, *learner.LEARNER)
+    names = ("obs_normalizer", *learner.MODEL, *learner.TRAINING_NETWORKS)
     load_network_tensors(learner, {k: v for k, v in tensors.items() if k.partition(".")[0] in names}, names)
     others = {k: v for k, v in tensors.items() if k.partition(".")[0] in ("optimizer", *GENERATORS)}
     load_optimizer_and_generator_tensors(learner, others)
@@ -240,7 +240,7 @@ def networks_on_meta(learner: Learner, spec: Spec) -> Tensors:
         raise ArtifactError(f"config.json describes networks that cannot be built ({short(error)}): {AGAIN}") from None
     finally:
         handle.remove()
-    return network_tensors(trial, ("obs_normalizer", *learner.MODEL, *learner.LEARNER))
+    return network_tensors(trial, ("obs_normalizer", *learner.MODEL, *learner.TRAINING_NETWORKS))
 
 
 def bare(key: str) -> str:
