@@ -165,8 +165,8 @@ def sample_ddim(
 
 
 SOLVERS = ("ddpm", "ddim")
-"""Solvers of the chain when a policy acts: "ddpm" (`sample_chain`) takes every step, "ddim" (`sample_ddim`) is deterministic
-given its noise and may skip steps. `networks.diffusion_policy.ChainPolicy.sample` calls them; targets of Q always use "ddpm"."""
+"""Solvers of the chain when a policy acts, called by `networks.diffusion_policy.ChainPolicy.sample`: "ddpm" (`sample_chain`)
+takes every step, "ddim" (`sample_ddim`) is deterministic given its noise and may skip steps. Targets of Q use "ddpm"."""
 
 
 def check_solver(solver: str, solver_steps: int | None, n_diffusion_steps: int) -> None:
