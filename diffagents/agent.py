@@ -36,7 +36,7 @@ from diffagents.training import offline, online, prepare
 from diffagents.training.callbacks import make_callback, make_logger, with_history
 from diffagents.training.compiled import Compiled
 from diffagents.training.plan import MODES, OnlineSettings, Plan
-from diffagents.training.state import TrainState, load_state
+from diffagents.training.state import HubCommit, TrainState, load_state
 from diffagents.training.updates import Noise, Optimizer, Stage
 from diffagents.types import Spec
 
@@ -79,8 +79,8 @@ class Agent(ABC):
     """The stage without which `predict` is meaningless."""
     MODEL: ClassVar[tuple[str, ...]]
     """Attributes with the networks that `predict` needs: model.safetensors."""
-    LEARNER: ClassVar[tuple[str, ...]]
-    """Attributes with all other networks: learner.safetensors."""
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]]
+    """Attributes with all other networks, which only training needs: learner.safetensors."""
     OFFLINE_RATIO: ClassVar[float | str] = 0.5
     """The default share of offline data in a batch of `learn_online`, or "uniform"."""
     CALIBRATES: ClassVar[bool] = False
@@ -131,8 +131,8 @@ class Agent(ABC):
         self.state = TrainState(stage_steps=dict.fromkeys(self.STAGE_SHARES, 0))
         self.spec: Spec | None = None
         self.replay_buffer: Replay | None = None
-        self.origin: hub.Origin | None = None  # the commit on the Hub that the agent was downloaded from
-        self.has_learner = True  # False: loaded without learner.safetensors, to act only
+        self.origin: HubCommit | None = None  # the commit on the Hub that the agent was downloaded from
+        self.has_training_networks = True  # False: loaded without learner.safetensors, to act only
         self.env: VecEnv | None = None
         self.sb3_logger: Logger | None = None
         self._stub: VecEnv | None = None
@@ -145,7 +145,7 @@ class Agent(ABC):
     # ---- what an algorithm gives -----------------------------------------------------------------------------------
     @abstractmethod
     def build(self) -> None:
-        """Make the networks (the attributes named in MODEL and LEARNER) and `optimizers` for `self.spec`."""
+        """Make the networks (the attributes named in MODEL and TRAINING_NETWORKS) and `optimizers` for `self.spec`."""
 
     @abstractmethod
     def stages(self, plan: Plan | None = None) -> list[Stage]:
@@ -217,7 +217,7 @@ class Agent(ABC):
                 finished later.
         """
         prepare.check_arguments(self, total_timesteps, stages, log_interval)
-        checkpoint.fetch_learner(self)
+        checkpoint.fetch_training_networks(self)
         data = load_dataset(dataset, env=self.env, obs_keys=self.obs_keys, verbose=self.verbose)
         candidate = self.candidate()
         plan, data = prepare.accept(candidate, data, total_timesteps, reset_num_timesteps, stages)
@@ -282,7 +282,7 @@ class Agent(ABC):
         """
         settings = OnlineSettings(offline_ratio, learning_starts, utd, buffer_size, calibrate)
         settings = online.check_arguments(total_timesteps, log_interval, settings)
-        checkpoint.fetch_learner(self)
+        checkpoint.fetch_training_networks(self)
         candidate = self.candidate()
         run, old_data = online.accept(candidate, total_timesteps, env, dataset, settings)
         tick = make_callback(callback, progress_bar)
@@ -452,10 +452,7 @@ class Agent(ABC):
             FileNotFoundError: There is nothing at `path`.
             ArtifactError: It is not a policy of this class, or damaged; the message says what to do.
         """
-        agent = checkpoint.unpack(cls, artifact.read(path), device, overrides)
-        if env is not None:
-            agent.set_env(env)
-        return agent
+        return checkpoint.unpack(cls, artifact.read(path), device, overrides, env)
 
     def clone(self, fresh: Sequence[str] = (), **hyperparameters: Any) -> Self:
         """A copy with other hyperparameters on copied networks.
@@ -618,16 +615,16 @@ class Agent(ABC):
             HubError: No such repository, no access, no connection.
             ArtifactError: Not a policy of this class, damaged, or from a newer version.
         """
-        from diffagents.storage import publish
-
-        found = publish.find_pretrained(repo_id_or_folder, revision, token, cache_dir, local_files_only)
-        return publish.load_pretrained(cls, found, env, device, overrides)
+        source = hub.find_artifact(
+            repo_id_or_folder, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        return checkpoint.unpack(cls, source, device, overrides, env)
 
     # ---- networks --------------------------------------------------------------------------------------------------
     def networks(self) -> dict[str, nn.Module]:
         """Every network by its attribute name, the observation normaliser included."""
         self.require_spec()
-        return {name: getattr(self, name) for name in ("obs_normalizer", *self.MODEL, *self.LEARNER)}
+        return {name: getattr(self, name) for name in ("obs_normalizer", *self.MODEL, *self.TRAINING_NETWORKS)}
 
     def get_parameters(self) -> dict[str, dict[str, Tensor]]:
         """The state dict (live tensors) of each network by name."""

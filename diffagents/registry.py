@@ -1,6 +1,6 @@
-"""The algorithms by name; loading and publishing an agent of whatever algorithm a file holds.
+"""The algorithms by name; loading and publishing agents of any algorithm.
 
-Importing this module is quick: what it needs is imported when it is called.
+Importing this module is fast: its functions import what they need when they are called.
 """
 
 import importlib
@@ -37,10 +37,10 @@ def agent_class(algorithm: str) -> "type[Agent]":
     """The class of an algorithm.
 
     Args:
-        algorithm: a key of `AGENTS`.
+        algorithm: A key of `AGENTS`.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: Any other name.
     """
     if algorithm not in AGENTS:
         raise ValueError(f"algorithm={algorithm!r}; choose from {', '.join(AGENTS)}")
@@ -59,27 +59,30 @@ def load(
     device: Any = "auto",
     **overrides: Any,
 ) -> "Agent":
-    """Load an agent of whatever algorithm a folder, a .zip or a Hub repository holds.
+    """Load an agent of any algorithm from a folder, a .zip file or a Hub repository.
 
     Args:
         path: A folder or .zip that exists, else "organisation/name" on the Hub.
-        revision: As in `Agent.from_pretrained`, like all that follow.
-        token: For the Hub.
-        cache_dir: The Hub's cache.
-        local_files_only: From the cache alone.
-        env: As in `Agent.load`.
-        device: As in `Agent.load`.
-        overrides: As in `Agent.load`.
+        revision: Branch, tag or commit; for the Hub only.
+        token: As in `Agent.push_to_hub`.
+        cache_dir: The Hub's cache; None is its default place.
+        local_files_only: Use the cache only and make no request, as with HF_HUB_OFFLINE=1.
+        env: As in `Agent.set_env`; None sets none.
+        device: As in the constructor.
+        overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile` or `tf32`.
+
+    Returns:
+        The agent, of the class that the file names.
 
     Raises:
         FileNotFoundError: There is nothing of that name.
         HubError: No such repository, no access, no connection.
-        ArtifactError: It is no policy of ours, damaged, or from a newer version; the message says what to do.
+        ArtifactError: It is not a policy of diffagents, or it is damaged or from a newer version; the message says what to do.
     """
-    from diffagents.storage import publish
+    from diffagents.storage import checkpoint, hub
 
-    found = publish.find_pretrained(path, revision, token, cache_dir, local_files_only)
-    return publish.load_pretrained(class_of(found[0]), found, env, device, overrides)
+    source = hub.find_artifact(path, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    return checkpoint.unpack(class_of(source), source, device, overrides, env)
 
 
 def class_of(source: "Artifact") -> "type[Agent]":
@@ -90,7 +93,7 @@ def class_of(source: "Artifact") -> "type[Agent]":
     if algorithm not in AGENTS:
         known = ", ".join(AGENTS)
         raise ArtifactError(
-            f"{source.path} holds the algorithm {short(algorithm)!r}; this version knows {known}: upgrade diffagents"
+            f"{source} holds the algorithm {short(algorithm)!r}; this version knows {known}: upgrade diffagents"
         )
     return agent_class(algorithm)
 
@@ -104,20 +107,39 @@ def push_folder(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> "CommitInfo":
-    """Push a folder that `save_pretrained` made, after seeing that it loads; only its card is made anew, with the new name.
+    """Push a folder that `save_pretrained` wrote, after checking that it loads.
 
-    Raises FileNotFoundError, ArtifactError (it would not load), HubError.
+    The folder itself is unchanged. The pushed card names the repository, unless somebody edited the card and removed our mark.
+
+    Args:
+        folder: The folder.
+        repo_id: "organisation/name".
+        private: Make a new repository private; None leaves the choice to the account's settings.
+        revision: A branch, created if it does not exist.
+        commit_message: Message of the commit; None names the algorithm.
+        token: None takes the one of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        The commit.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ArtifactError: It cannot be loaded.
+        ValueError: Not a valid repository id.
+        HubError: No access, no connection, or somebody else pushed meanwhile.
     """
     from diffagents.storage import hub
     from diffagents.storage.publish import renew_card
 
     path = Path(folder)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder: push what save_pretrained made, or load a .zip and push the agent")
+        raise FileNotFoundError(
+            f"there is no folder {path}: push one that save_pretrained wrote, or load a .zip and push the agent"
+        )
     agent = load(path, device="cpu", verbose=0)
-    push = hub.begin_push(repo_id, private=private, revision=revision, token=token)
+    repository = hub.Repository.open(repo_id, private=private, revision=revision, token=token)
     message = commit_message or f"{type(agent).__name__} trained with diffagents"
     with tempfile.TemporaryDirectory(prefix="diffagents-push-") as scratch:
         copy = Path(shutil.copytree(path, Path(scratch) / "policy"))
         renew_card(copy, repo_id)
-        return push.commit(copy, message)
+        return repository.commit(copy, message)

@@ -63,9 +63,9 @@ every = pytest.mark.parametrize("agent", NAMES, indirect=True)
 
 @every
 def test_every_network_is_saved_and_every_optimizer_has_one(agent: Agent) -> None:
-    """No network is forgotten: every module of the agent is in MODEL or LEARNER, and learning moves each of them."""
+    """No network is forgotten: every module of the agent is in MODEL or TRAINING_NETWORKS, and learning moves each of them."""
     modules = {name for name, value in vars(agent).items() if isinstance(value, torch.nn.Module)} - {"obs_normalizer"}
-    assert modules == {*agent.MODEL, *agent.LEARNER}
+    assert modules == {*agent.MODEL, *agent.TRAINING_NETWORKS}
     assert set(agent.optimizers) <= modules
     fresh = small(type(agent).__name__, env=None)
     fresh.set_up(agent.spec)  # type: ignore[arg-type]

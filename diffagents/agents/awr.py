@@ -89,7 +89,7 @@ class AWR(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 200_000, "policy": 1_000_000}  # official code: 200 to 1000
     POLICY_STAGE = "policy"
     MODEL: ClassVar[tuple[str, ...]] = ("policy",)
-    LEARNER: ClassVar[tuple[str, ...]] = ("critic",)
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("critic",)
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim

@@ -69,7 +69,7 @@ class BC(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 1_000_000}
     POLICY_STAGE = "behavior"
     MODEL: ClassVar[tuple[str, ...]] = ("policy",)
-    LEARNER: ClassVar[tuple[str, ...]] = ()
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ()
 
     def build(self) -> None:
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256)})

@@ -39,10 +39,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import MOST, N_FIXED, SOLVERS, check_solver, net_arch
+from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
-from diffagents.diffusion.chain import reverse_mean
+from diffagents.diffusion.chain import SOLVERS, check_solver, reverse_mean
 from diffagents.functional import SELECT, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
 from diffagents.networks.mlp import MLP, EnsembleMLP, Mish, mish, orthogonal_, sinusoids
@@ -228,7 +228,7 @@ class BDPO(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 2_000_000, "train": 2_000_000}
     POLICY_STAGE = "train"
     MODEL: ClassVar[tuple[str, ...]] = ("policy_ema", "critic_target")
-    LEARNER: ClassVar[tuple[str, ...]] = ("policy", "behavior", "behavior_ema", "critic", "value", "value_target")
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("policy", "behavior", "behavior_ema", "critic", "value", "value_target")
     CALIBRATES = True
     CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
 

@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import MOST, SOLVERS, check_solver, net_arch
+from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
+from diffagents.diffusion.chain import SOLVERS, check_solver
 from diffagents.functional import polyak_update_
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.training.plan import Plan
@@ -97,7 +98,7 @@ class DiffusionBC(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 2_000_000}
     POLICY_STAGE = "behavior"
     MODEL: ClassVar[tuple[str, ...]] = ("policy", "policy_ema")  # ema_tau, which `load` may change, decides which acts
-    LEARNER: ClassVar[tuple[str, ...]] = ()
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ()
     CHOICE: ClassVar[tuple[str, ...]] = ("solver", "solver_steps")
 
     def build(self) -> None:

@@ -37,9 +37,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.config.checks import MOST, N_FIXED, SOLVERS, check_solver, net_arch
+from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.diffusion.chain import SOLVERS, check_solver
 from diffagents.functional import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP, mish
@@ -140,7 +141,7 @@ class DiffusionQL(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"train": 2_000_000}
     POLICY_STAGE = "train"
     MODEL: ClassVar[tuple[str, ...]] = ("policy", "critic_target")
-    LEARNER: ClassVar[tuple[str, ...]] = ("policy_ema", "critic")
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("policy_ema", "critic")
     CALIBRATES = True
     CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
 

@@ -42,9 +42,10 @@ from torch.nn import functional as F
 
 from diffagents.agent import Agent
 from diffagents.agents.srpo import ResidualBlock
-from diffagents.config.checks import MOST, N_FIXED, SOLVERS, check_solver, net_arch
+from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.diffusion.chain import SOLVERS, check_solver
 from diffagents.functional import SELECT, eps_loss, polyak_update_, select_action
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
@@ -183,7 +184,7 @@ class IDQL(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 1_500_000, "behavior": 3_000_000}
     POLICY_STAGE = "behavior"
     MODEL: ClassVar[tuple[str, ...]] = ("behavior_ema", "critic")
-    LEARNER: ClassVar[tuple[str, ...]] = ("behavior",)
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("behavior",)
     CHOICE: ClassVar[tuple[str, ...]] = (
         "n_candidates",
         "select",

@@ -103,7 +103,7 @@ class IQL(Agent):
     POLICY_STAGE = "train"
     MODEL: ClassVar[tuple[str, ...]] = ("policy",)
     OFFLINE_RATIO = "uniform"  # [O2]
-    LEARNER: ClassVar[tuple[str, ...]] = ("critic",)
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("critic",)
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim

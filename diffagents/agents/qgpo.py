@@ -148,7 +148,7 @@ class QGPO(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 600_000, "critic": 500_000, "energy": 1_000_000}
     POLICY_STAGE = "energy"
     MODEL: ClassVar[tuple[str, ...]] = ("behavior", "energy")
-    LEARNER: ClassVar[tuple[str, ...]] = ("critic", "critic_target")
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("critic", "critic_target")
     CHOICE: ClassVar[tuple[str, ...]] = ("guidance_scale", "solver_steps")
 
     def build(self) -> None:

@@ -124,7 +124,7 @@ class SfBC(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"behavior": 586_200, "critic": 24_500, "planning": 24_500}
     POLICY_STAGE = "critic"
     MODEL: ClassVar[tuple[str, ...]] = ("behavior", "critic")
-    LEARNER: ClassVar[tuple[str, ...]] = ("critic_before",)
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("critic_before",)
     CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "temperature", "average_top", "solver_steps")
 
     def build(self) -> None:

@@ -212,7 +212,7 @@ class SRPO(Agent):
     STAGE_SHARES: ClassVar[dict[str, int]] = {"critic": 1_500_000, "behavior": 2_000_000, "policy": 1_000_000}  # paper's
     POLICY_STAGE = "policy"
     MODEL: ClassVar[tuple[str, ...]] = ("policy",)
-    LEARNER: ClassVar[tuple[str, ...]] = ("critic", "behavior")
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("critic", "behavior")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
@@ -344,7 +344,7 @@ class BehaviorPolicy:
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
         """As `Agent.predict`; random noise comes from the agent's generator for predictions."""
-        checkpoint.fetch_learner(self._agent)
+        checkpoint.fetch_training_networks(self._agent)
         agent, fixed = self._agent, self._agent.behavior.noise
 
         def act(obs: Tensor) -> Tensor:

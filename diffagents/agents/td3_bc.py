@@ -93,7 +93,7 @@ class TD3BC(Agent):
     POLICY_STAGE = "train"
     CALIBRATES = True
     MODEL: ClassVar[tuple[str, ...]] = ("policy",)
-    LEARNER: ClassVar[tuple[str, ...]] = ("policy_target", "critic", "critic_target")
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("policy_target", "critic", "critic_target")
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim

@@ -38,32 +38,6 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")
 
 
-SOLVERS = ("ddpm", "ddim")
-"""Samplers of a discrete chain: the chain itself, and a deterministic one, which may skip steps."""
-
-
-def check_solver(solver: str, solver_steps: int | None, n_diffusion_steps: int) -> None:
-    """Check that a solver suits the chain.
-
-    Args:
-        solver: One of SOLVERS.
-        solver_steps: Steps that the solver takes, None for all of the chain's.
-        n_diffusion_steps: The number T of steps of the chain.
-
-    Raises:
-        ValueError: If there are more solver steps than steps in the chain, or "ddpm" would have to skip some.
-    """
-    if solver_steps is None:
-        return
-    if solver_steps > n_diffusion_steps:
-        raise ValueError(f"solver_steps={solver_steps} is more than the chain's n_diffusion_steps={n_diffusion_steps}")
-    if solver == "ddpm" and solver_steps < n_diffusion_steps:
-        raise ValueError(
-            f'solver_steps={solver_steps} skips some of the chain\'s {n_diffusion_steps} steps, which solver="ddpm" cannot: '
-            'use solver="ddim"'
-        )
-
-
 def net_arch(
     policy_kwargs: dict[str, Any], default: dict[str, Sequence[int]], extra: dict[str, int] | None = None
 ) -> dict[str, Any]:

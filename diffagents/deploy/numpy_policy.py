@@ -1,6 +1,6 @@
-"""A policy that is one tanh MLP, for one observation on a CPU: numpy on the networks' own memory, no tensor in between.
+"""The fast path of `predict`: a tanh MLP for one observation on a CPU, in numpy on the memory of the networks themselves.
 
-A matrix times one vector takes a few microseconds; calling torch for it takes tens.
+A product of a matrix and one vector takes a few microseconds in numpy, in torch with its overhead tens of them.
 """
 
 import numpy as np
@@ -13,13 +13,23 @@ from diffagents.types import Spec
 
 
 class NumpyPath:
-    """The fast path of an agent's `predict`: keeps a `NumpyPolicy` and makes a new one whenever the networks have moved."""
+    """The fast path of one agent: keeps a `NumpyPolicy` and makes a new one when the networks are replaced or moved."""
 
     def __init__(self) -> None:
         self._policy: NumpyPolicy | None = None
 
     def __call__(self, obs: np.ndarray, policy: TanhPolicy, normalizer: ObsNormalizer, spec: Spec) -> np.ndarray | None:
-        """The action for one observation, or None if the fast path does not apply."""
+        """Act on one observation.
+
+        Args:
+            obs: The observation, in the environment's units.
+            policy: The agent's policy network.
+            normalizer: The agent's observation normaliser.
+            spec: The agent's spaces.
+
+        Returns:
+            As `NumpyPolicy` does.
+        """
         quick = self._policy
         if quick is None or not quick.current(policy, normalizer):
             quick = self._policy = NumpyPolicy(normalizer, policy, spec)
@@ -27,10 +37,15 @@ class NumpyPath:
 
 
 class NumpyPolicy:
-    """action = unscale(tanh(MLP(normalise(obs)))) for a float observation of exactly the space's shape.
+    """action = unscale(tanh(MLP(normalise(obs)))) for one float observation.
 
-    The arrays are views of the networks' parameters, so that whatever changes these in place changes the policy; `current`
-    tells whether they still are.
+    The arrays are views of the networks' parameters, so that training, which changes these in place, changes the policy too.
+    `current` checks that they still are.
+
+    Args:
+        normalizer: The observation normaliser.
+        policy: The policy network, on the CPU.
+        spec: The environment's spaces.
     """
 
     def __init__(self, normalizer: ObsNormalizer, policy: TanhPolicy, spec: Spec) -> None:
@@ -49,13 +64,21 @@ class NumpyPolicy:
         self._action_shape, self._dtype = space.shape, space.dtype
 
     def current(self, policy: TanhPolicy, normalizer: ObsNormalizer) -> bool:
-        """Whether these are the modules that it was made of, their numbers where they were."""
+        """Whether it was made from these modules, and their tensors are still in the same memory."""
         if policy is not self._policy or normalizer is not self._normalizer:
             return False
         return all([place[name] is tensor and tensor.data_ptr() == at for place, name, tensor, at in self._watched])
 
     def __call__(self, obs: np.ndarray) -> np.ndarray | None:
-        """The action, in the environment's units; None where this is not one observation, or one to be looked at (NaN)."""
+        """Act on one observation.
+
+        Args:
+            obs: The observation, in the environment's units.
+
+        Returns:
+            The action, in the environment's units and dtype. None if the fast path does not apply: `obs` is not a float array
+            of exactly the space's shape, or NaN or huge values are involved, which `predict` then reports.
+        """
         if obs.shape != self._shape or obs.dtype.kind != "f":
             return None
         h = (obs.reshape(-1).astype(np.float32, copy=False) - self._mean) / self._std

@@ -162,3 +162,30 @@ def sample_ddim(
         if clip_x:
             x = x.clamp(-1.0, 1.0)
     return x
+
+
+SOLVERS = ("ddpm", "ddim")
+"""Solvers of the chain when a policy acts, called by `networks.diffusion_policy.ChainPolicy.sample`: "ddpm" (`sample_chain`)
+takes every step, "ddim" (`sample_ddim`) is deterministic given its noise and may skip steps. Targets of Q use "ddpm"."""
+
+
+def check_solver(solver: str, solver_steps: int | None, n_diffusion_steps: int) -> None:
+    """Check that a solver suits the chain.
+
+    Args:
+        solver: One of SOLVERS.
+        solver_steps: Steps that the solver takes, None for all of the chain's.
+        n_diffusion_steps: The number T of steps of the chain.
+
+    Raises:
+        ValueError: If there are more solver steps than steps in the chain, or "ddpm" would have to skip some.
+    """
+    if solver_steps is None:
+        return
+    if solver_steps > n_diffusion_steps:
+        raise ValueError(f"solver_steps={solver_steps} is more than the chain's n_diffusion_steps={n_diffusion_steps}")
+    if solver == "ddpm" and solver_steps < n_diffusion_steps:
+        raise ValueError(
+            f'solver_steps={solver_steps} skips some of the chain\'s {n_diffusion_steps} steps, which solver="ddpm" cannot: '
+            'use solver="ddim"'
+        )

@@ -68,7 +68,7 @@ def learn_many(
     first = members[0]
     for agent in members:
         prepare.check_arguments(agent, total_timesteps, stages, log_interval)
-        checkpoint.fetch_learner(agent)
+        checkpoint.fetch_training_networks(agent)
     data = load_dataset(dataset, env=first.env, obs_keys=first.obs_keys, verbose=first.verbose)
     candidates = [agent.candidate() for agent in members]
     plans: list[Plan] = []

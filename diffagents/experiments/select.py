@@ -388,7 +388,7 @@ def _own_q(policy: Any, data: Transitions, rows: Tensor, action: np.ndarray) -> 
     critic = getattr(policy, name, None)
     if not isinstance(critic, IQLCritic | EnsembleMLP | ReturnCritic):
         return _Own()
-    if name not in policy.MODEL and not policy.has_learner:
+    if name not in policy.MODEL and not policy.has_training_networks:
         return _Own(notes=["the policy was loaded without its critic: q_mean is unknown"])
     flat = policy.spec.flatten_obs(_observation(data.obs[rows], data.spec))[0]
     obs = policy.obs_normalizer(torch.from_numpy(flat).to(policy.device))

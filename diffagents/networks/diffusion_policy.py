@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.config.checks import N_FIXED
-from diffagents.diffusion.chain import Chain, sample_chain, sample_ddim, vp_chain
+from diffagents.diffusion.chain import SOLVERS, Chain, sample_chain, sample_ddim, vp_chain
 from diffagents.functional import gumbel, perturb
 from diffagents.networks.mlp import MLP, Mish, sinusoids
 
@@ -162,6 +162,8 @@ class ChainPolicy(nn.Module):
         if solver == "ddim":
             steps, clips = n_steps or self.n_steps, {"clip_x0": self.clip_x0, "clip_x": self.clip_x}
             return sample_ddim(self.on_states(obs), self.chain, noises[0] * noise_scale, steps, **clips)
+        if solver != "ddpm":
+            raise ValueError(f"solver={solver!r} is not implemented here; there are {', '.join(SOLVERS)}")
         std = (self.chain.posterior_std if self.std == "posterior" else self.chain.beta_std) * noise_scale
         return sample_chain(self.on_states(obs), self.chain, noises, std, clip_x0=self.clip_x0, clip_x=self.clip_x)
 

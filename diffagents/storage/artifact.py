@@ -1,13 +1,13 @@
-"""A trained agent on disk: a folder of `config.json` and `*.safetensors`, or the same zipped.
+"""Reads and writes a trained agent on disk: a folder of `config.json` and `*.safetensors` files, or the same files in a .zip.
 
-    config.json            format, library, algorithm; the rest is the agent's: knobs, spaces, versions, provenance
-    model.safetensors      all that acting needs
-    learner.safetensors    every other network; needed to go on learning
-    optimizer.safetensors, trainer_state.json   needed to go on as if never stopped (optional)
+    config.json            format, library and algorithm; the rest comes from checkpoint.py
+    model.safetensors      everything that acting needs
+    learner.safetensors    every other network; needed to continue learning
+    optimizer.safetensors, trainer_state.json   needed to resume the run exactly (optional)
 
-COMPANIONS (`README.md`, `results.json`, pictures) may lie beside them in a folder and are never read here. Reading is safe
-with files from strangers: nothing is unpickled, evaluated or unpacked to disk, and sizes are checked before memory is
-taken. Writing is atomic: a failure leaves an older artifact as it was and no temporary files.
+A folder may also contain COMPANIONS (`README.md`, `results.json`, pictures); they are never read here. Reading is safe for
+files from strangers: nothing is unpickled, evaluated or unpacked to disk, and sizes are checked before memory is allocated.
+Writing is atomic: a failure leaves an older artifact unchanged and no temporary files.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import secrets
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,16 @@ import torch
 from torch import Tensor
 
 from diffagents.errors import AGAIN, ArtifactError, short
-from diffagents.training.state import bare
+from diffagents.training.state import HubCommit, bare
 
 LIBRARY, FORMAT = "diffagents", 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""Format n -> what turns a config of format n into one of n + 1. Applied by `read`, oldest first."""
+"""Format n -> a function that converts a config of format n to format n + 1. `read` applies them, oldest first."""
 
 CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
 TENSOR_FILES = {name: f"{name}.safetensors" for name in ("model", "learner", "optimizer")}
 MAX_BYTES = {CONFIG: 1 << 20, TRAINER_STATE: 1 << 26, **dict.fromkeys(TENSOR_FILES.values(), 1 << 32)}
+"""File of an artifact -> the largest size that is read."""
 COMPANIONS = ("README.md", "results.json", "curves.png", "replay.mp4")
 MAX_COMPANION_BYTES = 1 << 28
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
@@ -47,10 +48,10 @@ MAX_ZIP_MEMBERS, MAX_ZIP_RATIO = 1000, 100
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8}
 _TENSOR_DTYPES = _FLOATS | _INTEGERS | {torch.bool}
-_GIVE = "give the folder or .zip that save() made"
+_PASS_SAVED = "pass the folder or .zip file that save() wrote"
 _CURES = {
     "model": AGAIN,
-    "learner": "this copy can act but not learn on; get the whole artifact",
+    "learner": "this copy can act but cannot continue learning; load the whole artifact",
     "optimizer": "it was saved without its trainer state, so the run cannot be resumed; start a new one",
 }
 
@@ -64,18 +65,27 @@ def write(
     folder: bool = False,
     companions: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write an artifact, all or nothing, and return where it is.
+    """Write an artifact, all or nothing.
 
-    An existing folder, or any path with `folder=True`, becomes an artifact folder (files that are not ours are kept);
-    else the path is a zip, and gets `.zip` added where it does not end so. Missing parents are made.
+    Args:
+        path: An existing folder, which becomes an artifact folder (its other files are kept); otherwise a zip file, whose
+            suffix `.zip` is added if it is missing. Missing parent folders are created.
+        config: The content of config.json, with the key `algorithm`; `format` and `library` are added.
+        tensors: "model" (required), "learner" and "optimizer" -> named tensors on any device. They are copied, and the prefix
+            `_orig_mod.` of `torch.compile` is removed from their names.
+        trainer_state: The content of trainer_state.json; None writes none.
+        folder: Write a folder even if `path` does not exist yet.
+        companions: The content of every file of COMPANIONS that the folder is to have; the others are deleted. None leaves
+            them all unchanged.
 
-    `config` must name its `algorithm`; `format` and `library` are added. `tensors` maps "model" (required), "learner"
-    and "optimizer" to named tensors of any device and layout; they are copied, and `torch.compile`'s `_orig_mod.` is
-    taken out of their names. `config` and `trainer_state` go through `to_json_safe`. `companions`: the files of COMPANIONS
-    that a folder shall have; those that it has and shall not, go. None leaves them as they are.
+    Returns:
+        The path of the folder or zip file.
 
-    Raises ValueError (NaN in a tensor, what could not be read back), TypeError (a value that JSON cannot hold),
-    FileExistsError (something that is no artifact of ours is in the way), OSError (disk full, PermissionError).
+    Raises:
+        ValueError: A tensor contains NaN, or something could not be read back.
+        TypeError: A value of `config` or `trainer_state` that `to_json_safe` refuses.
+        FileExistsError: Something other than an artifact is in the way.
+        OSError: The disk is full, permission is denied, ...; what was there before is unchanged.
     """
     files = _encode(config, tensors, trainer_state)
     target = Path(path)
@@ -83,17 +93,17 @@ def write(
     if not as_folder and target.suffix != ".zip":
         target = target.with_name(target.name + ".zip")
     if target.exists() and target.is_dir() != as_folder:
-        raise FileExistsError(f"{target} is a {'file' if as_folder else 'folder'}: give another name")
-    real = Path(os.path.realpath(target))  # what a link leads to is replaced, not the link
+        is_now, needed = ("file", "folder") if as_folder else ("folder", "file")
+        raise FileExistsError(f"{target} is a {is_now}, so no {needed} can be written there: choose another name")
+    real = Path(os.path.realpath(target))  # the target of a link is replaced, not the link itself
     temp = real.parent / f".{LIBRARY}-{secrets.token_hex(6)}.tmp"
     if as_folder:
         _check_replaceable(real)
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         if as_folder:
-            _write_folder(
-                files | dict(companions or {}), temp, real, MAX_BYTES if companions is None else (*MAX_BYTES, *COMPANIONS)
-            )
+            replaced = MAX_BYTES if companions is None else (*MAX_BYTES, *COMPANIONS)
+            _write_folder(files | dict(companions or {}), temp, real, replaced)
         else:
             _write_zip(files, temp)
             os.replace(temp, real)
@@ -101,7 +111,7 @@ def write(
         with contextlib.suppress(OSError):
             shutil.rmtree(temp) if temp.is_dir() else temp.unlink()
         if isinstance(error, OSError):
-            reason = f"{error.strerror or error}: the artifact was not written, an older one is as it was"
+            reason = f"{error.strerror or error}: the artifact was not written; an older one is unchanged"
             raise OSError(error.errno or errno.EIO, reason, str(target)) from error
         raise
     _sync(real.parent)
@@ -109,9 +119,14 @@ def write(
 
 
 def to_json_safe(value: Any, where: str = "config") -> Any:
-    """The same in strict JSON's types: numpy to Python, tuples to lists, infinities and NaN to "inf", "-inf", "nan".
+    """Convert a value to the types of strict JSON: numpy to Python, tuples to lists, infinities and NaN to strings.
 
-    Raises TypeError for anything else, naming the place; `where` is the name of `value` itself.
+    Args:
+        value: Numbers, strings, None, arrays, and lists or dicts of these.
+        where: The name of `value`, for error messages.
+
+    Raises:
+        TypeError: Anything else; the message names its place.
     """
     if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufU":
         value = value.tolist()
@@ -124,16 +139,17 @@ def to_json_safe(value: Any, where: str = "config") -> Any:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: to_json_safe(item, f"{where}[{key!r}]") for key, item in value.items()}
     kind = "dict with keys that are not strings" if isinstance(value, Mapping) else type(value).__name__
-    raise TypeError(f"{where} is a {kind}, which JSON cannot hold: give numbers, strings, lists or dicts by name")
+    raise TypeError(f"{where} is a {kind}, which JSON cannot hold: use numbers, strings, lists or dicts with string keys")
 
 
 def _encode(
     config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], trainer_state: Mapping[str, Any] | None
 ) -> dict[str, bytes]:
+    """The content of each file; checks that `read` would accept it."""
     if not isinstance(config.get("algorithm"), str):
         raise ValueError(f"config['algorithm'] must be the algorithm's name, not {config.get('algorithm')!r}")
     if "model" not in tensors or not set(tensors) <= set(TENSOR_FILES):
-        raise ValueError(f"tensors must have 'model' and may have 'learner' and 'optimizer', not {sorted(tensors)}")
+        raise ValueError(f"tensors must have 'model' and may have 'learner' and 'optimizer'; its keys are {sorted(tensors)}")
     head = {"format": FORMAT, "library": LIBRARY}
     files = {CONFIG: _dump({**head, **config, **head}, "config")}
     if trainer_state is not None:
@@ -141,12 +157,14 @@ def _encode(
     for name, named in tensors.items():
         copies = {bare(key): tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in named.items()}
         if len(copies) < len(named):
-            raise ValueError(f"two {name} tensors have one name once '_orig_mod.' is taken out: {sorted(named)[:4]}")
+            raise ValueError(f"two {name} tensors have the same name once '_orig_mod.' is removed: {sorted(named)[:4]}")
         _check_tensors(copies, f"{name} tensors")
         files[TENSOR_FILES[name]] = safetensors.torch.save(copies, {"format": "pt"})
     for file, data in files.items():
         if len(data) > MAX_BYTES[file]:
-            raise ValueError(f"{file} would have {len(data)} bytes; more than {MAX_BYTES[file]} are not read back")
+            raise ValueError(
+                f"{file} would have {len(data)} bytes; files of more than {MAX_BYTES[file]} bytes cannot be read back"
+            )
     return files
 
 
@@ -155,37 +173,39 @@ def _dump(value: Mapping[str, Any], where: str) -> bytes:
 
 
 def _check_replaceable(folder: Path) -> None:
+    """Refuse to overwrite a folder that is neither empty nor an artifact."""
     if not folder.exists():
         return
     if Path.cwd().is_relative_to(folder) or not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} is read-only or holds the current directory: give another folder")
+        raise PermissionError(f"{folder} is read-only or contains the current directory: choose another folder")
     try:
         ours = not any(folder.iterdir()) or read_json(folder, CONFIG).get("library") == LIBRARY
     except ArtifactError:
         ours = False
     if not ours:
-        raise FileExistsError(f"{folder} holds other files and no artifact: add .zip to the name or give a new folder")
+        raise FileExistsError(f"{folder} holds other files and no artifact: add .zip to the name, or choose a new folder")
 
 
 def _write_zip(files: Mapping[str, bytes], temp: Path) -> None:
     with zipfile.ZipFile(temp, "x", zipfile.ZIP_STORED) as archive:
         for name, data in files.items():
-            info = zipfile.ZipInfo(name)  # its date is fixed: the same state gives the same bytes
+            info = zipfile.ZipInfo(name)  # with a fixed date: the same state gives the same bytes
             info.external_attr = 0o644 << 16
             archive.writestr(info, data)
     _sync(temp)
 
 
-def _write_folder(files: Mapping[str, bytes], temp: Path, real: Path, ours: Iterable[str]) -> None:
-    if real.exists():  # take along what is not ours: a README, results, a video, .git
-        shutil.copytree(real, temp, symlinks=True, ignore=lambda at, _: ours if Path(at) == real else ())
+def _write_folder(files: Mapping[str, bytes], temp: Path, real: Path, replaced: Iterable[str]) -> None:
+    """Write `files` to the folder `real` through `temp`, keeping its other files except those named in `replaced`."""
+    if real.exists():
+        shutil.copytree(real, temp, symlinks=True, ignore=lambda at, _: replaced if Path(at) == real else ())
     else:
         temp.mkdir()
     for name, data in files.items():
         (temp / name).write_bytes(data)
         _sync(temp / name)
     _sync(temp)
-    # A folder that is not empty cannot be replaced in one step: the old one steps aside, and back if the new one fails.
+    # A folder that is not empty cannot be replaced in one step: the old one is moved away, and back if the new one fails.
     aside = temp.with_suffix(".old")
     try:
         if real.exists():
@@ -199,7 +219,8 @@ def _write_folder(files: Mapping[str, bytes], temp: Path, real: Path, ours: Iter
 
 
 def _sync(path: Path) -> None:
-    if os.name == "posix":  # elsewhere what is opened for reading cannot be synced, nor a folder opened
+    """Wait until a file or folder is on the disk."""
+    if os.name == "posix":  # Windows can neither sync a file that is open for reading nor open a folder
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -212,54 +233,93 @@ def _sync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact whose config has been read and checked; its other files are read when asked for."""
+    """An artifact whose config has been read and checked; its other files are read on request.
+
+    Args:
+        path: The folder or zip file.
+        config: The content of config.json, converted to the present format.
+        origin: The commit on the Hub that the folder was downloaded from; None for a local artifact.
+        files: The files to use; any others in the folder are ignored.
+    """
 
     path: Path
     config: dict[str, Any]
+    origin: HubCommit | None = None
     files: Collection[str] = tuple(MAX_BYTES)
-    """Which files count as there, where a folder has more than is wanted."""
+
+    def __str__(self) -> str:
+        return str(self.origin or self.path)
 
     def has(self, name: str) -> bool:
-        """Whether "model", "learner", "optimizer" or "trainer_state" is there."""
+        """Whether the artifact has "model", "learner", "optimizer" or "trainer_state"."""
         file = TENSOR_FILES.get(name, f"{name}.json")
         return file in self.files and _find(self.path, file) is not None
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The named CPU tensors of "model", "learner" or "optimizer"; no other file is read.
+        """Read the CPU tensors of "model", "learner" or "optimizer" by name; no other file is read.
 
-        Raises ArtifactError: not there, damaged, not safetensors, a foreign dtype, NaN or infinity in a named tensor.
+        Raises:
+            ArtifactError: The file is missing, damaged or not a safetensors file, or a tensor has an unexpected dtype, NaN or
+                infinity.
         """
-        where = f"{self.path}: {TENSOR_FILES[name]}"
-        data = _read_bytes(self.path, TENSOR_FILES[name])
+        where = f"{self}: {TENSOR_FILES[name]}"
+        with _naming(self.origin, self.path):
+            data = _read_bytes(self.path, TENSOR_FILES[name])
         if data is None:
             raise ArtifactError(f"{where} is not there: {_CURES[name]}")
         header = int.from_bytes(data[:8], "little")
         if header > MAX_HEADER_BYTES:
             pickled = data[:1] == b"\x80" or data[:2] == b"PK"
-            what = "a pickle under another name, never opened here" if pickled else f"a header of {header} bytes"
-            raise ArtifactError(f"{where} is not a safetensors file but {what}: {AGAIN}")
+            pickle = "is a pickle under another name, never opened because it may run code"
+            reason = pickle if pickled else f"claims a header of {header} bytes"
+            raise ArtifactError(f"{where} is not a safetensors file; it {reason}: {AGAIN}")
         try:
             tensors = safetensors.torch.load(data)
-        except Exception as error:  # whatever the parser trips over, it means the same here
+        except Exception as error:  # the parser's exceptions are of several types
             raise ArtifactError(f"{where} is truncated or damaged ({short(error)}): {AGAIN}") from None
         _check_tensors(tensors, where)
         return tensors
 
     def trainer_state(self) -> dict[str, Any] | None:
-        """The content of `trainer_state.json`, or None where the artifact was saved without it."""
-        return read_json(self.path, TRAINER_STATE) if self.has("trainer_state") else None
+        """Read `trainer_state.json`; None if the artifact was saved without it. Raises ArtifactError."""
+        with _naming(self.origin, self.path):
+            return read_json(self.path, TRAINER_STATE) if self.has("trainer_state") else None
 
 
-def read(path: str | os.PathLike[str]) -> Artifact:
-    """Open an artifact folder or zip (with or without `.zip` in `path`), check its config and migrate an old format.
+def read(path: str | os.PathLike[str], origin: HubCommit | None = None, files: Collection[str] = tuple(MAX_BYTES)) -> Artifact:
+    """Open an artifact folder or zip file, check its config and convert an old format.
 
-    Raises FileNotFoundError where there is nothing, ArtifactError where there is something else.
+    Args:
+        path: The folder or zip file, with or without `.zip`.
+        origin: As in `Artifact`.
+        files: As in `Artifact`.
+
+    Raises:
+        FileNotFoundError: There is nothing at `path`.
+        ArtifactError: There is something else, or it is damaged or from a newer version.
     """
     given = Path(path)
     other = given.with_suffix("") if given.suffix == ".zip" else Path(f"{given}.zip")
     found = next((place for place in (given, other) if place.exists()), None)
     if found is None:
-        raise FileNotFoundError(f"no artifact at {given} nor at {other}: check the path")
+        raise FileNotFoundError(f"there is no artifact at {given} nor at {other}: check the path")
+    with _naming(origin, found):
+        return Artifact(found, _read_config(found), origin, files)
+
+
+@contextlib.contextmanager
+def _naming(origin: HubCommit | None, path: Path) -> Iterator[None]:
+    """Let error messages about a download name its commit instead of the folder in the Hub's cache."""
+    try:
+        yield
+    except ArtifactError as error:
+        if origin is None:
+            raise
+        raise ArtifactError(str(error).replace(str(path), str(origin))) from None
+
+
+def _read_config(found: Path) -> dict[str, Any]:
+    """The checked content of config.json, converted to the present format."""
     where = f"{found}: {CONFIG}"
     config = read_json(found, CONFIG)
     library, version = config.get("library"), config.get("format")
@@ -267,76 +327,89 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         whose = "Stable-Baselines3" if "policy_class" in config else "its own library"
         raise ArtifactError(f"{where} names the library {short(library)}, not {LIBRARY}: load it with {whose}")
     if type(version) is not int or version < 1:
-        raise ArtifactError(f"{where} has the format {short(version)}, not a whole number from 1: {AGAIN}")
+        raise ArtifactError(f"{where} has the format {short(version)}, not a whole number of at least 1: {AGAIN}")
     if version > FORMAT:
-        raise ArtifactError(f"{where} has format {short(version)}, above {FORMAT}, from a newer {LIBRARY}: upgrade")
+        raise ArtifactError(
+            f"{where} has format {short(version)}, but this version reads at most format {FORMAT}; the artifact is from a "
+            f"newer {LIBRARY}: upgrade {LIBRARY}"
+        )
     if not isinstance(config.get("algorithm"), str):
         raise ArtifactError(f"{where} names no algorithm: {AGAIN}")
     if _find(found, TENSOR_FILES["model"]) is None:
         raise ArtifactError(f"{found} has no {TENSOR_FILES['model']}: {_CURES['model']}")
     for old in range(version, FORMAT):
         config = {**MIGRATIONS[old](config), "format": old + 1}
-    return Artifact(found, config)
+    return config
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """A strict JSON object: no NaN, no infinity, no number that overflows into one."""
+    """Read a strict JSON object: without NaN, infinity, or numbers that overflow to infinity.
+
+    Args:
+        path: The folder or zip file.
+        name: The file in it.
+
+    Raises:
+        ArtifactError: It is missing, too large or not such an object.
+    """
     data = _read_bytes(path, name)
     if data is None:
-        raise ArtifactError(f"{path} is not a {LIBRARY} artifact (no {name} in it): {_GIVE}")
+        raise ArtifactError(f"{path} is not a {LIBRARY} artifact (no {name} in it): {_PASS_SAVED}")
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
-        if b"\\ud" in data.lower():  # half of a pair alone is a text that cannot be written again
+        if b"\\ud" in data.lower():  # half of a surrogate pair cannot be written again
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         if isinstance(value, dict):
             return value
         problem = f"a {type(value).__name__}, not an object"
     except RecursionError:
-        problem = "nested too deep"
+        problem = "nested too deeply"
     except ValueError as error:
         problem = f"not JSON ({short(error)})"
     raise ArtifactError(f"{path}: {name} is {problem}: {AGAIN}")
 
 
 def _finite(text: str) -> float:
+    """A number of JSON. Raises ValueError for NaN and infinity."""
     if not math.isfinite(value := float(text)):
         raise ValueError("a number that is not finite")
     return value
 
 
 def _read_bytes(path: Path, name: str) -> bytes | None:
+    """The content of one file of an artifact; None if it is missing."""
     found = _find(path, name)
     if not isinstance(found, zipfile.ZipInfo):
         return None if found is None else found.read_bytes()
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.read(found)
-    except Exception as error:  # zipfile lets errors of many types through when the bytes are damaged
+    except Exception as error:  # zipfile raises many types of exceptions for damaged bytes
         raise ArtifactError(f"{path} is a truncated or damaged zip ({short(error)}): {AGAIN}") from None
 
 
 def _find(path: Path, name: str) -> Path | zipfile.ZipInfo | None:
-    """Where one file of an artifact is, its size checked; None if absent. Refuses what is no folder or honest zip."""
+    """The path or zip member of one file of an artifact, its size checked; None if it is missing."""
     if not path.is_dir():
         return _members(path).get(name)
     file = path / name
     if not file.exists():
         return None
-    if not file.is_file():  # a pipe or device never ends; links are followed, the Hub's cache is made of them
+    if not file.is_file():  # reading a pipe or device never ends; links are allowed, as the Hub's cache consists of them
         raise ArtifactError(f"{file} is not a regular file: {AGAIN}")
     _check_size(file.stat().st_size, name, path)
     return file
 
 
 def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Name -> member of a zip, after refusing what no honest artifact holds: someone else may unpack it."""
+    """The members of a zip file by name. Refuses unsafe names and links even though nothing is unpacked here: others may."""
     if not path.is_file():
-        raise ArtifactError(f"{path} is neither a folder nor a regular file: {_GIVE}")
+        raise ArtifactError(f"{path} is neither a folder nor a regular file: {_PASS_SAVED}")
     with path.open("rb") as file:
         start = file.read(2)
     if start != b"PK":
-        what = "a pickle, never opened as it may run code" if start[:1] == b"\x80" else "neither a zip nor a folder"
-        raise ArtifactError(f"{path} is {what}: {_GIVE}")
+        what = "a pickle, never opened because it may run code" if start[:1] == b"\x80" else "neither a zip nor a folder"
+        raise ArtifactError(f"{path} is {what}: {_PASS_SAVED}")
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -346,7 +419,7 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
     if CONFIG not in names and any(name == "data" or name.endswith(".pth") for name in names):
         raise ArtifactError(f"{path} is a Stable-Baselines3 file: load it with Stable-Baselines3, e.g. SAC.load(...)")
     if CONFIG not in names and any(name.endswith("data.pkl") for name in names):
-        raise ArtifactError(f"{path} is a torch.save file, never opened here as it may run code: {_GIVE}")
+        raise ArtifactError(f"{path} is a torch.save file, never opened because it may run code: {_PASS_SAVED}")
     if len(names) > MAX_ZIP_MEMBERS or len(set(names)) < len(names):
         raise ArtifactError(f"{path} holds {len(names)} files or one name twice: do not use it")
     for name, info in zip(names, infos, strict=True):
@@ -360,12 +433,14 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
 
 
 def _check_size(size: int, name: str, path: Path) -> None:
+    """Raises ArtifactError for a file that is too large to be read."""
     limit = MAX_BYTES.get(name, 1 << 32)
     if size > limit:
         raise ArtifactError(f"{path}: {short(name)} has {size} bytes, more than the {limit} allowed: {AGAIN}")
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises ArtifactError for an unexpected dtype, NaN or infinity."""
     for key, tensor in tensors.items():
         if tensor.dtype not in _TENSOR_DTYPES:
             raise ArtifactError(f"{where}: {short(key)} has the dtype {tensor.dtype}, which no agent of ours uses")

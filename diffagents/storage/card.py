@@ -1,7 +1,7 @@
-"""The model card: README.md of a published policy, made from its config.json and results.json alone.
+"""Writes the model card, the README.md of a published policy, from its config.json and results.json alone.
 
-Its front matter is what the Hub reads (library, task, model-index with the exact names of algorithm and environment);
-its text is what somebody needs to decide whether to trust the policy, and to make it again.
+The front matter is for the Hub: library, task, and a model-index with the exact names of algorithm and environment. The text
+is for people who want to judge the policy or train it again.
 """
 
 import io
@@ -11,10 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 MARK = "<!-- made by diffagents: take this line out to keep your own changes from being overwritten -->"
+"""The line by which a generated card is recognised; cards without it are never overwritten."""
 
 
 def data_env(config: Mapping[str, Any]) -> str | None:
-    """The id of the environment that is stored with the dataset."""
+    """The id of the environment in a config's dataset; None if there is none."""
     spec = (config.get("dataset") or {}).get("env_spec")
     try:
         return str(json.loads(spec)["id"]) if spec else None
@@ -31,11 +32,21 @@ def make_card(
     pictures: Collection[str] = (),
     notes: Sequence[str] = (),
 ) -> str:
-    """The card of the agent that `config` describes.
+    """Write the model card of the agent that `config` describes.
 
-    results: what results.json holds, None where nothing was evaluated. name: the Hub id, or the folder. license: of the
-    policy, an identifier that the Hub knows. pictures: which of curves.png and replay.mp4 lie beside the card. notes: what
-    could not be made.
+    Args:
+        config: The content of config.json.
+        results: The content of results.json; None if nothing was evaluated.
+        name: The name by which others load the policy: a repository id or the name of a folder.
+        license: License of the policy, as the Hub spells it.
+        pictures: Which of curves.png and replay.mp4 are in the same folder as the card.
+        notes: Sentences to add at the end, e.g. about pictures that could not be made.
+
+    Returns:
+        The text of README.md.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: `config` or `results` was not written by this library.
     """
     import yaml
 
@@ -51,7 +62,7 @@ def make_card(
         *(['<video src="replay.mp4" controls loop></video>\n'] if "replay.mp4" in pictures else []),
         _table("Data", _data_rows(config)),
         _table("Training", _training_rows(config)),
-        _table("Hyperparameters", _knob_rows(config)),
+        _table("Hyperparameters", _hyperparameter_rows(config)),
         *(f"Note: {_plain(note)}\n" for note in notes),
     ]
     return "\n".join(parts)
@@ -60,6 +71,7 @@ def make_card(
 def _metadata(
     config: Mapping[str, Any], results: Mapping[str, Any] | None, algorithm: str, env: str | None, license: str
 ) -> dict[str, Any]:
+    """The front matter."""
     tags = [env, "offline-rl", "diffusion", "reinforcement-learning", "deep-reinforcement-learning", algorithm]
     meta: dict[str, Any] = {
         "library_name": "diffagents",
@@ -89,8 +101,9 @@ def _metadata(
 
 
 def _score(results: Mapping[str, Any] | None) -> str:
+    """The paragraph about the policy's score and its uncertainty."""
     if results is None:
-        return "It has not been evaluated.\n"
+        return "This policy has not been evaluated.\n"
     lines = []
     if "mean_reward" in results:
         low, high = results["interval"]
@@ -98,43 +111,45 @@ def _score(results: Mapping[str, Any] | None) -> str:
         lines.append(
             f"**Return {results['mean_reward']:.2f} ± {results['std_reward']:.2f}** of the last policy: "
             f"{results['n_eval_episodes']} episodes, {how}, environment seeds from {results['seed']}; 95 % bootstrap interval "
-            f"of the mean over these episodes {low:.2f} to {high:.2f}. One training seed: it says nothing about other seeds."
+            f"of the mean over these episodes {low:.2f} to {high:.2f}. This is one training seed; others may score differently."
         )
         if results.get("normalized_score") is not None:
             table, zero, hundred = results["score_reference"]
             s_low, s_high = results["score_interval"]
             lines.append(
-                f"On D4RL's scale {results['normalized_score']:.1f} [{s_low:.1f}, {s_high:.1f}] "
-                f"({_plain(table)}: 0 is a return of {zero:g}, 100 of {hundred:g})."
+                f"D4RL normalized score: {results['normalized_score']:.1f} [{s_low:.1f}, {s_high:.1f}] "
+                f"({_plain(table)}: 0 is a return of {zero:g}, 100 a return of {hundred:g})."
             )
         if results.get("success_rate") is not None:
-            lines.append(f"Success in {100 * results['success_rate']:.0f} % of the episodes.")
+            lines.append(f"Success rate: {100 * results['success_rate']:.0f} % of the episodes.")
     else:
         lines.append("The last policy has not been evaluated.")
     if best := results.get("best_in_training"):
         lines.append(
-            f"\nBest score seen while training (picked by its score, so it flatters; not the policy in these files): "
+            f"\nBest score seen while training (biased upwards, as the maximum of several; not the policy in these files): "
             f"{best['mean_return']:.2f} after {best['num_timesteps']:,} steps."
         )
     return "\n".join(lines) + "\n"
 
 
 def _use(algorithm: str, name: str, env: str | None, stored: bool) -> str:
+    """How to load the policy. stored: whether `env` comes with the dataset, so that `evaluate` finds it."""
     where = "" if env is not None and stored else f"{json.dumps(env) if env else 'env'}, "
     loop = f"print(agent.evaluate({where}n_episodes=10))"
     return f"""```python
 from diffagents import {algorithm}  # pip install diffagents
 
 agent = {algorithm}.from_pretrained({json.dumps(name)})
-action, _ = agent.predict(obs, deterministic=True)  # one observation or a batch, as the environment gives it
+action, _ = agent.predict(obs, deterministic=True)  # one observation of the environment, or a batch
 {loop}
 ```
 
-It holds JSON and safetensors only; no code is run to load it.
+The files contain only JSON and safetensors: loading them runs no code.
 """
 
 
 def _data_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What is known of the dataset."""
     data = config.get("dataset") or {}
     made = data.get("made") or {}
     transform = config.get("reward_transform") or {}
@@ -143,8 +158,8 @@ def _data_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("kind", data.get("kind")),
         *((key.replace("_", " "), made[key]) for key in sorted(made)),
         ("steps, episodes", f"{data.get('n_steps')}, {data.get('n_episodes')}" if data.get("n_steps") else None),
-        ("mean return of its episodes", _number(data.get("mean_return")) if data.get("n_steps") else None),
-        ("sha256 of its arrays", data.get("sha256")),
+        ("mean return of the episodes", _number(data.get("mean_return")) if data.get("n_steps") else None),
+        ("sha256 of the arrays", data.get("sha256")),
         ("observation keys", ", ".join(data.get("obs_keys") or ())),
         ("rewards", f"{transform['name']}: {transform['scale']:.6g} r {transform['shift']:+.6g}" if transform else None),
     ]
@@ -152,55 +167,67 @@ def _data_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _training_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    came, counters = config.get("provenance") or {}, config.get("counters") or {}
+    """How the policy was trained."""
+    provenance, counters = config.get("provenance") or {}, config.get("counters") or {}
     steps = dict(counters.get("stage_steps") or {})
     if (online := counters.get("n_updates", 0) - sum(steps.values())) > 0 and counters.get("n_env_steps"):
         steps["online"] = online
-    source, others = came.get("source"), came.get("trained_together")
-    minutes = f"{came['seconds'] / 60:.1f} minutes" if isinstance(came.get("seconds"), float) else None
+    source, others = provenance.get("source"), provenance.get("trained_together")
+    minutes = f"{provenance['seconds'] / 60:.1f} minutes" if isinstance(provenance.get("seconds"), float) else None
     rows = [
         ("gradient steps", ", ".join(f"{stage} {n:,}" for stage, n in steps.items())),
         ("environment steps", counters.get("n_env_steps") or None),
         ("seed", config.get("seed")),
         ("preset", config.get("preset")),
-        ("time", f"{minutes}, {others} policies together" if minutes and others else minutes),
-        ("machine", came.get("machine")),
-        *(("command", command) for command in came.get("commands") or ()),
+        ("time", f"{minutes} for {others} policies trained together" if minutes and others else minutes),
+        ("machine", provenance.get("machine")),
+        *(("command", command) for command in provenance.get("commands") or ()),
         ("started from", f"{source.get('repo_id')} at {source.get('sha')}" if isinstance(source, dict) else None),
         ("versions", ", ".join(f"{name} {version}" for name, version in (config.get("versions") or {}).items())),
     ]
     return [(name, value) for name, value in rows if value not in (None, "")]
 
 
-def _knob_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _hyperparameter_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """All hyperparameters; those that the user set are marked."""
     explicit = set(config.get("explicit") or ())
     rows = [(f"{name} (set)" if name in explicit else name, value) for name, value in (config.get("knobs") or {}).items()]
     return [*rows, *((f"policy_kwargs.{name}", value) for name, value in (config.get("policy_kwargs") or {}).items())]
 
 
 def _table(title: str, rows: Sequence[tuple[str, Any]]) -> str:
+    """A section with a table of two columns."""
     body = "\n".join(f"| {_plain(name)} | {_plain(value)} |" for name, value in rows)
     return f"## {title}\n\n| | |\n|---|---|\n{body}\n"
 
 
 def _number(value: Any) -> str | None:
+    """A float with two decimals; None for anything else."""
     return f"{value:.2f}" if isinstance(value, float) else None
 
 
 def _plain(value: Any) -> str:
-    """A value, perhaps a stranger's, as text that stays in its table cell and is no markup."""
+    """A value as text without markup that fits in a table cell: it may come from a stranger's file."""
     text = " ".join(str(value).split())[:500]
     return re.sub(r"([|<>`*\[\]\\])", r"\\\1", text)
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """A PNG: scores while training, if there were any, and every mean that `history` has; None without points to draw.
+    """Draw the training curves: one panel for the evaluations and one for each metric.
 
-    Raises ImportError without matplotlib.
+    Args:
+        history: `Agent.history`: rows with num_timesteps, stage, stage_step and metrics.
+        evaluations: Rows with num_timesteps and mean_return, from an EvalCallback.
+
+    Returns:
+        A PNG; None if no curve has two points.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
     panels: dict[str, list[tuple[float, float]]] = {}
     for row in evaluations:
-        panels.setdefault("return in training's evaluations", []).append((row["num_timesteps"], row["mean_return"]))
+        panels.setdefault("return in evaluations", []).append((row["num_timesteps"], row["mean_return"]))
     for row in history:
         for name, value in row.items():
             if name not in ("num_timesteps", "stage", "stage_step") and isinstance(value, float):
@@ -214,10 +241,10 @@ def draw_curves(history: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapp
     from matplotlib.figure import Figure
 
     columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.3 * lines), layout="constrained")
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.3 * rows), layout="constrained")
     for i, (name, points) in enumerate(panels.items()):
-        axis = figure.add_subplot(lines, columns, i + 1)
+        axis = figure.add_subplot(rows, columns, i + 1)
         axis.plot(*zip(*points, strict=True))
         axis.set_title(name, fontsize=8, parse_math=False)
         axis.tick_params(labelsize=7)

@@ -1,9 +1,13 @@
 """An agent <-> the content of an artifact: config, named tensors, trainer state. artifact.py reads and writes the files.
 
-model.safetensors      what `predict` needs, the observation normaliser included
-learner.safetensors    every other network and target network
-optimizer.safetensors  moments of the optimisers and both random generators; with trainer_state.json, training resumes bit for
-bit
+config.json            hyperparameters, spaces, seed, transforms, dataset, provenance and the counters of steps and updates
+model.safetensors      the networks that `predict` needs, the observation normaliser included
+learner.safetensors    all other networks, target networks included, which only training needs
+optimizer.safetensors  the optimisers' running means, step counts and both random generators
+trainer_state.json     plan, online run and history
+
+With the last two, training resumes bit for bit. `learn_online` needs its replay buffer too, a file of its own
+(`Agent.save_replay_buffer`). Learning rates and extras are recomputed from the plan and the data.
 """
 
 import dataclasses
@@ -51,9 +55,9 @@ def pack(learner: Learner, trainer_state: bool) -> Packed:
         trainer_state: Whether to include optimisers, generators, plan and history.
     """
     spec, state = learner.require_spec(), learner.state
-    if not learner.has_learner and learner.origin is not None:
+    if not learner.has_training_networks and learner.origin is not None:
         try:
-            fetch_learner(learner)
+            fetch_training_networks(learner)
         except OSError as error:
             warnings.warn(f"saving without critics and behaviour model, to act only: {error}", stacklevel=3)
     config = {
@@ -82,8 +86,8 @@ def pack(learner: Learner, trainer_state: bool) -> Packed:
         },
     }
     tensors = {"model": network_tensors(learner, ("obs_normalizer", *learner.MODEL))}
-    if learner.has_learner:
-        tensors["learner"] = network_tensors(learner, learner.LEARNER)
+    if learner.has_training_networks:
+        tensors["learner"] = network_tensors(learner, learner.TRAINING_NETWORKS)
     if not trainer_state:
         return config, tensors, None
     tensors["optimizer"] = optimizer_and_generator_tensors(learner)
@@ -91,7 +95,7 @@ def pack(learner: Learner, trainer_state: bool) -> Packed:
     return config, tensors, {**runs, "history": state.history}
 
 
-def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides: dict[str, Any]) -> L:
+def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides: dict[str, Any], env: Any = None) -> L:
     """The agent that was written to an artifact.
 
     Args:
@@ -99,18 +103,25 @@ def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides
         source: The artifact.
         device: As in the constructor.
         overrides: Hyperparameters and AGENT_OVERRIDES to change.
+        env: As in `Agent.set_env`; None sets none.
 
     Raises:
         ArtifactError: It is of another class, or not what this version writes.
-        TypeError, ValueError: `overrides` has an unknown name or a value out of its range.
+        TypeError, ValueError: `overrides` has an unknown name or a value out of its range, or the spaces of `env` differ.
     """
-    algorithm = source.config.get("algorithm")
+    algorithm = short(source.config.get("algorithm"))
     if algorithm != cls.__name__:
         raise ArtifactError(
-            f"{source.path} holds a {algorithm}, not a {cls.__name__}: use diffagents.load(path) or {algorithm}.load"
+            f"{source} holds a {algorithm}, not a {cls.__name__}: use diffagents.load(path) or {algorithm}.load"
         )
     tensors = {name: source.tensors(name) for name in ("model", "learner", "optimizer") if source.has(name)}
-    return restore(cls, source.config, tensors, source.trainer_state(), device, overrides, ())
+    learner = restore(cls, source.config, tensors, source.trainer_state(), device, overrides, ())
+    if env is not None:
+        learner.set_env(env)
+    if source.origin is not None:
+        learner.origin = source.origin
+        learner.state.provenance |= {"source": {"repo_id": source.origin.repo_id, "sha": source.origin.sha}}
+    return learner
 
 
 def restore(
@@ -123,9 +134,9 @@ def restore(
     fresh: Sequence[str],
 ) -> L:
     """Build an agent from what `pack` returned; `overrides` as in `unpack`, networks named in `fresh` get new weights."""
-    unknown = [name for name in fresh if name not in (*cls.MODEL, *cls.LEARNER)]
+    unknown = [name for name in fresh if name not in (*cls.MODEL, *cls.TRAINING_NETWORKS)]
     if unknown:
-        raise ValueError(f"fresh={tuple(fresh)} names {unknown[0]!r}; the networks are {[*cls.MODEL, *cls.LEARNER]}")
+        raise ValueError(f"fresh={tuple(fresh)} names {unknown[0]!r}; the networks are {[*cls.MODEL, *cls.TRAINING_NETWORKS]}")
     for name in overrides:
         if name in ("policy_kwargs", "preset", "obs_keys", "device", "env"):
             raise TypeError(f"{name} belongs to the saved networks and cannot be changed here: make a new {cls.__name__}(...)")
@@ -146,11 +157,11 @@ def restore(
         reason = short(" ".join(str(error).split()))
         raise ArtifactError(f"config.json or trainer_state.json is not what this version writes ({reason}): {AGAIN}") from None
     load_network_tensors(learner, tensors["model"], ("obs_normalizer", *learner.MODEL), fresh)
-    learner.has_learner = "learner" in tensors
-    if learner.has_learner:
-        load_network_tensors(learner, tensors["learner"], learner.LEARNER, fresh)
+    learner.has_training_networks = "learner" in tensors
+    if learner.has_training_networks:
+        load_network_tensors(learner, tensors["learner"], learner.TRAINING_NETWORKS, fresh)
     state = learner.state
-    if trainer_state is not None and "optimizer" in tensors and learner.has_learner:
+    if trainer_state is not None and "optimizer" in tensors and learner.has_training_networks:
         load_optimizer_and_generator_tensors(learner, tensors["optimizer"], fresh, generators="seed" not in overrides)
         state.plan, state.online, state.history = plan, online, history
     if fresh:  # what trains a new network begins anew, and is no longer the run that the plan describes
@@ -162,14 +173,14 @@ def restore(
     return learner
 
 
-def fetch_learner(learner: Learner) -> None:
+def fetch_training_networks(learner: Learner) -> None:
     """Download the critics and other networks of a policy that was loaded to act only, and its trainer state if there is one.
 
     Raises:
         RuntimeError: It was not downloaded from anywhere.
         HubError, ArtifactError: The download failed. The agent is as it was then.
     """
-    if learner.has_learner:
+    if learner.has_training_networks:
         return
     if learner.origin is None:
         raise RuntimeError(
@@ -177,10 +188,10 @@ def fetch_learner(learner: Learner) -> None:
             "can act, not learn; load the whole artifact"
         )
     names = [*TENSOR_FILES.values(), TRAINER_STATE, CONFIG]
-    source = read(learner.origin.fetch(names, needed=[TENSOR_FILES["learner"]]))
+    source = read(learner.origin.fetch(names, needed=[TENSOR_FILES["learner"]]), learner.origin)
     whole = unpack(type(learner), source, learner.device, {})
-    load_network_tensors(learner, network_tensors(whole, learner.LEARNER), learner.LEARNER)
-    learner.has_learner = True
+    load_network_tensors(learner, network_tensors(whole, learner.TRAINING_NETWORKS), learner.TRAINING_NETWORKS)
+    learner.has_training_networks = True
     state = learner.state
     if (whole.state.plan is not None or whole.state.online is not None) and state.n_updates == whole.state.n_updates:
         load_optimizer_and_generator_tensors(learner, optimizer_and_generator_tensors(whole), generators=False)
@@ -239,7 +250,7 @@ def _build(
 def _check_shapes(learner: Learner, spec: Spec, tensors: dict[str, Tensors]) -> None:
     """Compare names, shapes and dtypes of the networks before any memory is taken for them. Raises ArtifactError."""
     expected = networks_on_meta(learner, spec)
-    for part, names in (("model", ("obs_normalizer", *learner.MODEL)), ("learner", learner.LEARNER)):
+    for part, names in (("model", ("obs_normalizer", *learner.MODEL)), ("learner", learner.TRAINING_NETWORKS)):
         if part in tensors:
             check_alike(tensors[part], {key: value for key, value in expected.items() if key.partition(".")[0] in names})
     if "learner" not in tensors:  # nothing to compare with: only the size is limited

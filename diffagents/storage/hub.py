@@ -1,8 +1,8 @@
-"""A trained agent's folder <-> a model repository of the Hugging Face Hub.
+"""Exchanges the folder of a trained agent with a model repository of the Hugging Face Hub.
 
-A pull resolves the revision to a commit once, takes only files whose names are known here, and checks their sizes before
-and their hashes after the download. A push is one commit or nothing: it names the commit it builds on, so that of two
-people who push at once the slower one is told. The token is handed on to huggingface_hub and kept nowhere else.
+A download resolves the revision to a commit once, takes only files whose names are known here, and checks their sizes before
+and their hashes after the transfer. A push is one commit or nothing: it names the commit that it builds on, so if two people
+push at the same time, the slower one gets an error. The token is passed to huggingface_hub and stored nowhere else.
 """
 
 import contextlib
@@ -13,20 +13,21 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffagents.errors import ArtifactError, HubError, short
 from diffagents.storage import artifact
-from diffagents.storage.artifact import CONFIG, LIBRARY, MAX_BYTES, TENSOR_FILES, TRAINER_STATE
+from diffagents.storage.artifact import CONFIG, LIBRARY, MAX_BYTES, TENSOR_FILES, TRAINER_STATE, Artifact
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 ACTING = (CONFIG, TENSOR_FILES["model"])
-"""What `predict` needs; the rest is fetched when learning goes on."""
+"""The files that `predict` needs; the others are downloaded when the agent continues learning."""
 LEARNING = (TENSOR_FILES["learner"], TENSOR_FILES["optimizer"], TRAINER_STATE)
 ALL_FILES = (*ACTING, *LEARNING, *artifact.COMPANIONS)
-"""Every file that is pushed or pulled; nothing else in a repository is ever looked at."""
+"""Every file that is pushed or pulled; the contents of other files in a repository are never read."""
 
 _PART = r"(?![.-])(?!\w*\.git$)[\w.-]{1,96}(?<![.-])"
 _REPO_ID = re.compile(rf"(?!.*(--|\.\.)){_PART}/{_PART}", re.ASCII)
@@ -36,7 +37,15 @@ _HARMLESS = re.compile(r"\.git\w*|\.?README.*|LICEN[CS]E.*|CITATION.*|.*\.(md|tx
 
 @dataclass(frozen=True)
 class Origin:
-    """The commit that an agent was pulled from, and how to get the rest of it."""
+    """The commit that an agent was downloaded from, and the settings for downloading the rest of it.
+
+    Args:
+        repo_id: "organisation/name".
+        sha: The id of the commit, 40 hexadecimal digits.
+        token: As in `Agent.push_to_hub`; hidden in the object's repr.
+        cache_dir: The Hub's cache; None is its default place.
+        local_files_only: Use the cache only and make no request.
+    """
 
     repo_id: str
     sha: str
@@ -48,45 +57,60 @@ class Origin:
         return f"{self.repo_id} (commit {self.sha[:8]})"
 
     def fetch(self, names: Sequence[str], needed: Sequence[str] = ()) -> Path:
-        """The cached folder of this commit with those files of `names` that it has. Raises HubError, ArtifactError.
+        """Download the files that are not in the cache yet.
 
-        needed: files without which there is no point; with some of them only in the cache, no request is made.
+        Args:
+            names: The files to download, as far as the commit has them.
+            needed: Those without which the download is useless. Offline, it is enough that these are in the cache.
+
+        Returns:
+            The folder of this commit in the cache.
+
+        Raises:
+            HubError: The download failed.
+            ArtifactError: The commit lacks a needed file, or a file is too large or damaged.
         """
         have = {name: path for name in names if (path := self._cached(name)) is not None}
         if not set(names) - set(have) or (needed and not set(needed) - set(have) and self._offline):
             return next(iter(have.values())).parent
         if self._offline:
             missing = ", ".join(sorted(set(needed or names) - set(have)))
-            raise HubError(f"{self}: {missing} is not in the cache, and the Hub is not asked (offline): pull it once online")
+            raise HubError(f"{self}: {missing} is not in the cache, and no request is made while offline: pull it once online")
+        from huggingface_hub.hf_api import RepoFile  # only here: importing it takes long
+
         with explained(str(self)):
-            found = {entry.path: entry for entry in self._api.get_paths_info(self.repo_id, list(names), revision=self.sha)}
+            entries = self._api.get_paths_info(self.repo_id, list(names), revision=self.sha)
+            found = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         if missing_files := [name for name in needed if name not in found and name not in have]:
-            raise ArtifactError(f"{self} {self._what_it_is(missing_files)}")
+            raise ArtifactError(f"{self} {self._describe_other(missing_files)}")
         for name in names:
             if name in found and name not in have:
                 have[name] = self._download(found[name])
         if not have:
-            raise ArtifactError(f"{self} has none of {', '.join(names)}")
+            raise ArtifactError(f"{self} has none of the files {', '.join(names)}: check the name and the revision")
         return next(iter(have.values())).parent
 
     @property
     def _offline(self) -> bool:
+        """Whether no request may be made."""
         from huggingface_hub.constants import is_offline_mode
 
         return self.local_files_only or is_offline_mode()
 
     @property
     def _api(self) -> "HfApi":
+        """The Hub's client with the token of this origin."""
         return _api(self.token)
 
     def _cached(self, name: str) -> Path | None:
+        """The file in the cache; None if it is not there."""
         from huggingface_hub import try_to_load_from_cache
 
         path = try_to_load_from_cache(self.repo_id, name, cache_dir=self.cache_dir, revision=self.sha)
         return Path(path) if isinstance(path, str) else None
 
-    def _download(self, entry: Any) -> Path:
-        """One file, its size checked before and its hash after: what does not fit is taken out of the cache again."""
+    def _download(self, entry: "RepoFile") -> Path:
+        """Download one file, checking its size before and its hash after; a wrong file is removed from the cache."""
         limit = MAX_BYTES.get(entry.path, artifact.MAX_COMPANION_BYTES)
         if not isinstance(entry.size, int) or entry.size > limit:
             raise ArtifactError(f"{self}: {entry.path} has {short(entry.size)} bytes, more than the {limit} allowed")
@@ -97,28 +121,68 @@ class Origin:
                 self.repo_id, entry.path, revision=self.sha, token=self.token, cache_dir=self.cache_dir, library_name=LIBRARY
             )
         path = Path(given)
-        if path.parent.name != self.sha:  # what the client took for this commit's name spoils its cache
+        if path.parent.name != self.sha:  # the client has stored the wrong commit under this name
             (path.parents[2] / "refs" / self.sha).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-            raise HubError(f"{self}: the Hub answered with another commit, {short(path.parent.name)}: check HF_ENDPOINT")
+            raise HubError(f"{self}: the Hub sent a file of another commit, {short(path.parent.name)}: check HF_ENDPOINT")
         data = path.read_bytes()
         whole = hashlib.sha256(data).hexdigest() if entry.lfs else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         if len(data) != entry.size or whole != (entry.lfs.sha256 if entry.lfs else entry.blob_id):
             for damaged in (path.resolve(), path):
                 damaged.unlink(missing_ok=True)
-            raise ArtifactError(f"{self}: {entry.path} arrived damaged (size or hash differ) and was removed: pull it again")
+            raise ArtifactError(f"{self}: {entry.path} arrived damaged (wrong size or hash) and was removed: pull it again")
         return path
 
-    def _what_it_is(self, missing: Sequence[str]) -> str:
+    def _describe_other(self, missing: Sequence[str]) -> str:
+        """What the repository contains instead of a policy of ours, for an error message."""
         with explained(str(self)):
             tree = self._api.list_repo_tree(self.repo_id, revision=self.sha)
             names = [entry.path for entry in itertools.islice(tree, 200)]
         what = f"is not a policy of {LIBRARY}: it has no {' and no '.join(missing)}"
         if any(re.fullmatch(r"[\w.-]+-v\d+\.zip", name) for name in names):
-            return f"holds a Stable-Baselines3 policy (a .zip, with pickles in it), not one of {LIBRARY}: load it with SB3"
+            return f"holds a Stable-Baselines3 policy (a .zip that contains pickles), not one of {LIBRARY}: load it with SB3"
         if pickled := [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".d3"))]:
             return f"{what}. Its {short(pickled[0])} is a pickle, which may run code and is never opened here"
         return f"{what}; check the name and the revision"
+
+
+def find_artifact(
+    where: str | Path,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Artifact:
+    """Open the folder or .zip file at a path if it exists, otherwise the Hub repository of that name.
+
+    Of a repository only the files that acting needs are downloaded.
+
+    Args:
+        where: A path, or "organisation/name".
+        revision: Branch, tag or commit.
+        token: As in `Agent.push_to_hub`.
+        cache_dir: The Hub's cache; None is its default place.
+        local_files_only: Use the cache only and make no request.
+
+    Raises:
+        FileNotFoundError: There is nothing at this path, and it is not a repository id.
+        ValueError: A revision of a path.
+        HubError: The download failed.
+        ArtifactError: It is not an artifact, or it is damaged or from a newer version.
+    """
+    path = Path(where)
+    if path.exists() or Path(f"{path}.zip").exists():
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} applies to the Hub, but {path} exists here and takes precedence: rename it"
+            )
+        return artifact.read(path)
+    try:
+        origin = resolve(str(where), revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    except ValueError as error:
+        raise FileNotFoundError(str(error)) from None
+    return artifact.read(origin.fetch(ACTING, needed=ACTING), origin, ACTING)
 
 
 def resolve(
@@ -129,35 +193,69 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Origin:
-    """The commit that a branch, tag or commit id means now; the cached answer where the Hub cannot be reached.
+    """Find the commit that a revision means now; if the Hub cannot be reached, the one that it meant last time.
 
-    Raises ValueError for what is no repository id, HubError where there is none, or no access, or no way to it.
+    Args:
+        repo_id: "organisation/name".
+        revision: Branch, tag or commit; None is the main branch.
+        token: As in `Agent.push_to_hub`.
+        cache_dir: The Hub's cache; None is its default place.
+        local_files_only: Use the cache only and make no request.
+
+    Raises:
+        ValueError: Not a valid repository id.
+        HubError: There is no such repository or revision, no access, or no connection and nothing in the cache.
     """
     from huggingface_hub.constants import is_offline_mode
 
     if not _REPO_ID.fullmatch(repo_id):
-        raise ValueError(f"{repo_id!r} is neither an existing file or folder nor a Hub id, which looks like organisation/name")
+        raise ValueError(
+            f"{repo_id!r} is neither an existing file or folder nor a Hub repository id, which looks like organisation/name"
+        )
     with explained(f"{repo_id} (revision {revision or 'main'})"):
         resolved = _api(token).resolve_revision(
             repo_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only or is_offline_mode()
         )
     sha = resolved.resolved
     if not _COMMIT.fullmatch(sha):
-        raise HubError(f"the Hub answered the commit {short(sha)} for {repo_id}, which is none: check HF_ENDPOINT")
+        raise HubError(f"the Hub named {short(sha)} as the commit of {repo_id}, which is not a commit id: check HF_ENDPOINT")
     return Origin(repo_id, sha, token, cache_dir, local_files_only)
 
 
-def pull(repo_id: str, folder: str | Path | None = None, revision: str | None = None, **how: Any) -> Path:
-    """Fetch the whole artifact, card and all; return its folder: in the cache, or a copy at `folder`, which must not exist.
+def pull(
+    repo_id: str,
+    folder: str | Path | None = None,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Download a whole artifact with its model card, results and pictures.
 
-    how: token, cache_dir, local_files_only. Raises HubError, ArtifactError, FileExistsError.
+    Args:
+        repo_id: "organisation/name".
+        folder: A folder to copy it to, which must not exist yet; None leaves it in the cache.
+        revision: Branch, tag or commit; None is the main branch.
+        token: As in `Agent.push_to_hub`.
+        cache_dir: The Hub's cache; None is its default place.
+        local_files_only: Use the cache only and make no request.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        ValueError: Not a valid repository id.
+        HubError: The download failed.
+        ArtifactError: The repository does not contain an artifact.
     """
     target = Path(folder) if folder is not None else None
     if target is not None and target.exists():
-        raise FileExistsError(f"{target} exists: give a new folder")
-    origin = resolve(repo_id, revision, **how)
+        raise FileExistsError(f"{target} exists already: choose a new folder")
+    origin = resolve(repo_id, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     cached = origin.fetch(ALL_FILES, needed=ACTING)
-    artifact.read(cached)
+    artifact.read(cached, origin)
     if target is None:
         return cached
     part = target.with_name(f".{target.name}.part")
@@ -173,27 +271,81 @@ def pull(repo_id: str, folder: str | Path | None = None, revision: str | None = 
 
 
 @dataclass(frozen=True)
-class Push:
-    """A push that has been let in: the repository exists, the token may write, `head` is the commit it will build on."""
+class Repository:
+    """A model repository that is ready for a push: it exists, and the token may write to it.
+
+    Args:
+        repo_id: "organisation/name".
+        revision: The branch to push to; None is the main branch.
+        head: The commit that the push builds on.
+        files: The names of the files in `head`.
+        readme: The README.md of `head`; None if it has none.
+        token: As in `Agent.push_to_hub`; hidden in the object's repr.
+    """
 
     repo_id: str
     revision: str | None
     head: str
     files: frozenset[str]
-    readme: bytes | None  # of `head`
+    readme: bytes | None
     token: str | bool | None = field(default=None, repr=False)
 
-    def commit(self, folder: str | Path, message: str) -> "CommitInfo":
-        """The folder's known files as one commit; those of an earlier push that it no longer has are deleted.
+    @classmethod
+    def open(
+        cls, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | bool | None = None
+    ) -> "Repository":
+        """Create the repository and the branch if they do not exist, and check that it may be pushed to.
 
-        Raises HubError; then nothing of it is visible in the repository.
+        This comes before a policy is evaluated for the push, which may take long.
+
+        Args:
+            repo_id: "organisation/name".
+            private: Make a new repository private; None leaves the choice to the account's settings.
+            revision: The branch to push to; None is the main branch.
+            token: As in `Agent.push_to_hub`.
+
+        Raises:
+            ValueError: Not a valid repository id.
+            HubError: There is no token, access or connection, or the repository contains something else.
+        """
+        if not _REPO_ID.fullmatch(repo_id):
+            raise ValueError(f"{repo_id!r} is not a Hub repository id, which looks like organisation/name")
+        api = _api(token)
+        with explained(f"{repo_id} (revision {revision or 'main'})"):
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            head = api.model_info(repo_id, revision=revision)
+            names = frozenset(sibling.rfilename for sibling in head.siblings or ())
+            assert head.sha is not None and _COMMIT.fullmatch(head.sha)
+        present = Origin(repo_id, head.sha, token)
+        others = sorted(name for name in names if name not in ALL_FILES and not _HARMLESS.fullmatch(name))
+        if CONFIG in names:
+            if artifact.read_json(present.fetch([CONFIG]), CONFIG).get("library") != LIBRARY:
+                raise HubError(f"{repo_id} holds a model of another library (see its {CONFIG}): push to another name")
+        elif others:
+            raise HubError(f"{repo_id} holds other files ({short(others[0])}) and no policy of {LIBRARY}: push to another name")
+        readme = (present.fetch(["README.md"]) / "README.md").read_bytes() if "README.md" in names else None
+        return cls(repo_id, revision, head.sha, names, readme, token)
+
+    def commit(self, folder: str | Path, message: str) -> "CommitInfo":
+        """Push the known files of a folder as one commit.
+
+        Files of an earlier push that the folder does not have are deleted; other files in the repository are kept.
+
+        Args:
+            folder: A folder that `save_pretrained` wrote.
+            message: The message of the commit.
+
+        Raises:
+            HubError: The push failed; the repository is unchanged.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        here = [name for name in ALL_FILES if (Path(folder) / name).is_file()]
-        stale = [name for name in ALL_FILES if name in self.files and name not in here]
+        present = [name for name in ALL_FILES if (Path(folder) / name).is_file()]
+        stale = [name for name in ALL_FILES if name in self.files and name not in present]
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder) / name) for name in here),
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder) / name) for name in present),
             *(CommitOperationDelete(path_in_repo=name) for name in stale),
         ]
         with explained(f"{self.repo_id} (revision {self.revision or 'main'})"):
@@ -202,44 +354,26 @@ class Push:
             )
 
 
-def begin_push(
-    repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | bool | None = None
-) -> Push:
-    """Make the repository (and the branch) where there is none, and see that it is ours to write to, before any other work.
-
-    Raises ValueError for what is no repository id, HubError: no token, no access, offline, a repository of something else.
-    """
-    if not _REPO_ID.fullmatch(repo_id):
-        raise ValueError(f"{repo_id!r} is no Hub id, which looks like organisation/name")
-    api = _api(token)
-    with explained(f"{repo_id} (revision {revision or 'main'})"):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        head = api.model_info(repo_id, revision=revision)
-        names = frozenset(sibling.rfilename for sibling in head.siblings or ())
-        assert head.sha is not None and _COMMIT.fullmatch(head.sha)
-    others = sorted(name for name in names if name not in ALL_FILES and not _HARMLESS.fullmatch(name))
-    if CONFIG in names:
-        config = artifact.read_json(Origin(repo_id, head.sha, token).fetch([CONFIG]), CONFIG)
-        if config.get("library") != LIBRARY:
-            raise HubError(f"{repo_id} holds a model of another library ({CONFIG} says so): push to another name")
-    elif others:
-        raise HubError(f"{repo_id} holds other files ({short(others[0])}) and no policy of ours: push to another name")
-    readme = (
-        (Origin(repo_id, head.sha, token).fetch(["README.md"]) / "README.md").read_bytes() if "README.md" in names else None
-    )
-    return Push(repo_id, revision, head.sha, names, readme, token)
-
-
 def list_policies(author: str, token: str | bool | None = None) -> Iterator[tuple[str, list[str]]]:
-    """(repository id, tags) of every policy of ours that an author or organisation has published. Raises HubError."""
+    """Iterate over the policies of diffagents that a user or organisation has published.
+
+    Args:
+        author: The user or organisation.
+        token: As in `Agent.push_to_hub`.
+
+    Yields:
+        The repository id and its tags.
+
+    Raises:
+        HubError: No connection, or an error of the Hub.
+    """
     with explained(author):
         for model in _api(token).list_models(author=author, filter=LIBRARY):
             yield model.id, list(model.tags or ())
 
 
 def _api(token: str | bool | None) -> "HfApi":
+    """The Hub's client."""
     from huggingface_hub import HfApi
 
     return HfApi(token=token, library_name=LIBRARY)
@@ -247,12 +381,16 @@ def _api(token: str | bool | None) -> "HfApi":
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn what huggingface_hub and its HTTP client raise into HubError with a cause and a cure."""
+    """Turn the exceptions of huggingface_hub and its HTTP client into a HubError that states the cause and the cure.
+
+    Args:
+        what: What was being transferred: the beginning of the message.
+    """
     try:
         yield
     except (HubError, ArtifactError):
         raise
-    except Exception as error:  # from several families: hub, HTTP library, hf_xet's RuntimeError, OSError
+    except Exception as error:  # of many types: huggingface_hub's, the HTTP library's, hf_xet's RuntimeError, OSError
         cause = _cause(error)
         if cause is None:
             raise
@@ -260,46 +398,47 @@ def explained(what: str) -> Iterator[None]:
 
 
 def _cause(error: Exception) -> str | None:
-    """What went wrong and what to do, or None for what is not the Hub's fault."""
+    """What went wrong and what to do; None for an error that has nothing to do with the Hub."""
     kinds = {cls.__name__ for cls in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = short(" ".join(str(getattr(error, "server_message", None) or error).split())[:200])
+    reason = short(" ".join(str(getattr(error, "server_message", None) or error).split())[:200])
     if "GatedRepoError" in kinds:
-        return "its owner asks readers to be admitted first: ask for access on its page, then log in (hf auth login)"
+        return "its owner must grant access first: ask for access on its page, then log in (hf auth login)"
     if "RepositoryNotFoundError" in kinds:
         return "there is no such repository, or it is private: check the name, or log in (hf auth login, HF_TOKEN, token=)"
     if "RevisionNotFoundError" in kinds:
-        return "there is no such branch, tag or commit"
+        return "there is no such branch, tag or commit: check the revision"
     if "RemoteEntryNotFoundError" in kinds:
-        return "it is not in this commit"
+        return "this commit does not contain it: check the revision"
     if "OfflineModeIsEnabled" in kinds:
-        return "the Hub is not asked, HF_HUB_OFFLINE is set, and the cache does not have it: pull it once online"
+        return "it is not in the cache, and no request is made because HF_HUB_OFFLINE is set: pull it once online"
     if "RevisionResolutionError" in kinds or "LocalEntryNotFoundError" in kinds:
-        return f"it is not in the cache, and the Hub was not reached ({_root(error)}): go online, or check HF_ENDPOINT"
+        return f"it is not in the cache, and the Hub could not be reached ({_root(error)}): go online, or check HF_ENDPOINT"
     if status in (401, 403) or "LocalTokenNotFoundError" in kinds:
-        return (
-            f"the Hub does not let this token in ({status or 'no token'}: {said}): use one that may write there (hf auth login)"
-        )
+        return f"the Hub denies access ({status or 'no token'}: {reason}): use a token with the rights to it (hf auth login)"
     if status == 412:
         return "somebody else pushed since this push began: look at what is there now, then push again"
     if status == 429:
-        return "the Hub says that these are too many requests (429): wait a few minutes"
+        return "the Hub refuses because of too many requests (429): wait a few minutes"
     if status is not None:
-        return f"the Hub answered {status} ({said}): nothing was changed; try again later"
+        return f"the Hub answered {status} ({reason}): nothing was changed; try again later"
     if kinds & {"TransportError", "HTTPError", "ConnectionError", "TimeoutError", "XetDownloadError"}:
         return f"the connection failed ({_root(error)}): nothing was changed; try again"
-    if re.search(r"\b40[13]\b", said):  # hf_xet says it in words only
-        return f"the Hub does not let this token in ({said}): use one that may write there (hf auth login)"
+    if re.search(r"\b40[13]\b", reason):  # hf_xet mentions the status only in its text
+        return f"the Hub denies access ({reason}): use a token with the rights to it (hf auth login)"
     if isinstance(error, OSError) and error.errno is not None:  # disk full, read-only cache
-        return f"{error.strerror or error} ({error.filename or 'in the cache'}): make room, or set HF_HOME to another place"
-    if isinstance(error, OSError | RuntimeError):  # a size that does not fit; hf_xet speaks in RuntimeErrors
+        return (
+            f"{error.strerror or error} ({error.filename or 'in the cache'}): free some space, or set HF_HOME to another folder"
+        )
+    if isinstance(error, OSError | RuntimeError):  # a wrong size; hf_xet raises RuntimeErrors
         return f"the transfer failed ({_root(error)}): nothing was changed; try again"
     if isinstance(error, AssertionError | TypeError | KeyError | ValueError):
-        return f"the Hub's answer makes no sense ({_root(error)}): check HF_ENDPOINT"
+        return f"the Hub's answer is not what its protocol prescribes ({_root(error)}): check HF_ENDPOINT"
     return None
 
 
 def _root(error: BaseException) -> str:
+    """The innermost cause of an exception in one line."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return f"{type(error).__name__}: {short(' '.join(str(error).split()))}"

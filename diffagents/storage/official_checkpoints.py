@@ -1,9 +1,9 @@
-"""The authors' own checkpoints -> our networks. Files are read with `weights_only=True`: tensors only, no code.
+"""Loads the checkpoints of the papers' authors into our networks; `weights_only=True` admits tensors only and runs no code.
 
-SRPO (thu-ml/SRPO) saves the behaviour as `diffusion_behavior.*`, the critic as `q0.*`, `q0_target.*`, `vf.v.*`, and never
-the extracted policy. Layers appear by their place in an `nn.Sequential`, twins as `q1`, `q2`.
-Diffusion-QL and DiffCPS, a fork of it, save the actor as `model.{time_mlp,mid_layer,final_layer}.*` beside the buffers of
-its schedule, the critic as `q1_model.*`, `q2_model.*`; no EMA or target copy of either.
+SRPO (thu-ml/SRPO) saves the behaviour model as `diffusion_behavior.*` and the critic as `q0.*`, `q0_target.*` and `vf.v.*`,
+but never the extracted policy. Layers are named by their index in an `nn.Sequential`, the twin critics `q1` and `q2`.
+Diffusion-QL, and DiffCPS as a fork of it, save the actor as `model.{time_mlp,mid_layer,final_layer}.*` together with the
+buffers of its schedule, and the critic as `q1_model.*` and `q2_model.*`; they save neither an EMA nor a target network.
 """
 
 import pathlib
@@ -23,11 +23,30 @@ from diffagents.training.state import Learner, load_state
 from diffagents.types import Spec
 
 State = Mapping[str, Tensor]
+"""A state dict: name -> tensor."""
+Checkpoint = str | pathlib.Path | State
+"""The path of an official file, or its state dict."""
 L = TypeVar("L", bound=Learner)
 
 
-def srpo_from_official(cls: type[L], behavior: Any, critic: Any, policy: Any = None, *, env: Any = None, **kwargs: Any) -> L:
-    """An agent of the class SRPO from official files (paths, or state dicts already read); see `SRPO.from_official`."""
+def srpo_from_official(
+    cls: type[L], behavior: Checkpoint, critic: Checkpoint, policy: Checkpoint | None = None, *, env: Any = None, **kwargs: Any
+) -> L:
+    """Build an SRPO agent from official files; see `SRPO.from_official`.
+
+    Args:
+        cls: The class SRPO.
+        behavior: Path or state dict of the behaviour model.
+        critic: Path or state dict of the critic.
+        policy: Path or state dict of an extracted policy; None leaves the policy to be trained.
+        env: As in the constructor; None assumes unbounded observations and actions in [-1, 1].
+        kwargs: Arguments of the constructor. A preset must be named; of `policy_kwargs` only the size of a missing policy
+            matters, as the files give all other sizes.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: A file does not contain such a network.
+    """
     kwargs = _with_preset(cls, kwargs)
     behavior_state = srpo_behavior_state(read_checkpoint(behavior, "behavior"))
     critic_state = srpo_critic_state(read_checkpoint(critic, "critic"))
@@ -42,27 +61,41 @@ def srpo_from_official(cls: type[L], behavior: Any, critic: Any, policy: Any = N
         arch["pi"] = _linear_sizes(policy_state, "net")[1:-1]
     n_blocks = len([key for key in behavior_state if key.endswith("norm.weight")])
     asked = kwargs.pop("policy_kwargs", {}).get("net_arch", {})
-    if policy_state is None and asked:  # the policy's size is the user's to choose, the others are the file's
+    if policy_state is None and asked:  # the user chooses the policy's size, the files all others
         arch["pi"] = asked["pi"] if isinstance(asked, dict) else asked
     policy_kwargs = {
         "net_arch": arch,
         "behavior_width": len(behavior_state["net.input.bias"]),
         "behavior_blocks": n_blocks,
     }
-    agent = cls(env=env, policy_kwargs=policy_kwargs, **kwargs)
-    networks = _networks(agent, obs_dim, act_dim)
+    learner = cls(env=env, policy_kwargs=policy_kwargs, **kwargs)
+    networks = _networks(learner, obs_dim, act_dim)
     noise = networks["behavior"].get_buffer("noise")  # ours: the official file has no such tensor
     load_state(networks["behavior"], {**behavior_state, "noise": noise})
     load_state(networks["critic"], critic_state)
     if policy_state is None:
-        agent.state.policy_missing = True
+        learner.state.policy_missing = True
     else:
         load_state(networks["policy"], policy_state)
-    return agent
+    return learner
 
 
-def chain_from_official(cls: type[L], actor: Any, critic: Any, *, env: Any = None, **kwargs: Any) -> L:
-    """A Diffusion-QL or DiffCPS agent from official files; see `DiffusionQL.from_official`."""
+def chain_from_official(cls: type[L], actor: Checkpoint, critic: Checkpoint, *, env: Any = None, **kwargs: Any) -> L:
+    """Build a Diffusion-QL or DiffCPS agent from official files; see `DiffusionQL.from_official`.
+
+    EMA policy and target critic start as copies, with a warning.
+
+    Args:
+        cls: The class DiffusionQL or DiffCPS.
+        actor: Path or state dict of the actor.
+        critic: Path or state dict of the critic.
+        env: As in the constructor; None assumes unbounded observations and actions in [-1, 1].
+        kwargs: Arguments of the constructor. A preset must be named.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: A file does not contain such a network, or the actor was trained on another diffusion schedule.
+    """
     kwargs = _with_preset(cls, kwargs)
     actor_file, critic_state = read_checkpoint(actor, "actor"), chain_critic_state(read_checkpoint(critic, "critic"))
     actor_state = chain_actor_state(actor_file)
@@ -74,54 +107,64 @@ def chain_from_official(cls: type[L], actor: Any, critic: Any, *, env: Any = Non
         kwargs.setdefault("n_diffusion_steps", len(betas))
         if kwargs["n_diffusion_steps"] != len(betas) or not torch.allclose(betas, vp_chain(len(betas)).beta, atol=1e-6):
             raise ValueError(
-                f"the official actor was trained on {len(betas)} steps of rates {betas[0]:.4f} to {betas[-1]:.4f}; only the "
-                f"VP schedule on that many steps can be loaded (n_diffusion_steps={kwargs['n_diffusion_steps']})"
+                f"the official actor was trained on {len(betas)} diffusion steps with beta from {betas[0]:.4f} to "
+                f"{betas[-1]:.4f}; only the VP schedule with the same number of steps can be loaded "
+                f"(n_diffusion_steps={kwargs['n_diffusion_steps']}): leave n_diffusion_steps out"
             )
-    agent = cls(env=env, policy_kwargs={"net_arch": {"pi": trunk[1:-1], "qf": q_hidden}}, **kwargs)
-    networks = _networks(agent, obs_dim, act_dim)
+    learner = cls(env=env, policy_kwargs={"net_arch": {"pi": trunk[1:-1], "qf": q_hidden}}, **kwargs)
+    networks = _networks(learner, obs_dim, act_dim)
     load_state(networks["policy"].get_submodule("net"), actor_state)
     load_state(networks["critic"], critic_state)
     networks["policy_ema"].load_state_dict(networks["policy"].state_dict())
     networks["critic_target"].load_state_dict(networks["critic"].state_dict())
-    warnings.warn("official files hold neither EMA policy nor target critic: both start as copies", stacklevel=3)
-    return agent
+    warnings.warn("official files contain neither the EMA policy nor the target critic: both start as copies", stacklevel=3)
+    return learner
 
 
-def _networks(agent: Learner, obs_dim: int, act_dim: int) -> dict[str, nn.Module]:
-    """The networks of an agent that is about to be loaded, by name."""
-    if agent.spec is None:  # the official tasks have unbounded observations and actions in [-1, 1]
+def _networks(learner: Learner, obs_dim: int, act_dim: int) -> dict[str, nn.Module]:
+    """The networks of a learner by name, built if they are not yet; they are about to be loaded."""
+    if learner.spec is None:  # the official tasks have unbounded observations and actions in [-1, 1]
         box = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
-        agent.set_up(Spec(box, spaces.Box(-1.0, 1.0, (act_dim,), np.float32)))
-    agent.state.pristine = False
-    return agent.networks()
+        learner.set_up(Spec(box, spaces.Box(-1.0, 1.0, (act_dim,), np.float32)))
+    learner.state.pristine = False
+    return learner.networks()
 
 
 def _with_preset(cls: type[Learner], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """kwargs with the knobs of a named preset under them, so that networks and optimizers are built with these.
-
-    Raises ValueError for "auto": a checkpoint file names no dataset.
-    """
+    """Replace the argument `preset` by its hyperparameters, so that networks and optimisers are built with them at once."""
     preset = kwargs.pop("preset", None)
     if preset is None:
         return kwargs
     if preset == "auto":
-        raise ValueError('preset="auto" needs a dataset id, which official files do not have: name the row')
+        raise ValueError('preset="auto" needs a dataset id, which official files do not contain: name the row')
     values = resolve_preset(cls.presets_name(), preset, None)[1]
     return {**{name: value for name, value in values.items() if name != "policy_kwargs"}, **kwargs}
 
 
-def read_checkpoint(source: Any, what: str) -> dict[str, Tensor]:
-    """A path or a state dict -> named tensors. Raises FileNotFoundError, or ValueError for what is not a state dict."""
+def read_checkpoint(source: Checkpoint, what: str) -> dict[str, Tensor]:
+    """Read a checkpoint, without running code from it.
+
+    Args:
+        source: A path, or a state dict that has been read already.
+        what: "actor", "critic", ...; for error messages.
+
+    Returns:
+        Name -> tensor.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a state dict of tensors.
+    """
     if isinstance(source, (str, pathlib.Path)):
         path = pathlib.Path(source)
         if not path.is_file():
-            raise FileNotFoundError(f"no official {what} checkpoint at {path}")
+            raise FileNotFoundError(f"there is no official {what} checkpoint at {path}: check the path")
         try:
             source = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises several kinds for a bad file
+        except Exception as error:  # torch raises several types for a bad file
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"{path} is not a checkpoint of plain tensors ({reason}): export its state_dict() with torch.save"
+                f"{path} is not a checkpoint of plain tensors ({reason}): save its state_dict() with torch.save"
             ) from None
     if not isinstance(source, Mapping) or not all(isinstance(value, Tensor) for value in source.values()):
         raise ValueError(f"the official {what} checkpoint must be a state dict of tensors, not {type(source).__name__}")
@@ -129,7 +172,13 @@ def read_checkpoint(source: Any, what: str) -> dict[str, Tensor]:
 
 
 def srpo_behavior_state(official: State) -> dict[str, Tensor]:
-    """Official `ScoreNet` names -> those of `Behavior` (without `noise`). The never-used `residual` layers are dropped."""
+    """Rename the tensors of the official `ScoreNet` as in our `Behavior`, whose `noise` it lacks.
+
+    The `residual` layers, which the official code never uses, are dropped.
+
+    Raises:
+        ValueError: It is not such a network.
+    """
     rules = [
         (r"embed\.0\.W", "net.frequencies"),
         (r"cond_model\.(\d)\.(weight|bias)", r"net.time_mlp.\1.\2"),
@@ -147,13 +196,19 @@ def srpo_behavior_state(official: State) -> dict[str, Tensor]:
                 state[match.expand(ours)] = value.float()
     if "net.output.bias" not in state:
         raise ValueError(
-            f"no SRPO behaviour network among the tensors {list(official)[:3]}...: expected diffusion_behavior.main.*"
+            f"there is no SRPO behaviour network among the tensors {list(official)[:3]}...: expected diffusion_behavior.main.*"
         )
     return state
 
 
 def srpo_critic_state(official: State) -> dict[str, Tensor]:
-    """Official twin Q, its target and V -> names of `IQLCritic`; the twins are stacked, weights transposed to (E, in, out)."""
+    """Rename the official twin Q, its target and V as in our `IQLCritic`.
+
+    The E = 2 twins are stacked: weights (out, in) -> (E, in, out), biases (out,) -> (E, 1, out).
+
+    Raises:
+        ValueError: It is not such a critic, or one of the twins is missing.
+    """
     state: dict[str, Tensor] = {}
     for theirs, ours in ((r"(?:.*\.)?(?:q0|q)", "q"), (r"(?:.*\.)?(?:q0_target|q_target)", "q_target")):
         for kind, place in (("weight", "weights"), ("bias", "biases")):
@@ -164,7 +219,9 @@ def srpo_critic_state(official: State) -> dict[str, Tensor]:
                     twins.setdefault(int(match[2]), {})[int(match[1])] = value.float()
             for i, (_, pair) in enumerate(sorted(twins.items())):
                 if set(pair) != {1, 2}:
-                    raise ValueError(f"the official critic has only one of the twins of {ours}, layer {i}")
+                    raise ValueError(
+                        f"layer {i} of the official critic's {ours} has only one of the twins: the file is incomplete"
+                    )
                 tensors = [pair[1], pair[2]]
                 stacked = [t.T for t in tensors] if kind == "weight" else [t[None] for t in tensors]
                 state[f"{ours}.{place}.{i}"] = torch.stack(stacked).contiguous()
@@ -173,24 +230,34 @@ def srpo_critic_state(official: State) -> dict[str, Tensor]:
         if match:
             state[f"v.{match[1]}.{match[2]}"] = value.float()
     if not {"q.biases.0", "q_target.biases.0", "v.0.bias"} <= set(state):
-        raise ValueError(f"no SRPO critic among the tensors {list(official)[:3]}...: expected q0.*, q0_target.* and vf.v.*")
+        raise ValueError(
+            f"there is no SRPO critic among the tensors {list(official)[:3]}...: expected q0.*, q0_target.* and vf.v.*"
+        )
     return state
 
 
 def srpo_policy_state(official: State) -> dict[str, Tensor]:
-    """Official `Dirac_Policy` (`net.<i>.weight`, any prefix) -> names of `TanhPolicy`."""
+    """Rename the tensors of the official `Dirac_Policy` (`net.<i>.weight`, any prefix) as in our `TanhPolicy`.
+
+    Raises:
+        ValueError: It is not such a policy.
+    """
     state = {}
     for name, value in official.items():
         match = re.fullmatch(r"(?:.*\.)?net\.(\d+)\.(weight|bias)", name)
         if match:
             state[f"net.{match[1]}.{match[2]}"] = value.float()
     if not state:
-        raise ValueError(f"no SRPO policy among the tensors {list(official)[:3]}...: expected net.0.weight, ...")
+        raise ValueError(f"there is no SRPO policy among the tensors {list(official)[:3]}...: expected net.0.weight, ...")
     return state
 
 
 def chain_actor_state(official: State) -> dict[str, Tensor]:
-    """Official `MLP` (`time_mlp.1`, `mid_layer.0`, ..., `final_layer`, any prefix) -> names of `MLPDenoiser`."""
+    """Rename the tensors of the official `MLP` (`time_mlp`, `mid_layer`, `final_layer`, any prefix) as in our `MLPDenoiser`.
+
+    Raises:
+        ValueError: It is not such an actor.
+    """
     state: dict[str, Tensor] = {}
     last = 0
     for name, value in official.items():
@@ -204,13 +271,20 @@ def chain_actor_state(official: State) -> dict[str, Tensor]:
             state[f"trunk.{last}.{match[1]}"] = value.float()
     if not {"time_mlp.0.bias", "trunk.0.bias", f"trunk.{last}.bias"} <= set(state) or last == 0:
         raise ValueError(
-            f"no Diffusion-QL actor among the tensors {list(official)[:3]}...: expected time_mlp.*, mid_layer.*, final_layer.*"
+            f"there is no Diffusion-QL actor among the tensors {list(official)[:3]}...: expected time_mlp.*, mid_layer.* and "
+            "final_layer.*"
         )
     return state
 
 
 def chain_critic_state(official: State) -> dict[str, Tensor]:
-    """Official twins `q1_model.<i>`, `q2_model.<i>` (any prefix) -> names of `EnsembleMLP`, weights transposed."""
+    """Rename the official twins `q1_model.<i>`, `q2_model.<i>` (any prefix) as in our `EnsembleMLP`.
+
+    The E = 2 twins are stacked: weights (out, in) -> (E, in, out), biases (out,) -> (E, 1, out).
+
+    Raises:
+        ValueError: It is not such a critic, or one of the twins is missing.
+    """
     state: dict[str, Tensor] = {}
     for kind, place in (("weight", "weights"), ("bias", "biases")):
         twins: dict[int, dict[int, Tensor]] = {}
@@ -219,16 +293,18 @@ def chain_critic_state(official: State) -> dict[str, Tensor]:
                 twins.setdefault(int(match[2]), {})[int(match[1])] = value.float()
         for i, (_, pair) in enumerate(sorted(twins.items())):
             if set(pair) != {1, 2}:
-                raise ValueError(f"the official critic has only one of the twins, layer {i}")
+                raise ValueError(f"layer {i} of the official critic has only one of the twins: the file is incomplete")
             stacked = [pair[j].T if kind == "weight" else pair[j][None] for j in (1, 2)]
             state[f"{place}.{i}"] = torch.stack(stacked).contiguous()
     if not {"weights.0", "biases.0"} <= set(state):
-        raise ValueError(f"no Diffusion-QL critic among the tensors {list(official)[:3]}...: expected q1_model.*, q2_model.*")
+        raise ValueError(
+            f"there is no Diffusion-QL critic among the tensors {list(official)[:3]}...: expected q1_model.*, q2_model.*"
+        )
     return state
 
 
 def _linear_sizes(state: State, prefix: str) -> list[int]:
-    """Widths [in, hidden..., out] of a Sequential of Linears named `<prefix>.<i>.weight`."""
+    """The sizes [in, hidden..., out] of a Sequential of Linear layers named `<prefix>.<i>.weight`."""
     found = sorted(
         (int(m[1]), value) for name, value in state.items() if (m := re.fullmatch(rf"{prefix}\.(\d+)\.weight", name))
     )

@@ -1,6 +1,6 @@
-"""How a policy came to be, as far as a machine can tell: the command, the machine, the time, the scores on the way.
+"""Records how a policy was made: the commands, the machine, the seconds of training and the evaluations during it.
 
-Kept in config.json and shown on the card. A command line may hold secrets and private paths: both are taken out.
+The record is saved in config.json and shown on the model card. Secrets and private paths are removed from command lines.
 """
 
 import os
@@ -16,55 +16,76 @@ import torch
 
 MAX_EVALUATIONS, MAX_COMMANDS = 1000, 20
 _TOKEN = re.compile(r"\bhf_\w+")
-_ADDRESS = re.compile(
-    r"\b(?!hf://)[a-z][\w+.-]*://\S*|\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?"
-)  # with the password that may be in it
+# A URL, with the password that it may contain, or an IP address.
+_ADDRESS = re.compile(r"\b(?!hf://)[a-z][\w+.-]*://\S*|\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?")
 
 
 def begin(before: dict[str, Any], device: torch.device, reset: bool) -> dict[str, Any]:
-    """What is known when a training starts; reset: it starts from nothing, but for what the agent was pulled from."""
+    """The record of a run that starts now.
+
+    Args:
+        before: The agent's record so far.
+        device: The device of the training.
+        reset: Whether the run starts anew, so that only `source` (the Hub repository) is kept of `before`.
+
+    Returns:
+        A new record with the present command and machine.
+    """
     kept = {name: value for name, value in before.items() if name == "source" or not reset}
     commands = [*kept.get("commands", ()), command_line()]
     return {**kept, "commands": [command for command in commands if command][-MAX_COMMANDS:], "machine": machine(device)}
 
 
 def checked(value: Any) -> dict[str, Any]:
-    """Provenance as a file has it, what this version does not know left out. Raises ValueError, TypeError, KeyError, ..."""
+    """Check a record from a file, dropping entries that this version does not know.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: It was not written by this library.
+    """
     kinds = {"commands": list, "machine": str, "seconds": float, "trained_together": int, "evaluations": list, "source": dict}
     known = {name: value[name] for name in kinds if name in value}
     if any(type(entry) is not kinds[name] for name, entry in known.items()):
-        raise ValueError("provenance has an entry of another kind")
+        raise ValueError("provenance has an entry of the wrong type")
     source = known.get("source", {"repo_id": "", "sha": ""})
     if not all(isinstance(text, str) for text in (*known.get("commands", ()), source["repo_id"], source["sha"])):
-        raise ValueError("provenance has a text that is none")
+        raise ValueError("provenance has a command or source that is not a string")
     for row in known.get("evaluations", ()):
         if set(row) != {"num_timesteps", "mean_return"} or not all(map(_is_number, row.values())):
-            raise ValueError("provenance has an evaluation that is none")
+            raise ValueError("provenance has an invalid evaluation: it needs numbers num_timesteps and mean_return")
     return known
 
 
 def checked_dataset(value: Any) -> dict[str, Any] | None:
-    """What is kept of a dataset (`Transitions.info`) as a file has it; None where the agent has learned from none."""
+    """Check the description of a dataset (`Transitions.info`) from a file; None means that the agent has not learned yet.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: It was not written by this library.
+    """
     if value is None:
         return None
     texts = [value["id"], value["kind"], value["sha256"], *(value.get("made") or {}).values(), *(value.get("obs_keys") or ())]
     if not all(isinstance(text, str) for text in texts) or not isinstance(value.get("env_spec"), str | None):
-        raise ValueError("dataset has a text that is none")
+        raise ValueError("dataset has an id, kind, key or other text that is not a string")
     if not all(_is_number(value[name]) for name in ("n_steps", "n_episodes", "mean_return")):
-        raise ValueError("dataset has a number that is none")
+        raise ValueError("dataset has a size or mean return that is not a number")
     return dict(value)
 
 
 def checked_history(rows: Any) -> list[dict[str, Any]]:
-    """The rows of `Agent.history` as a file has them."""
+    """Check the rows of `Agent.history` from a file.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: They were not written by this library.
+    """
     for row in rows:
         others = [entry for name, entry in row.items() if name != "stage"]
         if not isinstance(row["stage"], str) or type(row["num_timesteps"]) is not int or not all(map(_is_number, others)):
-            raise ValueError("history has a row that is none")
+            raise ValueError("history has an invalid row: it needs a stage, the integer num_timesteps and numbers")
     return [dict(row) for row in rows]
 
 
 def _is_number(value: Any) -> bool:
+    """Whether it is a number of ordinary size."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
@@ -88,7 +109,15 @@ def command_line() -> str | None:
 
 
 def plain(argument: str) -> str:
-    """An absolute path relative to here, or by its name alone, and no address: whose machine this is is nobody's business."""
+    """An argument of a command without private data.
+
+    Args:
+        argument: The argument, perhaps `--option=value`.
+
+    Returns:
+        The argument with `***` for addresses; an absolute path is made relative to the current directory, or reduced to its
+        name outside it.
+    """
     argument = _ADDRESS.sub("***", argument)
     head, sign, path = argument.rpartition("=")
     if not os.path.isabs(path):
@@ -98,14 +127,20 @@ def plain(argument: str) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """The GPU's name, or the kind and number of CPU cores."""
+    """The name of the GPU, or the number and architecture of the CPU cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def note_evaluation(provenance: dict[str, Any], num_timesteps: int, mean_return: float) -> None:
-    """Add a score of training time. A long list is thinned, its best row kept."""
+    """Add the score of an evaluation during training; a list over MAX_EVALUATIONS is thinned out, keeping its best row.
+
+    Args:
+        provenance: The agent's record; its list `evaluations` is changed.
+        num_timesteps: As `Agent.num_timesteps` at the evaluation.
+        mean_return: Mean return of its episodes.
+    """
     rows = provenance.setdefault("evaluations", [])
     rows.append({"num_timesteps": num_timesteps, "mean_return": mean_return})
     if len(rows) > MAX_EVALUATIONS:

@@ -8,11 +8,13 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffagents.data.normalize import ObsNormalizer, RewardTransform
 from diffagents.data.replay_buffer import Replay
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 Tensors = dict[str, Tensor]
 GENERATORS = ("generator", "predict_generator")
 """The attributes of an agent that hold its two random generators."""
+MAX_TENSORS = 10_000
+"""The most parameters that the networks of a file may have, so that a small file cannot make loading take long."""
 
 
 @dataclass
@@ -80,6 +84,16 @@ class TrainState:
         return self.dataset_info
 
 
+class HubCommit(Protocol):
+    """The commit on the Hub that an agent was downloaded from; `storage.hub.Origin` implements it."""
+
+    @property
+    def repo_id(self) -> str: ...
+    @property
+    def sha(self) -> str: ...
+    def fetch(self, names: Sequence[str], needed: Sequence[str] = ...) -> Path: ...
+
+
 class Learner(Protocol):
     """An agent as training, storage and deployment see it; `diffagents.agent.Agent` documents each member."""
 
@@ -87,7 +101,7 @@ class Learner(Protocol):
     STAGE_SHARES: ClassVar[dict[str, int]]
     POLICY_STAGE: ClassVar[str]
     MODEL: ClassVar[tuple[str, ...]]
-    LEARNER: ClassVar[tuple[str, ...]]
+    TRAINING_NETWORKS: ClassVar[tuple[str, ...]]
     OFFLINE_RATIO: ClassVar[float | str]
     CALIBRATES: ClassVar[bool]
     CHOICE: ClassVar[tuple[str, ...]]
@@ -112,8 +126,8 @@ class Learner(Protocol):
     generator: torch.Generator
     predict_generator: torch.Generator
     state: TrainState
-    has_learner: bool
-    origin: Any
+    has_training_networks: bool
+    origin: HubCommit | None
     replay_buffer: Replay | None
     env: "VecEnv | None"
     sb3_logger: "Logger | None"
@@ -188,30 +202,45 @@ def load_optimizer_and_generator_tensors(
 
 def training_tensors(learner: Learner) -> Tensors:
     """Every tensor that training changes, live, under unique names."""
-    names = ("obs_normalizer", *learner.MODEL, *learner.LEARNER)
+    names = ("obs_normalizer", *learner.MODEL, *learner.TRAINING_NETWORKS)
     return {**network_tensors(learner, names), **optimizer_and_generator_tensors(learner)}
 
 
 def load_training_tensors(learner: Learner, tensors: Tensors) -> None:
     """Copy clones of `training_tensors` back."""
-    names = ("obs_normalizer", *learner.MODEL, *learner.LEARNER)
+    names = ("obs_normalizer", *learner.MODEL, *learner.TRAINING_NETWORKS)
     load_network_tensors(learner, {k: v for k, v in tensors.items() if k.partition(".")[0] in names}, names)
     others = {k: v for k, v in tensors.items() if k.partition(".")[0] in ("optimizer", *GENERATORS)}
     load_optimizer_and_generator_tensors(learner, others)
 
 
 def networks_on_meta(learner: Learner, spec: Spec) -> Tensors:
-    """The tensors that the networks would have for `spec`: names, shapes and dtypes on the meta device, without memory."""
+    """The tensors that the networks would have for `spec`: names, shapes and dtypes on the meta device, without memory.
+
+    Raises:
+        ArtifactError: The networks cannot be built, or have more than MAX_TENSORS parameters.
+    """
     trial = copy.copy(learner)
     trial.device, trial.spec = torch.device("meta"), spec
     trial.obs_dim, trial.act_dim = spec.obs_dim, spec.act_dim
+    n_parameters = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal n_parameters
+        n_parameters += 1
+        if n_parameters > MAX_TENSORS:  # a module takes memory even if its tensors take none
+            raise RuntimeError(f"they have more than {MAX_TENSORS:,} parameters")
+
+    handle = register_module_parameter_registration_hook(count)
     try:
         with torch.device("meta"):
             trial.obs_normalizer = ObsNormalizer(spec.obs_dim)
             trial.build()
-    except RuntimeError as error:  # torch's own limits
+    except RuntimeError as error:  # torch has limits of its own
         raise ArtifactError(f"config.json describes networks that cannot be built ({short(error)}): {AGAIN}") from None
-    return network_tensors(trial, ("obs_normalizer", *learner.MODEL, *learner.LEARNER))
+    finally:
+        handle.remove()
+    return network_tensors(trial, ("obs_normalizer", *learner.MODEL, *learner.TRAINING_NETWORKS))
 
 
 def bare(key: str) -> str:

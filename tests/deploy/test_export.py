@@ -261,10 +261,10 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"format": "ONNX"}, ValueError, r"format='ONNX'; choose from 'onnx', 'torch_export'"),
         ({"deterministic": False}, ValueError, "a file has no random generator"),
         ({"deterministic": None}, ValueError, "deterministic=None: a file has no random generator"),
-        ({"path": "nowhere/policy"}, FileNotFoundError, "the folder .*nowhere does not exist: make it first"),
-        ({"path": "."}, IsADirectoryError, r"is a folder: give the name of a file, e\.g\. .*policy\.onnx"),
-        ({"path": "policy.pt2"}, ValueError, r"pass format='torch_export', or a name in \.onnx"),
-        ({"path": "policy.onnx", "format": "torch_export"}, ValueError, r"pass format='onnx', or a name in \.pt2"),
+        ({"path": "nowhere/policy"}, FileNotFoundError, "the folder .*nowhere does not exist: create it first"),
+        ({"path": "."}, IsADirectoryError, r"is a folder: pass the name of a file, e\.g\. .*policy\.onnx"),
+        ({"path": "policy.pt2"}, ValueError, r"pass format='torch_export', or a name that ends in \.onnx"),
+        ({"path": "policy.onnx", "format": "torch_export"}, ValueError, r"pass format='onnx', or a name that ends in \.pt2"),
         ({"n_candidates": 5}, TypeError, "TD3BC.predict has no choice 'n_candidates'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -309,7 +309,7 @@ def test_a_policy_that_was_traced_wrongly_is_not_written(format: str, tmp_path: 
         return torch.full((obs.shape[0], 2), 0.01 * len(calls))
 
     agent.act = act  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="acts unlike the agent on 65 of 65 observations, so nothing was written"):
+    with pytest.raises(RuntimeError, match="acts differently from the agent on 65 of 65 observations, so nothing was written"):
         export(agent, tmp_path / "policy", format)
     assert not list(tmp_path.iterdir())
 
@@ -319,7 +319,7 @@ def test_the_comparison_itself() -> None:
     program = module._trace(module.ExportedPolicy(agent, agent.config))
     module._compare(module.ExportedPolicy(agent, agent.config), program, raw(agent))
     other = module.ExportedPolicy(acting("TD3BC", seed=4), agent.config)
-    with pytest.raises(RuntimeError, match="the traced TD3BC acts unlike the agent on 65 of 65 observations"):
+    with pytest.raises(RuntimeError, match="the traced TD3BC acts differently from the agent on 65 of 65 observations"):
         module._compare(other, program, raw(agent))
 
 

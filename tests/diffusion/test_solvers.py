@@ -73,7 +73,7 @@ def test_one_point_data_gives_the_point(order: int, data_prediction: bool) -> No
 @every
 @pytest.mark.parametrize(("n_evals", "var", "narrower"), [(15, 0.5, 0.08), (15, 0.09, 0.22), (150, 0.09, 0.03)])
 def test_gaussian_data(order: int, data_prediction: bool, n_evals: int, var: float, narrower: float) -> None:
-    """The mean within its Monte-Carlo error; the spread too, but for what few calls take from a sharp one (solvers.py)."""
+    """The mean within its Monte-Carlo error; the spread too, but for what few calls take from a sharp one (sde.py)."""
     n, mean = 20_000, 0.4
     x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
     steps = dpm_solver_steps(n_evals, order=order, data_prediction=data_prediction)

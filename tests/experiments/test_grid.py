@@ -517,14 +517,14 @@ def test_the_zoo_is_built_of_median_seeds(checkout: Path) -> None:
     for cell, members in report.cells_of(runs).items():
         kept = report.median_run(members)
         agent = diffagents.load(checkout / "zoo" / cell, device="cpu", verbose=0)
-        assert agent.seed == kept["spec"]["seed"] and agent.has_learner
+        assert agent.seed == kept["spec"]["seed"] and agent.has_training_networks
         card = (checkout / "zoo" / cell / "README.md").read_text()
         assert f'from_pretrained("zoo/{cell}")' in card and f"{kept['last']['mean_return']:.1f}"[:4] in card
     before = (checkout / "zoo" / "README.md").read_text()
     assert "zoo/grids/zoo.yml" in before
     assert "which is left out" in run_script(build, "--max-mb", "0.001")
     agent = diffagents.load(checkout / "zoo" / "iql-reacher-replay-v0", device="cpu", verbose=0)
-    assert not agent.has_learner and agent.predict(np.zeros(agent.obs_dim, np.float32))[0].shape == (2,)
+    assert not agent.has_training_networks and agent.predict(np.zeros(agent.obs_dim, np.float32))[0].shape == (2,)
     run_script(build, "--root", str(checkout / "nowhere"))
     assert (checkout / "zoo" / "README.md").read_text() == before  # of the results that are kept
     shutil.rmtree(checkout / "zoo" / "iql-reacher-replay-v0")

@@ -283,7 +283,7 @@ def test_q_mean_asks_the_agents_own_critic(name: str, everyone: tuple[Transition
 def test_a_policy_that_was_loaded_to_act_only(everyone: tuple[Transitions, dict[str, Any]]) -> None:
     data, agents = everyone
     agent = agents["IQL"].clone()
-    agent.has_learner = False
+    agent.has_training_networks = False
     row = select([agent], data, **QUICK).rows[0]
     assert row.q_mean is None and "without its critic" in row.notes[0] and math.isfinite(row.fqe)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from diffagents.errors import ArtifactError
-from diffagents.storage import artifact
+from diffagents.storage import artifact, hub
 from diffagents.storage.artifact import read, to_json_safe, write
 from diffagents.training.state import load_optimizer, load_state, optimizer_tensors
 
@@ -114,7 +114,7 @@ def test_names_lose_what_compiling_adds(tmp_path: Path) -> None:
     fresh = nn.ModuleDict({"pi": Compiled(net(0.0))})
     load_state(fresh, back)
     assert all((value == 0.25).all() for value in fresh.state_dict().values())
-    with pytest.raises(ValueError, match="two model tensors have one name"):
+    with pytest.raises(ValueError, match="two model tensors have the same name"):
         write(tmp_path / "b", CONFIG, {"model": {"_orig_mod.w": torch.ones(1), "w": torch.ones(1)}})
 
 
@@ -296,7 +296,7 @@ def test_a_failed_write_leaves_the_old_one_and_nothing_else(
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert names(tmp_path) == [place.name]
     if isinstance(caught.value, OSError):
-        assert "not written, an older one is as it was" in str(caught.value)
+        assert "not written; an older one is unchanged" in str(caught.value)
         assert str(place) in str(caught.value)
     write(place, CONFIG, parts(0.75))
     assert read(place).tensors("model")["0.bias"][0] == 0.75
@@ -512,8 +512,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "foreign library": (edit(lambda c: {**c, "library": "lerobot"}), "names the library lerobot, not diffagents"),
     "no library": (edit(lambda c: {"format": 1, "algorithm": "SRPO"}), "names the library None, not diffagents"),
     "SB3's config": (edit(lambda c: {"policy_class": {}}), "load it with Stable-Baselines3"),
-    "newer format": (edit(lambda c: {**c, "format": 2}), "format 2, above 1, from a newer diffagents: upgrade"),
-    "much newer format": (edit(lambda c: {**c, "format": 10**4000}), "format int, above 1, from a newer diffagents"),
+    "newer format": (
+        edit(lambda c: {**c, "format": 2}),
+        "format 2, but this version reads at most format 1; .* from a newer diffagents: upgrade",
+    ),
+    "much newer format": (
+        edit(lambda c: {**c, "format": 10**4000}),
+        "format int, but this version reads at most format 1; .* from a newer diffagents",
+    ),
     "format 0": (edit(lambda c: {**c, "format": 0}), "the format 0, not a whole number"),
     "format true": (edit(lambda c: {**c, "format": True}), "the format True, not a whole number"),
     "format 1.0": (edit(lambda c: {**c, "format": 1.0}), r"the format 1\.0, not a whole number"),
@@ -534,12 +540,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "model truncated": (model_bytes(lambda data: data[:-1]), "truncated or damaged"),
     "model cut in its header": (model_bytes(lambda data: data[:20]), "truncated or damaged"),
     "model longer": (model_bytes(lambda data: data + b"x"), "truncated or damaged"),
-    "model is a pickle": (model_bytes(lambda data: EVIL), "not a safetensors file but a pickle under another name"),
+    "model is a pickle": (model_bytes(lambda data: EVIL), "not a safetensors file; it is a pickle under another name"),
     "model is a torch.save file": (
         lambda path: model_bytes(lambda data: torch_saved(path).read_bytes())(path),
-        "not a safetensors file but a pickle under another name",
+        "not a safetensors file; it is a pickle under another name",
     ),
-    "model with an absurd header": (header("{}", 200_000_000), "but a header of 200000000 bytes"),
+    "model with an absurd header": (header("{}", 200_000_000), "not a safetensors file; it claims a header of 200000000 bytes"),
     "model with a lying header": (header("{}", 90_000_000), "truncated or damaged"),
     "model with a nested header": (header('{"w":' * 5000), "truncated or damaged"),
     "model with a shape from the moon": (
@@ -582,6 +588,18 @@ def test_the_trainer_state_is_as_strict(tmp_path: Path) -> None:
     (place / "trainer_state.json").write_text('{"x": Infinity}')
     with pytest.raises(ArtifactError, match=r"trainer_state\.json is not JSON"):
         read(place).trainer_state()
+
+
+def test_errors_about_a_download_name_its_commit(tmp_path: Path) -> None:
+    """And not the folder in the Hub's cache."""
+    place, commit = write(tmp_path / "a", CONFIG, parts(), STATE, folder=True), hub.Origin("me/policy", "0123456789" * 4)
+    found = read(place, commit)
+    for name in ("model.safetensors", "trainer_state.json", "config.json"):
+        (place / name).write_bytes(b"damaged")
+    for use in (lambda: found.tensors("model"), found.trainer_state, lambda: read(place, commit)):
+        with pytest.raises(ArtifactError, match=r"me/policy \(commit 01234567\): ") as caught:
+            use()
+        assert str(place) not in str(caught.value)
 
 
 def test_other_files_are_allowed_and_compression_too(tmp_path: Path) -> None:
@@ -655,9 +673,9 @@ def test_fuzz_every_mutation_is_refused_or_harmless(tmp_path: Path, folder: bool
         (lambda t: [t.pop(key) for key in list(t)], r"lacks pi\.0\.bias, pi\.0\.weight, pi\.1\.bias, \.\.\. \(4 "),
         (lambda t: t.update({"pi.2.bias": torch.ones(1)}), r"has the unknown pi\.2\.bias"),
         (lambda t: t.update({"pi.x\n\x1b": torch.ones(1)}), r"has the unknown pi\.x\\n\\x1b"),
-        (lambda t: t.update({"pi.0.bias": torch.ones(4)}), r"pi\.0\.bias is \(4,\) .* in the artifact, \(3,\)"),
+        (lambda t: t.update({"pi.0.bias": torch.ones(4)}), r"pi\.0\.bias is \(4,\) .* in the artifact but \(3,\)"),
         (lambda t: t.update({"pi.0.bias": torch.ones(1)}), r"pi\.0\.bias is \(1,\)"),  # would broadcast
-        (lambda t: t.update({"pi.0.bias": torch.ones(3).double()}), r"torch\.float64 in the artifact, \(3,\) "),
+        (lambda t: t.update({"pi.0.bias": torch.ones(3).double()}), r"torch\.float64 in the artifact but \(3,\) "),
     ],
 )
 def test_load_state_is_strict_and_changes_nothing_when_it_refuses(
@@ -755,7 +773,7 @@ def test_the_state_is_restored_in_place_and_copied() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pi.0.exp_avg": torch.zeros(2)}, r"pi\.0\.exp_avg is \(2,\) torch\.float32 in the artifact, \(3, 2\)"),
+        ({"pi.0.exp_avg": torch.zeros(2)}, r"pi\.0\.exp_avg is \(2,\) torch\.float32 in the artifact but \(3, 2\)"),
         ({"pi.0.exp_avg": torch.zeros(3, 2).double()}, r"torch\.float64"),
         ({"pi.0.step": torch.zeros(1)}, r"pi\.0\.step is \(1,\)"),
         ({"pi.0.step": torch.tensor(-1.0)}, r"pi\.0\.step holds negative numbers"),

@@ -97,7 +97,7 @@ def pull_all(**how: Any) -> dict[str, Any]:
     for name in NAMES:
         kept[name] = agent_class(name).from_pretrained(f"me/{name}", **QUIET, **how)
         assert type(diffagents.load(f"me/{name}", **QUIET, **how)) is agent_class(name)
-    return {name: (acts(kept[name]), kept[name].origin.sha, kept[name].has_learner) for name in NAMES}
+    return {name: (acts(kept[name]), kept[name].origin.sha, kept[name].has_training_networks) for name in NAMES}
 
 
 def learn_on(name: str) -> np.ndarray:
@@ -108,7 +108,7 @@ def finish(name: str) -> tuple[bool, dict[str, np.ndarray]]:
     agent = agent_class(name).from_pretrained(f"me/{name}-half", **QUIET)
     acts(agent)  # acting uses up no random numbers of the training
     agent.predict(OBS)
-    first = agent.has_learner
+    first = agent.has_training_networks
     agent.learn(toy_data(), reset_num_timesteps=False)
     return first, everything(agent)
 
@@ -142,9 +142,9 @@ def test_every_class_round_trips(mode: str, trained: Trained, tmp_path: Path) ->
         start = len(hub.log)
         pulled = puller(pull_all)
         for name in NAMES:
-            actions, sha, has_learner = pulled[name]
+            actions, sha, has_training_networks = pulled[name]
             assert np.array_equal(actions, trained.actions[name]), name
-            assert sha == shas[name] and not has_learner
+            assert sha == shas[name] and not has_training_networks
         assert not [request for request in hub.log[start:] if "learner" in request.path]
         snapshots = list(home.glob("hub/models--me--*/snapshots/*/*"))
         assert len(snapshots) == 2 * len(NAMES) and {path.name for path in snapshots} == {"config.json", "model.safetensors"}
@@ -154,8 +154,8 @@ def test_every_class_round_trips(mode: str, trained: Trained, tmp_path: Path) ->
             assert np.array_equal(puller(learn_on, name), trained.learned_on[name]), name
             assert [r for r in hub.log[start:] if f"me/{name}/" in r.path and r.path.endswith("/learner.safetensors")], name
         for name in RESUMED:
-            has_learner, end = puller(finish, name)
-            assert not has_learner
+            has_training_networks, end = puller(finish, name)
+            assert not has_training_networks
             assert_same(end, trained.finished[name])
 
         start = len(hub.log)
@@ -287,7 +287,7 @@ def test_private_and_branch_are_as_asked(hub: Hub, here: Client, trained: Traine
 
 def push_again(repo_id: str, to: str, **how: Any) -> tuple[bool, dict[str, str]]:
     agent: Any = diffagents.load(repo_id, **QUIET)
-    before = agent.has_learner
+    before = agent.has_training_networks
     agent.push_to_hub(to, **how)
     return before, agent.provenance["source"]
 

@@ -53,9 +53,11 @@ def learn_pulled() -> Any:
     before = {key: value.clone() for key, value in agent.policy.state_dict().items()}
     got = attempt(agent.learn, toy_data(), 3)
     if isinstance(got, Refused):
-        assert not agent.has_learner and all((before[key] == value).all() for key, value in agent.policy.state_dict().items())
+        assert not agent.has_training_networks and all(
+            (before[key] == value).all() for key, value in agent.policy.state_dict().items()
+        )
         return got
-    return agent.has_learner
+    return agent.has_training_networks
 
 
 def save_pulled(path: Path) -> tuple[list[str], list[str]]:
@@ -64,7 +66,7 @@ def save_pulled(path: Path) -> tuple[list[str], list[str]]:
         kept["pulled"].save(path)
     loaded = diffagents.load(path, **QUIET)
     assert (loaded.predict(OBS, deterministic=True)[0] == kept["pulled"].predict(OBS, deterministic=True)[0]).all()
-    return [str(one.message) for one in caught], [str(loaded.has_learner)]
+    return [str(one.message) for one in caught], [str(loaded.has_training_networks)]
 
 
 @contextlib.contextmanager
@@ -567,7 +569,7 @@ def test_a_full_disk_while_saving_and_pushing(other: World, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
     assert not isinstance(other.here(save_pretrained, folder), Refused)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    other.here(on_a_full_disk, 1000, save_pretrained, folder).says("OSError", "an older one is as it was")
+    other.here(on_a_full_disk, 1000, save_pretrained, folder).says("OSError", "an older one is unchanged")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == [folder]
     other.here(on_a_full_disk, 1000, pushed_from, tmp_path / "scratch", other.repo).says("OSError")
@@ -585,8 +587,8 @@ def test_offline_acts_from_the_cache_and_says_what_it_lacks(world: World, tmp_pa
         got = offline(pull, world.repo, world.cache)
         assert isinstance(got, np.ndarray) and np.array_equal(got, world.actions)
         offline(learn_pulled).says("HubError", world.repo, "learner.safetensors", "not in the cache", "offline")
-        (warning,), (has_learner,) = offline(save_pulled, tmp_path / "saved.zip")
-        assert "learner.safetensors" in warning and has_learner == "False"
+        (warning,), (has_training_networks,) = offline(save_pulled, tmp_path / "saved.zip")
+        assert "learner.safetensors" in warning and has_training_networks == "False"
         offline(pull, world.repo, world.cache, revision="nowhere").says("HubError", world.repo, "nowhere")
         offline(push_another, world.repo).says("HubError", world.repo)
     world.pull(local_files_only=True)

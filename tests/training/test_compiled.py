@@ -285,7 +285,7 @@ def test_bad_modes(trained: dict[str, Agent], tmp_path: pathlib.Path) -> None:
         diffagents.load(path, compile="nonsense")
     with pytest.raises(ValueError, match=r"modes \['nonsense'\] are not among"):
         Plan.from_json({"lengths": {"a": 3}, "done": {}, "modes": {"a": "nonsense"}}, ["a"])
-    with pytest.raises(ValueError, match="stages that it does not have"):
+    with pytest.raises(ValueError, match="steps or modes of a stage that it does not have"):
         Plan.from_json({"lengths": {"a": 3}, "done": {}, "modes": {"b": "eager"}}, ["a", "b"])
 
 

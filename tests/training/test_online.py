@@ -524,7 +524,7 @@ def test_what_is_missing_is_named(tmp_path: pathlib.Path) -> None:
     again: Agent = diffagents.load(agent.save(tmp_path / "a"), verbose=0)
     with pytest.raises(RuntimeError, match=r"replay buffer with its 15 steps.*load_replay_buffer"):
         again.learn_online(env=pendulum(), dataset=data())
-    with pytest.raises(ValueError, match="the unfinished run goes on with"):
+    with pytest.raises(ValueError, match="the unfinished run continues with"):
         agent.learn_online(utd=3)
 
 
