@@ -5,6 +5,7 @@ Two shortcuts save a quarter of the tests' time: the pictures for files' cards a
 
 import ctypes.util
 import functools
+import gc
 import io
 import os
 import socket
@@ -62,6 +63,11 @@ def _connect_to_this_machine_only(self: socket.socket, address: Any) -> None:
 
 
 socket.socket.connect = _connect_to_this_machine_only  # type: ignore[method-assign, assignment]
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: the garbage collector need not walk through it again and again."""
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def run_script(script: str | pathlib.Path, *arguments: str) -> str:
-    """What `python script arguments` prints when it is called in the root of the repository.
+    """What `python script arguments` prints when it is called in the root of the repository; raises SystemExit if it fails.
 
     `sys.argv`, `sys.path`, the environment variables and open figures are put back afterwards.
     """
@@ -23,6 +23,9 @@ def run_script(script: str | pathlib.Path, *arguments: str) -> str:
     try:
         with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):
             runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
     finally:
         sys.argv, sys.path[:] = argv, import_path
         os.environ.clear()

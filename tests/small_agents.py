@@ -44,12 +44,14 @@ def small(name: str, **knobs: Any) -> Agent:
     cls, known = agent_class(name), fields(name)
     settings: dict[str, Any] = {knob: value for knob, value in _SMALL.items() if knob in known}
     if name in ("QGPO", "SfBC"):
-        settings["solver_steps"] = 6
+        settings["solver_steps"] = 4
     settings |= {knob: 16 for knob in known if knob.endswith("batch_size")}
     settings |= {f"{stage}_steps": STEPS for stage in cls.STAGE_SHARES}
     kwargs: dict[str, Any] = {"net_arch": [16, 16]}
     if name in ("SRPO", "QGPO", "SfBC", "IDQL"):
         kwargs["behavior_width"] = 16
+    if name in ("SRPO", "IDQL"):
+        kwargs["behavior_blocks"] = 1
     arguments: dict[str, Any] = {"seed": 0, "verbose": 0, "device": "cpu", "policy_kwargs": kwargs}
     return cls(**{**arguments, **settings, **knobs})
 

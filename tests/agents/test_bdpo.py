@@ -227,7 +227,14 @@ def test_value_of_noise_is_the_soft_optimum_on_a_bandit(seed: int) -> None:
 
 
 def test_every_option_changes_the_result() -> None:
-    base: dict[str, Any] = {**SMALL, "tau": 0.1, "warmup_steps": 0, "policy_freq": 1, "learning_rate": 1e-3}
+    base: dict[str, Any] = {
+        **SMALL,
+        "n_diffusion_steps": 3,
+        "tau": 0.1,
+        "warmup_steps": 0,
+        "policy_freq": 1,
+        "learning_rate": 1e-3,
+    }
     base["max_grad_norm"] = 0.1
     other: dict[str, Any] = {
         "eta": 0.5,

@@ -536,12 +536,8 @@ def test_the_zoo_is_published_when_asked_and_only_then(checkout: Path, tmp_path:
     run_script(checkout / "zoo" / "tools" / "build.py")
     with Hub("lfs", tmp_path / "hub") as hub:
         environment = {**hub.environment(), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        dry = shell([str(checkout / "zoo" / "tools" / "publish.py"), "org"], **environment)
-        assert dry.returncode == 0, dry.stderr
-        assert (
-            "would push iql-reacher-replay-v0 to org/iql-reacher-replay-v0" in dry.stdout
-            and "nothing was uploaded" in dry.stdout
-        )
+        dry = run_script(checkout / "zoo" / "tools" / "publish.py", "org")
+        assert "would push iql-reacher-replay-v0 to org/iql-reacher-replay-v0" in dry and "nothing was uploaded" in dry
         assert not hub.repositories
         done = shell([str(checkout / "zoo" / "tools" / "publish.py"), "org", "--upload", "--only", "td3bc"], **environment)
         assert done.returncode == 0, done.stderr

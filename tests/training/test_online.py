@@ -81,9 +81,9 @@ def assert_same(one: Agent, two: Agent) -> None:
 def test_every_algorithm_goes_on_from_a_file_with_old_data(name: str) -> None:
     agent = offline(name)
     before, steps, updates = all_tensors(agent), agent.num_timesteps, agent.n_updates
-    agent.learn_online(80, pendulum(), data(), learning_starts=20, utd=0.5, log_interval=40)
-    assert (agent.num_timesteps, agent.n_env_steps, agent.n_updates) == (steps + 80, 80, updates + 30)
-    assert agent.replay_buffer is not None and len(agent.replay_buffer) == 80
+    agent.learn_online(60, pendulum(), data(), learning_starts=30, utd=0.5, log_interval=30)
+    assert (agent.num_timesteps, agent.n_env_steps, agent.n_updates) == (steps + 60, 60, updates + 15)
+    assert agent.replay_buffer is not None and len(agent.replay_buffer) == 60
     moved = [key for key, tensor in all_tensors(agent).items() if not torch.equal(tensor, before[key])]
     assert any(key.startswith(network) for key in moved for network in agent.MODEL), "what acts has learnt nothing"
     assert agent.history[-1]["stage"] == "online" and "train_return" in agent.history[-1]
@@ -92,11 +92,11 @@ def test_every_algorithm_goes_on_from_a_file_with_old_data(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_algorithm_learns_from_nothing_and_from_a_file_alone(name: str, tmp_path: pathlib.Path) -> None:
-    agent = small(name).learn_online(60, pendulum(), learning_starts=40)
-    assert agent.n_env_steps == 60 and agent.n_updates == 20
+    agent = small(name).learn_online(50, pendulum(), learning_starts=40)
+    assert agent.n_env_steps == 50 and agent.n_updates == 10
     again: Agent = diffagents.load(agent.save(tmp_path / "a"), verbose=0)
-    again.learn_online(60, pendulum(), learning_starts=40)  # its buffer was not saved: a new one
-    assert again.num_timesteps == 120 and again.n_updates == 40
+    again.learn_online(50, pendulum(), learning_starts=40)  # its buffer was not saved: a new one
+    assert again.num_timesteps == 100 and again.n_updates == 20
     assert again.dataset_info is not None and again.dataset_info["kind"] == "online"
     assert len(again.evaluate(n_episodes=2).returns) == 2  # in the environment that it met
 
@@ -125,7 +125,7 @@ def whole_run(name: str) -> Agent:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TABLES])
-@pytest.mark.parametrize("stop", [23, 37, 50])
+@pytest.mark.parametrize("stop", [31, 50])
 def test_a_stopped_run_ends_as_the_uninterrupted_one(name: str, stop: int, tmp_path: pathlib.Path) -> None:
     """Agent and buffer saved in mid-episode, in another environment object: bit for bit, one environment, CPU."""
     whole, part = whole_run(name), offline(name)
