@@ -61,7 +61,7 @@ def test_unpacked_wheel_finds_its_presets(wheel: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [str(tmp_path / "diffagents" / "presets.py"), "True"]
+    assert result.stdout.split() == [str(tmp_path / "diffagents" / "config" / "presets.py"), "True"]
 
 
 def test_version_is_said_once() -> None:

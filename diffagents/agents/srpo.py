@@ -33,7 +33,6 @@ Details of the critic stage: networks/critics.py. The official code also trains 
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,7 +47,7 @@ from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
 from diffagents.functional import action_gradient, eps_loss, perturb
 from diffagents.networks.critics import IQLCritic
-from diffagents.networks.mlp import Mish, TanhPolicy, dropout_masks, mish
+from diffagents.networks.mlp import Mish, ResidualBlock, TanhPolicy, dropout_masks, mish
 from diffagents.storage import checkpoint
 from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
@@ -136,22 +135,6 @@ class SRPOConfig(Hyperparameters):
     policy_steps: int | None = hyperparameter(
         None, "Gradient steps of the policy stage. None: the `default` block of zoo/srpo.yml. Paper: 1.0M.", at_least=0
     )
-
-
-class ResidualBlock(nn.Module):
-    """x + W2 f(W1 LayerNorm(dropout(x))), width d -> 4d -> d, f Mish; the skip carries the un-normalised input."""
-
-    def __init__(self, width: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
-        super().__init__()
-        self.activation = activation
-        self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 4 * width)
-        self.project = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = x if mask is None else x * mask
-        out: Tensor = x + self.project(self.activation(self.expand(self.norm(h))))
-        return out
 
 
 class ResidualScoreNet(nn.Module):

@@ -603,7 +603,7 @@ def test_recipes_make_datasets_once(root: Path, monkeypatch: pytest.MonkeyPatch,
         f"diffagents/{name}-v0"
         for name in ("hopper/medium", "hopper/medium-replay", "pointmaze/umaze", "door/expert", "hopper/medium-expert")
     ]
-    assert "200 steps" in lines[2] and "100 steps" in lines[3] and "left out, it is made of hopper/expert-v0" in lines[4]
+    assert "200 steps" in lines[2] and "100 steps" in lines[3] and "skipped: it needs hopper/expert-v0" in lines[4]
     assert run("pointmaze/umaze,hopper/medium-v") == []
     lines = run("hopper")
     assert [line.split(":")[0][18:] for line in lines] == ["expert-v0", "medium-expert-v0"] and "800 steps" in lines[1]

@@ -209,7 +209,7 @@ def test_every_agent_can_be_selected(everyone: tuple[Transitions, dict[str, Any]
     assert sorted(found.order) == sorted(NAMES) and found.n_used == 100 and found.n_transitions == len(data)
     for row in found.rows:
         assert math.isfinite(row.fqe) and math.isfinite(row.bc_loss), row
-        assert (row.q_mean is None) == (row.name in ("AWR", "DiffusionBC")), row
+        assert (row.q_mean is None) == (row.name in ("AWR", "BC", "DiffusionBC")), row
         assert row.q_mean is None or (row.data_return is not None and math.isfinite(row.q_mean)), row
     fqes = [row.fqe for row in found.rows]
     assert fqes == sorted(fqes, reverse=True)
