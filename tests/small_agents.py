@@ -54,6 +54,17 @@ def small(name: str, **knobs: Any) -> Agent:
     return cls(**{**arguments, **settings, **knobs})
 
 
+def shallow(name: str, **knobs: Any) -> Agent:
+    """`small` with short samplers and one layer: a test that traces or compiles takes the time of the operations it meets."""
+    settings: dict[str, Any] = {knob: 2 for knob in ("n_diffusion_steps", "solver_steps") if fields(name).get(knob) is not None}
+    kwargs: dict[str, Any] = {"net_arch": [8]}
+    if name in ("SRPO", "QGPO", "SfBC", "IDQL"):
+        kwargs["behavior_width"] = 8
+    if name in ("SRPO", "IDQL"):
+        kwargs["behavior_blocks"] = 1
+    return small(name, **{**settings, "policy_kwargs": kwargs, **knobs})
+
+
 def update(loss: Any, batch: Batch, noise: Noise) -> Metrics:
     """One update, eagerly, of the part whose loss is this method of an agent, e.g. `agent.critic_loss`."""
     stages = loss.__self__.stages()

@@ -35,8 +35,11 @@ STEPS: dict[str, dict[str, Any]] = {  # of the samplers: a test's time goes with
     "DiffCPS": {"n_diffusion_steps": 1},
     "BDPO": {"n_diffusion_steps": 1},
     "DiffusionBC": {"n_diffusion_steps": 1},
-    "IDQL": {"n_diffusion_steps": 1},
-    "SfBC": {"solver_steps": 2},
+    "IDQL": {
+        "n_diffusion_steps": 1,
+        "policy_kwargs": {"net_arch": [16, 16], "behavior_width": 16, "behavior_blocks": 1},
+    },
+    "SfBC": {"solver_steps": 1},
 }
 CHOICES: dict[str, dict[str, Any]] = {  # of some calls; `small` has 4 candidates
     "DiffCPS": {"n_candidates": 7},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small_agents import NAMES, fields, small
+from small_agents import NAMES, shallow, small
 from toy import line_data
 
 import diffagents
@@ -267,10 +267,9 @@ def trained() -> dict[str, Agent]:
 
 
 def eager(name: str, trained: dict[str, Agent]) -> Agent:
-    """Trained once for this file, which copies it; with a short sampler, as a test's time goes with what is traced."""
+    """Trained once for this file, which copies it."""
     if name not in trained:
-        short = {knob: 2 for knob in ("n_diffusion_steps", "solver_steps") if fields(name).get(knob) is not None}
-        trained[name] = small(name, compile="eager", **short).learn(DATA)
+        trained[name] = shallow(name, compile="eager").learn(DATA)
     return trained[name]
 
 

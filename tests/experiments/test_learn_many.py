@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_agents import NAMES, STEPS, fields, small
+from small_agents import NAMES, STEPS, fields, shallow, small
 from toy import line_data
 
 import diffagents
@@ -346,9 +346,7 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     graphs: list[Any] = []
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
-    short: dict[str, Any] = {"n_diffusion_steps": 1} if name == "DiffCPS" else {}
-    short["policy_kwargs"] = {"net_arch": [8], **({"behavior_width": 8, "behavior_blocks": 1} if name == "SRPO" else {})}
-    together, alone = members(name, 2, True, **short), members(name, 2, True, **short)
+    together, alone = ([shallow(name, seed=k, compile="eager", **varied(name, k)) for k in range(2)] for _ in range(2))
     together[0].compile = "compiled"
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="compiling failed")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_agents import NAMES, STEPS, fields, small
+from small_agents import NAMES, STEPS, shallow, small
 from torch.utils import _pytree as pytree
 from toy import line_data
 
@@ -87,18 +87,10 @@ def trained() -> dict[str, Agent]:
     return {}
 
 
-def quick(name: str, **knobs: Any) -> Agent:
-    """`small` with short samplers: a test's time goes with the length of what is traced."""
-    short = {knob: 2 for knob in ("n_diffusion_steps", "solver_steps") if fields(name).get(knob) is not None}
-    shallow = {"net_arch": [8], **({"behavior_width": 8} if name in ("SRPO", "QGPO", "SfBC", "IDQL") else {})}
-    shallow |= {"behavior_blocks": 1} if name in ("SRPO", "IDQL") else {}
-    return small(name, **{**short, "policy_kwargs": shallow, **knobs})
-
-
 def eager(name: str, trained: dict[str, Agent]) -> Agent:
     """Trained once for this file, which copies it."""
     if name not in trained:
-        trained[name] = quick(name, compile="eager").learn(DATA)
+        trained[name] = shallow(name, compile="eager").learn(DATA)
     return trained[name]
 
 
@@ -157,7 +149,7 @@ def agrees(graph: Any, inputs: list[torch.Tensor], update: Any, args: Any) -> to
 @pytest.mark.parametrize("name", NAMES)
 def test_a_compiled_run_is_an_eager_run(name: str, traced_only: list[Any], trained: dict[str, Agent]) -> None:
     """Whole runs, with every second step's parts, schedules and lagged copies; the code generator has tests of its own."""
-    whole, run = eager(name, trained), quick(name, compile="compiled").learn(DATA)
+    whole, run = eager(name, trained), shallow(name, compile="compiled").learn(DATA)
     states_agree(run, whole, WHOLE_RUN)
     assert run.plan is not None and set(run.plan.modes.values()) == {"compiled"}
     updates = {id(update.loss.__func__) for stage in run.stages() for update in stage.updates if update.loss}  # type: ignore[attr-defined]
@@ -247,7 +239,7 @@ def test_inductor_acts(diffusion_ql: list[Agent]) -> None:
 @compiler
 @pytest.mark.slow
 def test_inductor_srpo_whole(trained: dict[str, Agent]) -> None:
-    run = quick("SRPO", compile="compiled").learn(DATA)
+    run = shallow("SRPO", compile="compiled").learn(DATA)
     assert run.plan is not None and set(run.plan.modes.values()) == {"compiled"}
     states_agree(run, eager("SRPO", trained))
 
@@ -268,7 +260,7 @@ def test_inductor_many_srpo_policies(trained: dict[str, Agent]) -> None:
 def test_without_a_compiler_it_runs_eagerly(name: str, n_parts: int, no_compiler: list[int], trained: dict[str, Agent]) -> None:
     """One warning for each part, which is tried once; equal to the bit; the plan tells."""
     with pytest.warns(UserWarning, match="compiling failed") as caught:
-        run = quick(name, compile="compiled").learn(DATA)
+        run = shallow(name, compile="compiled").learn(DATA)
     said = [str(one.message) for one in caught if "compiling failed" in str(one.message)]
     assert said == ["compiling failed, so this runs eagerly (RuntimeError: no C++ compiler was found)"] * n_parts
     assert len(no_compiler) == n_parts
@@ -279,7 +271,7 @@ def test_without_a_compiler_it_runs_eagerly(name: str, n_parts: int, no_compiler
 
 def test_graphs_need_a_gpu(traced_only: list[Any], trained: dict[str, Agent]) -> None:
     with pytest.warns(UserWarning, match='compile="graph" needs a CUDA device: training runs compiled'):
-        run = quick("TD3BC", compile="graph").learn(DATA)
+        run = shallow("TD3BC", compile="graph").learn(DATA)
     assert run.plan is not None and run.plan.modes == {"train": "compiled"} and len(traced_only) == 2
     states_agree(run, eager("TD3BC", trained))
 
