@@ -117,6 +117,12 @@ def test_the_fast_ways_are_taken_with_this_torch() -> None:
     assert torch_internals.tensor_place(nn.BatchNorm1d(2), "running_mean")["running_mean"] is not None
 
 
+def test_the_choice_is_made_on_the_cpu_while_networks_are_built_on_meta() -> None:
+    torch_internals.for_each.cache_clear()
+    with torch.device("meta"):
+        assert torch_internals.for_each("lerp_") is torch._foreach_lerp_
+
+
 # ---- Adam ----------------------------------------------------------------------------------------------------------
 def parameters() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -350,10 +356,3 @@ def test_numpy_acts_where_modules_keep_tensors_otherwise(monkeypatch: pytest.Mon
     last = [layer for layer in policy.net if isinstance(layer, nn.Linear)][-1]
     last.weight = nn.Parameter(last.weight.detach() + 1.0)
     assert not quick.current(policy, agent.obs_normalizer), "a new tensor in the place of an old one is noticed"
-
-
-def test_functions_are_chosen_on_the_cpu_also_while_networks_are_built_on_the_meta_device() -> None:
-    """Loading builds networks on the meta device, where no value can be compared."""
-    torch_internals.for_each.cache_clear()
-    with torch.device("meta"):
-        assert torch_internals.for_each("lerp_") is torch._foreach_lerp_
