@@ -28,7 +28,8 @@ Online (our design; neither the paper nor the official code has one)
   [O3] The constraint is relaxed: beta doubles every `online_halflife` environment steps, up to 16-fold.
   [O4] Learning rates are constant, the policy's is `online_learning_rate`; [D6] no longer applies. Returning to the initial
        rate after a cosine that had ended at 0 destroys a converged policy (seen with IQL).
-Details of the critic stage: networks/critics.py. The official code also trains an IQL policy, for monitoring only; we do not.
+Critic stage: Q regresses on r + gamma (1 - d) V(s'), V on an expectile of Qbar(s, a): networks/critics.py, Eq. (5), (6). The
+official code also trains an IQL policy, for monitoring only; we do not.
 """
 
 import dataclasses
