@@ -1,8 +1,8 @@
-"""Agent: the verbs of the library (`learn`, `predict`, `save`, `load`, `push_to_hub`, ...) with SB3's names. No loss lives
-here.
+"""Agent: the public methods of every agent (`learn`, `predict`, `save`, `load`, `push_to_hub`, ...), with SB3's names. No
+losses.
 
-An algorithm's file gives `Config`, `build`, `stages`, `online_stage` and `act`. What a verb does in detail is in the package
-that it calls: data, training, storage, deploy, evaluation.
+An algorithm's file gives `Config`, `build`, `stages`, `online_stage` and `act`. Each method delegates to the package that
+implements it: data, training, storage, deploy or evaluation.
 """
 
 import copy
@@ -50,25 +50,25 @@ class Agent(ABC):
     """Base of all agents.
 
     Args:
-        policy: "MlpPolicy", the only kind; "MultiInputPolicy" is accepted for Dict observations.
-        env: None, an environment id, a Gymnasium Env or an SB3 VecEnv. It gives the spaces, and callbacks act in it.
+        policy: "MlpPolicy", the only supported policy; "MultiInputPolicy" is accepted for Dict observations.
+        env: None, an environment id, a Gymnasium Env or an SB3 VecEnv. It defines the spaces and is used by callbacks.
         preset: None, "auto" (the row of zoo/<algorithm>.yml for the dataset's id), "paper", or the name of a row.
             Hyperparameters that are given explicitly win over it.
         obs_keys: Which entries of a Dict observation to concatenate, in this order.
         policy_kwargs: `net_arch`, a list or a dict such as {"pi": [256, 256], "qf": [256, 256]}.
         tensorboard_log: Folder of TensorBoard logs.
         verbose: 0 silent, 1 one line per log step, 2 also SB3's tables.
-        seed: None draws one and keeps it in `seed`.
+        seed: None draws one, which `agent.seed` shows.
         device: "auto" takes CUDA if it is available.
-        compile: How updates run: "eager"; "compiled" (takes a minute at first and is faster then); "graph", compiled and in a
-            CUDA graph; "auto" takes what is fastest for the length of the run. All agree to float tolerance; what cannot be
+        compile: How updates run: "eager"; "compiled" (about a minute to compile, then faster); "graph", compiled and in a
+            CUDA graph; "auto" takes what is fastest for the length of the run. Results agree up to rounding; what cannot be
             compiled runs eagerly.
         tf32: On a GPU, let matrix products round to TF32 while training (about 1e-3 relative; faster).
         hyperparameters: Those of the algorithm; `help(<Algorithm>)` lists them.
 
     Raises:
         TypeError: An unknown hyperparameter.
-        ValueError: A value out of its range, an unknown preset, or an environment whose spaces cannot be learned on.
+        ValueError: A value out of its range, an unknown preset, or an environment whose spaces are not supported.
     """
 
     Config: ClassVar[type[Any]]
@@ -76,7 +76,7 @@ class Agent(ABC):
     STAGE_SHARES: ClassVar[dict[str, int]]
     """The stages in order, with gradient steps in the proportion of the paper's schedule."""
     POLICY_STAGE: ClassVar[str]
-    """The stage without which `predict` is meaningless."""
+    """The stage that trains the policy."""
     MODEL: ClassVar[tuple[str, ...]]
     """Attributes with the networks that `predict` needs: model.safetensors."""
     TRAINING_NETWORKS: ClassVar[tuple[str, ...]]
@@ -86,7 +86,7 @@ class Agent(ABC):
     CALIBRATES: ClassVar[bool] = False
     """Whether the critic bootstraps from the policy's actions, so that `calibrate=True` applies."""
     CHOICE: ClassVar[tuple[str, ...]] = ()
-    """Hyperparameters that a call of `predict` may set for itself."""
+    """Hyperparameters that can be overridden in a call of `predict`."""
 
     config: Any
     obs_dim: int
@@ -95,7 +95,7 @@ class Agent(ABC):
     optimizers: dict[str, Optimizer]
 
     def __init_subclass__(cls) -> None:
-        """Show an algorithm's hyperparameters in `help()` and in editors, though they arrive as keyword arguments."""
+        """Show an algorithm's hyperparameters in `help()` and in editors, although they are passed as keyword arguments."""
         cls.__signature__ = signature(Agent.__init__, cls.Config)  # type: ignore[attr-defined]
         if cls.__dict__.get("__doc__"):
             cls.__doc__ = agent_doc(cls.__dict__["__doc__"], cls.Config)
@@ -142,17 +142,17 @@ class Agent(ABC):
             self.env = as_vec_env(env)
             self.set_up(Spec.from_spaces(self.env.observation_space, self.env.action_space, self.obs_keys))
 
-    # ---- what an algorithm gives -----------------------------------------------------------------------------------
+    # ---- implemented by each algorithm  -----------------------------------------------------------------------------------
     @abstractmethod
     def build(self) -> None:
-        """Make the networks (the attributes named in MODEL and TRAINING_NETWORKS) and `optimizers` for `self.spec`."""
+        """Create the networks (the attributes named in MODEL and TRAINING_NETWORKS) and `optimizers` for `self.spec`."""
 
     @abstractmethod
     def stages(self, plan: Plan | None = None) -> list[Stage]:
         """The stages in the order in which they run, named as in STAGE_SHARES.
 
         Args:
-            plan: The plan that they are for, where their updates depend on it; None for the present one.
+            plan: The plan, if updates depend on the lengths of the stages; None for the current one.
 
         Raises:
             ValueError: The algorithm cannot run this plan.
@@ -160,7 +160,7 @@ class Agent(ABC):
 
     @abstractmethod
     def online_stage(self) -> Stage:
-        """What an update of `learn_online` does; its steps count the updates of the run."""
+        """The stage that `learn_online` trains; its steps count the updates of the run."""
 
     @abstractmethod
     def act(self, obs: Tensor, noise: Noise, config: Any) -> Tensor:
@@ -173,11 +173,11 @@ class Agent(ABC):
         """
 
     def draw_act(self, n: int, deterministic: bool, config: Any, generator: torch.Generator) -> Noise:
-        """The noise of `act` for n observations; if deterministic a stored one, equal for all (sizes of 1)."""
+        """The noise of `act` for n observations; if deterministic the stored noise, with a batch size of 1 that broadcasts."""
         return {}
 
     def point_policy(self, deterministic: bool) -> TanhPolicy | None:
-        """The network that alone is the policy, which numpy can run for one observation; None if there is no such network."""
+        """The policy network if it can be evaluated in numpy for a single observation, else None."""
         return None
 
     # ---- learning --------------------------------------------------------------------------------------------------
@@ -197,36 +197,35 @@ class Agent(ABC):
 
         Args:
             dataset: Anything that `load_dataset` reads.
-            total_timesteps: Gradient steps in all, split over the stages in the paper's proportion. None takes each stage's own
+            total_timesteps: Total gradient steps, split over the stages in the paper's proportion. None takes each stage's own
                 `*_steps` hyperparameter, else the preset.
             callback: An SB3 callback, a function of (locals, globals), or a list of them; called after each gradient step.
             log_interval: Gradient steps between log steps. None: a twentieth of the stage, at most 1000.
             tb_log_name: Name of the run in TensorBoard; the algorithm's by default.
-            reset_num_timesteps: False finishes an interrupted plan exactly as it would have ended; with total_timesteps or
-                stages on a finished one, a new plan continues the counters.
+            reset_num_timesteps: False resumes an interrupted run, which then ends as if it had not been interrupted. After a
+                finished run, with total_timesteps or stages, a new plan continues the counters.
             progress_bar: Show SB3's progress bar.
-            stages: Run only these, on the results of the others, e.g. ("policy",).
+            stages: Train only these stages, with the others as already trained, e.g. ("policy",).
 
         Returns:
             The agent itself.
 
         Raises:
-            ValueError: Bad data or arguments; raised before any work, and the agent is as it was.
-            TrainingDiverged: NaN, or Q has run away; the agent holds its last good state.
-            KeyboardInterrupt: After Ctrl-C, once the running update is complete. The agent can be saved, and the plan be
-                finished later.
+            ValueError: Bad data or arguments; raised before any work; the agent is unchanged.
+            TrainingDiverged: NaN, or Q has diverged; the agent holds its last good state.
+            KeyboardInterrupt: Ctrl-C, after the current update. The agent can be saved, and the run be resumed later.
         """
         prepare.check_arguments(self, total_timesteps, stages, log_interval)
         checkpoint.fetch_training_networks(self)
         data = load_dataset(dataset, env=self.env, obs_keys=self.obs_keys, verbose=self.verbose)
         candidate = self.candidate()
         plan, data = prepare.accept(candidate, data, total_timesteps, reset_num_timesteps, stages)
-        tick = make_callback(callback, progress_bar)
+        sb3_callback = make_callback(callback, progress_bar)
         self.become(candidate)
         if plan is not None:
-            if tick is not None:
-                tick.init_callback(self)  # type: ignore[arg-type]
-            offline.train(self, plan, data, tick, log_interval, tb_log_name, reset_num_timesteps)
+            if sb3_callback is not None:
+                sb3_callback.init_callback(self)  # type: ignore[arg-type]
+            offline.train(self, plan, data, sb3_callback, log_interval, tb_log_name, reset_num_timesteps)
         return self
 
     def learn_online(
@@ -248,14 +247,14 @@ class Agent(ABC):
         """Continue learning in a live environment, from where `learn` or `load` left the agent.
 
         How each algorithm explores and relaxes its constraint to the data is written at the top of its file; its `online_*`
-        hyperparameters set it. Updates run as with compile="eager".
+        hyperparameters set it. Updates always run eagerly.
 
         Args:
             total_timesteps: Environment steps to take, in addition to all earlier ones (with n environments rounded up to a
                 multiple of n). None finishes an interrupted run on the same dataset with its own settings; a saved agent needs
                 `load_replay_buffer` first.
             env: An id, a Gymnasium Env or an SB3 VecEnv. Default: the agent's own, else the one stored with its dataset.
-            dataset: Old data to mix in, anything that `learn` takes. None: the agent learns only from what happens from now on.
+            dataset: Offline data to mix in, anything that `learn` takes. None: the agent learns only from new transitions.
             callback: As in `learn`; called after each step of the environments.
             log_interval: Environment steps between log steps. None: a twentieth of the run, at most 1000. `train_return` is
                 that of the exploring policy; evaluate the agent itself with an EvalCallback.
@@ -263,19 +262,21 @@ class Agent(ABC):
             progress_bar: As in `learn`.
             offline_ratio: The dataset's share of each batch, in [0, 1], or "uniform" over dataset and replay buffer together.
                 Default: the algorithm's own, one half, for IQL "uniform".
-            learning_starts: Steps before the first update, less what the buffer holds already. Default: 1000 with a dataset,
-                5000 without, at most a fifth of the run. Only an agent that has never learned acts at random in them.
+            learning_starts: Steps before the first update, minus the transitions already in the buffer. Default: 1000 with a
+                dataset, 5000 without, at most a fifth of the run. Only an agent that has never learned takes random actions in
+                them.
             utd: Updates per step of one environment, in (0, 1000].
             buffer_size: Transitions that the replay buffer holds. Default: the current capacity, or 1,000,000.
-            calibrate: No target of Q for the dataset's transitions is below the return that followed them there, as in Cal-QL,
-                so that an offline Q that is too low need not be unlearned first. Only for DiffusionQL, DiffCPS, BDPO and TD3BC;
-                the other algorithms' critics do not bootstrap from the policy's actions.
+            calibrate: Bound the targets of Q of offline transitions from below by the returns that followed them, in the
+                spirit of Cal-QL (which bounds Q in its regulariser), so that an offline Q that is too low need not be
+                unlearned first. Only for DiffusionQL, DiffCPS, BDPO and TD3BC; the other algorithms' critics do not bootstrap
+                from the policy's actions.
 
         Returns:
             The agent itself.
 
         Raises:
-            ValueError: Bad arguments, data or environment; raised before any work, and the agent is as it was.
+            ValueError: Bad arguments, data or environment; raised before any work; the agent is unchanged.
             RuntimeError: Critics or the replay buffer of a resumed run are missing.
             TrainingDiverged: As in `learn`.
             KeyboardInterrupt: As in `learn`.
@@ -285,11 +286,11 @@ class Agent(ABC):
         checkpoint.fetch_training_networks(self)
         candidate = self.candidate()
         run, old_data = online.accept(candidate, total_timesteps, env, dataset, settings)
-        tick = make_callback(callback, progress_bar)
+        sb3_callback = make_callback(callback, progress_bar)
         self.become(candidate)
-        if tick is not None:
-            tick.init_callback(self)  # type: ignore[arg-type]
-        online.train(self, run, old_data, tick, log_interval, tb_log_name)
+        if sb3_callback is not None:
+            sb3_callback.init_callback(self)  # type: ignore[arg-type]
+        online.train(self, run, old_data, sb3_callback, log_interval, tb_log_name)
         return self
 
     # ---- acting ----------------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ class Agent(ABC):
     ) -> tuple[np.ndarray, Any]:
         """The policy's action for one observation or a batch, with SB3's signature.
 
-        As in SB3, an agent that knows its spaces acts before it is trained: at random.
+        As in SB3, an agent that knows its spaces can act before training, with its initial networks.
 
         Args:
             observation: As the environment gives it: an array or a dict of arrays, one observation or a batch.
@@ -313,7 +314,7 @@ class Agent(ABC):
         Raises:
             ValueError: A wrong shape, or NaN.
             TypeError: An `(obs, info)` tuple.
-            RuntimeError: There is no policy at all.
+            RuntimeError: No policy has been built.
         """
         if self.spec is None or self.state.policy_missing:
             stages = f', stages=("{self.POLICY_STAGE}",)' if self.state.policy_missing else ""
@@ -355,12 +356,12 @@ class Agent(ABC):
     def compile_policy(self, n_obs: int = 1, deterministic: bool | None = None, **choice: Any) -> Self:
         """Compile `predict` for batches of n_obs observations, which takes tens of seconds.
 
-        What is trained or loaded later is acted on. Calls with other batch sizes stay as they are. If compiling fails, these do
-        too, after a warning.
+        Later training and loading take effect. Other batch sizes run eagerly; if compiling fails, so does this one, with a
+        warning.
 
         Args:
             n_obs: Observations in a call of `predict`.
-            deterministic: None compiles both kinds.
+            deterministic: None compiles both modes.
             choice: As in `predict`, for calls with the same choice.
 
         Returns:
@@ -373,14 +374,15 @@ class Agent(ABC):
         return self
 
     def forget_compiled(self) -> None:
-        """Drop what `compile_policy` made, because the networks have moved to other memory."""
+        """Discard compiled policies after the networks have been reallocated."""
         self._compiled = {}
 
     def evaluate(self, env: Any = None, n_episodes: int = 10, *, choice: Any = None, **kwargs: Any) -> Evaluation:
         """Run the policy for some episodes and measure it; see `diffagents.evaluate`.
 
         Args:
-            env: Default: the environment stored with the dataset, its kwargs included, else the agent's own. Another one warns.
+            env: Default: the environment stored with the dataset, its kwargs included, else the agent's own. A different one
+                triggers a warning.
             n_episodes: Number of episodes.
             choice: Passed to `predict` at every step, e.g. {"n_candidates": 10}.
             kwargs: As in `diffagents.evaluate`.
@@ -444,8 +446,8 @@ class Agent(ABC):
             path: The file or folder.
             env: As in `set_env`.
             device: As in the constructor.
-            custom_objects: SB3's, accepted and ignored.
-            print_system_info: SB3's, accepted and ignored.
+            custom_objects: Ignored; for SB3 compatibility.
+            print_system_info: Ignored; for SB3 compatibility.
             overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile` or `tf32`.
 
         Raises:
@@ -471,7 +473,7 @@ class Agent(ABC):
         return other
 
     def save_replay_buffer(self, path: str | pathlib.Path) -> pathlib.Path:
-        """Write what `learn_online` has collected, as safetensors; together with `save`, the whole run.
+        """Save the replay buffer of `learn_online` as safetensors; with `save`, this allows resuming.
 
         Args:
             path: The file; a `.pkl` suffix is replaced.
@@ -481,14 +483,14 @@ class Agent(ABC):
         """
         if self.replay_buffer is None:
             raise RuntimeError("there is no replay buffer yet: learn_online makes one")
-        return self.replay_buffer.save(path, self._moment())
+        return self.replay_buffer.save(path, self._replay_fingerprint())
 
     def load_replay_buffer(self, path: str | pathlib.Path) -> None:
         """Read what `save_replay_buffer` wrote when this agent was saved. Raises FileNotFoundError or ArtifactError."""
-        self.replay_buffer = Replay.load(path, self.require_spec(), self.device, self._moment())
+        self.replay_buffer = Replay.load(path, self.require_spec(), self.device, self._replay_fingerprint())
 
-    def _moment(self) -> dict[str, int]:
-        """What identifies the agent that a replay buffer belongs to: its rows are in the learner's units."""
+    def _replay_fingerprint(self) -> dict[str, int]:
+        """A fingerprint that must match when a replay buffer is loaded: counters, seed and normalisation."""
         units = [repr(self.reward_transform), *(x.tolist() for x in (self.obs_normalizer.mean, self.obs_normalizer.std))]
         identity = zlib.crc32(repr([self.seed, units]).encode())
         return {"environment steps": self.n_env_steps, "updates": self.n_updates, "units": identity}
@@ -506,12 +508,12 @@ class Agent(ABC):
         """Write a folder as `push_to_hub` uploads it: the artifact, README.md (the model card), results.json, pictures.
 
         Args:
-            folder: The folder. A README.md in it that somebody wrote is kept.
-            include_trainer_state: As in `push_to_hub`, like all that follow.
+            folder: The folder. A README.md in it that was written by hand is kept.
+            include_trainer_state: As in `push_to_hub`, also all arguments below.
             eval_env: Evaluate in it first.
             n_eval_episodes: Number of episodes.
             video: Render an episode.
-            license: Of this policy.
+            license: Licence of the policy.
 
         Returns:
             The folder.
@@ -549,7 +551,7 @@ class Agent(ABC):
         Args:
             repo_id: "organisation/name".
             eval_env: Evaluate in it first (an id, an environment, or True for the dataset's own) and put the score on the card;
-                or an Evaluation that was made before.
+                or an existing Evaluation.
             n_eval_episodes: Number of episodes.
             video: Render an episode; if that fails, there is a warning.
             private: Make a new repository private.
@@ -557,7 +559,7 @@ class Agent(ABC):
             commit_message: Message of the commit.
             token: None takes the one of `hf auth login` or HF_TOKEN.
             include_trainer_state: Let others resume the run itself.
-            license: Of this policy, as the Hub spells it.
+            license: Licence of the policy, an identifier that the Hub knows.
 
         Returns:
             The commit.
@@ -598,7 +600,7 @@ class Agent(ABC):
     ) -> Self:
         """Load a policy from an existing folder or .zip, else from the Hub repository of that name, at one commit (`origin`).
 
-        From the Hub only what acting needs is downloaded; critics and the like follow when `learn` is called.
+        From the Hub only what acting needs is downloaded; the other networks follow when `learn` is called.
 
         Args:
             repo_id_or_folder: A folder or .zip that exists, else "organisation/name".
@@ -607,7 +609,7 @@ class Agent(ABC):
             device: As in `load`.
             token: As in `push_to_hub`.
             cache_dir: The Hub's cache.
-            local_files_only: From the cache alone, as with HF_HUB_OFFLINE=1.
+            local_files_only: Use only the cache, as with HF_HUB_OFFLINE=1.
             overrides: As in `load`.
 
         Raises:
@@ -638,7 +640,7 @@ class Agent(ABC):
             exact_match: Whether every network must be there.
 
         Raises:
-            ValueError: Unknown or missing names, or other shapes.
+            ValueError: Unknown or missing names, or shapes that differ.
         """
         networks = self.networks()
         wrong = set(parameters) - set(networks) | (set(networks) - set(parameters) if exact_match else set())
@@ -651,7 +653,7 @@ class Agent(ABC):
             self.state.policy_missing = False
 
     def set_up(self, spec: Spec) -> None:
-        """Build the networks for these spaces from the seed; torch's global generator is left alone."""
+        """Build the networks for these spaces from the seed; torch's global generator is not affected."""
         self.spec, self.obs_keys = spec, spec.obs_keys
         self.forget_compiled()
         self.obs_dim, self.act_dim = spec.obs_dim, spec.act_dim
@@ -661,13 +663,13 @@ class Agent(ABC):
             self.build()
 
     def require_spec(self) -> Spec:
-        """The spaces. Raises RuntimeError as long as they are unknown, and so no networks are built."""
+        """The spaces. Raises RuntimeError if they are not known yet."""
         if self.spec is None:
             raise RuntimeError(f"this {type(self).__name__} does not know its spaces yet: give it env=, or learn(data) first")
         return self.spec
 
     def candidate(self) -> Self:
-        """A copy that shares the networks: what is built or set on it changes this agent only when it `become`s the copy."""
+        """A copy that shares the networks. What is built or set on it takes effect on this agent only after `become`."""
         copied = copy.copy(self)
         copied.state = self.state.copy()
         return copied
@@ -682,7 +684,7 @@ class Agent(ABC):
 
         Args:
             env: An id, a Gymnasium Env or an SB3 VecEnv.
-            force_reset: SB3's, accepted and ignored.
+            force_reset: Ignored; for SB3 compatibility.
 
         Raises:
             ValueError: Its spaces differ from the agent's.
@@ -695,7 +697,7 @@ class Agent(ABC):
             self.set_up(Spec.from_spaces(vec_env.observation_space, vec_env.action_space, self.obs_keys))
 
     def get_env(self) -> "VecEnv":
-        """The live environment, else a stand-in with the right spaces, because SB3's callbacks insist on one."""
+        """The live environment, else a stand-in with the right spaces, because SB3's callbacks require one."""
         if self.env is not None:
             return self.env
         spec = self.require_spec()
@@ -711,7 +713,7 @@ class Agent(ABC):
 
     @property
     def logger(self) -> "Logger":
-        """SB3's logger, made when it is first asked for."""
+        """SB3's logger, created on first access."""
         if self.sb3_logger is None:
             self.sb3_logger = make_logger(self, type(self).__name__, True)
         return self.sb3_logger
@@ -721,23 +723,23 @@ class Agent(ABC):
         self.sb3_logger, self.tensorboard_log = with_history(logger, self), None
 
     def dump_logs(self) -> None:
-        """Write what has been recorded, at the present step."""
+        """Flush the logger at the current timestep."""
         self.logger.dump(self.num_timesteps)
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """Restart both generators: one is for training, the other for `predict`, so that evaluating never changes training."""
+        """Reseed both generators: one is for training, the other for `predict`, so that evaluating never changes training."""
         self.seed = secrets.randbelow(2**31) if seed is None else whole_number("seed", seed, 0)
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
         self.predict_generator = torch.Generator(self.device).manual_seed(self.seed + 1)
 
     @property
     def observation_space(self) -> Any:
-        """The environment's observation space. Raises RuntimeError as long as it is unknown."""
+        """The environment's observation space. Raises RuntimeError if it is not known yet."""
         return self.require_spec().observation_space
 
     @property
     def action_space(self) -> Any:
-        """The environment's action space. Raises RuntimeError as long as it is unknown."""
+        """The environment's action space. Raises RuntimeError if it is not known yet."""
         return self.require_spec().action_space
 
     @property
@@ -757,17 +759,17 @@ class Agent(ABC):
 
     @property
     def n_updates(self) -> int:
-        """Steps of updates, offline and online."""
+        """Training iterations (batches drawn), offline and online."""
         return self.state.n_updates
 
     @property
     def stage_steps(self) -> dict[str, int]:
-        """Gradient steps ever taken, by stage."""
+        """Total gradient steps, by stage."""
         return self.state.stage_steps
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the last `learn`, and how far it has come."""
+        """The plan of the last `learn`, with its progress."""
         return self.state.plan
 
     @property
@@ -782,7 +784,7 @@ class Agent(ABC):
 
     @property
     def dataset_info(self) -> dict[str, Any] | None:
-        """What is known of the first dataset: id, size, returns, environment, ..."""
+        """Metadata of the first dataset: id, size, returns, environment, ..."""
         return self.state.dataset_info
 
     @property
@@ -792,5 +794,5 @@ class Agent(ABC):
 
     @classmethod
     def presets_name(cls) -> str:
-        """The file of `zoo/` with the presets of an algorithm is named like the algorithm's module."""
+        """The name of the algorithm's module, which its file of presets in `zoo/` has too."""
         return cls.__module__.rpartition(".")[2]

@@ -117,7 +117,8 @@ def for_each(operation: str) -> Callable[..., None]:
         operation: "add_" (tensors, others), "lerp_" (tensors, others, weight) or "zero_" (tensors).
     """
     kernel: Any = getattr(torch, f"_foreach_{operation}", None)
-    found, wanted, other = torch.tensor([[1.0, 2.0], [1.0, 2.0], [4.0, 8.0]]).unbind()
+    probe = torch.tensor([[1.0, 2.0], [1.0, 2.0], [4.0, 8.0]], device="cpu")  # "meta" may be the default now
+    found, wanted, other = probe.unbind()
     scalars = [0.5] if operation == "lerp_" else []
     lists = [] if operation == "zero_" else [[other]]
     loop = functools.partial(_loop, operation)

@@ -117,6 +117,12 @@ def test_the_fast_ways_are_taken_with_this_torch() -> None:
     assert torch_internals.tensor_place(nn.BatchNorm1d(2), "running_mean")["running_mean"] is not None
 
 
+def test_the_choice_is_made_on_the_cpu_while_networks_are_built_on_meta() -> None:
+    torch_internals.for_each.cache_clear()
+    with torch.device("meta"):
+        assert torch_internals.for_each("lerp_") is torch._foreach_lerp_
+
+
 # ---- Adam ----------------------------------------------------------------------------------------------------------
 def parameters() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)

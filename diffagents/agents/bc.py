@@ -44,7 +44,7 @@ class BCConfig(Hyperparameters):
         0.25, "Share of its own episodes that it clones in `learn_online`, the best by return [O1].", above=0, at_most=1
     )
     online_noise: float = hyperparameter(
-        0.1, "Standard deviation of the Gaussian noise on actions in [-1, 1] in `learn_online` [O2].", at_least=0
+        0.1, "Standard deviation of the exploration noise in `learn_online`, for actions in [-1, 1] [O2].", at_least=0
     )
     reward_transform: str = hyperparameter(
         "none",

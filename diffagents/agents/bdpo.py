@@ -326,12 +326,12 @@ class BDPO(Agent):
     def critic_losses(self, batch: Batch, noise: Noise) -> tuple[tuple[Tensor, Tensor], Metrics]:
         """The losses of the critic and of the value."""
         with torch.no_grad():  # both targets, before either network moves
-            q_goal, q_penalty = self.q_target(batch, noise)
-            v_goal, penalty = self.step_objective(batch, noise, self.policy_ema)
+            q_target, q_penalty = self.q_target(batch, noise)
+            v_target, penalty = self.step_objective(batch, noise, self.policy_ema)
         a_n = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (E, B)
         v = self.value(batch.obs, a_n, noise["i"])  # (E, B)
-        q_loss, v_loss = (q - q_goal).square().mean(), (v - v_goal).square().mean()
+        q_loss, v_loss = (q - q_target).square().mean(), (v - v_target).square().mean()
         return (q_loss, v_loss), {
             "q_loss": q_loss.detach(),
             "v_loss": v_loss.detach(),

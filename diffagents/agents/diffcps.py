@@ -221,9 +221,9 @@ class DiffCPS(Agent):
             next_act = self.policy_ema.sample(next_obs, noise["noises"])
             next_q = self.critic_target(torch.cat([next_obs, next_act], -1))  # (2, B * each)
             next_v = next_q.view(2, -1, each).amax(-1).amin(0)  # (B,)
-            goal = td_target(batch.rew, batch.done, next_v, c.gamma, batch.extras.get("floor"))
+            target = td_target(batch.rew, batch.done, next_v, c.gamma, batch.extras.get("floor"))
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (2, B)
-        loss = (q - goal).square().mean(-1).sum()
+        loss = (q - target).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
     def follow_critic(self) -> None:

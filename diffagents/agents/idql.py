@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
-from diffagents.agents.srpo import ResidualBlock
 from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.data.normalize import REWARD_TRANSFORMS
@@ -49,7 +48,7 @@ from diffagents.diffusion.chain import SOLVERS, check_solver
 from diffagents.functional import SELECT, eps_loss, polyak_update_, select_action
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
-from diffagents.networks.mlp import MLP, dropout_masks, xavier_
+from diffagents.networks.mlp import MLP, ResidualBlock, dropout_masks, xavier_
 from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics

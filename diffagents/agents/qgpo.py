@@ -210,17 +210,17 @@ class QGPO(Agent):
         """The mean of the two squared errors; the target stays within the support of the data."""
         c = self.config
         with torch.no_grad():
-            q = self.lower_q(batch.next_obs[:, None], batch.extras["actions"])  # (B, M)
+            q = self.min_target_q(batch.next_obs[:, None], batch.extras["actions"])  # (B, M)
             beta = c.beta if c.beta_q is None else c.beta_q  # [D5]
-            goal = td_target(batch.rew, batch.done, (torch.softmax(beta * q, -1) * q).sum(-1), c.gamma)
+            target = td_target(batch.rew, batch.done, (torch.softmax(beta * q, -1) * q).sum(-1), c.gamma)
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (2, B)
-        loss = (q - goal).square().mean()
+        loss = (q - target).square().mean()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
     def follow_critic(self) -> None:
         polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
 
-    def lower_q(self, obs: Tensor, act: Tensor) -> Tensor:
+    def min_target_q(self, obs: Tensor, act: Tensor) -> Tensor:
         """Qbar, the minimum of the target critics: act (..., A), obs (..., S) with sizes of 1 to expand -> (...,)."""
         return self.critic_target.on_parts(obs, act).amin(0)
 
@@ -248,17 +248,17 @@ class QGPO(Agent):
         if c.energy_loss == "cep":
             a, obs = batch.extras["actions"], batch.obs[:, None]  # (B, M, A), (B, 1, S)
             with torch.no_grad():
-                weights = torch.softmax(c.beta * self.lower_q(obs, a), -1)  # (B, M)
+                weights = torch.softmax(c.beta * self.min_target_q(obs, a), -1)  # (B, M)
             f = self.energy(perturb(a, noise["eps"], alpha[:, None], sigma[:, None]), obs, t[:, None])  # (B, M)
             return F.cross_entropy(f, weights)
         f = self.energy(perturb(batch.act, noise["eps"], alpha, sigma), batch.obs, t)  # (B,)
         with torch.no_grad():
-            goal = self.lower_q(batch.obs, batch.act)
+            target = self.min_target_q(batch.obs, batch.act)
             if c.energy_loss == "emse":
-                goal = goal - self.lower_q(batch.obs[:, None], batch.extras["actions"]).amax(-1)
+                target = target - self.min_target_q(batch.obs[:, None], batch.extras["actions"]).amax(-1)
         if c.energy_loss == "mse":
-            return F.mse_loss(f, c.beta * goal)
-        return F.mse_loss(f.clamp(-100.0, 4.5).exp(), (c.beta * goal).clamp(-100.0, 4.5).exp())
+            return F.mse_loss(f, c.beta * target)
+        return F.mse_loss(f.clamp(-100.0, 4.5).exp(), (c.beta * target).clamp(-100.0, 4.5).exp())
 
     # ---- acting, and the support -----------------------------------------------------------------------------------
     def draw_act(self, n: int, deterministic: bool, config: QGPOConfig, generator: torch.Generator) -> Noise:

@@ -161,9 +161,9 @@ class SfBC(Agent):
             return None
         returns = [planned_returns(side, self.config.gamma) for side in mixture.sides]
         if self.state.pristine:  # nothing has been fitted yet
-            self._goals(torch.cat(returns))
+            self._targets(torch.cat(returns))
         mean, std = self.critic.mean, self.critic.std
-        return mixture.with_extras(goals=[(some.float().to(self.device) - mean) / std for some in returns])
+        return mixture.with_extras(targets=[(some.float().to(self.device) - mean) / std for some in returns])
 
     # ---- stage 1: behaviour ----------------------------------------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
@@ -176,18 +176,18 @@ class SfBC(Agent):
 
     # ---- stages 2 and 3: critic, planning --------------------------------------------------------------------------
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
-        return sampler.with_extras(goals=self._goals(planned_returns(sampler, self.config.gamma)))
+        return sampler.with_extras(targets=self._targets(planned_returns(sampler, self.config.gamma)))
 
     def prepare_planning(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
         """At its beginning, a round copies the critic to `critic_before` and resets it; a resumed round has both already."""
         begins = self.plan is None or self.plan.done.get("planning", 0) == 0
         if begins:
             self.critic_before.load_state_dict(self.critic.state_dict())
-        goals = self._goals(planned_returns(sampler, self.config.gamma, self.state_values(sampler, generator)))
+        targets = self._targets(planned_returns(sampler, self.config.gamma, self.state_values(sampler, generator)))
         if begins:  # [D3], last, so that an interruption before it loses nothing
             self.critic.net.load_state_dict(self.initial_weights)
             self.optimizers["critic"].state.clear()
-        return sampler.with_extras(goals=goals)
+        return sampler.with_extras(targets=targets)
 
     @torch.no_grad()
     def state_values(self, sampler: Sampler, generator: torch.Generator) -> Tensor:
@@ -204,7 +204,7 @@ class SfBC(Agent):
             values[rows[some]] = critic.mean + critic.std * (torch.softmax(c.alpha * q, -1) * q).sum(-1)
         return values
 
-    def _goals(self, returns: Tensor) -> Tensor:
+    def _targets(self, returns: Tensor) -> Tensor:
         """The targets of the critic: `returns` (N,), standardised [D1]. The critic stores their mean and standard deviation."""
         std, mean = torch.std_mean(returns, correction=0)
         self.critic.mean.copy_(mean)
@@ -214,7 +214,7 @@ class SfBC(Agent):
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Squared error against the standardised returns; the metric q is in units of reward."""
         q = self.critic(batch.obs, batch.act)  # (B,)
-        loss = F.mse_loss(q, batch.extras["goals"])
+        loss = F.mse_loss(q, batch.extras["targets"])
         return loss, {"critic_loss": loss.detach(), "q": self.critic.mean + self.critic.std * q.detach().mean()}
 
     # ---- acting ----------------------------------------------------------------------------------------------------

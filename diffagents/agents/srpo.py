@@ -28,12 +28,12 @@ Online (our design; neither the paper nor the official code has one)
   [O3] The constraint is relaxed: beta doubles every `online_halflife` environment steps, up to 16-fold.
   [O4] Learning rates are constant, the policy's is `online_learning_rate`; [D6] no longer applies. Returning to the initial
        rate after a cosine that had ended at 0 destroys a converged policy (seen with IQL).
-Details of the critic stage: networks/critics.py. The official code also trains an IQL policy, for monitoring only; we do not.
+Critic stage: Q regresses on r + gamma (1 - d) V(s'), V on an expectile of Qbar(s, a): networks/critics.py, Eq. (5), (6). The
+official code also trains an IQL policy, for monitoring only; we do not.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,7 +48,7 @@ from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
 from diffagents.functional import action_gradient, eps_loss, perturb
 from diffagents.networks.critics import IQLCritic
-from diffagents.networks.mlp import Mish, TanhPolicy, dropout_masks, mish
+from diffagents.networks.mlp import Mish, ResidualBlock, TanhPolicy, dropout_masks, mish
 from diffagents.storage import checkpoint
 from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
@@ -136,22 +136,6 @@ class SRPOConfig(Hyperparameters):
     policy_steps: int | None = hyperparameter(
         None, "Gradient steps of the policy stage. None: the `default` block of zoo/srpo.yml. Paper: 1.0M.", at_least=0
     )
-
-
-class ResidualBlock(nn.Module):
-    """x + W2 f(W1 LayerNorm(dropout(x))), width d -> 4d -> d, f Mish; the skip carries the un-normalised input."""
-
-    def __init__(self, width: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
-        super().__init__()
-        self.activation = activation
-        self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 4 * width)
-        self.project = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = x if mask is None else x * mask
-        out: Tensor = x + self.project(self.activation(self.expand(self.norm(h))))
-        return out
 
 
 class ResidualScoreNet(nn.Module):

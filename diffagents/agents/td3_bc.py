@@ -135,9 +135,9 @@ class TD3BC(Agent):
             smoothing = (c.policy_noise * noise["eps"]).clamp(-c.noise_clip, c.noise_clip)
             next_act = (self.policy_target(batch.next_obs) + smoothing).clamp(-1.0, 1.0)
             next_q = self.critic_target(torch.cat([batch.next_obs, next_act], -1)).amin(0)  # (B,)
-            goal = td_target(batch.rew, batch.done, next_q, c.gamma, batch.extras.get("floor"))
+            target = td_target(batch.rew, batch.done, next_q, c.gamma, batch.extras.get("floor"))
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (2, B)
-        loss = (q - goal).square().mean(-1).sum()
+        loss = (q - target).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
     # ---- policy and target networks --------------------------------------------------------------------------------

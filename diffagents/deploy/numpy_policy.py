@@ -11,6 +11,9 @@ from diffagents.networks.mlp import TanhPolicy
 from diffagents.torch_internals import tensor_place
 from diffagents.types import Spec
 
+_MOST = 1e18
+"""The most that a normalised observation may hold on the fast path."""
+
 
 class NumpyPath:
     """The fast path of one agent: keeps a `NumpyPolicy` and makes a new one when the networks are replaced or moved."""
@@ -56,6 +59,11 @@ class NumpyPolicy:
         places += [(tensor_place(normalizer, name), name) for name in ("mean", "std")]
         self._watched = [(place, name, place[name], place[name].data_ptr()) for place, name in places]
         arrays = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linears]
+        reach = _MOST  # of the values after each layer
+        for weight, bias in arrays:
+            reach = float(np.abs(weight).sum(1, dtype=np.float64).max()) * reach + float(np.abs(bias).max())
+        if not reach < 1e38:  # weights of a damaged file: torch overflows silently, numpy would warn
+            self._shape = None
         self._hidden, (self._last, self._last_bias) = arrays[:-1], arrays[-1]
         self._mean, self._std = normalizer.mean.numpy(), normalizer.std.numpy()
         space = spec.action_space
@@ -82,7 +90,7 @@ class NumpyPolicy:
         if obs.shape != self._shape or obs.dtype.kind != "f":
             return None
         h = (obs.reshape(-1).astype(np.float32, copy=False) - self._mean) / self._std
-        if not (np.maximum.reduce(h) < 1e18 and np.minimum.reduce(h) > -1e18):
+        if not (np.maximum.reduce(h) < _MOST and np.minimum.reduce(h) > -_MOST):
             return None
         for weight, bias in self._hidden:
             h = weight.dot(h)

@@ -149,9 +149,9 @@ class FQE:
         def loss(batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
             with torch.no_grad():
                 next_q = target_values(batch.next_obs, batch.extras["next_act"].transpose(0, 1))  # (E, B)
-                goal = td_target(batch.rew, batch.done, least(next_q).clamp(low, high), c.gamma)  # [D2]
+                target = td_target(batch.rew, batch.done, least(next_q).clamp(low, high), c.gamma)  # [D2]
                 outside = ((next_q < low) | (next_q > high)).float().mean(-1)
-            error = q(torch.cat([batch.obs, batch.act], -1)) - goal
+            error = q(torch.cat([batch.obs, batch.act], -1)) - target
             clipped.add_(outside)
             return error.square().mean(-1).sum(), {}
 

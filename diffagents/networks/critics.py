@@ -61,13 +61,13 @@ class IQLCritic(nn.Module):
         """
         act_obs = torch.cat([batch.act, batch.obs], -1)
         with torch.no_grad():
-            target_q = self.q_target(act_obs).amin(0)  # (B,)
+            v_target = self.q_target(act_obs).amin(0)  # (B,)
             next_v = self.v(batch.next_obs).squeeze(-1)
-            q_goal = td_target(batch.rew, batch.done, next_v, gamma)
+            q_target = td_target(batch.rew, batch.done, next_v, gamma)
         v = self.v(batch.obs).squeeze(-1)
-        v_loss = expectile_loss(target_q - v, expectile)  # Eq. (5)
+        v_loss = expectile_loss(v_target - v, expectile)  # Eq. (5)
         q = self.q(act_obs)  # (2, B)
-        q_loss = (q - q_goal).square().mean()  # Eq. (6)
+        q_loss = (q - q_target).square().mean()  # Eq. (6)
         metrics = {"v_loss": v_loss.detach(), "q_loss": q_loss.detach(), "q": q.detach().mean(), "v": v.detach().mean()}
         return v_loss + q_loss, metrics
 

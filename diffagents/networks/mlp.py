@@ -221,6 +221,22 @@ class EnsembleMLP(nn.Module):
         return h.squeeze(-1) if self.out_dim is None else h
 
 
+class ResidualBlock(nn.Module):
+    """x + W2 f(W1 LayerNorm(dropout(x))), width d -> 4d -> d, f Mish; the skip carries the un-normalised input."""
+
+    def __init__(self, width: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
+        super().__init__()
+        self.activation = activation
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.project = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = x if mask is None else x * mask
+        out: Tensor = x + self.project(self.activation(self.expand(self.norm(h))))
+        return out
+
+
 def init_(module: nn.Module, fill: Callable[[Tensor], Any]) -> None:
     """Initialise a module in place: every bias to zero, the output layer's too, and every weight matrix by `fill`.
 

@@ -209,9 +209,7 @@ def resolve(
     from huggingface_hub.constants import is_offline_mode
 
     if not _REPO_ID.fullmatch(repo_id):
-        raise ValueError(
-            f"{repo_id!r} is neither an existing file or folder nor a Hub repository id, which looks like organisation/name"
-        )
+        raise ValueError(f"{repo_id!r} is neither an existing file or folder nor a Hub id, which looks like organisation/name")
     with explained(f"{repo_id} (revision {revision or 'main'})"):
         resolved = _api(token).resolve_revision(
             repo_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only or is_offline_mode()
@@ -309,7 +307,7 @@ class Repository:
             HubError: There is no token, access or connection, or the repository contains something else.
         """
         if not _REPO_ID.fullmatch(repo_id):
-            raise ValueError(f"{repo_id!r} is not a Hub repository id, which looks like organisation/name")
+            raise ValueError(f"{repo_id!r} is not a Hub id, which looks like organisation/name")
         api = _api(token)
         with explained(f"{repo_id} (revision {revision or 'main'})"):
             api.create_repo(repo_id, private=private, exist_ok=True)

@@ -1,7 +1,7 @@
-"""What `learn` does after the checks: choose how updates run, run the stages of the plan, log, guard against NaN.
+"""The offline training loop: choose the execution mode, run the stages of the plan, log, detect divergence.
 
-Nothing here knows about any algorithm. Between log steps nothing waits for the device: batches and random inputs are made on it
-and metrics are summed on it.
+It is independent of the algorithm. Between log steps nothing waits for the device: batches and noise are drawn on it, and
+metrics are summed on it.
 """
 
 import threading
@@ -45,20 +45,20 @@ def train(
     tb_log_name: str | None = None,
     reset: bool = True,
 ) -> None:
-    """Run what is left of an accepted plan on accepted data (see prepare.py).
+    """Run the remaining steps of a plan on data that prepare.py has accepted.
 
     Args:
-        learner: Whose plan it is.
-        plan: The stages to run and how far each has come.
+        learner: The agent to train.
+        plan: The stages to run, with their progress.
         data: The dataset, in the learner's spaces.
         callback: An initialised SB3 callback.
-        log_interval: Gradient steps between log steps; None for a twentieth of each stage, at most 1000.
+        log_interval: Gradient steps between log steps; default: a twentieth of each stage, at most 1000.
         tb_log_name: Name of the run in TensorBoard.
         reset: Whether a new plan starts the counters at zero.
 
     Raises:
-        TrainingDiverged: NaN, or Q has run away; the learner holds its last good state.
-        KeyboardInterrupt: After Ctrl-C, once the running update is complete.
+        TrainingDiverged: NaN, or Q has diverged; the learner holds its last good state.
+        KeyboardInterrupt: Ctrl-C, after the current update.
     """
     begin(learner, plan, data, reset)
     if learner.tensorboard_log is not None:
@@ -102,19 +102,19 @@ def run_stage(
     local: dict[str, Any] | None = None,
     diverged: dict[int, tuple[Snapshot, TrainingDiverged]] | None = None,
 ) -> bool:
-    """Bring one stage of one learner, or of several that are trained together, to its planned length.
+    """Train one stage to its planned length, for one learner or for several that are trained together.
 
     Args:
-        learners: One or more of one class, with plans of equal lengths that have come equally far.
-        stages: The stage of each.
-        sampler: The data, in the units of all learners.
-        make_runner: (the sampler that each stage has prepared, mode) -> what runs a step of all.
-        log_interval: Gradient steps between log steps; None for a twentieth of the stage, at most 1000.
+        learners: One or more of one class, with identical plans and progress.
+        stages: The stage of each learner, in the same order.
+        sampler: The data, normalised and with transformed rewards as for all learners.
+        make_runner: (the sampler of each learner, mode) -> a runner whose `step` updates all learners.
+        log_interval: Gradient steps between log steps; default: a twentieth of the stage, at most 1000.
         interrupted: Set by Ctrl-C.
         callback: An initialised SB3 callback, called after each step.
         local: The local variables that it may read.
-        diverged: Where the learners that diverge are entered, with the state to go back to. They are computed along with the
-            others, whose shapes would change otherwise. None: the first to diverge stops all.
+        diverged: Output: index of a learner that diverged -> (snapshot to restore, error). It stays in the batch of learners,
+            because removing it would change the shapes. None: the first to diverge stops the stage.
 
     Returns:
         False if the callback or Ctrl-C stopped it.
@@ -126,9 +126,10 @@ def run_stage(
     plans = [state.plan for state in states if state.plan is not None]
     plan = plans[0]
     length, done = plan.lengths[name], plan.done.get(name, 0)
-    if done == length:  # a resumed plan: nothing to run, so there is no state to copy either
+    if done == length:  # already complete: return before taking a snapshot
         return True
-    earlier = learners[0].state.stage_steps[name] - done  # steps of earlier plans: what starts late, starts once
+    # Steps of earlier plans: `Update.start` counts from the first step that the stage ever took.
+    earlier = learners[0].state.stage_steps[name] - done
     monitors: list[Monitor] = []
     samplers: list[Sampler] = []
     for learner, stage in zip(learners, stages, strict=True):
@@ -178,16 +179,16 @@ def run_stage(
             try:
                 goes_on = callback.on_step()
             except Exception:
-                log()  # a NaN explains more than the error that it led to
+                log()  # if there is a NaN, TrainingDiverged explains more than the callback's error
                 raise
         if not goes_on or interrupted.is_set():
-            log()  # whoever stops here can save what is here
+            log()  # detect divergence before stopping, so that the state is safe to save
             return False
     return True
 
 
 def make_runner(learner: Learner, stage: Stage, sampler: Sampler, mode: str) -> "Runner | GraphRunner":
-    """What runs the steps of a stage in one of `plan.MODES`."""
+    """The runner of a stage in one of `plan.MODES`."""
     if mode == "eager":
         return Runner(stage, sampler, learner.generator)
     from diffagents.training.compiled import compiled_gradients  # it takes seconds to import
@@ -200,12 +201,12 @@ def make_runner(learner: Learner, stage: Stage, sampler: Sampler, mode: str) -> 
 
 
 def stage_generator(learner: Learner, stage: Stage) -> torch.Generator:
-    """The same random numbers each time the stage begins or resumes: what it prepares need not be kept in files."""
+    """The generator of `Stage.prepare`, seeded by agent and stage: extras are recomputed on resuming, not saved."""
     return torch.Generator(learner.device).manual_seed(learner.seed + zlib.crc32(stage.name.encode()))
 
 
 def estimate(learner: Learner, plan: Plan, sampler: Sampler) -> dict[str, float]:
-    """Seconds that the rest of each stage takes eagerly, from a few real updates that are undone afterwards."""
+    """Estimate the remaining eager time of each stage in seconds from a few timed updates, which are rolled back."""
     lefts = {name: length - plan.done.get(name, 0) for name, length in plan.lengths.items()}
     seconds = dict.fromkeys(lefts, 0.0)
     if max(lefts.values()) < 100:
@@ -223,7 +224,7 @@ def estimate(learner: Learner, plan: Plan, sampler: Sampler) -> dict[str, float]
                 rows = min(len(sampler), stage.n_prepared or len(sampler))
                 seconds[stage.name] = (time.perf_counter() - start) * rows / len(few)
             for update in stage.updates:
-                for n in (1, 3):  # the first only warms up
+                for n in (1, 3):  # the first iteration is a warm-up
                     start = time.perf_counter()
                     for _ in range(n):
                         batch = some.sample(stage.batch_size, learner.generator)
@@ -238,10 +239,11 @@ def estimate(learner: Learner, plan: Plan, sampler: Sampler) -> dict[str, float]
 
 
 def choose_modes(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
-    """Enter into the plan how each stage will run: as `compile` says, where "auto" weighs the time that compiling takes.
+    """Choose the execution mode of each stage by `compile` and store it in the plan; "auto" weighs the time that compiling
+    takes.
 
-    A stage that has begun continues as it began, so that a resumed run ends where the uninterrupted one would. With "auto" a
-    stage that has not begun also keeps the mode that was chosen for it.
+    A stage that has begun keeps its mode, so that resuming reproduces the uninterrupted run. With "auto" a stage that has not
+    begun keeps the chosen mode, too.
     """
     cuda = learner.device.type == "cuda"
     for name in plan.lengths:
@@ -263,10 +265,10 @@ def announce(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
     assert rewards is not None
     print(
         f"{type(learner).__name__} on {data['id']}: {data['n_steps']:,} steps, {data['n_episodes']:,} episodes, mean return "
-        f"{data['mean_return']:.1f}; rewards {rewards.name} ({rewards.scale:.4g} r {rewards.shift:+.4g}); {learner.device}"
-        f"{', TF32' if learner.device.type == 'cuda' and learner.tf32 else ''}, seed {learner.seed}"
+        f"{data['mean_return']:.1f}; reward transform {rewards.name} ({rewards.scale:.4g} r {rewards.shift:+.4g}); "
+        f"{learner.device}{', TF32' if learner.device.type == 'cuda' and learner.tf32 else ''}, seed {learner.seed}"
     )
     lengths = ", ".join(f"{name} {plan.done.get(name, 0):,}/{steps:,}" for name, steps in plan.lengths.items())
     faster = [name for name in plan.lengths if plan.modes[name] != "eager"]
-    how = f" if eager; {', '.join(faster)} will be compiled, which takes a minute and then runs faster" if faster else ""
+    how = f" if eager; {', '.join(faster)} will be compiled, which takes a minute at first and is faster then" if faster else ""
     print(f"plan: {lengths} gradient steps; about {clock(sum(seconds.values()))}{how}", flush=True)

@@ -1,7 +1,7 @@
-"""What training changes: counters, plan and transforms (`TrainState`), and the tensors of networks and optimisers.
+"""The mutable state of training: counters, plan and transforms (`TrainState`), the tensors of networks and optimisers.
 
 `Learner` is the interface through which the training loops, the files, the Hub, the export and the experiments see an agent.
-They touch nothing else of it.
+They use no other attribute of it.
 """
 
 import copy
@@ -40,10 +40,10 @@ class TrainState:
 
     Args:
         stage_steps: Gradient steps ever taken, by stage.
-        num_timesteps: Offline gradient steps plus environment steps, as SB3 counts for its callbacks.
+        num_timesteps: Offline gradient steps plus environment steps: the counter that SB3's callbacks read.
         n_env_steps: Environment steps taken by `learn_online`.
-        n_updates: Steps of updates, offline and online.
-        plan: The stages of the last `learn` and how far each has come; None before the first.
+        n_updates: Training iterations (batches drawn), offline and online.
+        plan: The stages of the last `learn` and their progress; None before the first.
         online: The last run of `learn_online`; None before the first.
         history: One row for each log step: `num_timesteps`, stage, step of the stage and the means of the metrics.
         reward_transform: Fitted on the first dataset and kept from then on; None before.
@@ -52,7 +52,7 @@ class TrainState:
         pristine: Whether no weight has been trained or loaded yet.
         policy_missing: Whether the networks came from an official checkpoint that holds no policy.
         exploring: Whether `learn_online` is running.
-        constraint_relaxation: The factor by which the constraint to the data is weaker while `learn_online` runs, at least 1.
+        constraint_relaxation: The factor, at least 1, by which `learn_online` weakens the behaviour constraint.
     """
 
     stage_steps: dict[str, int]
@@ -71,7 +71,7 @@ class TrainState:
     constraint_relaxation: float = 1.0
 
     def copy(self) -> "TrainState":
-        """A state of its own: assigning to it, or to its counters by stage, leaves this one unchanged."""
+        """An independent copy; the plan, the online run and the transforms are shared."""
         return dataclasses.replace(
             self, stage_steps=dict(self.stage_steps), history=list(self.history), provenance=dict(self.provenance)
         )
@@ -80,7 +80,7 @@ class TrainState:
     def data(self) -> dict[str, Any]:
         """`dataset_info` of an agent that has learned or is about to. Raises RuntimeError before."""
         if self.dataset_info is None:
-            raise RuntimeError("this agent has not learned from a dataset yet")
+            raise RuntimeError("this agent has not learned from a dataset yet: call learn(data) first")
         return self.dataset_info
 
 
@@ -189,7 +189,7 @@ def load_optimizer_and_generator_tensors(
 ) -> None:
     """Copy what `optimizer_and_generator_tensors` returned back, except for the optimisers named in `fresh`.
 
-    A generator's state is skipped where it belongs to another kind of device.
+    A generator's state is skipped if it was saved on another type of device.
     """
     for name, optimizer in learner.optimizers.items():
         if name not in fresh:
@@ -244,7 +244,7 @@ def networks_on_meta(learner: Learner, spec: Spec) -> Tensors:
 
 
 def bare(key: str) -> str:
-    """A key of a state dict without the prefix that `torch.compile` puts in front of it."""
+    """A key of a state dict without the prefix `_orig_mod.` of `torch.compile`."""
     return key.replace("_orig_mod.", "")
 
 
@@ -299,7 +299,7 @@ def load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str) -
     places = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     states: list[dict[str, Tensor]] = []
     for i, (parameter, group) in enumerate(places):
-        # Adam keeps the step on the parameter's device only where a kernel reads it there.
+        # Adam keeps the step on the parameter's device only if it is fused or capturable.
         step = torch.zeros((), device=parameter.device if group["fused"] or group["capturable"] else "cpu")
         likes = {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter}
         found = {key: given.pop(f"{prefix}.{i}.{key}") for key in likes if f"{prefix}.{i}.{key}" in given}
@@ -318,10 +318,10 @@ def load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str) -
             optimizer.state[parameter] = {key: old[key].copy_(new) if key in old else new for key, new in state.items()}
 
 
-# ---- what a training falls back to -----------------------------------------------------------------------------------
+# ---- snapshots -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of the whole training state on the device: what a run falls back to after NaN or a timing run."""
+    """A copy of the whole training state on the device, restored after divergence or timing."""
 
     tensors: Tensors
     num_timesteps: int
@@ -349,7 +349,7 @@ def snapshot(learner: Learner) -> Snapshot:
 
 
 def restore(learner: Learner, good: Snapshot) -> None:
-    """Put a snapshot back, in place. Environment steps taken since then remain counted: the replay buffer holds them."""
+    """Restore a snapshot in place. Environment steps stay counted, because the replay buffer keeps their transitions."""
     load_training_tensors(learner, good.tensors)
     state = learner.state
     state.num_timesteps = good.num_timesteps + state.n_env_steps - good.n_env_steps

@@ -75,26 +75,26 @@ def test_planned_returns_by_hand() -> None:
 
 def test_goals_are_standardised_and_the_critic_knows_by_what() -> None:
     agent = SfBC(**SMALL, gamma=0.5).learn(DATA)
-    goals = agent.prepare_critic(trajectories(), agent.generator).tables["goals"]
+    targets = agent.prepare_critic(trajectories(), agent.generator).tables["targets"]
     returns = torch.tensor([0.0, 0.0, -8.0, 2.0, 2.0, 5.0])
     mean, std = returns.mean(), returns.std(correction=0)
-    torch.testing.assert_close(goals, (returns - mean) / std)
+    torch.testing.assert_close(targets, (returns - mean) / std)
     assert (agent.critic.mean.item(), agent.critic.std.item()) == pytest.approx((mean.item(), std.item()))
     sampler = trajectories()
     sampler.matrix[:, 2] *= 1e-3
-    goals = agent.prepare_critic(sampler, agent.generator).tables["goals"]
-    torch.testing.assert_close(goals, (returns - mean) * 1e-3 / 0.1)  # the deviation counts as 0.1 at least
+    targets = agent.prepare_critic(sampler, agent.generator).tables["targets"]
+    torch.testing.assert_close(targets, (returns - mean) * 1e-3 / 0.1)  # the deviation counts as 0.1 at least
     assert agent.critic.std.item() == pytest.approx(0.1)
 
 
 def test_the_critic_regresses_its_goals() -> None:
     agent = SfBC(**SMALL).learn(DATA)
     agent.critic.net = Sum()  # type: ignore[assignment]
-    goals = torch.tensor([20.0, 10.0])
+    targets = torch.tensor([20.0, 10.0])
     agent.critic.mean.fill_(100.0)
     agent.critic.std.fill_(2.0)
     obs, act = torch.zeros(2, 3), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    loss, metrics = agent.critic_loss(Batch(obs, act, obs[:, 0], obs, obs[:, 0], {"goals": goals}), {})
+    loss, metrics = agent.critic_loss(Batch(obs, act, obs[:, 0], obs, obs[:, 0], {"targets": targets}), {})
     assert loss.item() == pytest.approx(((3.0 - 20.0) ** 2 + (7.0 - 10.0) ** 2) / 2)
     assert metrics["q"].item() == pytest.approx(100.0 + 2.0 * 5.0)  # in units of reward
 
@@ -135,7 +135,7 @@ def test_a_round_begins_with_the_first_weights_and_a_new_optimizer_and_goes_on_w
     agent.state.plan = Plan({"planning": 10})
     trained = state_of(agent.critic)
     assert len(agent.optimizers["critic"].state) > 0
-    goals = agent.prepare_planning(sampler, generator).tables["goals"]
+    targets = agent.prepare_planning(sampler, generator).tables["targets"]
     assert same(state_of(agent.critic_before), trained)
     built = SfBC(**SMALL)
     built.set_up(agent.spec)  # type: ignore[arg-type]
@@ -144,12 +144,12 @@ def test_a_round_begins_with_the_first_weights_and_a_new_optimizer_and_goes_on_w
     mean = agent.critic.mean.clone()
     assert mean != trained["mean"]
 
-    agent.plan.done["planning"] = 3  # a resumed stage: the same goals, and nothing else is touched
+    agent.plan.done["planning"] = 3  # a resumed stage: the same targets, and nothing else is touched
     with torch.no_grad():
         next(agent.critic.net.parameters()).add_(1.0)
     moved = state_of(agent.critic.net)
-    again = agent.prepare_planning(sampler, torch.Generator().manual_seed(0)).tables["goals"]
-    assert torch.equal(again, goals) and torch.equal(agent.critic.mean, mean)
+    again = agent.prepare_planning(sampler, torch.Generator().manual_seed(0)).tables["targets"]
+    assert torch.equal(again, targets) and torch.equal(agent.critic.mean, mean)
     assert same(state_of(agent.critic.net), moved) and same(state_of(agent.critic_before), trained)
 
 

@@ -680,7 +680,7 @@ def complaints(cases: list[Case]) -> str:
 
 
 def test_a_mutant_acts_the_same_or_is_refused(tmp_path: Path) -> None:
-    cases = fuzz(range(180), tmp_path, False, lambda number: number % 12 == 0)
+    cases = fuzz(range(204), tmp_path, False, lambda number: number % 12 == 0)
     assert not complaints(cases)
     kinds = Counter(case.outcome.kind for case in cases)
     assert kinds["refused"] > 60 and kinds["identical"] > 30
