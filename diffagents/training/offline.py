@@ -1,7 +1,7 @@
-"""What `learn` does after the checks: choose how updates run, run the stages of the plan, log, guard against NaN.
+"""The offline training loop: choose the execution mode, run the stages of the plan, log, and detect divergence.
 
-Nothing here knows about any algorithm. Between log steps nothing waits for the device: batches and random inputs are made on it
-and metrics are summed on it.
+Nothing here depends on the algorithm. Between log steps nothing waits for the device: batches and noise are drawn on it, and
+metrics are summed on it.
 """
 
 import threading
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from diffagents.training.cuda_graph import GraphRunner
 
 WORTH_COMPILING, WORTH_A_GRAPH = 120.0, 60.0
-"""Seconds that a stage must take eagerly before compile="auto" compiles it. On a CPU compiling costs tens of seconds and saves
-a quarter to a half; on a GPU (not measured) it should save more, since launching many small kernels is what takes the time
-there."""
+"""Seconds that a stage must take eagerly before compile="auto" compiles it. On a CPU, compiling takes tens of seconds and then
+saves a quarter to a half of the time; on a GPU (not measured) it should save more, because launching many small kernels
+dominates there."""
 
 
 def train(
@@ -45,20 +45,20 @@ def train(
     tb_log_name: str | None = None,
     reset: bool = True,
 ) -> None:
-    """Run what is left of an accepted plan on accepted data (see prepare.py).
+    """Run the remaining steps of a validated plan on validated data (see prepare.py).
 
     Args:
-        learner: Whose plan it is.
-        plan: The stages to run and how far each has come.
+        learner: The agent to train.
+        plan: The stages to run and the progress of each.
         data: The dataset, in the learner's spaces.
         callback: An initialised SB3 callback.
-        log_interval: Gradient steps between log steps; None for a twentieth of each stage, at most 1000.
+        log_interval: Gradient steps between log steps. Default: a twentieth of each stage, at most 1000.
         tb_log_name: Name of the run in TensorBoard.
         reset: Whether a new plan starts the counters at zero.
 
     Raises:
-        TrainingDiverged: NaN, or Q has run away; the learner holds its last good state.
-        KeyboardInterrupt: After Ctrl-C, once the running update is complete.
+        TrainingDiverged: NaN, or Q has diverged; the learner is restored to its last good state.
+        KeyboardInterrupt: After Ctrl-C, at the end of the current update.
     """
     begin(learner, plan, data, reset)
     if learner.tensorboard_log is not None:
@@ -102,33 +102,33 @@ def run_stage(
     local: dict[str, Any] | None = None,
     diverged: dict[int, tuple[Snapshot, TrainingDiverged]] | None = None,
 ) -> bool:
-    """Bring one stage of one learner, or of several that are trained together, to its planned length.
+    """Train one stage to its planned length, for one agent or for several that are trained jointly.
 
     Args:
-        learners: One or more of one class, with plans of equal lengths that have come equally far.
-        stages: The stage of each.
-        sampler: The data, in the units of all learners.
-        make_runner: (the sampler that each stage has prepared, mode) -> what runs a step of all.
-        log_interval: Gradient steps between log steps; None for a twentieth of the stage, at most 1000.
+        learners: One or more agents of one class, with identical plans and progress.
+        stages: The stage of each agent.
+        sampler: The data, normalised and reward-transformed as for all agents.
+        make_runner: (the sampler that each stage has prepared, mode) -> a runner whose `step` updates all agents.
+        log_interval: Gradient steps between log steps. Default: a twentieth of the stage, at most 1000.
         interrupted: Set by Ctrl-C.
         callback: An initialised SB3 callback, called after each step.
-        local: The local variables that it may read.
-        diverged: Where the learners that diverge are entered, with the state to go back to. They are computed along with the
-            others, whose shapes would change otherwise. None: the first to diverge stops all.
+        local: The local variables that the callback may read.
+        diverged: Output: index of a diverged agent -> (snapshot to restore, error). Diverged agents stay in the batch, because
+            removing them would change tensor shapes. None: the first agent that diverges stops all.
 
     Returns:
-        False if the callback or Ctrl-C stopped it.
+        False if the callback or Ctrl-C stopped the stage early.
 
     Raises:
-        TrainingDiverged: If `diverged` is None; the learner holds its last good state.
+        TrainingDiverged: If `diverged` is None; the agent is restored to its last good state.
     """
     name, states = stages[0].name, [learner.state for learner in learners]
     plans = [state.plan for state in states if state.plan is not None]
     plan = plans[0]
     length, done = plan.lengths[name], plan.done.get(name, 0)
-    if done == length:  # a resumed plan: nothing to run, so there is no state to copy either
+    if done == length:  # already complete in a resumed plan: return before taking a snapshot
         return True
-    earlier = learners[0].state.stage_steps[name] - done  # steps of earlier plans: what starts late, starts once
+    earlier = learners[0].state.stage_steps[name] - done  # so that `Update.start` counts from the stage's first step
     monitors: list[Monitor] = []
     samplers: list[Sampler] = []
     for learner, stage in zip(learners, stages, strict=True):
@@ -137,7 +137,7 @@ def run_stage(
         for update in stage.updates:
             for optimizer in update.optimizers:
                 optimizer.start_schedule(length, update.times(earlier, earlier + done))
-        monitors.append(Monitor(learner, name, length, done))  # before `prepare`, which may initialise networks anew
+        monitors.append(Monitor(learner, name, length, done))  # before `prepare`, which may reinitialise networks
         own = sampler if stage.prepare is None else stage.prepare(sampler, stage_generator(learner, stage))
         samplers.append(own)
         monitors[-1].limit_q(own)
@@ -172,22 +172,22 @@ def run_stage(
                 own_plan.modes[name] = "eager"
         if done % interval == 0 or done == length:
             log()
-        goes_on = True
+        keep_going = True
         if callback is not None:
             callback.update_locals(local or {})
             try:
-                goes_on = callback.on_step()
+                keep_going = callback.on_step()
             except Exception:
-                log()  # a NaN explains more than the error that it led to
+                log()  # if metrics are NaN, TrainingDiverged is more informative than the callback's error
                 raise
-        if not goes_on or interrupted.is_set():
-            log()  # whoever stops here can save what is here
+        if not keep_going or interrupted.is_set():
+            log()  # check for divergence before stopping, so that the state is safe to save
             return False
     return True
 
 
 def make_runner(learner: Learner, stage: Stage, sampler: Sampler, mode: str) -> "Runner | GraphRunner":
-    """What runs the steps of a stage in one of `plan.MODES`."""
+    """The runner of a stage in one of `plan.MODES`."""
     if mode == "eager":
         return Runner(stage, sampler, learner.generator)
     from diffagents.training.compiled import compiled_gradients  # it takes seconds to import
@@ -200,48 +200,48 @@ def make_runner(learner: Learner, stage: Stage, sampler: Sampler, mode: str) -> 
 
 
 def stage_generator(learner: Learner, stage: Stage) -> torch.Generator:
-    """The same random numbers each time the stage begins or resumes: what it prepares need not be kept in files."""
+    """Generator for `Stage.prepare`, seeded by agent and stage, so that extras are recomputed on resuming and not saved."""
     return torch.Generator(learner.device).manual_seed(learner.seed + zlib.crc32(stage.name.encode()))
 
 
 def estimate(learner: Learner, plan: Plan, sampler: Sampler) -> dict[str, float]:
-    """Seconds that the rest of each stage takes eagerly, from a few real updates that are undone afterwards."""
-    lefts = {name: length - plan.done.get(name, 0) for name, length in plan.lengths.items()}
-    seconds = dict.fromkeys(lefts, 0.0)
-    if max(lefts.values()) < 100:
+    """Estimate each stage's remaining eager time in seconds from a few timed updates, which are rolled back."""
+    remaining = {name: length - plan.done.get(name, 0) for name, length in plan.lengths.items()}
+    seconds = dict.fromkeys(remaining, 0.0)
+    if max(remaining.values()) < 100:
         return seconds
     before = snapshot(learner)
     try:
         for stage in learner.stages(plan):
-            left = lefts.get(stage.name, 0)
+            left = remaining.get(stage.name, 0)
             if left < 100:
                 continue
-            some = sampler
+            timed_on = sampler
             if stage.prepare is not None:  # on a few rows
                 start, few = time.perf_counter(), sampler.head(256)
-                some = stage.prepare(few, stage_generator(learner, stage))
+                timed_on = stage.prepare(few, stage_generator(learner, stage))
                 rows = min(len(sampler), stage.n_prepared or len(sampler))
                 seconds[stage.name] = (time.perf_counter() - start) * rows / len(few)
             for update in stage.updates:
-                for n in (1, 3):  # the first only warms up
+                for n in (1, 3):  # the first iteration is a warm-up
                     start = time.perf_counter()
                     for _ in range(n):
-                        batch = some.sample(stage.batch_size, learner.generator)
+                        batch = timed_on.sample(stage.batch_size, learner.generator)
                         update.step(batch, update.draw(stage.batch_size, learner.generator))
                     if learner.device.type == "cuda":
                         torch.cuda.synchronize(learner.device)
                 first = learner.state.stage_steps[stage.name]
                 seconds[stage.name] += update.times(first, first + left) * (time.perf_counter() - start) / 3
-    finally:  # Ctrl-C, too, leaves the learner as it was
+    finally:  # the learner is unchanged after Ctrl-C, too
         restore(learner, before)
     return seconds
 
 
 def choose_modes(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
-    """Enter into the plan how each stage will run: as `compile` says, where "auto" weighs the time that compiling takes.
+    """Choose each stage's execution mode and store it in the plan: that of `compile`; for "auto", compile only long stages.
 
-    A stage that has begun continues as it began, so that a resumed run ends where the uninterrupted one would. With "auto" a
-    stage that has not begun also keeps the mode that was chosen for it.
+    A stage that has begun keeps its mode, so that resuming reproduces the uninterrupted run. With "auto", a stage that has not
+    begun also keeps the mode that was chosen for it.
     """
     cuda = learner.device.type == "cuda"
     for name in plan.lengths:
@@ -258,7 +258,7 @@ def choose_modes(learner: Learner, plan: Plan, seconds: dict[str, float]) -> Non
 
 
 def announce(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
-    """Print the data, the plan and how long it would take eagerly."""
+    """Print the data, the plan and its estimated eager time."""
     data, rewards = learner.state.data, learner.state.reward_transform
     assert rewards is not None
     print(
@@ -268,5 +268,5 @@ def announce(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
     )
     lengths = ", ".join(f"{name} {plan.done.get(name, 0):,}/{steps:,}" for name, steps in plan.lengths.items())
     faster = [name for name in plan.lengths if plan.modes[name] != "eager"]
-    how = f" if eager; {', '.join(faster)} will be compiled, which takes a minute and then runs faster" if faster else ""
+    how = f" if eager; {', '.join(faster)} will be compiled, which takes tens of seconds and then runs faster" if faster else ""
     print(f"plan: {lengths} gradient steps; about {clock(sum(seconds.values()))}{how}", flush=True)

@@ -671,8 +671,8 @@ def test_fuzz_every_mutation_is_refused_or_harmless(tmp_path: Path, folder: bool
     [
         (lambda t: t.pop("pi.0.bias"), r"the artifact lacks pi\.0\.bias \(1 tensors\)"),
         (lambda t: [t.pop(key) for key in list(t)], r"lacks pi\.0\.bias, pi\.0\.weight, pi\.1\.bias, \.\.\. \(4 "),
-        (lambda t: t.update({"pi.2.bias": torch.ones(1)}), r"has the unknown pi\.2\.bias"),
-        (lambda t: t.update({"pi.x\n\x1b": torch.ones(1)}), r"has the unknown pi\.x\\n\\x1b"),
+        (lambda t: t.update({"pi.2.bias": torch.ones(1)}), r"has the unexpected pi\.2\.bias"),
+        (lambda t: t.update({"pi.x\n\x1b": torch.ones(1)}), r"has the unexpected pi\.x\\n\\x1b"),
         (lambda t: t.update({"pi.0.bias": torch.ones(4)}), r"pi\.0\.bias is \(4,\) .* in the artifact but \(3,\)"),
         (lambda t: t.update({"pi.0.bias": torch.ones(1)}), r"pi\.0\.bias is \(1,\)"),  # would broadcast
         (lambda t: t.update({"pi.0.bias": torch.ones(3).double()}), r"torch\.float64 in the artifact but \(3,\) "),
@@ -776,9 +776,9 @@ def test_the_state_is_restored_in_place_and_copied() -> None:
         ({"pi.0.exp_avg": torch.zeros(2)}, r"pi\.0\.exp_avg is \(2,\) torch\.float32 in the artifact but \(3, 2\)"),
         ({"pi.0.exp_avg": torch.zeros(3, 2).double()}, r"torch\.float64"),
         ({"pi.0.step": torch.zeros(1)}, r"pi\.0\.step is \(1,\)"),
-        ({"pi.0.step": torch.tensor(-1.0)}, r"pi\.0\.step holds negative numbers"),
-        ({"pi.1.exp_avg_sq": -torch.ones(3)}, r"pi\.1\.exp_avg_sq holds negative numbers"),
-        ({"pi.4.step": torch.tensor(1.0)}, r"has pi\.4\.step, this optimizer of 4 tensors does not"),
+        ({"pi.0.step": torch.tensor(-1.0)}, r"pi\.0\.step contains negative numbers"),
+        ({"pi.1.exp_avg_sq": -torch.ones(3)}, r"pi\.1\.exp_avg_sq contains negative numbers"),
+        ({"pi.4.step": torch.tensor(1.0)}, r"has pi\.4\.step, but this optimiser has only 4 parameters"),
         ({"pi.0.momentum": torch.zeros(3, 2)}, r"has pi\.0\.momentum"),
         ({"pi.0.step": None}, r"only \['exp_avg', 'exp_avg_sq'\] of pi\.0"),
     ],
