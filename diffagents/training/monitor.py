@@ -51,8 +51,8 @@ class Monitor:
         finite = bool(torch.stack(sums).isfinite().all())
         if not finite or not all(map(math.isfinite, means.values())) or abs(means.get("q", 0.0)) > self.q_limit:
             raise TrainingDiverged(
-                f"{self.stage} diverged between its steps {self.good_at} and {done} ({_numbers(means)}); the agent is restored to "
-                "its state before that: try a lower learning_rate, another reward_transform or normalize_obs=True"
+                f"{self.stage} diverged between its steps {self.good_at} and {done} ({_numbers(means)}); the agent is "
+                "restored to its state before that: try a lower learning_rate, another reward_transform or normalize_obs=True"
             )
         self.good, self.good_at = snapshot(learner), done
         if means:

@@ -190,11 +190,14 @@ def _make_run(learner: Learner, total: int | None, settings: OnlineSettings, dat
         if run is None or (run.done >= run.total and run.owed <= 0):
             raise ValueError("there is no unfinished online run: pass total_timesteps, the number of environment steps to take")
         if settings not in (OnlineSettings(), run.settings):
-            raise ValueError(f"the unfinished run continues with {run.settings}: leave these arguments out, or start a new run with total_timesteps")
+            raise ValueError(
+                f"the unfinished run continues with {run.settings}: leave these arguments out, or start a new run with "
+                "total_timesteps"
+            )
         if replay is None:
             raise RuntimeError(
-                f"the unfinished run needs its replay buffer of {run.done:,} steps: load the file that save_replay_buffer(path) "
-                "wrote with load_replay_buffer(path), or start a new run with total_timesteps"
+                f"the unfinished run needs its replay buffer of {run.done:,} steps: load the file that "
+                "save_replay_buffer(path) wrote with load_replay_buffer(path), or start a new run with total_timesteps"
             )
         if run.data is not None and data is None:
             raise ValueError("the unfinished run learns from a dataset too: pass the same dataset=")
@@ -209,7 +212,9 @@ def _make_run(learner: Learner, total: int | None, settings: OnlineSettings, dat
         starts = min(5000 if data is None else 1000, total // 5)
     starts = max(0, starts - (len(replay) if kept and replay is not None else 0))
     if starts >= total:
-        warnings.warn(f"learning_starts={starts} leaves no updates in a run of {total} steps, which will only collect data", stacklevel=5)
+        warnings.warn(
+            f"learning_starts={starts} leaves no updates in a run of {total} steps, which will only collect data", stacklevel=5
+        )
     n_episodes = 0 if run is None else run.n_episodes + 1  # the unfinished one is not replayed
     # If no stage was trained, the networks came from files, or there was nothing before the first online run.
     settled = state.stage_steps[learner.POLICY_STAGE] > 0 or (not state.pristine and (run is None or run.settled))
@@ -313,7 +318,10 @@ def _loop(
                     if sampler is None:  # nothing to learn from yet
                         run.starts = max(run.starts, run.done + stage.refresh)
                         if run.starts >= run.total:
-                            warnings.warn("no episode has ended, so this run has nothing to learn from: increase total_timesteps", stacklevel=5)
+                            warnings.warn(
+                                "no episode has ended, so this run has nothing to learn from: increase total_timesteps",
+                                stacklevel=5,
+                            )
                         break
                     runner = runner or Runner(stage, sampler, learner.generator)
                     runner.sampler = sampler

@@ -62,7 +62,7 @@ class Plan:
         """
         if total < len(shares):
             raise ValueError(
-                f"total_timesteps={total} is fewer than the {len(shares)} stages {list(shares)}, each of which needs at least one"
+                f"total_timesteps={total} is fewer than the {len(shares)} stages {list(shares)}: give each at least one"
             )
         weight = sum(shares.values())
         lengths = {name: max(1, total * share // weight) for name, share in shares.items()}

@@ -96,7 +96,9 @@ class Rollout:
             if infos[i].get("terminal_observation") is not None:
                 next_obs[i] = self._normalized(infos[i]["terminal_observation"])[0]
             elif not terminated[i]:
-                raise ValueError("the VecEnv provides no infos[i]['terminal_observation'] after a time-out: add it, as SB3's own do")
+                raise ValueError(
+                    "the VecEnv provides no infos[i]['terminal_observation'] after a time-out: add it, as SB3's own do"
+                )
         if not np.isfinite(rew).all():
             step = self.learner.state.n_env_steps + 1
             raise ValueError(f"the environment returned the rewards {rew} at step {step}: correct its reward function")
@@ -124,7 +126,7 @@ class Rollout:
 
 
 def explore(learner: Learner, obs: Tensor, random: bool) -> np.ndarray:
-    """Exploring actions: the stochastic policy, plus Gaussian noise of standard deviation `online_noise` if there is such a hyperparameter.
+    """Exploring actions: the stochastic policy, plus Gaussian noise of std `online_noise` if there is such a hyperparameter.
 
     All randomness comes from the generator for training, so that evaluation does not affect training.
 

@@ -529,21 +529,34 @@ REFUSALS = (
     *("truncated or damaged zip", "truncated or damaged", "nested too deep", "finite)", "not JSON", "not an object"),
     *(
         "what this version writes",
-        "holds NaN or infinity",
-        "which no agent of ours uses",
+        "contains NaN or infinity",
+        "which no agent of this library uses",
         "unexpected tensor",
         "has the unexpected",
     ),
-    *("another network or version", "another network or space", "contains negative numbers", "has only", "this optimiser has only"),
-    *("not a diffagents artifact", "names the library", "has the format", "from a newer", "names no algorithm", "holds a "),
     *(
-        "holds the algorithm",
+        "another network or version",
+        "another network or space",
+        "contains negative numbers",
+        "has only",
+        "this optimiser has only",
+    ),
+    *(
+        "not a diffagents artifact",
+        "names the library",
+        "has the format",
+        "from a newer",
+        "names no algorithm",
+        "contains an agent of ",
+    ),
+    *(
+        "has the algorithm",
         "has no model.safetensors",
-        "is not there",
+        "is missing",
         "not a safetensors file",
         "neither a zip nor a folder",
     ),
-    *("files or one name twice", "unsafe file name", "zip bomb", "bytes, more than"),
+    *("files, or the same name twice", "unsafe file name", "zip bomb", "bytes, more than"),
 )
 """What the table counts refusals by."""
 
