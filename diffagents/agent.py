@@ -1,8 +1,7 @@
-"""Agent: the public methods of every agent (`learn`, `predict`, `save`, `load`, `push_to_hub`, ...), with SB3's names. No
-losses.
+"""Agent: the public methods of every agent (`learn`, `predict`, `save`, `load`, `push_to_hub`, ...), with SB3's names.
 
-An algorithm's file gives `Config`, `build`, `stages`, `online_stage` and `act`. Each method delegates to the package that
-implements it: data, training, storage, deploy or evaluation.
+An algorithm's file defines `Config`, `build`, `stages`, `online_stage` and `act`, losses included. The methods here delegate to
+the packages data, training, storage, deploy and evaluation.
 """
 
 import copy
@@ -50,25 +49,25 @@ class Agent(ABC):
     """Base of all agents.
 
     Args:
-        policy: "MlpPolicy", the only supported policy; "MultiInputPolicy" is accepted for Dict observations.
-        env: None, an environment id, a Gymnasium Env or an SB3 VecEnv. It defines the spaces and is used by callbacks.
+        policy: "MlpPolicy", the only supported policy; "MultiInputPolicy" is accepted as the same for Dict observations.
+        env: None, an environment id, a Gymnasium Env or an SB3 VecEnv. Defines the spaces and is used by callbacks.
         preset: None, "auto" (the row of zoo/<algorithm>.yml for the dataset's id), "paper", or the name of a row.
-            Hyperparameters that are given explicitly win over it.
+            Explicit hyperparameters take precedence over it.
         obs_keys: Which entries of a Dict observation to concatenate, in this order.
         policy_kwargs: `net_arch`, a list or a dict such as {"pi": [256, 256], "qf": [256, 256]}.
         tensorboard_log: Folder of TensorBoard logs.
         verbose: 0 silent, 1 one line per log step, 2 also SB3's tables.
-        seed: None draws one, which `agent.seed` shows.
-        device: "auto" takes CUDA if it is available.
-        compile: How updates run: "eager"; "compiled" (about a minute to compile, then faster); "graph", compiled and in a
-            CUDA graph; "auto" takes what is fastest for the length of the run. Results agree up to rounding; what cannot be
-            compiled runs eagerly.
-        tf32: On a GPU, let matrix products round to TF32 while training (about 1e-3 relative; faster).
-        hyperparameters: Those of the algorithm; `help(<Algorithm>)` lists them.
+        seed: None: drawn at random and stored in `agent.seed`.
+        device: "auto": CUDA if it is available.
+        compile: How updates run: "eager"; "compiled" (tens of seconds to compile, then faster); "graph", compiled and in a CUDA
+            graph; "auto", whichever is expected to be fastest for the length of the run. All agree to float tolerance; what
+            cannot be compiled runs eagerly.
+        tf32: On a GPU, let matrix products use TF32 during training (about 1e-3 relative; faster).
+        hyperparameters: The algorithm's hyperparameters; `help(<Algorithm>)` lists them.
 
     Raises:
         TypeError: An unknown hyperparameter.
-        ValueError: A value out of its range, an unknown preset, or an environment whose spaces are not supported.
+        ValueError: A value out of its range, an unknown preset, or an environment whose spaces are unsupported.
     """
 
     Config: ClassVar[type[Any]]
@@ -86,7 +85,7 @@ class Agent(ABC):
     CALIBRATES: ClassVar[bool] = False
     """Whether the critic bootstraps from the policy's actions, so that `calibrate=True` applies."""
     CHOICE: ClassVar[tuple[str, ...]] = ()
-    """Hyperparameters that can be overridden in a call of `predict`."""
+    """Hyperparameters that can be overridden in one call of `predict`."""
 
     config: Any
     obs_dim: int
@@ -95,7 +94,7 @@ class Agent(ABC):
     optimizers: dict[str, Optimizer]
 
     def __init_subclass__(cls) -> None:
-        """Show an algorithm's hyperparameters in `help()` and in editors, although they are passed as keyword arguments."""
+        """Show an algorithm's hyperparameters in `help()` and in editors, though they arrive as keyword arguments."""
         cls.__signature__ = signature(Agent.__init__, cls.Config)  # type: ignore[attr-defined]
         if cls.__dict__.get("__doc__"):
             cls.__doc__ = agent_doc(cls.__dict__["__doc__"], cls.Config)
@@ -119,9 +118,9 @@ class Agent(ABC):
         check_arguments(policy, obs_keys, policy_kwargs)
         check_choice("compile", compile, ("auto", *MODES))
         self.config = build_config(self.Config, type(self).__name__, hyperparameters)
-        self.explicit = dict(hyperparameters)  # what the user has set wins over any preset
+        self.explicit = dict(hyperparameters)  # these take precedence over any preset
         if preset is not None:
-            presets.resolve_preset(self.presets_name(), preset, None)  # refuses an unknown name at once
+            presets.resolve_preset(self.presets_name(), preset, None)  # raises for an unknown name at once
         self.preset, self.policy_kwargs = preset, dict(policy_kwargs or {})
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
         self.tensorboard_log, self.verbose = tensorboard_log, verbose
@@ -142,17 +141,17 @@ class Agent(ABC):
             self.env = as_vec_env(env)
             self.set_up(Spec.from_spaces(self.env.observation_space, self.env.action_space, self.obs_keys))
 
-    # ---- implemented by each algorithm  -----------------------------------------------------------------------------------
+    # ---- implemented by the algorithms -----------------------------------------------------------------------------
     @abstractmethod
     def build(self) -> None:
-        """Create the networks (the attributes named in MODEL and TRAINING_NETWORKS) and `optimizers` for `self.spec`."""
+        """Make the networks (the attributes named in MODEL and TRAINING_NETWORKS) and `optimizers` for `self.spec`."""
 
     @abstractmethod
     def stages(self, plan: Plan | None = None) -> list[Stage]:
         """The stages in the order in which they run, named as in STAGE_SHARES.
 
         Args:
-            plan: The plan, if updates depend on the lengths of the stages; None for the current one.
+            plan: The plan, if updates depend on the lengths of the stages; None: the current plan.
 
         Raises:
             ValueError: The algorithm cannot run this plan.
@@ -160,7 +159,7 @@ class Agent(ABC):
 
     @abstractmethod
     def online_stage(self) -> Stage:
-        """The stage that `learn_online` trains; its steps count the updates of the run."""
+        """The stage that `learn_online` trains; its steps are the updates of the run."""
 
     @abstractmethod
     def act(self, obs: Tensor, noise: Noise, config: Any) -> Tensor:
@@ -169,15 +168,15 @@ class Agent(ABC):
         Args:
             obs: Normalised observations (B, S).
             noise: From `draw_act`.
-            config: The agent's configuration, except for what the call of `predict` chose (CHOICE).
+            config: The agent's configuration, with the overrides of this call of `predict` (CHOICE).
         """
 
     def draw_act(self, n: int, deterministic: bool, config: Any, generator: torch.Generator) -> Noise:
-        """The noise of `act` for n observations; if deterministic the stored noise, with a batch size of 1 that broadcasts."""
+        """The noise of `act` for n observations; if deterministic, the stored noise, with batch size 1 to broadcast."""
         return {}
 
     def point_policy(self, deterministic: bool) -> TanhPolicy | None:
-        """The policy network if it can be evaluated in numpy for a single observation, else None."""
+        """The policy network if it can be evaluated in numpy, else None."""
         return None
 
     # ---- learning --------------------------------------------------------------------------------------------------
@@ -197,23 +196,24 @@ class Agent(ABC):
 
         Args:
             dataset: Anything that `load_dataset` reads.
-            total_timesteps: Total gradient steps, split over the stages in the paper's proportion. None takes each stage's own
-                `*_steps` hyperparameter, else the preset.
+            total_timesteps: Total gradient steps, split over the stages in the paper's proportion. None: each stage's `*_steps`
+                hyperparameter, else the preset.
             callback: An SB3 callback, a function of (locals, globals), or a list of them; called after each gradient step.
             log_interval: Gradient steps between log steps. None: a twentieth of the stage, at most 1000.
             tb_log_name: Name of the run in TensorBoard; the algorithm's by default.
-            reset_num_timesteps: False resumes an interrupted run, which then ends as if it had not been interrupted. After a
-                finished run, with total_timesteps or stages, a new plan continues the counters.
+            reset_num_timesteps: False resumes an interrupted run, which ends as if it had not been interrupted. If the plan is
+                finished, total_timesteps or stages start a new one that continues the counters.
             progress_bar: Show SB3's progress bar.
-            stages: Train only these stages, with the others as already trained, e.g. ("policy",).
+            stages: Train only these stages, e.g. ("policy",), with the others as already trained.
 
         Returns:
             The agent itself.
 
         Raises:
             ValueError: Bad data or arguments; raised before any work; the agent is unchanged.
-            TrainingDiverged: NaN, or Q has diverged; the agent holds its last good state.
-            KeyboardInterrupt: Ctrl-C, after the current update. The agent can be saved, and the run be resumed later.
+            TrainingDiverged: NaN, or Q has diverged; the agent is restored to its last good state.
+            KeyboardInterrupt: After Ctrl-C, at the end of the current update. The agent can be saved and the run
+                resumed later.
         """
         prepare.check_arguments(self, total_timesteps, stages, log_interval)
         checkpoint.fetch_training_networks(self)
@@ -244,33 +244,33 @@ class Agent(ABC):
         buffer_size: int | None = None,
         calibrate: bool = False,
     ) -> Self:
-        """Continue learning in a live environment, from where `learn` or `load` left the agent.
+        """Continue learning in an environment, from the present state of the agent.
 
-        How each algorithm explores and relaxes its constraint to the data is written at the top of its file; its `online_*`
-        hyperparameters set it. Updates always run eagerly.
+        How each algorithm explores and relaxes its behaviour constraint is described at the top of its file and set by its
+        `online_*` hyperparameters. Updates run as with compile="eager".
 
         Args:
             total_timesteps: Environment steps to take, in addition to all earlier ones (with n environments rounded up to a
-                multiple of n). None finishes an interrupted run on the same dataset with its own settings; a saved agent needs
-                `load_replay_buffer` first.
+                multiple of n). None resumes an interrupted run on the same dataset, with the settings of that run; a loaded
+                agent needs `load_replay_buffer` first.
             env: An id, a Gymnasium Env or an SB3 VecEnv. Default: the agent's own, else the one stored with its dataset.
-            dataset: Offline data to mix in, anything that `learn` takes. None: the agent learns only from new transitions.
+            dataset: Offline data to mix in, in any form that `learn` takes. None: the agent learns only from newly collected
+                transitions.
             callback: As in `learn`; called after each step of the environments.
             log_interval: Environment steps between log steps. None: a twentieth of the run, at most 1000. `train_return` is
-                that of the exploring policy; evaluate the agent itself with an EvalCallback.
+                the return of the exploring policy; evaluate the agent itself with an EvalCallback.
             tb_log_name: As in `learn`.
             progress_bar: As in `learn`.
             offline_ratio: The dataset's share of each batch, in [0, 1], or "uniform" over dataset and replay buffer together.
-                Default: the algorithm's own, one half, for IQL "uniform".
-            learning_starts: Steps before the first update, minus the transitions already in the buffer. Default: 1000 with a
-                dataset, 5000 without, at most a fifth of the run. Only an agent that has never learned takes random actions in
-                them.
+                Default: that of the algorithm, which is one half, for IQL "uniform".
+            learning_starts: Environment steps before the first update, minus the transitions already in the buffer. Default:
+                1000 with a dataset, 5000 without, at most a fifth of the run. Only an agent that has never learned takes
+                random actions during this phase.
             utd: Updates per step of one environment, in (0, 1000].
-            buffer_size: Transitions that the replay buffer holds. Default: the current capacity, or 1,000,000.
-            calibrate: Bound the targets of Q of offline transitions from below by the returns that followed them, in the
-                spirit of Cal-QL (which bounds Q in its regulariser), so that an offline Q that is too low need not be
-                unlearned first. Only for DiffusionQL, DiffCPS, BDPO and TD3BC; the other algorithms' critics do not bootstrap
-                from the policy's actions.
+            buffer_size: Capacity of the replay buffer in transitions. Default: the current capacity, or 1,000,000.
+            calibrate: Lower-bound the TD targets of offline transitions by the returns that followed them, in the spirit of
+                Cal-QL (which bounds Q in its regulariser), so that an offline Q that is too low need not be unlearned first.
+                Only for DiffusionQL, DiffCPS, BDPO and TD3BC; the other critics do not bootstrap from the policy's actions.
 
         Returns:
             The agent itself.
@@ -285,12 +285,12 @@ class Agent(ABC):
         settings = online.check_arguments(total_timesteps, log_interval, settings)
         checkpoint.fetch_training_networks(self)
         candidate = self.candidate()
-        run, old_data = online.accept(candidate, total_timesteps, env, dataset, settings)
+        run, offline_data = online.accept(candidate, total_timesteps, env, dataset, settings)
         sb3_callback = make_callback(callback, progress_bar)
         self.become(candidate)
         if sb3_callback is not None:
             sb3_callback.init_callback(self)  # type: ignore[arg-type]
-        online.train(self, run, old_data, sb3_callback, log_interval, tb_log_name)
+        online.train(self, run, offline_data, sb3_callback, log_interval, tb_log_name)
         return self
 
     # ---- acting ----------------------------------------------------------------------------------------------------
@@ -302,11 +302,11 @@ class Agent(ABC):
         As in SB3, an agent that knows its spaces can act before training, with its initial networks.
 
         Args:
-            observation: As the environment gives it: an array or a dict of arrays, one observation or a batch.
+            observation: As the environment returns it: an array or a dict of arrays, one observation or a batch.
             state: Returned unchanged.
             episode_start: Ignored.
             deterministic: Act without randomness: the action depends on the observation only.
-            choice: Values of the hyperparameters in CHOICE (how many candidates, how one is selected, ...) for this call only.
+            choice: Hyperparameters of CHOICE to override in this call, e.g. n_candidates=10.
 
         Returns:
             The action, in the environment's units and dtype, and `state`.
@@ -314,7 +314,7 @@ class Agent(ABC):
         Raises:
             ValueError: A wrong shape, or NaN.
             TypeError: An `(obs, info)` tuple.
-            RuntimeError: No policy has been built.
+            RuntimeError: There is no policy at all.
         """
         if self.spec is None or self.state.policy_missing:
             stages = f', stages=("{self.POLICY_STAGE}",)' if self.state.policy_missing else ""
@@ -349,19 +349,19 @@ class Agent(ABC):
         with torch.no_grad():
             flat = act(self.obs_normalizer(torch.from_numpy(obs).to(self.device))).cpu().numpy()
         if not np.isfinite(flat).all():
-            raise RuntimeError("the policy's actions are not finite numbers: go back to an earlier checkpoint")
+            raise RuntimeError("the policy's actions contain NaN or infinity: load an earlier checkpoint")
         action = spec.unscale_action(flat)
         return action if batched else action[0]
 
     def compile_policy(self, n_obs: int = 1, deterministic: bool | None = None, **choice: Any) -> Self:
         """Compile `predict` for batches of n_obs observations, which takes tens of seconds.
 
-        Later training and loading take effect. Other batch sizes run eagerly; if compiling fails, so does this one, with a
+        Later training and loading take effect. Other batch sizes run eagerly; if compilation fails, so does this one, with a
         warning.
 
         Args:
             n_obs: Observations in a call of `predict`.
-            deterministic: None compiles both modes.
+            deterministic: None: both.
             choice: As in `predict`, for calls with the same choice.
 
         Returns:
@@ -374,7 +374,7 @@ class Agent(ABC):
         return self
 
     def forget_compiled(self) -> None:
-        """Discard compiled policies after the networks have been reallocated."""
+        """Discard compiled policies after networks are reallocated."""
         self._compiled = {}
 
     def evaluate(self, env: Any = None, n_episodes: int = 10, *, choice: Any = None, **kwargs: Any) -> Evaluation:
@@ -408,7 +408,7 @@ class Agent(ABC):
         Args:
             path: The file; without a suffix it gets .onnx or .pt2.
             format: "onnx" or "torch_export".
-            choice: As in `predict`; fixed in the file.
+            choice: As in `predict`; baked into the file.
 
         Returns:
             The path of the file.
@@ -423,7 +423,7 @@ class Agent(ABC):
 
         Args:
             path: The file.
-            include_trainer_state: Keep optimisers, generators and plan, so that `learn` can be resumed bit for bit.
+            include_trainer_state: Include optimisers, generators and plan, so that `learn` can be resumed bit for bit.
 
         Returns:
             The path of the file.
@@ -440,7 +440,7 @@ class Agent(ABC):
         print_system_info: bool = False,
         **overrides: Any,
     ) -> Self:
-        """Read what `save` or `save_pretrained` wrote. No environment, dataset or pickle is involved.
+        """Load an agent that `save` or `save_pretrained` wrote. No environment, dataset or pickle is needed.
 
         Args:
             path: The file or folder.
@@ -452,28 +452,28 @@ class Agent(ABC):
 
         Raises:
             FileNotFoundError: There is nothing at `path`.
-            ArtifactError: It is not a policy of this class, or damaged; the message says what to do.
+            ArtifactError: It is not a policy of this class, or it is damaged; the message says what to do.
         """
         return checkpoint.unpack(cls, artifact.read(path), device, overrides, env)
 
     def clone(self, fresh: Sequence[str] = (), **hyperparameters: Any) -> Self:
-        """A copy with other hyperparameters on copied networks.
+        """A copy of the agent and its networks, with other hyperparameters.
 
-        `base.clone(beta=0.2, fresh=("policy",)).learn(data, stages=("policy",))` is another policy on the same critic and
-        behaviour model.
+        `base.clone(beta=0.2, fresh=("policy",)).learn(data, stages=("policy",))` trains another policy with the same critic
+        and behaviour model.
 
         Args:
-            fresh: Networks that start from new weights and moments.
+            fresh: Networks to reinitialise, optimiser state included.
             hyperparameters: As in `load`.
         """
         config, tensors, state = checkpoint.pack(self, True)
         overrides = {"verbose": self.verbose, "compile": self.compile, "tf32": self.tf32, **hyperparameters}
-        other = checkpoint.restore(type(self), config, tensors, state, self.device, overrides, fresh)
+        other = checkpoint.rebuild(type(self), config, tensors, state, self.device, overrides, fresh)
         other.env, other.state.online = self.env, None
         return other
 
     def save_replay_buffer(self, path: str | pathlib.Path) -> pathlib.Path:
-        """Save the replay buffer of `learn_online` as safetensors; with `save`, this allows resuming.
+        """Save the replay buffer as safetensors; together with `save`, this allows resuming `learn_online`.
 
         Args:
             path: The file; a `.pkl` suffix is replaced.
@@ -482,15 +482,15 @@ class Agent(ABC):
             RuntimeError: There is no replay buffer yet.
         """
         if self.replay_buffer is None:
-            raise RuntimeError("there is no replay buffer yet: learn_online makes one")
+            raise RuntimeError("there is no replay buffer yet: learn_online creates one")
         return self.replay_buffer.save(path, self._replay_fingerprint())
 
     def load_replay_buffer(self, path: str | pathlib.Path) -> None:
-        """Read what `save_replay_buffer` wrote when this agent was saved. Raises FileNotFoundError or ArtifactError."""
+        """Load the replay buffer that was saved with this agent. Raises FileNotFoundError or ArtifactError."""
         self.replay_buffer = Replay.load(path, self.require_spec(), self.device, self._replay_fingerprint())
 
     def _replay_fingerprint(self) -> dict[str, int]:
-        """A fingerprint that must match when a replay buffer is loaded: counters, seed and normalisation."""
+        """Identifies the agent that a replay buffer belongs to, whose rows are normalised and reward-transformed."""
         units = [repr(self.reward_transform), *(x.tolist() for x in (self.obs_normalizer.mean, self.obs_normalizer.std))]
         identity = zlib.crc32(repr([self.seed, units]).encode())
         return {"environment steps": self.n_env_steps, "updates": self.n_updates, "units": identity}
@@ -505,11 +505,11 @@ class Agent(ABC):
         video: bool = False,
         license: str = "mit",
     ) -> pathlib.Path:
-        """Write a folder as `push_to_hub` uploads it: the artifact, README.md (the model card), results.json, pictures.
+        """Write the folder that `push_to_hub` uploads: the artifact, README.md (the model card), results.json and pictures.
 
         Args:
             folder: The folder. A README.md in it that was written by hand is kept.
-            include_trainer_state: As in `push_to_hub`, also all arguments below.
+            include_trainer_state: As in `push_to_hub` (also the arguments below).
             eval_env: Evaluate in it first.
             n_eval_episodes: Number of episodes.
             video: Render an episode.
@@ -550,24 +550,24 @@ class Agent(ABC):
 
         Args:
             repo_id: "organisation/name".
-            eval_env: Evaluate in it first (an id, an environment, or True for the dataset's own) and put the score on the card;
-                or an existing Evaluation.
+            eval_env: The environment to evaluate in first (an id, an environment, or True for the dataset's own), or an
+                existing Evaluation; the score is put on the card.
             n_eval_episodes: Number of episodes.
             video: Render an episode; if that fails, there is a warning.
             private: Make a new repository private.
             revision: A branch, created if it does not exist.
             commit_message: Message of the commit.
-            token: None takes the one of `hf auth login` or HF_TOKEN.
-            include_trainer_state: Let others resume the run itself.
-            license: Licence of the policy, an identifier that the Hub knows.
+            token: None: that of `hf auth login` or HF_TOKEN.
+            include_trainer_state: Include what others need to resume training.
+            license: Licence of the policy, as the Hub spells it.
 
         Returns:
             The commit.
 
         Raises:
             ValueError: Not a valid repository id.
-            HubError: No access, no connection, or somebody else pushed meanwhile. Nothing has changed on the Hub then, except
-                that a new repository stays empty; a folder that was evaluated is kept and named.
+            HubError: No access, no connection, or somebody else pushed meanwhile. In that case nothing changes on
+                the Hub, except that a new repository stays empty; a folder with an evaluation is kept, and its path is named.
         """
         from diffagents.storage import publish
 
@@ -600,7 +600,7 @@ class Agent(ABC):
     ) -> Self:
         """Load a policy from an existing folder or .zip, else from the Hub repository of that name, at one commit (`origin`).
 
-        From the Hub only what acting needs is downloaded; the other networks follow when `learn` is called.
+        From the Hub only the files that acting needs are downloaded; the others follow when `learn` is called.
 
         Args:
             repo_id_or_folder: A folder or .zip that exists, else "organisation/name".
@@ -614,7 +614,7 @@ class Agent(ABC):
 
         Raises:
             FileNotFoundError: There is nothing of that name.
-            HubError: No such repository, no access, no connection.
+            HubError: No such repository, no access or no connection.
             ArtifactError: Not a policy of this class, damaged, or from a newer version.
         """
         source = hub.find_artifact(
@@ -624,12 +624,12 @@ class Agent(ABC):
 
     # ---- networks --------------------------------------------------------------------------------------------------
     def networks(self) -> dict[str, nn.Module]:
-        """Every network by its attribute name, the observation normaliser included."""
+        """Every network by attribute name, including the observation normaliser."""
         self.require_spec()
         return {name: getattr(self, name) for name in ("obs_normalizer", *self.MODEL, *self.TRAINING_NETWORKS)}
 
     def get_parameters(self) -> dict[str, dict[str, Tensor]]:
-        """The state dict (live tensors) of each network by name."""
+        """The state dict of each network by name; the tensors are not copies."""
         return {name: module.state_dict() for name, module in self.networks().items()}
 
     def set_parameters(self, parameters: dict[str, dict[str, Tensor]], exact_match: bool = True) -> None:
@@ -637,15 +637,15 @@ class Agent(ABC):
 
         Args:
             parameters: Network name -> its state dict.
-            exact_match: Whether every network must be there.
+            exact_match: Whether every network must be present.
 
         Raises:
-            ValueError: Unknown or missing names, or shapes that differ.
+            ValueError: Unknown or missing names, or other shapes.
         """
         networks = self.networks()
         wrong = set(parameters) - set(networks) | (set(networks) - set(parameters) if exact_match else set())
         if wrong:
-            raise ValueError(f"parameters name {sorted(parameters)}, the agent has {sorted(networks)}")
+            raise ValueError(f"parameters has the keys {sorted(parameters)}, but the agent's networks are {sorted(networks)}")
         for name, tensors in parameters.items():
             load_state(networks[name], tensors)
         self.state.pristine = False
@@ -665,22 +665,22 @@ class Agent(ABC):
     def require_spec(self) -> Spec:
         """The spaces. Raises RuntimeError if they are not known yet."""
         if self.spec is None:
-            raise RuntimeError(f"this {type(self).__name__} does not know its spaces yet: give it env=, or learn(data) first")
+            raise RuntimeError(f"this {type(self).__name__} does not know its spaces yet: pass env=, or call learn(data) first")
         return self.spec
 
     def candidate(self) -> Self:
-        """A copy that shares the networks. What is built or set on it takes effect on this agent only after `become`."""
+        """A copy that shares the networks; changes take effect on this agent only after `become`."""
         copied = copy.copy(self)
         copied.state = self.state.copy()
         return copied
 
     def become(self, candidate: Self) -> None:
-        """Take over everything from a `candidate` that has passed all checks."""
+        """Adopt every attribute of a `candidate` that has passed all checks."""
         self.__dict__.update(candidate.__dict__)
 
     # ---- environment, logger, seed, counters: SB3's names ------------------------------------------------------------
     def set_env(self, env: Any, force_reset: bool = True) -> None:
-        """Give the agent a live environment.
+        """Set the environment that the agent acts in.
 
         Args:
             env: An id, a Gymnasium Env or an SB3 VecEnv.
@@ -697,7 +697,7 @@ class Agent(ABC):
             self.set_up(Spec.from_spaces(vec_env.observation_space, vec_env.action_space, self.obs_keys))
 
     def get_env(self) -> "VecEnv":
-        """The live environment, else a stand-in with the right spaces, because SB3's callbacks require one."""
+        """The environment, else a stub with the right spaces, because SB3's callbacks require one."""
         if self.env is not None:
             return self.env
         spec = self.require_spec()
@@ -706,7 +706,7 @@ class Agent(ABC):
         return self._stub
 
     def get_vec_normalize_env(self) -> Any:
-        """SB3's VecNormalize around the live environment, if there is one."""
+        """SB3's VecNormalize around the environment; None if there is none."""
         from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
         return None if self.env is None else unwrap_vec_normalize(self.env)
@@ -727,7 +727,7 @@ class Agent(ABC):
         self.logger.dump(self.num_timesteps)
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """Reseed both generators: one is for training, the other for `predict`, so that evaluating never changes training."""
+        """Reseed both generators: one for training, the other for `predict`, so that evaluation never affects training."""
         self.seed = secrets.randbelow(2**31) if seed is None else whole_number("seed", seed, 0)
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
         self.predict_generator = torch.Generator(self.device).manual_seed(self.seed + 1)
@@ -744,7 +744,7 @@ class Agent(ABC):
 
     @property
     def n_envs(self) -> int:
-        """Number of live environments, 1 if there is none."""
+        """Number of parallel environments, 1 if there is none."""
         return 1 if self.env is None else self.env.num_envs
 
     @property
@@ -794,5 +794,5 @@ class Agent(ABC):
 
     @classmethod
     def presets_name(cls) -> str:
-        """The name of the algorithm's module, which its file of presets in `zoo/` has too."""
+        """The file of `zoo/` with the algorithm's presets, which has the name of the algorithm's module."""
         return cls.__module__.rpartition(".")[2]

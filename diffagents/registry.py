@@ -30,7 +30,7 @@ AGENTS = {
     "TD3BC": "diffagents.agents.td3_bc",
     "AWR": "diffagents.agents.awr",
 }
-"""Algorithm name -> the module that holds the class of that name; it is imported on first use."""
+"""Algorithm name -> the module with the class of that name; it is imported on first use."""
 
 
 def agent_class(algorithm: str) -> "type[Agent]":
@@ -65,18 +65,18 @@ def load(
         path: A folder or .zip that exists, else "organisation/name" on the Hub.
         revision: Branch, tag or commit; for the Hub only.
         token: As in `Agent.push_to_hub`.
-        cache_dir: The Hub's cache; None is its default place.
+        cache_dir: The Hub's cache; None is its default location.
         local_files_only: Use the cache only and make no request, as with HF_HUB_OFFLINE=1.
-        env: As in `Agent.set_env`; None sets none.
+        env: As in `Agent.set_env`; None: no environment.
         device: As in the constructor.
         overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile` or `tf32`.
 
     Returns:
-        The agent, of the class that the file names.
+        The agent, of the class that is named in the file.
 
     Raises:
         FileNotFoundError: There is nothing of that name.
-        HubError: No such repository, no access, no connection.
+        HubError: No such repository, no access or no connection.
         ArtifactError: It is not a policy of diffagents, or it is damaged or from a newer version; the message says what to do.
     """
     from diffagents.storage import checkpoint, hub
@@ -86,14 +86,14 @@ def load(
 
 
 def class_of(source: "Artifact") -> "type[Agent]":
-    """The class of the algorithm that an artifact holds. Raises ArtifactError if this version does not know it."""
+    """The class of an artifact's algorithm. Raises ArtifactError if this version does not know it."""
     from diffagents.errors import ArtifactError, short
 
     algorithm = source.config["algorithm"]
     if algorithm not in AGENTS:
         known = ", ".join(AGENTS)
         raise ArtifactError(
-            f"{source} holds the algorithm {short(algorithm)!r}; this version knows {known}: upgrade diffagents"
+            f"{source} has the algorithm {short(algorithm)!r}, but this version knows only {known}: upgrade diffagents"
         )
     return agent_class(algorithm)
 
@@ -109,7 +109,7 @@ def push_folder(
 ) -> "CommitInfo":
     """Push a folder that `save_pretrained` wrote, after checking that it loads.
 
-    The folder itself is unchanged. The pushed card names the repository, unless somebody edited the card and removed our mark.
+    The folder itself is unchanged. The pushed card names the repository, unless the card was edited and its mark removed.
 
     Args:
         folder: The folder.
@@ -117,7 +117,7 @@ def push_folder(
         private: Make a new repository private; None leaves the choice to the account's settings.
         revision: A branch, created if it does not exist.
         commit_message: Message of the commit; None names the algorithm.
-        token: None takes the one of `hf auth login` or HF_TOKEN.
+        token: None: that of `hf auth login` or HF_TOKEN.
 
     Returns:
         The commit.

@@ -1,7 +1,7 @@
 """The only module that touches parts of PyTorch that are private, undocumented or unstable.
 
-Such a part may change or disappear in any release of torch. It is therefore looked up and tried when it is first used, never
-at import, and something public replaces it where it is missing or has changed:
+Such a part may change or disappear in any release of torch. It is therefore looked up and tested on first use, never at
+import, and replaced by a public equivalent if it is missing or has changed:
 
 * `torch._fused_adam_` and `torch._fused_adamw_`, because the bookkeeping of `torch.optim` takes longer than the arithmetic, and
   its first optimiser imports `torch._dynamo`, which takes more than a second.
@@ -14,7 +14,7 @@ at import, and something public replaces it where it is missing or has changed:
 * `torch._decomp.decomposition_table` and `make_fx`, because `torch.export` cannot trace an algorithm that takes gradients while
   it acts, as QGPO does.
   Without them: exporting such an algorithm raises RuntimeError. The other algorithms do not need them.
-* `Module._parameters` and `Module._buffers`, because `module.weight` takes many times as long to look up, and a call of
+* `Module._parameters` and `Module._buffers`, because looking up `module.weight` takes many times as long, and a call of
   `predict` that looks up several takes only microseconds.
   Without them: `getattr`.
 
@@ -38,14 +38,14 @@ _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
 # ---- Adam ------------------------------------------------------------------------------------------------------------
 @functools.cache
 def fused_adam(decoupled: bool, device: torch.device) -> Callable[..., Any] | None:
-    """torch's fused kernel of a step of Adam.
+    """torch's fused kernel for a step of Adam.
 
     Args:
-        decoupled: AdamW's instead.
-        device: Where it shall run.
+        decoupled: Return AdamW's kernel instead.
+        device: The device of the parameters.
 
     Returns:
-        The kernel; None where it is missing or does not take the right step with our arguments: use `adam_by_torch_optim`.
+        The kernel; None if it is missing or does not take the right step with our arguments: use `adam_by_torch_optim`.
     """
     kernel: Any = getattr(torch, "_fused_adamw_" if decoupled else "_fused_adam_", None)
     numbers = torch.tensor([1.0, 2.0, 0.0, 0.0, 1.0, 0.25], dtype=torch.float32, device=device)
@@ -83,10 +83,10 @@ def adam_by_torch_optim(
     lr: Tensor,
     weight_decay: float | None,
 ) -> None:
-    """The same step on the same tensors by torch.optim, in place, so that the two ways can take turns.
+    """The same step on the same tensors by torch.optim, in place, so that the two implementations are interchangeable.
 
     Args:
-        parameters: The N tensors to move, all on one device.
+        parameters: The N tensors to update, all on one device.
         gradients: One for each parameter.
         exp_avgs: The running means of the gradients.
         exp_avg_sqs: The running means of their squares.
@@ -111,7 +111,7 @@ def adam_by_torch_optim(
 # ---- operations on lists of tensors ----------------------------------------------------------------------------------
 @functools.cache
 def for_each(operation: str) -> Callable[..., None]:
-    """An in-place operation on lists of tensors: torch's function, or a loop where it is missing or does something else.
+    """An in-place operation on lists of tensors: torch's function, or a loop if it is missing or behaves differently.
 
     Args:
         operation: "add_" (tensors, others), "lerp_" (tensors, others, weight) or "zero_" (tensors).
@@ -182,7 +182,7 @@ _PROXY_TENSOR = "torch.fx.experimental.proxy_tensor"
 
 
 def _lookup(module: str, name: str) -> Any:
-    """`module.name`, imported only now: these modules take seconds to import."""
+    """`module.name`, imported here, because these modules take seconds to import."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -191,7 +191,7 @@ def _lookup(module: str, name: str) -> Any:
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
 def tensor_place(module: nn.Module, name: str) -> Mapping[str, Any]:
-    """Where the module keeps its parameter or buffer `name`: a mapping whose entry `name` is always the present tensor."""
+    """The mapping in which the module stores its parameter or buffer `name`, whose entry is always the present tensor."""
     for place in (getattr(module, "_parameters", None), getattr(module, "_buffers", None)):
         if isinstance(place, dict) and place.get(name) is not None:
             return place

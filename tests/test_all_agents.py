@@ -227,7 +227,7 @@ def test_samplers_at_predict_time(name: str, trained: dict[str, Agent]) -> None:
 @pytest.mark.parametrize("name", ["SRPO", "TD3BC", "IQL", "AWR"])
 def test_no_sampler_to_choose(name: str, trained: dict[str, Agent]) -> None:
     agent = train(name, trained)
-    with pytest.raises(TypeError, match="its policy leaves nothing to choose"):
+    with pytest.raises(TypeError, match="it has no such choices"):
         agent.predict(OBS, solver_steps=3)
 
 
@@ -353,7 +353,7 @@ def test_a_file_cannot_claim_sizes_that_its_tensors_do_not_have(
     folder = agent.save_pretrained(tmp_path / "a")
     config = json.loads((folder / "config.json").read_text())
     monkeypatch.setattr(agent_class(name), "set_up", lambda *_: pytest.fail("memory was taken"))
-    other_shapes = "in the artifact but|the artifact lacks|the artifact has the unknown|cannot be built"
+    other_shapes = "in the artifact but|the artifact lacks|the artifact has the unexpected|cannot be built"
     for size in {"n_critics", "n_diffusion_steps"} & config["knobs"].keys():
         changed = {**config, "knobs": {**config["knobs"], size: 10**7}}
         (folder / "config.json").write_text(json.dumps(changed))

@@ -145,7 +145,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "foreign zip": (lambda a, f: SRPO.load(f / "empty.zip"), ValueError, r"not a diffagents artifact|config\.json"),
     "newer format": (lambda a, f: SRPO.load(f / "newer"), ValueError, r"newer"),
     "unknown algorithm": (lambda a, f: diffagents.load(f / "other"), ValueError, r"'DreamQL'; this version knows SRPO"),
-    "other algorithm": (lambda a, f: SRPO.load(f / "other"), ValueError, r"holds a DreamQL, not a SRPO"),
+    "other algorithm": (lambda a, f: SRPO.load(f / "other"), ValueError, r"contains an agent of DreamQL, not of SRPO"),
     "no model": (lambda a, f: SRPO.load(f / "gutted"), ValueError, r"model\.safetensors"),
     "wrong shapes": (lambda a, f: SRPO.load(f / "shapes"), ValueError, r"\(9"),
     "save over a folder of others": (lambda a, f: a.save_pretrained(f / "busy"), FileExistsError, r"busy"),

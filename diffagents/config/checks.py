@@ -1,4 +1,4 @@
-"""Checks of values that a user gives. Messages name the argument, its value and the rule."""
+"""Checks of the user's arguments. Messages name the argument, its value and the rule."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 MOST = 10**7
-"""The most of anything that is counted: a batch, critics, samples."""
+"""The largest value of any count: batch size, critics, samples."""
 N_FIXED = 256
-"""How many fixed noises an artifact holds for deterministic actions: the most candidates there can be."""
+"""Number of stored noise vectors for deterministic actions, and so the largest number of candidates."""
 
 
 def whole_number(name: str, value: Any, least: int, unit: str = "") -> int:
@@ -22,17 +22,17 @@ def whole_number(name: str, value: Any, least: int, unit: str = "") -> int:
 
 
 def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
-    """Raises ValueError, with the name, the value and the rule, unless `value` is a finite number for which `holds` is true."""
+    """Raise ValueError, with the name, the value and the rule, unless `value` is a finite number for which `holds` is true."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ValueError(f"{name}={value!r} must be a number")
-    if not abs(float(value)) < 1e38:  # what float32 holds
+    if not abs(float(value)) < 1e38:  # the range of float32
         raise ValueError(f"{name}={str(value)[:20]} must be finite")
     if not holds(float(value)):
         raise ValueError(f"{name}={value!r} {rule}")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-    """Raises ValueError, listing the choices, unless `value` is one of them."""
+    """Raise ValueError, listing the choices, unless `value` is one of them."""
     choices = list(choices)  # a list compares where a dict would hash
     if value not in choices:
         raise ValueError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")
@@ -43,7 +43,7 @@ def net_arch(
 ) -> dict[str, Any]:
     """`policy_kwargs` -> hidden sizes for each part of `default` and the integers of `extra`, checked.
 
-    `net_arch` may be a list (for all parts) or a dict by part, as in SB3; "vf" follows "qf" where only that is given.
+    `net_arch` may be a list (for all parts) or a dict by part, as in SB3; "vf" follows "qf" if only that is given.
     Raises TypeError for an unknown key.
     """
     parts, extra = list(default), extra or {}
@@ -65,12 +65,12 @@ def net_arch(
     sizes |= {name: policy_kwargs.get(name, value) for name, value in extra.items()}
     flat = [n for size in sizes.values() for n in (size if isinstance(size, tuple) else (size,))]
     if not all(isinstance(n, int) and n > 0 for n in flat):
-        raise ValueError(f"policy_kwargs {policy_kwargs} must hold positive whole numbers")
+        raise ValueError(f"policy_kwargs {policy_kwargs} must contain positive whole numbers")
     return sizes
 
 
 def check_arguments(policy: Any, obs_keys: Any, policy_kwargs: Any) -> None:
-    """Raises ValueError or TypeError for what no agent's constructor takes."""
+    """Raise ValueError or TypeError for values that no agent's constructor accepts."""
     if policy not in ("MlpPolicy", "MultiInputPolicy"):
         raise ValueError(f'policy={policy!r}; the only policy is "MlpPolicy" (pass an environment as env=...)')
     if policy_kwargs is not None and not isinstance(policy_kwargs, dict):
@@ -80,7 +80,7 @@ def check_arguments(policy: Any, obs_keys: Any, policy_kwargs: Any) -> None:
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises ValueError where the device cannot be used."""
+    """The device of this name; "auto" is CUDA if it is available. Raises ValueError if the device cannot be used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

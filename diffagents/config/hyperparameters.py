@@ -31,7 +31,7 @@ KEY = "hyperparameter"
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """What is known about a hyperparameter in addition to its name, type and default. See `hyperparameter`."""
+    """Metadata of a hyperparameter in addition to its name, type and default. See `hyperparameter`."""
 
     description: str
     above: float | None = None
@@ -52,12 +52,12 @@ class Hyperparameter:
 
     @property
     def limits(self) -> tuple[float | None, float | None]:
-        """The lower and the upper limit, None where there is none."""
+        """The lower and the upper limit; None if there is none."""
         return self.at_least if self.above is None else self.above, self.at_most if self.below is None else self.below
 
     @property
     def range(self) -> str:
-        """What values are allowed, in words: "above 0 and at most 1", 'one of "a", "b"'; empty if the type says it all."""
+        """What values are allowed, in words: "above 0 and at most 1", 'one of "a", "b"'; empty if the type is the only restriction."""
         if self.choices:
             return "one of " + ", ".join(map(json.dumps, self.choices))
         words = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
@@ -103,7 +103,7 @@ def hyperparameter(
 
     Args:
         default: The default value, which must itself be allowed.
-        description: Whole sentences, the first of which says what it is; error messages repeat that one.
+        description: Whole sentences, the first of which defines the hyperparameter; error messages repeat it.
         above: Values must be greater than this number.
         below: Values must be less than this number.
         at_least: Values must not be less than this number. Whole numbers need it: 0 or 1.
@@ -115,7 +115,7 @@ def hyperparameter(
         A `dataclasses.field` whose metadata hold a `Hyperparameter`; to type checkers, the default.
 
     Raises:
-        TypeError: If the description is no sentence or the limits contradict each other.
+        TypeError: If the description is not a sentence or the limits contradict each other.
     """
     about = Hyperparameter(description, above, below, at_least, at_most, tuple(choices), unit)
     return dataclasses.field(default=default, metadata={KEY: about})
@@ -124,13 +124,13 @@ def hyperparameter(
 class Hyperparameters:
     """Base class of every algorithm's `Config`, a frozen dataclass of fields made by `hyperparameter`.
 
-    Each value is checked and brought to its type when an instance is made: 16.0 becomes 16 for an int, 1 becomes 1.0 for a
+    Each value is checked and converted to its type when an instance is created: 16.0 becomes 16 for an int, 1 becomes 1.0 for a
     float. Where several fields depend on each other, a class extends `__post_init__`. Its docstring is completed by the list
     of its hyperparameters.
 
     Raises:
-        TypeError: When a class is made whose declarations are incomplete or contradict each other.
-        ValueError: When an instance is made with a value that is not allowed.
+        TypeError: When a class is created whose declarations are incomplete or contradict each other.
+        ValueError: When an instance is created with a value that is not allowed.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -159,7 +159,7 @@ class Hyperparameters:
 
 
 class Description(NamedTuple):
-    """A hyperparameter as text, for a table or a list; `range` is empty where the type says it all."""
+    """A hyperparameter as text, for a table or a list; `range` is empty if the type is the only restriction."""
 
     name: str
     type: str
@@ -193,7 +193,7 @@ def agent_doc(doc: str, config: type[Hyperparameters]) -> str:
 
 
 def build_config(config: type[C], algorithm: str, values: dict[str, Any]) -> C:
-    """Make a `Config` from keyword arguments.
+    """Create a `Config` from keyword arguments.
 
     Args:
         config: An algorithm's `Config`.
@@ -222,16 +222,16 @@ def choose(algorithm: str, config: C, allowed: tuple[str, ...], choice: dict[str
     Args:
         algorithm: Name of the agent's class.
         config: The agent's configuration.
-        allowed: The hyperparameters that the call may set (the class's CHOICE).
-        choice: Those that it sets.
+        allowed: The hyperparameters that the call may override (the class's CHOICE).
+        choice: The values to override.
 
     Raises:
-        TypeError: One of them may not be set.
+        TypeError: One of them cannot be overridden.
         ValueError: A value is out of its range.
     """
     for key in choice:
         if key not in allowed:
-            valid = f"; valid: {', '.join(allowed)}" if allowed else ": its policy leaves nothing to choose"
+            valid = f"; valid: {', '.join(allowed)}" if allowed else ": it has no such choices"
             raise TypeError(f"{algorithm}.predict has no choice {key!r}{valid}")
     return dataclasses.replace(config, **choice)
 

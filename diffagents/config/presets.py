@@ -1,6 +1,6 @@
-"""Rows of `zoo/<algorithm>.yml`: budgets and per-task values that papers publish, found by row name or dataset id.
+"""Rows of `zoo/<algorithm>.yml`: published budgets and per-task values, found by row name or dataset id.
 
-    default: {<stage>_steps: ...}                  what a plain run takes
+    default: {<stage>_steps: ...}                  the budget without a preset
     paper:   {<stage>_steps: ..., source: ...}     the paper's schedule
     official_code: {<name>: ..., source: ...}      optional: where the authors' code as published differs from the paper
     <row>:   {<name>: ..., aliases: [<dataset id>, ...], source: ...}    only what differs from the defaults
@@ -8,8 +8,8 @@
 
 where each name is a hyperparameter.
 
-Applied only when asked for, a row's `paper` with "paper" and "official_code" only. `aliases` and `source` are for finding and
-for readers; they never reach an agent.
+Presets are applied only on request, and a row's `paper` only with "paper" and "official_code". `aliases` serve to find a row
+and `source` informs the reader; neither reaches an agent.
 """
 
 import difflib
@@ -20,14 +20,14 @@ from typing import Any
 BLOCKS = ("default", "paper", "official_code")
 _NEEDED = BLOCKS[:2]
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In the installed package the build has put the presets into it; in a checkout they lie beside it.
+# The installed package contains the presets; in a checkout they are in the folder next to the package.
 _FOLDERS = (_PACKAGE / "zoo", _PACKAGE.parent / "zoo")
 
 
 def load_presets(algorithm: str) -> dict[str, dict[str, Any]]:
     """The whole table of one algorithm (any case): block or row name -> its entries, in the file's order.
 
-    Raises ValueError for an algorithm without presets and for a file of another shape, naming the row.
+    Raises ValueError for an algorithm without presets and for a malformed file, naming the row.
     """
     name = algorithm.lower()
     path = next((p for folder in _FOLDERS if (p := folder / f"{name}.yml").is_file()), None)
@@ -45,9 +45,9 @@ def load_presets(algorithm: str) -> dict[str, dict[str, Any]]:
 
 
 def find_preset(algorithm: str, name_or_id: str) -> tuple[str, dict[str, Any]] | None:
-    """(row name, its values) for a row name or an alias, exact or, where none is, in another version (`-vN`).
+    """(row name, its values) for a row name or an alias, exact or, if there is none, in another version (`-vN`).
 
-    A file's name counts as an id: its `.hdf5`, `.h5` or `.npz` is cut off, and `_` is read as `-`.
+    The name of a file counts as an id: its `.hdf5`, `.h5` or `.npz` is cut off, and `_` is read as `-`.
     """
     rows = {name: row for name, row in load_presets(algorithm).items() if name not in BLOCKS}
     names = {alias: name for name, row in rows.items() for alias in (name, *row.get("aliases", ()))}
@@ -60,9 +60,9 @@ def resolve_preset(algorithm: str, preset: str | None, dataset_id: str | None) -
 
     preset            applied, in this order
     None              []
-    "auto"            [the row of `dataset_id`], [] where it has none
-    "paper"           ["paper", the row of `dataset_id` where it has one]
-    "official_code"   ["paper", "official_code", the row of `dataset_id` where it has one]
+    "auto"            [the row of `dataset_id`], [] if it has none
+    "paper"           ["paper", the row of `dataset_id` if it has one]
+    "official_code"   ["paper", "official_code", the row of `dataset_id` if it has one]
     a name            [that row], by its name or an alias
 
     Raises ValueError for an unknown name, listing the rows.

@@ -14,7 +14,7 @@ from diffagents.training.updates import Noise
 def compiled_act(learner: Learner, n_obs: int, deterministic: bool, config: Any) -> Compiled:
     """Compile `learner.act`, by running it once; this takes tens of seconds.
 
-    The compiled function reads the networks' tensors at each call, so that it follows further training.
+    The compiled function reads the networks' tensors at each call, so that later training takes effect.
 
     Args:
         learner: The agent.

@@ -57,7 +57,7 @@ def export(
         path: The file; without a suffix it gets .onnx or .pt2.
         format: "onnx" (needs `pip install "diffagents[export]"`) or "torch_export".
         deterministic: Only True: a file has no random generator.
-        choice: As in `predict`, e.g. n_candidates=10; fixed in the file. Fewer candidates and solver steps make it smaller.
+        choice: As in `predict`, e.g. n_candidates=10; baked into the file. Fewer candidates and solver steps make it smaller.
 
     Returns:
         The path of the file.
@@ -90,7 +90,7 @@ def metadata(learner: Learner, choice: dict[str, Any]) -> dict[str, Any]:
         A dict with the keys `algorithm`, `diffagents` (the version of the library), `obs_dim` (S), `obs_keys` and `obs_sizes`
         (the entries of a Dict observation and their lengths in `obs`; None and [S] for other observations), `action_dim` (A),
         `action_shape` (in the environment), `action_low` and `action_high` (A numbers each), and `choice` (the
-        hyperparameters that `predict` may set, with their values in the file).
+        hyperparameters that can be overridden in `predict`, with their values in the file).
     """
     spec = learner.require_spec()
     config = choose(type(learner).__name__, learner.config, learner.CHOICE, choice)
@@ -111,7 +111,7 @@ def metadata(learner: Learner, choice: dict[str, Any]) -> dict[str, Any]:
 class ExportedPolicy(nn.Module):
     """`Agent.predict(deterministic=True)` as a module: obs (B, S), not normalised -> action (B, A) in the environment's units.
 
-    It uses copies of the networks on the CPU, so that tracing leaves no trace in the agent.
+    It uses copies of the networks on the CPU, so that tracing does not affect the agent.
 
     Args:
         learner: The agent.
@@ -151,7 +151,7 @@ def _trace(policy: ExportedPolicy) -> "ExportedProgram":
     noise = torch.randn(_CHECK_ROWS, len(normalizer.mean), generator=torch.Generator().manual_seed(0))
     obs = normalizer.mean + normalizer.std * noise  # the distribution on which the policy was trained
     example = obs[:5]
-    # This comes first because it also runs the policy once, so that whatever its networks cache is there before tracing.
+    # This comes first because it also runs the policy once, which fills any caches of the networks before tracing.
     gradients = _takes_gradients(policy, example)
     with torch.no_grad(), _free_batch_size():
         module: nn.Module = _without_autograd(policy, example) if gradients else policy
@@ -164,7 +164,7 @@ def _trace(policy: ExportedPolicy) -> "ExportedProgram":
 
 
 class _GradientWatch(TorchFunctionMode):
-    """Notices whether anything is computed with gradients enabled."""
+    """Detects whether anything is computed with gradients enabled."""
 
     seen = False
 
@@ -319,13 +319,13 @@ def _check(learner: Learner, path: str | os.PathLike[str], format: str, determin
             'pip install "diffagents[export]", or pass format="torch_export", which needs neither'
         )
     if learner.state.pristine:
-        warnings.warn(f"this {name} has not been trained: the file will hold a random policy", stacklevel=3)
+        warnings.warn(f"this {name} has not been trained: the file will contain a random policy", stacklevel=3)
     return target
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the logs and warnings of PyTorch's exporters; problems that concern a user are raised."""
+    """Suppress the logs and warnings of PyTorch's exporters; problems that concern the user raise errors."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

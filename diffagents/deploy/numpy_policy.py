@@ -1,6 +1,6 @@
-"""The fast path of `predict`: a tanh MLP for one observation on a CPU, in numpy on the memory of the networks themselves.
+"""The fast path of `predict`: a tanh MLP for one observation on a CPU, in numpy, sharing memory with the networks.
 
-A product of a matrix and one vector takes a few microseconds in numpy, in torch with its overhead tens of them.
+A product of a matrix and one vector takes a few microseconds in numpy but tens of them in torch, because of its overhead.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ _MOST = 1e18
 
 
 class NumpyPath:
-    """The fast path of one agent: keeps a `NumpyPolicy` and makes a new one when the networks are replaced or moved."""
+    """The fast path of one agent: keeps a `NumpyPolicy`, and creates a new one when the networks are replaced or moved."""
 
     def __init__(self) -> None:
         self._policy: NumpyPolicy | None = None
@@ -31,7 +31,7 @@ class NumpyPath:
             spec: The agent's spaces.
 
         Returns:
-            As `NumpyPolicy` does.
+            As `NumpyPolicy`.
         """
         quick = self._policy
         if quick is None or not quick.current(policy, normalizer):
@@ -43,7 +43,7 @@ class NumpyPolicy:
     """action = unscale(tanh(MLP(normalise(obs)))) for one float observation.
 
     The arrays are views of the networks' parameters, so that training, which changes these in place, changes the policy too.
-    `current` checks that they still are.
+    `current` checks that they are still views of them.
 
     Args:
         normalizer: The observation normaliser.

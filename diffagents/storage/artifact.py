@@ -7,7 +7,7 @@
 
 A folder may also contain COMPANIONS (`README.md`, `results.json`, pictures); they are never read here. Reading is safe for
 files from strangers: nothing is unpickled, evaluated or unpacked to disk, and sizes are checked before memory is allocated.
-Writing is atomic: a failure leaves an older artifact unchanged and no temporary files.
+Writing is atomic: a failure leaves an older artifact unchanged and no temporary files behind.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def write(
     Raises:
         ValueError: A tensor contains NaN, or something could not be read back.
         TypeError: A value of `config` or `trainer_state` that `to_json_safe` refuses.
-        FileExistsError: Something other than an artifact is in the way.
+        FileExistsError: Something other than an artifact exists at `path`.
         OSError: The disk is full, permission is denied, ...; what was there before is unchanged.
     """
     files = _encode(config, tensors, trainer_state)
@@ -139,7 +139,7 @@ def to_json_safe(value: Any, where: str = "config") -> Any:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: to_json_safe(item, f"{where}[{key!r}]") for key, item in value.items()}
     kind = "dict with keys that are not strings" if isinstance(value, Mapping) else type(value).__name__
-    raise TypeError(f"{where} is a {kind}, which JSON cannot hold: use numbers, strings, lists or dicts with string keys")
+    raise TypeError(f"{where} is a {kind}, which JSON cannot represent: use numbers, strings, lists or dicts with string keys")
 
 
 def _encode(
@@ -183,7 +183,7 @@ def _check_replaceable(folder: Path) -> None:
     except ArtifactError:
         ours = False
     if not ours:
-        raise FileExistsError(f"{folder} holds other files and no artifact: add .zip to the name, or choose a new folder")
+        raise FileExistsError(f"{folder} contains other files but no artifact: add .zip to the name, or choose a new folder")
 
 
 def _write_zip(files: Mapping[str, bytes], temp: Path) -> None:
@@ -237,7 +237,7 @@ class Artifact:
 
     Args:
         path: The folder or zip file.
-        config: The content of config.json, converted to the present format.
+        config: The content of config.json, converted to the current format.
         origin: The commit on the Hub that the folder was downloaded from; None for a local artifact.
         files: The files to use; any others in the folder are ignored.
     """
@@ -266,11 +266,11 @@ class Artifact:
         with _naming(self.origin, self.path):
             data = _read_bytes(self.path, TENSOR_FILES[name])
         if data is None:
-            raise ArtifactError(f"{where} is not there: {_CURES[name]}")
+            raise ArtifactError(f"{where} is missing: {_CURES[name]}")
         header = int.from_bytes(data[:8], "little")
         if header > MAX_HEADER_BYTES:
             pickled = data[:1] == b"\x80" or data[:2] == b"PK"
-            pickle = "is a pickle under another name, never opened because it may run code"
+            pickle = "is a pickle under another name, which is never opened because it may run code"
             reason = pickle if pickled else f"claims a header of {header} bytes"
             raise ArtifactError(f"{where} is not a safetensors file; it {reason}: {AGAIN}")
         try:
@@ -296,7 +296,7 @@ def read(path: str | os.PathLike[str], origin: HubCommit | None = None, files: C
 
     Raises:
         FileNotFoundError: There is nothing at `path`.
-        ArtifactError: There is something else, or it is damaged or from a newer version.
+        ArtifactError: It is not an artifact, or it is damaged or from a newer version.
     """
     given = Path(path)
     other = given.with_suffix("") if given.suffix == ".zip" else Path(f"{given}.zip")
@@ -319,7 +319,7 @@ def _naming(origin: HubCommit | None, path: Path) -> Iterator[None]:
 
 
 def _read_config(found: Path) -> dict[str, Any]:
-    """The checked content of config.json, converted to the present format."""
+    """The checked content of config.json, converted to the current format."""
     where = f"{found}: {CONFIG}"
     config = read_json(found, CONFIG)
     library, version = config.get("library"), config.get("format")
@@ -408,7 +408,9 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
     with path.open("rb") as file:
         start = file.read(2)
     if start != b"PK":
-        what = "a pickle, never opened because it may run code" if start[:1] == b"\x80" else "neither a zip nor a folder"
+        what = (
+            "a pickle, which is never opened because it may run code" if start[:1] == b"\x80" else "neither a zip nor a folder"
+        )
         raise ArtifactError(f"{path} is {what}: {_PASS_SAVED}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -419,15 +421,15 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
     if CONFIG not in names and any(name == "data" or name.endswith(".pth") for name in names):
         raise ArtifactError(f"{path} is a Stable-Baselines3 file: load it with Stable-Baselines3, e.g. SAC.load(...)")
     if CONFIG not in names and any(name.endswith("data.pkl") for name in names):
-        raise ArtifactError(f"{path} is a torch.save file, never opened because it may run code: {_PASS_SAVED}")
+        raise ArtifactError(f"{path} is a torch.save file, which is never opened because it may run code: {_PASS_SAVED}")
     if len(names) > MAX_ZIP_MEMBERS or len(set(names)) < len(names):
-        raise ArtifactError(f"{path} holds {len(names)} files or one name twice: do not use it")
+        raise ArtifactError(f"{path} contains {len(names)} files, or the same name twice: do not use it")
     for name, info in zip(names, infos, strict=True):
         odd = name.startswith("/") or ".." in name.split("/") or any(sign in name for sign in "\\:\0")
         if odd or stat.S_ISLNK(info.external_attr >> 16):
-            raise ArtifactError(f"{path} holds an unsafe file name or link, {short(name)}: do not use it")
+            raise ArtifactError(f"{path} contains an unsafe file name or link, {short(name)}: do not use it")
         if info.file_size > max(1 << 20, MAX_ZIP_RATIO * info.compress_size):
-            raise ArtifactError(f"{path} holds a zip bomb, {short(name)} of {info.file_size} bytes: do not use it")
+            raise ArtifactError(f"{path} contains a zip bomb, {short(name)} of {info.file_size} bytes: do not use it")
         _check_size(info.file_size, name, path)
     return dict(zip(names, infos, strict=True))
 
@@ -443,6 +445,6 @@ def _check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raises ArtifactError for an unexpected dtype, NaN or infinity."""
     for key, tensor in tensors.items():
         if tensor.dtype not in _TENSOR_DTYPES:
-            raise ArtifactError(f"{where}: {short(key)} has the dtype {tensor.dtype}, which no agent of ours uses")
+            raise ArtifactError(f"{where}: {short(key)} has the dtype {tensor.dtype}, which no agent of this library uses")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(f"{where}: {short(key)} holds NaN or infinity: go back to an earlier checkpoint")
+            raise ArtifactError(f"{where}: {short(key)} contains NaN or infinity: load an earlier checkpoint")

@@ -38,7 +38,7 @@ def make_card(
         config: The content of config.json.
         results: The content of results.json; None if nothing was evaluated.
         name: The name by which others load the policy: a repository id or the name of a folder.
-        license: License of the policy, as the Hub spells it.
+        license: Licence of the policy, as the Hub spells it.
         pictures: Which of curves.png and replay.mp4 are in the same folder as the card.
         notes: Sentences to add at the end, e.g. about pictures that could not be made.
 
@@ -149,7 +149,7 @@ The files contain only JSON and safetensors: loading them runs no code.
 
 
 def _data_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What is known of the dataset."""
+    """Metadata of the dataset."""
     data = config.get("dataset") or {}
     made = data.get("made") or {}
     transform = config.get("reward_transform") or {}

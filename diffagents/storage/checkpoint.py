@@ -1,13 +1,13 @@
-"""An agent <-> the content of an artifact: config, named tensors, trainer state. artifact.py reads and writes the files.
+"""Converts an agent to the content of an artifact and back: config, tensors, trainer state. artifact.py handles the files.
 
 config.json            hyperparameters, spaces, seed, transforms, dataset, provenance and the counters of steps and updates
 model.safetensors      the networks that `predict` needs, the observation normaliser included
 learner.safetensors    all other networks, target networks included, which only training needs
-optimizer.safetensors  the optimisers' running means, step counts and both random generators
+optimizer.safetensors  the optimisers' moments and step counts, and both random generators
 trainer_state.json     plan, online run and history
 
-With the last two, training resumes bit for bit. `learn_online` needs its replay buffer too, a file of its own
-(`Agent.save_replay_buffer`). Learning rates and extras are recomputed from the plan and the data.
+With the last two, training resumes bit for bit. `learn_online` also needs its replay buffer, which is a
+separate file (`Agent.save_replay_buffer`). Learning rates and extras are recomputed from the plan and the data.
 """
 
 import dataclasses
@@ -43,15 +43,15 @@ Packed = tuple[dict[str, Any], dict[str, Tensors], dict[str, Any] | None]
 AGENT_OVERRIDES = ("seed", "verbose", "tensorboard_log", "compile", "tf32")
 """Arguments of the constructor that may be changed when an agent is loaded; all others are hyperparameters."""
 MAX_NETWORK_BYTES = 1 << 32
-"""The most memory that the networks of a file without learner.safetensors may ask for."""
+"""The largest size of the networks that a file without learner.safetensors may describe."""
 
 
 def pack(learner: Learner, trainer_state: bool) -> Packed:
-    """The content of an artifact of a built agent.
+    """The content of an artifact of an agent with networks.
 
     Args:
-        learner: The agent. If it was downloaded to act only, its other networks are downloaded now; offline it is packed
-            without.
+        learner: The agent. If it was downloaded to act only, its other networks are downloaded now; offline they are left
+            out.
         trainer_state: Whether to include optimisers, generators, plan and history.
     """
     spec, state = learner.require_spec(), learner.state
@@ -103,7 +103,7 @@ def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides
         source: The artifact.
         device: As in the constructor.
         overrides: Hyperparameters and AGENT_OVERRIDES to change.
-        env: As in `Agent.set_env`; None sets none.
+        env: As in `Agent.set_env`; None: no environment.
 
     Raises:
         ArtifactError: It is of another class, or not what this version writes.
@@ -112,10 +112,10 @@ def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides
     algorithm = short(source.config.get("algorithm"))
     if algorithm != cls.__name__:
         raise ArtifactError(
-            f"{source} holds a {algorithm}, not a {cls.__name__}: use diffagents.load(path) or {algorithm}.load"
+            f"{source} contains an agent of {algorithm}, not of {cls.__name__}: use diffagents.load(path) or {algorithm}.load"
         )
     tensors = {name: source.tensors(name) for name in ("model", "learner", "optimizer") if source.has(name)}
-    learner = restore(cls, source.config, tensors, source.trainer_state(), device, overrides, ())
+    learner = rebuild(cls, source.config, tensors, source.trainer_state(), device, overrides, ())
     if env is not None:
         learner.set_env(env)
     if source.origin is not None:
@@ -124,7 +124,7 @@ def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides
     return learner
 
 
-def restore(
+def rebuild(
     cls: type[L],
     config: dict[str, Any],
     tensors: dict[str, Tensors],
@@ -133,13 +133,15 @@ def restore(
     overrides: dict[str, Any],
     fresh: Sequence[str],
 ) -> L:
-    """Build an agent from what `pack` returned; `overrides` as in `unpack`, networks named in `fresh` get new weights."""
+    """Build an agent from the output of `pack`; `overrides` as in `unpack`, networks named in `fresh` are reinitialised."""
     unknown = [name for name in fresh if name not in (*cls.MODEL, *cls.TRAINING_NETWORKS)]
     if unknown:
         raise ValueError(f"fresh={tuple(fresh)} names {unknown[0]!r}; the networks are {[*cls.MODEL, *cls.TRAINING_NETWORKS]}")
     for name in overrides:
         if name in ("policy_kwargs", "preset", "obs_keys", "device", "env"):
-            raise TypeError(f"{name} belongs to the saved networks and cannot be changed here: make a new {cls.__name__}(...)")
+            raise TypeError(
+                f"{name} belongs to the saved networks and cannot be changed here: create a new {cls.__name__}(...)"
+            )
     _check_overrides(cls, config, device, overrides)
     try:
         learner = _build(cls, config, tensors, device, overrides)
@@ -164,7 +166,7 @@ def restore(
     if trainer_state is not None and "optimizer" in tensors and learner.has_training_networks:
         load_optimizer_and_generator_tensors(learner, tensors["optimizer"], fresh, generators="seed" not in overrides)
         state.plan, state.online, state.history = plan, online, history
-    if fresh:  # what trains a new network begins anew, and is no longer the run that the plan describes
+    if fresh:  # the stages that train a new network restart, so the saved plan no longer applies
         state.plan = state.online = None
         new = [learner.optimizers[name] for name in fresh if name in learner.optimizers]
         for stage in learner.stages(None):
@@ -177,15 +179,15 @@ def fetch_training_networks(learner: Learner) -> None:
     """Download the critics and other networks of a policy that was loaded to act only, and its trainer state if there is one.
 
     Raises:
-        RuntimeError: It was not downloaded from anywhere.
-        HubError, ArtifactError: The download failed. The agent is as it was then.
+        RuntimeError: The agent was not downloaded from the Hub.
+        HubError, ArtifactError: The download failed. The agent is unchanged.
     """
     if learner.has_training_networks:
         return
     if learner.origin is None:
         raise RuntimeError(
             f"this {type(learner).__name__} was loaded without {TENSOR_FILES['learner']}, its critics and behaviour model: it "
-            "can act, not learn; load the whole artifact"
+            "can act but not learn; load the whole artifact"
         )
     names = [*TENSOR_FILES.values(), TRAINER_STATE, CONFIG]
     source = read(learner.origin.fetch(names, needed=[TENSOR_FILES["learner"]]), learner.origin)
@@ -201,7 +203,7 @@ def fetch_training_networks(learner: Learner) -> None:
 
 
 def _check_overrides(cls: type[L], config: dict[str, Any], device: str | torch.device, overrides: dict[str, Any]) -> None:
-    """A wrong override is the caller's error, not the artifact's. Some are right only together with the saved values."""
+    """Report a wrong override as the caller's error, not the artifact's. Some are valid only with the saved values."""
     try:
         cls(device=device, **overrides)
     except ValueError:
@@ -214,7 +216,7 @@ def _check_overrides(cls: type[L], config: dict[str, Any], device: str | torch.d
 def _build(
     cls: type[L], config: dict[str, Any], tensors: dict[str, Tensors], device: str | torch.device, overrides: dict[str, Any]
 ) -> L:
-    """The agent that `config` describes, with new networks. Raises KeyError, TypeError, ... if `pack` did not write it so."""
+    """The agent that `config` describes, with new networks. Raises KeyError, TypeError, ... if `pack` did not write it."""
     spec = Spec.from_json(config["spec"])
     if len(_numbers(config["policy_kwargs"])) > sum(map(len, tensors.values())):
         raise ValueError("policy_kwargs name more layers than there are tensors")
@@ -224,12 +226,12 @@ def _build(
     learner.explicit = {name: values[name] for name in {*config["explicit"], *overrides} if name in values}
     transform, counters = config["reward_transform"], config["counters"]
     if (transform is None) != (config["dataset"] is None):
-        raise ValueError("a reward transform and the dataset that it was fitted on belong together")
+        raise ValueError("a reward transform needs the dataset that it was fitted on, and vice versa")
     if transform is not None:
         for name in ("reward_transform", "normalize_obs"):
             if name in overrides and overrides[name] != config["knobs"].get(name):
                 raise ArtifactError(
-                    f"{name} was fitted when the agent first learned: make a new {cls.__name__}({name}=...) instead"
+                    f"{name} was fitted when the agent first learned: create a new {cls.__name__}({name}=...) instead"
                 )
     learner.state = TrainState(
         stage_steps={name: whole_number(name, counters["stage_steps"][name], 0) for name in cls.STAGE_SHARES},
@@ -248,7 +250,7 @@ def _build(
 
 
 def _check_shapes(learner: Learner, spec: Spec, tensors: dict[str, Tensors]) -> None:
-    """Compare names, shapes and dtypes of the networks before any memory is taken for them. Raises ArtifactError."""
+    """Compare names, shapes and dtypes of the networks before any memory is allocated for them. Raises ArtifactError."""
     expected = networks_on_meta(learner, spec)
     for part, names in (("model", ("obs_normalizer", *learner.MODEL)), ("learner", learner.TRAINING_NETWORKS)):
         if part in tensors:

@@ -43,7 +43,7 @@ class Origin:
         repo_id: "organisation/name".
         sha: The id of the commit, 40 hexadecimal digits.
         token: As in `Agent.push_to_hub`; hidden in the object's repr.
-        cache_dir: The Hub's cache; None is its default place.
+        cache_dir: The Hub's cache; None is its default location.
         local_files_only: Use the cache only and make no request.
     """
 
@@ -60,7 +60,7 @@ class Origin:
         """Download the files that are not in the cache yet.
 
         Args:
-            names: The files to download, as far as the commit has them.
+            names: The files to download, if the commit has them.
             needed: Those without which the download is useless. Offline, it is enough that these are in the cache.
 
         Returns:
@@ -134,13 +134,13 @@ class Origin:
         return path
 
     def _describe_other(self, missing: Sequence[str]) -> str:
-        """What the repository contains instead of a policy of ours, for an error message."""
+        """What the repository contains instead of a policy of diffagents, for an error message."""
         with explained(str(self)):
             tree = self._api.list_repo_tree(self.repo_id, revision=self.sha)
             names = [entry.path for entry in itertools.islice(tree, 200)]
         what = f"is not a policy of {LIBRARY}: it has no {' and no '.join(missing)}"
         if any(re.fullmatch(r"[\w.-]+-v\d+\.zip", name) for name in names):
-            return f"holds a Stable-Baselines3 policy (a .zip that contains pickles), not one of {LIBRARY}: load it with SB3"
+            return f"contains a Stable-Baselines3 policy (a .zip with pickles), not one of {LIBRARY}: load it with SB3"
         if pickled := [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".d3"))]:
             return f"{what}. Its {short(pickled[0])} is a pickle, which may run code and is never opened here"
         return f"{what}; check the name and the revision"
@@ -162,7 +162,7 @@ def find_artifact(
         where: A path, or "organisation/name".
         revision: Branch, tag or commit.
         token: As in `Agent.push_to_hub`.
-        cache_dir: The Hub's cache; None is its default place.
+        cache_dir: The Hub's cache; None is its default location.
         local_files_only: Use the cache only and make no request.
 
     Raises:
@@ -199,7 +199,7 @@ def resolve(
         repo_id: "organisation/name".
         revision: Branch, tag or commit; None is the main branch.
         token: As in `Agent.push_to_hub`.
-        cache_dir: The Hub's cache; None is its default place.
+        cache_dir: The Hub's cache; None is its default location.
         local_files_only: Use the cache only and make no request.
 
     Raises:
@@ -236,7 +236,7 @@ def pull(
         folder: A folder to copy it to, which must not exist yet; None leaves it in the cache.
         revision: Branch, tag or commit; None is the main branch.
         token: As in `Agent.push_to_hub`.
-        cache_dir: The Hub's cache; None is its default place.
+        cache_dir: The Hub's cache; None is its default location.
         local_files_only: Use the cache only and make no request.
 
     Returns:
@@ -320,9 +320,11 @@ class Repository:
         others = sorted(name for name in names if name not in ALL_FILES and not _HARMLESS.fullmatch(name))
         if CONFIG in names:
             if artifact.read_json(present.fetch([CONFIG]), CONFIG).get("library") != LIBRARY:
-                raise HubError(f"{repo_id} holds a model of another library (see its {CONFIG}): push to another name")
+                raise HubError(f"{repo_id} contains a model of another library (see its {CONFIG}): push to another name")
         elif others:
-            raise HubError(f"{repo_id} holds other files ({short(others[0])}) and no policy of {LIBRARY}: push to another name")
+            raise HubError(
+                f"{repo_id} contains other files ({short(others[0])}) but no policy of {LIBRARY}: push to another name"
+            )
         readme = (present.fetch(["README.md"]) / "README.md").read_bytes() if "README.md" in names else None
         return cls(repo_id, revision, head.sha, names, readme, token)
 
@@ -415,7 +417,7 @@ def _cause(error: Exception) -> str | None:
     if status in (401, 403) or "LocalTokenNotFoundError" in kinds:
         return f"the Hub denies access ({status or 'no token'}: {reason}): use a token with the rights to it (hf auth login)"
     if status == 412:
-        return "somebody else pushed since this push began: look at what is there now, then push again"
+        return "somebody else pushed since this push began: check the new commit, then push again"
     if status == 429:
         return "the Hub refuses because of too many requests (429): wait a few minutes"
     if status is not None:

@@ -122,7 +122,7 @@ def chain_from_official(cls: type[L], actor: Checkpoint, critic: Checkpoint, *, 
 
 
 def _networks(learner: Learner, obs_dim: int, act_dim: int) -> dict[str, nn.Module]:
-    """The networks of a learner by name, built if they are not yet; they are about to be loaded."""
+    """The networks of a learner by name, built if necessary; they are about to be loaded."""
     if learner.spec is None:  # the official tasks have unbounded observations and actions in [-1, 1]
         box = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
         learner.set_up(Spec(box, spaces.Box(-1.0, 1.0, (act_dim,), np.float32)))

@@ -37,13 +37,13 @@ def save_pretrained(
     Args:
         learner: The agent.
         folder: The folder. A README.md in it that was not generated here is kept.
-        include_trainer_state: Include what others need to resume the run itself.
+        include_trainer_state: Include what others need to resume training.
         eval_env: The environment to evaluate the agent in (an id, an environment, or True for the dataset's own), or an
-            Evaluation that was made before; None evaluates nothing.
+            existing Evaluation; None: no evaluation.
         n_eval_episodes: Number of episodes of the evaluation.
         video: Render an episode; if that fails, there is a warning and no video.
-        license: License of this policy, as the Hub spells it.
-        name: The name by which the card loads the policy; None takes the name of the folder.
+        license: Licence of the policy, as the Hub spells it.
+        name: The name by which the card loads the policy; None: the name of the folder.
 
     Returns:
         The folder.
@@ -129,7 +129,7 @@ def _video(learner: Learner, eval_env: Any) -> bytes | None:
 
 
 def _hand_written(text: bytes | None) -> bytes | None:
-    """The text of a README if it is to be kept: it lacks our mark and has more than front matter. None otherwise."""
+    """The text of a README if it is to be kept: it is not marked as generated and has more than front matter. None otherwise."""
     if text is None or card.MARK.encode() in text:
         return None
     return text if re.sub(rb"\A---\r?\n.*?\r?\n---\s*", b"", text, flags=re.DOTALL).strip() else None
@@ -159,7 +159,7 @@ def push_to_hub(
         private: Make a new repository private; None leaves the choice to the account's settings.
         revision: A branch, created if it does not exist.
         commit_message: Message of the commit; None names the algorithm.
-        token: None takes the one of `hf auth login` or HF_TOKEN.
+        token: None: that of `hf auth login` or HF_TOKEN.
         contents: The keyword arguments of `save_pretrained` except `name`.
 
     Returns:
@@ -193,7 +193,7 @@ def push_to_hub(
 
 
 def renew_card(folder: Path, name: str) -> None:
-    """Rewrite the model card of a folder, unless somebody edited it and removed our mark.
+    """Rewrite the model card of a folder, unless it was edited and its mark removed.
 
     Args:
         folder: A folder that `save_pretrained` wrote.

@@ -1,7 +1,7 @@
 """Stable-Baselines3 callbacks and loggers for our agents.
 
-Nothing in SB3 asks for its own base class: its callbacks read a handful of attributes. SB3 is imported where it is used, so
-that training from arrays without a callback never pays for it.
+SB3's callbacks do not require SB3's base class: they only read a few attributes. SB3 is imported where it is used, so that
+training from arrays without a callback does not pay for the import.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def make_callback(callback: Any, progress_bar: bool) -> "BaseCallback | None":
-    """One SB3 callback, not initialised yet, or None if there is nothing to call.
+    """Combine the callbacks into one SB3 callback, not initialised yet; None if there are none.
 
     Args:
         callback: An SB3 callback, a function of (locals, globals), a list of them, or None.
@@ -56,7 +56,7 @@ def make_callback(callback: Any, progress_bar: bool) -> "BaseCallback | None":
 
 
 def make_logger(learner: Learner, name: str, reset_num_timesteps: bool) -> "Logger":
-    """SB3's Logger for `learner`. It prints SB3's tables from verbose=2 on; verbose=1 has our one line per log step.
+    """SB3's Logger for `learner`. It prints SB3's tables only from verbose=2 on; verbose=1 prints one line per log step.
 
     Raises:
         ImportError: `tensorboard_log` is set but tensorboard is not installed.

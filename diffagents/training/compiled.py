@@ -1,11 +1,11 @@
-"""Functions of networks, traced once and compiled, with every tensor that they touch as an input.
+"""Functions of networks, traced once and compiled, with every tensor that they use as an input.
 
 The forward and the backward pass of an update become one graph, so that an activation needs one pass over memory instead of
-two, and nothing is computed for networks that are frozen in the update. Optimiser steps stay outside: they are fused kernels
-already. Random numbers are inputs, so that the compiled function computes what the eager one does, to float tolerance.
+two, and nothing is computed for networks that are frozen in the update. Optimiser steps stay outside, because they are fused
+kernels already. Random numbers are inputs, so that the compiled function computes what the eager one does, to float tolerance.
 
-torch.compile is not used: it checks guards at each call, which takes longer than a small network. What is used instead, and
-what happens in a version of torch without it, is described in diffagents/torch_internals.py.
+torch.compile is not used, because checking its guards at each call takes longer than a small network. What replaces it, and
+what happens in a version of torch without that, is described in diffagents/torch_internals.py.
 """
 
 import warnings
@@ -41,7 +41,7 @@ class Networks(nn.Module):
         return self.function(*args)
 
     def tensors(self) -> NamedTensors:
-        """All parameters and buffers by name: detached, but with the memory of the networks."""
+        """All parameters and buffers by name: detached, but sharing memory with the networks."""
         named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         return {name: tensor.detach() for name, tensor in named.items()}
 
@@ -92,23 +92,23 @@ def gradients_of(losses: Sequence[Tensor], given: NamedTensors, trained: Sequenc
     Returns:
         For each optimiser, one contiguous tensor for each of its parameters.
     """
-    found = []
+    gradients = []
     for k, (loss, names) in enumerate(zip(losses, trained, strict=True)):
         some = torch.autograd.grad(loss, [given[name] for name in names], retain_graph=k < len(losses) - 1)
-        found.append([gradient.contiguous() for gradient in some])  # as the parameters are
-    return found
+        gradients.append([gradient.contiguous() for gradient in some])  # as the parameters are
+    return gradients
 
 
 class Compiled:
     """A function of the networks' tensors, compiled at its first call for the shapes of that call.
 
-    A call takes the arguments without the tensors, which are read anew each time. Where compiling fails, e.g. for want of a C++
-    compiler, it warns once, sets `failed` and calls `eager` from then on.
+    A call takes the arguments without the tensors, which are read again each time. If compilation fails, e.g. because there is
+    no C++ compiler, it warns once, sets `failed` and calls `eager` from then on.
 
     Args:
-        tensors: The tensors of the networks by name; their memory stays the networks' own.
+        tensors: The tensors of the networks by name, sharing memory with the networks.
         program: The function (tensors, *args) -> nested tuples, lists and dicts of tensors, as the args are too.
-        eager: The function (*args) that computes the same without being compiled.
+        eager: The function (*args) that computes the same without compilation.
     """
 
     def __init__(self, tensors: NamedTensors, program: Callable[..., Any], eager: Callable[..., Any]) -> None:
@@ -117,7 +117,7 @@ class Compiled:
         self._function: Callable[..., Sequence[Tensor]] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        """What `program` returns for the present values of the tensors, detached."""
+        """The output of `program` for the present values of the tensors, detached."""
         if not self.failed and self._function is None:
             try:
                 self._compile(args)
@@ -135,7 +135,7 @@ class Compiled:
         graph, inputs = self.trace(args)
         function = torch_internals.compile_graph(graph, inputs)
         with torch.no_grad():
-            function(*inputs)  # parts of the compiler work lazily; they are done after this
+            function(*inputs)  # parts of the compiler work lazily and are finished after this call
         self._function = function
 
     def trace(self, args: tuple[Any, ...]) -> tuple[torch.fx.GraphModule, list[Tensor]]:
@@ -181,7 +181,7 @@ def _rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
 def compiled_gradients(
     update: Update, networks: Mapping[str, nn.Module]
 ) -> Callable[[Batch, Noise], tuple[Gradients, Metrics]]:
-    """`update.gradients` as a compiled function; an update without a loss stays as it is.
+    """`update.gradients` as a compiled function; an update without a loss is returned unchanged.
 
     Args:
         update: An update of these networks.

@@ -1,6 +1,6 @@
 """A whole training step as a CUDA graph: batch, noise, losses, gradients, optimisers, target networks and sums of metrics.
 
-A graph is launched as one operation, which saves the launches of hundreds of small kernels. Updates that are due together are
+A graph is launched as one operation, instead of hundreds of small kernels. Updates that are due together are
 captured together, so a stage with an update every second step has two graphs. The random generators are registered with each
 graph: replays draw new numbers and advance the generators as eager steps would.
 """
@@ -13,14 +13,14 @@ import torch
 from diffagents.training.updates import Runner
 
 WARM_UP = 3
-"""Eager steps before a capture, which must not contain lazy initialisations. They are ordinary steps of the training."""
+"""Eager steps before a capture, which must not contain lazy initialisation. They count as ordinary training steps."""
 
 
 class GraphRunner:
     """Runs the steps of a `Runner` on a CUDA device, captured once and then replayed.
 
     Args:
-        runner: Its tensors (networks, optimisers, data) must keep their memory from the first capture on.
+        runner: Its tensors (networks, optimisers, data) must stay in the same memory from the first capture on.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -44,7 +44,7 @@ class GraphRunner:
 
     @property
     def failed(self) -> bool:
-        """As `Runner.failed`. The graphs then hold the kernels of eager steps."""
+        """As `Runner.failed`. In that case the graphs contain the kernels of eager steps."""
         return self.runner.failed
 
     def means(self) -> dict[str, float]:
@@ -64,7 +64,7 @@ class GraphRunner:
         here.wait_stream(self._stream)
 
     def _capture(self, due: Sequence[int]) -> torch.cuda.CUDAGraph:
-        """The graph of a step; nothing is computed yet."""
+        """Capture the graph of a step, without computing anything."""
         graph = torch.cuda.CUDAGraph()
         for generator in self.runner.generators:
             graph.register_generator_state(generator)

@@ -1,4 +1,4 @@
-"""Log steps of a running stage: its metrics, the guard against NaN, and the state to fall back to."""
+"""Log steps of a running stage: metrics, detection of divergence, and the snapshot to restore after it."""
 
 import math
 import time
@@ -11,13 +11,13 @@ from diffagents.training.state import Learner, Snapshot, snapshot, training_tens
 
 
 class Monitor:
-    """Logs one stage of one learner and keeps its last good state.
+    """Logs one stage of one learner and keeps a snapshot of its last good state.
 
     Args:
-        learner: Whose stage it is.
+        learner: The agent that is trained.
         stage: Name of the stage.
-        length: Steps that the stage has in all.
-        done: Steps that are done already.
+        length: Total steps of the stage.
+        done: Steps already completed.
     """
 
     def __init__(self, learner: Learner, stage: str, length: int, done: int) -> None:
@@ -28,7 +28,7 @@ class Monitor:
         self.start = (time.perf_counter(), done)
 
     def limit_q(self, sampler: Any) -> None:
-        """No policy earns more than max|r| / (1 - gamma): a mean Q a hundred times beyond it has run away."""
+        """Set the limit of |Q|: no return exceeds max|r| / (1 - gamma), so a mean Q of a hundred times that has diverged."""
         gamma = getattr(self.learner.config, "gamma", 0.0)
         self.q_limit = 100.0 * sampler.max_abs_reward / (1.0 - gamma) + 1.0
 
@@ -37,22 +37,22 @@ class Monitor:
         self.start = (time.perf_counter(), self.start[1])
 
     def log(self, done: int, means: dict[str, float]) -> None:
-        """Wait for the device, check that all is finite, report the metrics and keep the state to fall back to.
+        """Wait for the device, check that everything is finite, report the metrics and take a snapshot.
 
         Args:
-            done: Steps of the stage that are done.
+            done: Completed steps of the stage.
             means: The means of the metrics since the last log step.
 
         Raises:
-            TrainingDiverged: A tensor or a metric is not finite, or Q has run away. The caller puts `good` back.
+            TrainingDiverged: A tensor or a metric is not finite, or Q has diverged. The caller restores `good`.
         """
         learner = self.learner
         sums = [tensor.sum() for tensor in training_tensors(learner).values() if tensor.is_floating_point()]
         finite = bool(torch.stack(sums).isfinite().all())
         if not finite or not all(map(math.isfinite, means.values())) or abs(means.get("q", 0.0)) > self.q_limit:
             raise TrainingDiverged(
-                f"{self.stage} diverged between its steps {self.good_at} and {done} ({_numbers(means)}); the agent holds its "
-                "state from before: try a lower learning_rate, another reward_transform or normalize_obs=True"
+                f"{self.stage} diverged between its steps {self.good_at} and {done} ({_numbers(means)}); the agent is "
+                "restored to its state before that: try a lower learning_rate, another reward_transform or normalize_obs=True"
             )
         self.good, self.good_at = snapshot(learner), done
         if means:

@@ -1,6 +1,6 @@
-"""The offline training loop: choose the execution mode, run the stages of the plan, log, detect divergence.
+"""The offline training loop: choose the execution mode, run the stages of the plan, log, and detect divergence.
 
-It is independent of the algorithm. Between log steps nothing waits for the device: batches and noise are drawn on it, and
+Nothing here depends on the algorithm. Between log steps nothing waits for the device: batches and noise are drawn on it, and
 metrics are summed on it.
 """
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from diffagents.training.cuda_graph import GraphRunner
 
 WORTH_COMPILING, WORTH_A_GRAPH = 120.0, 60.0
-"""Seconds that a stage must take eagerly before compile="auto" compiles it. On a CPU compiling costs tens of seconds and saves
-a quarter to a half; on a GPU (not measured) it should save more, since launching many small kernels is what takes the time
-there."""
+"""Seconds that a stage must take eagerly before compile="auto" compiles it. On a CPU, compiling takes tens of seconds and then
+saves a quarter to a half of the time; on a GPU (not measured) it should save more, because launching many small kernels
+dominates there."""
 
 
 def train(
@@ -45,20 +45,20 @@ def train(
     tb_log_name: str | None = None,
     reset: bool = True,
 ) -> None:
-    """Run the remaining steps of a plan on data that prepare.py has accepted.
+    """Run the remaining steps of a validated plan on validated data (see prepare.py).
 
     Args:
         learner: The agent to train.
-        plan: The stages to run, with their progress.
+        plan: The stages to run and the progress of each.
         data: The dataset, in the learner's spaces.
         callback: An initialised SB3 callback.
-        log_interval: Gradient steps between log steps; default: a twentieth of each stage, at most 1000.
+        log_interval: Gradient steps between log steps. Default: a twentieth of each stage, at most 1000.
         tb_log_name: Name of the run in TensorBoard.
         reset: Whether a new plan starts the counters at zero.
 
     Raises:
-        TrainingDiverged: NaN, or Q has diverged; the learner holds its last good state.
-        KeyboardInterrupt: Ctrl-C, after the current update.
+        TrainingDiverged: NaN, or Q has diverged; the learner is restored to its last good state.
+        KeyboardInterrupt: After Ctrl-C, at the end of the current update.
     """
     begin(learner, plan, data, reset)
     if learner.tensorboard_log is not None:
@@ -102,34 +102,33 @@ def run_stage(
     local: dict[str, Any] | None = None,
     diverged: dict[int, tuple[Snapshot, TrainingDiverged]] | None = None,
 ) -> bool:
-    """Train one stage to its planned length, for one learner or for several that are trained together.
+    """Train one stage to its planned length, for one agent or for several that are trained jointly.
 
     Args:
-        learners: One or more of one class, with identical plans and progress.
-        stages: The stage of each learner, in the same order.
-        sampler: The data, normalised and with transformed rewards as for all learners.
-        make_runner: (the sampler of each learner, mode) -> a runner whose `step` updates all learners.
-        log_interval: Gradient steps between log steps; default: a twentieth of the stage, at most 1000.
+        learners: One or more agents of one class, with identical plans and progress.
+        stages: The stage of each agent.
+        sampler: The data, normalised and reward-transformed as for all agents.
+        make_runner: (the sampler that each stage has prepared, mode) -> a runner whose `step` updates all agents.
+        log_interval: Gradient steps between log steps. Default: a twentieth of the stage, at most 1000.
         interrupted: Set by Ctrl-C.
         callback: An initialised SB3 callback, called after each step.
-        local: The local variables that it may read.
-        diverged: Output: index of a learner that diverged -> (snapshot to restore, error). It stays in the batch of learners,
-            because removing it would change the shapes. None: the first to diverge stops the stage.
+        local: The local variables that the callback may read.
+        diverged: Output: index of a diverged agent -> (snapshot to restore, error). Diverged agents stay in the batch, because
+            removing them would change tensor shapes. None: the first agent that diverges stops all.
 
     Returns:
-        False if the callback or Ctrl-C stopped it.
+        False if the callback or Ctrl-C stopped the stage early.
 
     Raises:
-        TrainingDiverged: If `diverged` is None; the learner holds its last good state.
+        TrainingDiverged: If `diverged` is None; the agent is restored to its last good state.
     """
     name, states = stages[0].name, [learner.state for learner in learners]
     plans = [state.plan for state in states if state.plan is not None]
     plan = plans[0]
     length, done = plan.lengths[name], plan.done.get(name, 0)
-    if done == length:  # already complete: return before taking a snapshot
+    if done == length:  # already complete in a resumed plan: return before taking a snapshot
         return True
-    # Steps of earlier plans: `Update.start` counts from the first step that the stage ever took.
-    earlier = learners[0].state.stage_steps[name] - done
+    earlier = learners[0].state.stage_steps[name] - done  # so that `Update.start` counts from the stage's first step
     monitors: list[Monitor] = []
     samplers: list[Sampler] = []
     for learner, stage in zip(learners, stages, strict=True):
@@ -138,7 +137,7 @@ def run_stage(
         for update in stage.updates:
             for optimizer in update.optimizers:
                 optimizer.start_schedule(length, update.times(earlier, earlier + done))
-        monitors.append(Monitor(learner, name, length, done))  # before `prepare`, which may initialise networks anew
+        monitors.append(Monitor(learner, name, length, done))  # before `prepare`, which may reinitialise networks
         own = sampler if stage.prepare is None else stage.prepare(sampler, stage_generator(learner, stage))
         samplers.append(own)
         monitors[-1].limit_q(own)
@@ -173,16 +172,16 @@ def run_stage(
                 own_plan.modes[name] = "eager"
         if done % interval == 0 or done == length:
             log()
-        goes_on = True
+        keep_going = True
         if callback is not None:
             callback.update_locals(local or {})
             try:
-                goes_on = callback.on_step()
+                keep_going = callback.on_step()
             except Exception:
-                log()  # if there is a NaN, TrainingDiverged explains more than the callback's error
+                log()  # if metrics are NaN, TrainingDiverged is more informative than the callback's error
                 raise
-        if not goes_on or interrupted.is_set():
-            log()  # detect divergence before stopping, so that the state is safe to save
+        if not keep_going or interrupted.is_set():
+            log()  # check for divergence before stopping, so that the state is safe to save
             return False
     return True
 
@@ -201,49 +200,48 @@ def make_runner(learner: Learner, stage: Stage, sampler: Sampler, mode: str) -> 
 
 
 def stage_generator(learner: Learner, stage: Stage) -> torch.Generator:
-    """The generator of `Stage.prepare`, seeded by agent and stage: extras are recomputed on resuming, not saved."""
+    """Generator for `Stage.prepare`, seeded by agent and stage, so that extras are recomputed on resuming and not saved."""
     return torch.Generator(learner.device).manual_seed(learner.seed + zlib.crc32(stage.name.encode()))
 
 
 def estimate(learner: Learner, plan: Plan, sampler: Sampler) -> dict[str, float]:
-    """Estimate the remaining eager time of each stage in seconds from a few timed updates, which are rolled back."""
-    lefts = {name: length - plan.done.get(name, 0) for name, length in plan.lengths.items()}
-    seconds = dict.fromkeys(lefts, 0.0)
-    if max(lefts.values()) < 100:
+    """Estimate each stage's remaining eager time in seconds from a few timed updates, which are rolled back."""
+    remaining = {name: length - plan.done.get(name, 0) for name, length in plan.lengths.items()}
+    seconds = dict.fromkeys(remaining, 0.0)
+    if max(remaining.values()) < 100:
         return seconds
     before = snapshot(learner)
     try:
         for stage in learner.stages(plan):
-            left = lefts.get(stage.name, 0)
+            left = remaining.get(stage.name, 0)
             if left < 100:
                 continue
-            some = sampler
+            timed_on = sampler
             if stage.prepare is not None:  # on a few rows
                 start, few = time.perf_counter(), sampler.head(256)
-                some = stage.prepare(few, stage_generator(learner, stage))
+                timed_on = stage.prepare(few, stage_generator(learner, stage))
                 rows = min(len(sampler), stage.n_prepared or len(sampler))
                 seconds[stage.name] = (time.perf_counter() - start) * rows / len(few)
             for update in stage.updates:
                 for n in (1, 3):  # the first iteration is a warm-up
                     start = time.perf_counter()
                     for _ in range(n):
-                        batch = some.sample(stage.batch_size, learner.generator)
+                        batch = timed_on.sample(stage.batch_size, learner.generator)
                         update.step(batch, update.draw(stage.batch_size, learner.generator))
                     if learner.device.type == "cuda":
                         torch.cuda.synchronize(learner.device)
                 first = learner.state.stage_steps[stage.name]
                 seconds[stage.name] += update.times(first, first + left) * (time.perf_counter() - start) / 3
-    finally:  # Ctrl-C, too, leaves the learner as it was
+    finally:  # the learner is unchanged after Ctrl-C, too
         restore(learner, before)
     return seconds
 
 
 def choose_modes(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
-    """Choose the execution mode of each stage by `compile` and store it in the plan; "auto" weighs the time that compiling
-    takes.
+    """Choose each stage's execution mode and store it in the plan: that of `compile`; for "auto", compile only long stages.
 
-    A stage that has begun keeps its mode, so that resuming reproduces the uninterrupted run. With "auto" a stage that has not
-    begun keeps the chosen mode, too.
+    A stage that has begun keeps its mode, so that resuming reproduces the uninterrupted run. With "auto", a stage that has not
+    begun also keeps the mode that was chosen for it.
     """
     cuda = learner.device.type == "cuda"
     for name in plan.lengths:
@@ -260,15 +258,15 @@ def choose_modes(learner: Learner, plan: Plan, seconds: dict[str, float]) -> Non
 
 
 def announce(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
-    """Print the data, the plan and how long it would take eagerly."""
+    """Print the data, the plan and its estimated eager time."""
     data, rewards = learner.state.data, learner.state.reward_transform
     assert rewards is not None
     print(
         f"{type(learner).__name__} on {data['id']}: {data['n_steps']:,} steps, {data['n_episodes']:,} episodes, mean return "
-        f"{data['mean_return']:.1f}; reward transform {rewards.name} ({rewards.scale:.4g} r {rewards.shift:+.4g}); "
-        f"{learner.device}{', TF32' if learner.device.type == 'cuda' and learner.tf32 else ''}, seed {learner.seed}"
+        f"{data['mean_return']:.1f}; rewards {rewards.name} ({rewards.scale:.4g} r {rewards.shift:+.4g}); {learner.device}"
+        f"{', TF32' if learner.device.type == 'cuda' and learner.tf32 else ''}, seed {learner.seed}"
     )
     lengths = ", ".join(f"{name} {plan.done.get(name, 0):,}/{steps:,}" for name, steps in plan.lengths.items())
     faster = [name for name in plan.lengths if plan.modes[name] != "eager"]
-    how = f" if eager; {', '.join(faster)} will be compiled, which takes a minute at first and is faster then" if faster else ""
+    how = f" if eager; {', '.join(faster)} will be compiled, which takes tens of seconds and then runs faster" if faster else ""
     print(f"plan: {lengths} gradient steps; about {clock(sum(seconds.values()))}{how}", flush=True)

@@ -1,8 +1,8 @@
-"""What `learn_online` does: act, store what happened, update on a mixture of old and new data. Nothing about any algorithm.
+"""The online training loop: act, store the transitions, update on a mixture of offline and new data, for any algorithm.
 
-Every environment step: the updates that are owed, one action, its outcome into the replay buffer, the callback. Saved inside
-the callback (or after Ctrl-C), agent and buffer together are the whole state: a resumed run does what the uninterrupted one
-would, except for algorithms that prepare tables, which are computed anew.
+Each iteration runs the updates that are due, takes one step of the environments, stores it in the replay buffer and calls the
+callback. Agent and buffer, saved inside the callback or after Ctrl-C, are the whole state: a resumed run reproduces the
+uninterrupted one, except for algorithms that prepare extras, which are recomputed.
 """
 
 import json
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
 
 MAX_RELAXATION = 16.0
-"""The most that the constraint is relaxed by: by then it hardly binds, and beyond it only floats overflow."""
+"""The largest relaxation factor of the behaviour constraint, which hardly binds by then; a larger one could only overflow."""
 
 
 def check_arguments(total: int | None, log_interval: int | None, settings: OnlineSettings) -> OnlineSettings:
-    """Check the numbers among the arguments of `learn_online`, before anything is read.
+    """Check the numeric arguments of `learn_online`, before any data is read.
 
     Returns:
         The settings with whole numbers as int.
@@ -70,19 +70,19 @@ def check_arguments(total: int | None, log_interval: int | None, settings: Onlin
 def accept(
     learner: Learner, total: int | None, env: Any, dataset: Any, settings: OnlineSettings
 ) -> tuple[OnlineRun, Sampler | None]:
-    """Check everything before anything is done, and adopt environment and data.
+    """Check everything before any work, and adopt environment and data.
 
     It changes `learner`, which is a candidate (see prepare.py).
 
     Args:
-        learner: The learner; its networks are all there.
+        learner: The learner, with all its networks.
         total: Environment steps to take; None resumes the unfinished run.
         env: What `set_env` takes, or None.
         dataset: What `load_dataset` takes, or None.
         settings: Checked by `check_arguments`.
 
     Returns:
-        The run, and the offline data in the learner's units, None without any.
+        The run, and the offline data, normalised and reward-transformed; None without any.
 
     Raises:
         ValueError: Something does not fit, or is missing.
@@ -135,7 +135,7 @@ def accept(
 def floors(data: Sampler, gamma: float) -> Tensor:
     """The discounted return that followed each transition, a lower bound of the Q of a better policy (as in Cal-QL).
 
-    After a time-out or a cut the return is unknown, unless no reward is negative: then what was cut off only adds to it.
+    After a time-out or a cut the return is unknown, unless no reward is negative: the missing rewards can then only add to it.
 
     Args:
         data: N transitions of whole episodes.
@@ -156,7 +156,7 @@ def floors(data: Sampler, gamma: float) -> Tensor:
 
 
 def _start_without_data(learner: Learner) -> None:
-    """For a learner that never saw data: rewards stay as they are, unless their transform needs no data to be fitted."""
+    """Set the reward transform and dataset info of a learner without data: a transform that needs no data, by default none."""
     name = "none" if learner.config.reward_transform == "auto" else learner.config.reward_transform
     if name in ("iql_locomotion", "normalize"):
         raise ValueError(f'reward_transform="{name}" is fitted on data: pass dataset=, or another transform ("none")')
@@ -178,38 +178,43 @@ def _spec_json(env: Any) -> str | None:
         spec = json.loads(env.get_attr("spec")[0].to_json())
         spec["additional_wrappers"] = [one for one in spec["additional_wrappers"] if one["name"] != "Monitor"]  # as_vec_env's
         return json.dumps(spec)
-    except Exception:  # no spec, or one that JSON does not hold
+    except Exception:  # no spec, or one that JSON cannot represent
         return None
 
 
 def _make_run(learner: Learner, total: int | None, settings: OnlineSettings, data: str | None) -> OnlineRun:
-    """The unfinished run if `total` is None, else a new one on the buffer that there is."""
+    """The unfinished run if `total` is None, else a new one, which uses the present buffer."""
     state, replay = learner.state, learner.replay_buffer
     run = state.online
     if total is None:
         if run is None or (run.done >= run.total and run.owed <= 0):
-            raise ValueError("no online run is unfinished: give total_timesteps, the number of environment steps to take")
+            raise ValueError("there is no unfinished online run: pass total_timesteps, the number of environment steps to take")
         if settings not in (OnlineSettings(), run.settings):
-            raise ValueError(f"the unfinished run continues with {run.settings}: leave these arguments out, or begin another")
+            raise ValueError(
+                f"the unfinished run continues with {run.settings}: leave these arguments out, or start a new run with "
+                "total_timesteps"
+            )
         if replay is None:
             raise RuntimeError(
-                f"the unfinished run needs the replay buffer with its {run.done:,} steps: load what save_replay_buffer(path) "
-                "wrote with load_replay_buffer(path), or begin another with total_timesteps"
+                f"the unfinished run needs its replay buffer of {run.done:,} steps: load the file that "
+                "save_replay_buffer(path) wrote with load_replay_buffer(path), or start a new run with total_timesteps"
             )
         if run.data is not None and data is None:
             raise ValueError("the unfinished run learns from a dataset too: pass the same dataset=")
         if run.data != data:
-            warnings.warn("these data differ from those that the unfinished run began with", stacklevel=5)
+            warnings.warn("the dataset differs from that of the unfinished run", stacklevel=5)
         return run
     if data not in (None, state.data["sha256"]):
-        warnings.warn(f"these data differ from {state.data['id']}, whose transform is kept", stacklevel=5)
+        warnings.warn(f"the dataset differs from {state.data['id']}, whose transform is kept", stacklevel=5)
     kept = replay is not None and settings.buffer_size in (None, replay.capacity)
     starts = settings.learning_starts
     if starts is None:
         starts = min(5000 if data is None else 1000, total // 5)
     starts = max(0, starts - (len(replay) if kept and replay is not None else 0))
     if starts >= total:
-        warnings.warn(f"learning_starts={starts} leaves no update to a run of {total} steps, which only collects", stacklevel=5)
+        warnings.warn(
+            f"learning_starts={starts} leaves no updates in a run of {total} steps, which will only collect data", stacklevel=5
+        )
     n_episodes = 0 if run is None else run.n_episodes + 1  # the unfinished one is not replayed
     # If no stage was trained, the networks came from files, or there was nothing before the first online run.
     settled = state.stage_steps[learner.POLICY_STAGE] > 0 or (not state.pristine and (run is None or run.settled))
@@ -217,7 +222,7 @@ def _make_run(learner: Learner, total: int | None, settings: OnlineSettings, dat
 
 
 def constraint_relaxation(learner: Learner) -> float:
-    """The factor by which the constraint to the data is weaker by now: it doubles every `online_halflife` environment steps."""
+    """The factor by which the behaviour constraint is weakened; it doubles every `online_halflife` environment steps."""
     halflife = getattr(learner.config, "online_halflife", None)
     if halflife is None:
         return 1.0
@@ -233,19 +238,19 @@ def train(
     log_interval: int | None = None,
     tb_log_name: str | None = None,
 ) -> None:
-    """Run what is left of an accepted run.
+    """Run the remaining steps of a validated run.
 
     Args:
-        learner: Whose run it is.
+        learner: The agent to train.
         run: From `accept`.
-        offline: The offline data in the learner's units, from `accept`.
+        offline: The offline data, from `accept`.
         callback: An initialised SB3 callback.
-        log_interval: Environment steps between log steps; None for a twentieth of the run, at most 1000.
+        log_interval: Environment steps between log steps. Default: a twentieth of the run, at most 1000.
         tb_log_name: Name of the run in TensorBoard.
 
     Raises:
-        TrainingDiverged: NaN, or Q has run away; the learner holds its last good state.
-        KeyboardInterrupt: After Ctrl-C, once the running update is complete.
+        TrainingDiverged: NaN, or Q has diverged; the learner is restored to its last good state.
+        KeyboardInterrupt: After Ctrl-C, at the end of the current update.
     """
     stage = learner.online_stage()
     replay = _begin(learner, run)
@@ -270,13 +275,13 @@ def train(
 
 
 def _begin(learner: Learner, run: OnlineRun) -> Replay:
-    """Make `run` the learner's, with a replay buffer for it."""
+    """Set `run` as the learner's run, and create its replay buffer if necessary."""
     state, replay = learner.state, learner.replay_buffer
     if run is not state.online or replay is None:
         size = run.settings.buffer_size
         if replay is None or size not in (None, replay.capacity):
             if replay is not None:
-                warnings.warn("buffer_size differs: the replay buffer of the last online run is dropped", stacklevel=4)
+                warnings.warn("buffer_size differs: the replay buffer of the last online run is discarded", stacklevel=4)
             replay = learner.replay_buffer = Replay(learner.obs_dim, learner.act_dim, size or 1_000_000, learner.device)
         replay.cut()
         state.provenance = provenance.begin(state.provenance, learner.device, reset=False)
@@ -295,7 +300,7 @@ def _loop(
     interrupted: threading.Event,
 ) -> None:
     state = learner.state
-    for name, optimizer in learner.optimizers.items():  # constant from here on, whatever the offline schedule ended with
+    for name, optimizer in learner.optimizers.items():  # constant from here on, whatever the offline schedule ended at
         optimizer.start_schedule(0)
         if name == "policy" and run.settled:
             optimizer.lr.fill_(getattr(learner.config, "online_learning_rate", optimizer.learning_rate))
@@ -313,7 +318,10 @@ def _loop(
                     if sampler is None:  # nothing to learn from yet
                         run.starts = max(run.starts, run.done + stage.refresh)
                         if run.starts >= run.total:
-                            warnings.warn("no episode has ended: this run has nothing to learn from", stacklevel=5)
+                            warnings.warn(
+                                "no episode has ended, so this run has nothing to learn from: increase total_timesteps",
+                                stacklevel=5,
+                            )
                         break
                     runner = runner or Runner(stage, sampler, learner.generator)
                     runner.sampler = sampler
@@ -338,9 +346,9 @@ def _loop(
                 _log(learner, monitor, run, runner, rollout, mixture)
             if callback is not None:
                 callback.update_locals(local)
-                goes_on = callback.on_step()
+                keep_going = callback.on_step()
                 callback.on_rollout_end()
-                if not goes_on:
+                if not keep_going:
                     break
         _log(learner, monitor, run, runner, rollout, mixture)
     finally:
@@ -357,7 +365,7 @@ def _log(learner: Learner, monitor: Monitor, run: OnlineRun, runner: Runner | No
             learner.sb3_logger.record("rollout/ep_rew_mean", returns)
             learner.sb3_logger.record("rollout/ep_len_mean", lengths)
         rollout.finished = []
-    monitor.limit_q(mixture)  # rewards that had not been seen before raise it
+    monitor.limit_q(mixture)  # new rewards can raise it
     _check(monitor, run.done, means)
 
 
@@ -370,7 +378,7 @@ def _check(monitor: Monitor, done: int, means: dict[str, float]) -> None:
 
 
 def _ratio(learner: Learner, run: OnlineRun) -> float | str:
-    """The share of offline data in a batch: as the arguments say, else the algorithm's own."""
+    """The share of offline data in a batch: the argument, else the algorithm's default."""
     ratio = run.settings.offline_ratio
     return learner.OFFLINE_RATIO if ratio is None else ratio
 

@@ -1,11 +1,11 @@
-"""What a run will do and how far it has come: the plan of `learn`, the run of `learn_online`. Kept with the trainer state."""
+"""Settings and progress of a run: the plan of `learn`, the run of `learn_online`. Saved in the trainer state."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 MODES = ("eager", "compiled", "graph")
-"""How the updates of a stage run: as they are written, compiled, or compiled and inside a CUDA graph."""
+"""How the updates of a stage run: eagerly, compiled, or compiled and inside a CUDA graph."""
 
 
 @dataclass
@@ -15,7 +15,7 @@ class Plan:
     Args:
         lengths: Gradient steps of each stage, in order.
         done: Gradient steps that each stage has taken.
-        modes: One of MODES for each stage, once it has been chosen: a resumed run keeps it.
+        modes: One of MODES for each stage, once chosen; a resumed run keeps it.
     """
 
     lengths: dict[str, int]
@@ -33,7 +33,7 @@ class Plan:
         return self.total - sum(self.done.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The plan in JSON's types."""
+        """The plan as plain JSON values."""
         return {"lengths": dict(self.lengths), "done": dict(self.done), "modes": dict(self.modes)}
 
     @classmethod
@@ -55,14 +55,14 @@ class Plan:
 
     @staticmethod
     def split(total: int, shares: dict[str, int]) -> dict[str, int]:
-        """`total` steps over the stages in proportion to `shares`; every stage gets at least one, the sum is exact.
+        """Split `total` steps over the stages in proportion to `shares`; every stage gets at least one, and the sum is exact.
 
         Raises:
             ValueError: There are fewer steps than stages.
         """
         if total < len(shares):
             raise ValueError(
-                f"total_timesteps={total} is fewer than the {len(shares)} stages {list(shares)}, which need one each"
+                f"total_timesteps={total} is fewer than the {len(shares)} stages {list(shares)}: give each at least one"
             )
         weight = sum(shares.values())
         lengths = {name: max(1, total * share // weight) for name, share in shares.items()}
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class OnlineSettings:
-    """The settings of a `learn_online` run, as `Agent.learn_online` documents them; fixed at its start and kept with it."""
+    """The settings of a `learn_online` run, as `Agent.learn_online` documents them; fixed at its start and saved with it."""
 
     offline_ratio: float | str | None = None  # None: the algorithm's own
     learning_starts: int | None = None
@@ -84,14 +84,14 @@ class OnlineSettings:
 
 @dataclass
 class OnlineRun:
-    """One `learn_online` run and how far it has come.
+    """One `learn_online` run and its progress.
 
     Args:
         total: Environment steps of the run.
-        settings: As the arguments of `learn_online` gave them.
+        settings: The arguments of `learn_online`.
         starts: Environment steps before the first update.
         random: Whether actions are uniformly random until then, because the agent has not learned yet.
-        settled: Whether there is an offline policy, which is to be changed slowly.
+        settled: Whether there is an offline policy, which is then changed slowly.
         data: The sha256 of the offline data; None without any.
         done: Environment steps taken.
         n_updates: Updates made.
@@ -110,11 +110,11 @@ class OnlineRun:
 
     @property
     def owed(self) -> int:
-        """Updates that are due by now but have not been made."""
+        """Updates that are due but have not been made yet."""
         return int(max(0, self.done - self.starts) * self.settings.utd) - self.n_updates
 
     def to_json(self) -> dict[str, Any]:
-        """The run in JSON's types."""
+        """The run as plain JSON values."""
         return asdict(self)
 
     @classmethod

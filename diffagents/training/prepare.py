@@ -1,7 +1,7 @@
 """Everything that `learn` checks and fits before the first update: preset, spaces, transforms, plan.
 
-The functions that change a learner (`apply_preset`, `adopt`) are called on a candidate, a copy that `Agent.learn` puts in place
-of the agent only after every check has passed. So a refused dataset leaves no trace.
+The functions that change a learner (`apply_preset`, `adopt`) are called on a candidate, a copy that replaces the
+agent in `Agent.learn` only after every check has passed. So a rejected dataset leaves the agent unchanged.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def check_arguments(learner: Learner, total: int | None, stages: Sequence[str] |
 def apply_preset(learner: Learner, dataset_id: str | None) -> None:
     """Set the preset's values for this dataset, except for the hyperparameters that the user has set explicitly.
 
-    Networks that have been trained or loaded keep their shape; untrained ones are built anew if they exist already.
+    Networks that have been trained or loaded keep their shape; untrained ones are rebuilt if they exist already.
     """
     if learner.preset is None:
         return
@@ -58,12 +58,12 @@ def apply_preset(learner: Learner, dataset_id: str | None) -> None:
 
 
 def adopt(learner: Learner, data: Transitions) -> Transitions:
-    """Make a dataset the learner's: on the first one apply the preset, build the networks and fit the transforms.
+    """Adapt a learner to a dataset: for the first one, apply the preset, build the networks and fit the transforms.
 
     Later datasets are only checked against the learner's spaces; the transforms of the first one are kept.
 
     Returns:
-        The dataset with the learner's spaces.
+        The dataset, with the learner's spaces.
 
     Raises:
         ValueError: Observations or actions do not fit the learner, or the transform cannot be fitted.
@@ -76,7 +76,7 @@ def adopt(learner: Learner, data: Transitions) -> Transitions:
         learner.set_up(data.spec)
     spec = learner.require_spec()
     if data.spec.act_dim != spec.act_dim:
-        raise ValueError(f"the data's actions have {data.spec.act_dim} dimensions, the agent's {spec.act_dim}")
+        raise ValueError(f"the data's actions have {data.spec.act_dim} dimensions, but the agent's have {spec.act_dim}")
     check_same_spaces(spec, data.spec.observation_space, spec.action_space)
     extremes = torch.stack([data.action.amin(0), data.action.amax(0)]).numpy()
     reach = np.abs(spec.scale_action(extremes)).max()
@@ -99,7 +99,7 @@ def make_plan(learner: Learner, total: int | None, reset: bool, stages: Sequence
 
     Args:
         learner: The learner that will run it.
-        total: Gradient steps in all, None for each stage's own length.
+        total: Total gradient steps; None for each stage's own length.
         reset: False continues an unfinished plan.
         stages: Run only these; None runs all.
 
@@ -123,7 +123,7 @@ def make_plan(learner: Learner, total: int | None, reset: bool, stages: Sequence
         if (stages is not None and set(stages) != set(plan.lengths)) or (total is not None and int(total) != plan.total):
             raise ValueError(
                 f"a plan of {plan.total:,} steps over {list(plan.lengths)} is unfinished: leave total_timesteps and stages "
-                "out to finish it, or start another with reset_num_timesteps=True"
+                "out to finish it, or start a new one with reset_num_timesteps=True"
             )
         return plan
     shares = {name: share for name, share in learner.STAGE_SHARES.items() if stages is None or name in stages}
@@ -144,7 +144,7 @@ def make_plan(learner: Learner, total: int | None, reset: bool, stages: Sequence
         default = resolve_preset(learner.presets_name(), None, None)[1]
         lengths = {name: default[f"{name}_steps"] if steps is None else steps for name, steps in lengths.items()}
     if sum(lengths.values()) < 1:
-        raise ValueError(f"the stage lengths {lengths} are all zero: give one of them steps")
+        raise ValueError(f"the stage lengths {lengths} are all zero: give at least one stage a positive number of steps")
     return Plan({name: steps for name, steps in lengths.items() if steps > 0})
 
 
@@ -160,15 +160,15 @@ def accept(
     plan = make_plan(learner, total, reset, stages)
     if plan is None:
         if learner.verbose:
-            print("nothing to do: the plan is finished; give total_timesteps or stages for a new one")
+            print("nothing to do: the plan is finished; pass total_timesteps or stages for a new one")
         return None, data
     check_rewards(plan, data)
-    learner.stages(plan)  # an algorithm may refuse its part of the plan
+    learner.stages(plan)  # raises if the algorithm cannot run this plan
     return plan, data
 
 
 def check_rewards(plan: Plan, data: Transitions) -> None:
-    """Raises ValueError if the plan learns from rewards that make no action better than another."""
+    """Raise ValueError if the plan learns from rewards that make no action better than another."""
     if {"critic", "train"} & set(plan.lengths) and not data.done.any() and bool((data.rew == data.rew[0]).all()):
         raise ValueError(
             f"every reward is {float(data.rew[0]):g} and no episode terminates, so no action is better than another: add "
@@ -177,12 +177,12 @@ def check_rewards(plan: Plan, data: Transitions) -> None:
 
 
 def begin(learner: Learner, plan: Plan, data: Transitions, reset: bool) -> None:
-    """Make `plan` the learner's. A new plan with `reset` starts the counters and the history at zero."""
+    """Set `plan` as the learner's plan. A new plan with `reset` starts the counters and the history at zero."""
     state = learner.state
     new = plan is not state.plan
     if data.info["sha256"] != state.data["sha256"]:
         kept = "transform and normaliser" if new else "unfinished plan, transform and normaliser"
-        warnings.warn(f"these data differ from {state.data['id']}, whose {kept} are kept", stacklevel=3)
+        warnings.warn(f"the dataset differs from {state.data['id']}, whose {kept} are kept", stacklevel=3)
     if new and reset:
         state.num_timesteps, state.n_env_steps, state.online, state.history = 0, 0, None, []
     if new:

@@ -26,7 +26,7 @@ def begin(before: dict[str, Any], device: torch.device, reset: bool) -> dict[str
     Args:
         before: The agent's record so far.
         device: The device of the training.
-        reset: Whether the run starts anew, so that only `source` (the Hub repository) is kept of `before`.
+        reset: Whether the counters restart, so that only `source` (the Hub repository) is kept of `before`.
 
     Returns:
         A new record with the present command and machine.
@@ -90,7 +90,7 @@ def _is_number(value: Any) -> bool:
 
 
 def command_line() -> str | None:
-    """The command that started this process, as one would type it in the same folder, without secrets and private paths.
+    """The command that started this process, as typed in the current directory, without secrets and private paths.
 
     Returns:
         For example `python train.py --seed 1` or, for a package, `python -m diffagents eval runs/a`. None in a notebook or an
@@ -134,7 +134,7 @@ def machine(device: torch.device) -> str:
 
 
 def note_evaluation(provenance: dict[str, Any], num_timesteps: int, mean_return: float) -> None:
-    """Add the score of an evaluation during training; a list over MAX_EVALUATIONS is thinned out, keeping its best row.
+    """Add the score of an evaluation during training; a list longer than MAX_EVALUATIONS is thinned out, keeping its best row.
 
     Args:
         provenance: The agent's record; its list `evaluations` is changed.

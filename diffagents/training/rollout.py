@@ -1,4 +1,4 @@
-"""The live environments of `learn_online`: acting, storing each step, seeded episodes, replaying an unfinished episode."""
+"""The environments of `learn_online`: acting, storing each step, seeding episodes, replaying an unfinished episode."""
 
 import copy
 import warnings
@@ -13,13 +13,13 @@ from diffagents.training.state import Learner
 
 
 class Rollout:
-    """The environments that a learner acts in, stepped together, and the observations at which they stand.
+    """The environments that a learner acts in, stepped together, and their current observations.
 
-    With a single environment every episode has a seed of its own. So the k-th episode of a seed is the same in every run, and a
+    With a single environment every episode has its own seed. So the k-th episode of a seed is the same in every run, and a
     resumed run can replay its unfinished episode from its seed and its stored actions.
 
     Args:
-        learner: Its `env`, `spec`, `replay_buffer` and reward transform are set.
+        learner: The agent, with `env`, `spec`, `replay_buffer` and reward transform set.
         run: Counts the episodes.
     """
 
@@ -92,14 +92,16 @@ class Rollout:
         new_obs = self._normalized(obs)
         next_obs, terminated = new_obs.clone(), dones.copy()
         for i in np.flatnonzero(dones).tolist():
-            terminated[i] = not infos[i].get("TimeLimit.truncated", False)  # a time-out is not an end
+            terminated[i] = not infos[i].get("TimeLimit.truncated", False)  # a time-out is not a termination
             if infos[i].get("terminal_observation") is not None:
                 next_obs[i] = self._normalized(infos[i]["terminal_observation"])[0]
             elif not terminated[i]:
-                raise ValueError("the VecEnv gives no infos[i]['terminal_observation'] after a time-out, as SB3's own do")
+                raise ValueError(
+                    "the VecEnv provides no infos[i]['terminal_observation'] after a time-out: add it, as SB3's own do"
+                )
         if not np.isfinite(rew).all():
             step = self.learner.state.n_env_steps + 1
-            raise ValueError(f"the environment gave the rewards {rew} at step {step}: correct its reward function")
+            raise ValueError(f"the environment returned the rewards {rew} at step {step}: correct its reward function")
         self.replay.add(
             self.obs,
             torch.from_numpy(self.spec.scale_action(action)),
@@ -124,12 +126,12 @@ class Rollout:
 
 
 def explore(learner: Learner, obs: Tensor, random: bool) -> np.ndarray:
-    """Exploring actions: the stochastic policy, plus Gaussian noise of `online_noise` if there is such a hyperparameter.
+    """Exploring actions: the stochastic policy, plus Gaussian noise of std `online_noise` if there is such a hyperparameter.
 
-    All randomness comes from the generator for training, so that evaluating changes nothing.
+    All randomness comes from the generator for training, so that evaluation does not affect training.
 
     Args:
-        learner: Whose policy acts.
+        learner: The agent that acts.
         obs: Normalised observations (n, S).
         random: Draw the actions uniformly instead.
 
@@ -137,7 +139,7 @@ def explore(learner: Learner, obs: Tensor, random: bool) -> np.ndarray:
         Actions (n, A) in [-1, 1].
 
     Raises:
-        FloatingPointError: The policy's actions are not finite.
+        FloatingPointError: The policy's actions contain NaN or infinity.
     """
     shape, generator = (len(obs), learner.act_dim), learner.generator
     if random:
@@ -150,5 +152,5 @@ def explore(learner: Learner, obs: Tensor, random: bool) -> np.ndarray:
                 act = act + std * torch.randn(shape, generator=generator, device=learner.device)
     out: np.ndarray = act.clamp(-1.0, 1.0).cpu().numpy()
     if not np.isfinite(out).all():
-        raise FloatingPointError("the policy's actions are not finite numbers")
+        raise FloatingPointError("the policy's actions contain NaN or infinity")
     return out

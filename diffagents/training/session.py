@@ -1,4 +1,4 @@
-"""The frame of a running training: its callback and clock, Ctrl-C between updates, the precision of matrix products."""
+"""Context managers for a training run: callback and clock, Ctrl-C between updates, precision of matrix products."""
 
 import signal
 import threading
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def timed(learner: Learner, callback: "BaseCallback | None", local: dict[str, Any]) -> Iterator[None]:
-    """Announce start and end to the callback, and add the seconds between them to the learner's provenance."""
+    """Notify the callback of start and end, and add the seconds between them to the learner's provenance."""
     started = time.perf_counter()
     if callback is not None:
         callback.on_training_start(local, globals())
@@ -47,7 +47,7 @@ def matmul_precision(learner: Learner) -> Iterator[None]:
 
 @contextmanager
 def interrupt_between_updates() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into an event, so that no update is cut in the middle; a second Ctrl-C stops at once."""
+    """Turn Ctrl-C into an event, so that no update is interrupted halfway; a second Ctrl-C stops at once."""
     event = threading.Event()
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):  # ignored, or not Python's

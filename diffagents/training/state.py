@@ -1,7 +1,7 @@
-"""The mutable state of training: counters, plan and transforms (`TrainState`), the tensors of networks and optimisers.
+"""The mutable training state: counters, plan and transforms (`TrainState`), and the tensors of networks and optimisers.
 
-`Learner` is the interface through which the training loops, the files, the Hub, the export and the experiments see an agent.
-They use no other attribute of it.
+`Learner` is the interface through which training, storage, export and experiments access an agent; they use no other
+attribute.
 """
 
 import copy
@@ -39,20 +39,20 @@ class TrainState:
     """The state of an agent's training, apart from the tensors of its networks and optimisers.
 
     Args:
-        stage_steps: Gradient steps ever taken, by stage.
-        num_timesteps: Offline gradient steps plus environment steps: the counter that SB3's callbacks read.
+        stage_steps: Total gradient steps, by stage.
+        num_timesteps: Offline gradient steps plus environment steps, as SB3 counts for its callbacks.
         n_env_steps: Environment steps taken by `learn_online`.
         n_updates: Training iterations (batches drawn), offline and online.
         plan: The stages of the last `learn` and their progress; None before the first.
         online: The last run of `learn_online`; None before the first.
         history: One row for each log step: `num_timesteps`, stage, step of the stage and the means of the metrics.
         reward_transform: Fitted on the first dataset and kept from then on; None before.
-        dataset_info: What is known of the first dataset (`Transitions.info`).
+        dataset_info: Metadata of the first dataset (`Transitions.info`); None before it.
         provenance: Commands, machine, seconds, evaluations: see provenance.py.
         pristine: Whether no weight has been trained or loaded yet.
-        policy_missing: Whether the networks came from an official checkpoint that holds no policy.
+        policy_missing: Whether the networks came from an official checkpoint without a policy.
         exploring: Whether `learn_online` is running.
-        constraint_relaxation: The factor, at least 1, by which `learn_online` weakens the behaviour constraint.
+        constraint_relaxation: Factor, at least 1, by which the behaviour constraint is weakened during `learn_online`.
     """
 
     stage_steps: dict[str, int]
@@ -71,14 +71,14 @@ class TrainState:
     constraint_relaxation: float = 1.0
 
     def copy(self) -> "TrainState":
-        """An independent copy; the plan, the online run and the transforms are shared."""
+        """An independent copy (plans and transforms are shared)."""
         return dataclasses.replace(
             self, stage_steps=dict(self.stage_steps), history=list(self.history), provenance=dict(self.provenance)
         )
 
     @property
     def data(self) -> dict[str, Any]:
-        """`dataset_info` of an agent that has learned or is about to. Raises RuntimeError before."""
+        """`dataset_info`, once there is a dataset. Raises RuntimeError before that."""
         if self.dataset_info is None:
             raise RuntimeError("this agent has not learned from a dataset yet: call learn(data) first")
         return self.dataset_info
@@ -156,12 +156,12 @@ class Learner(Protocol):
 
 # ---- the tensors of a learner ----------------------------------------------------------------------------------------
 def network_tensors(learner: Learner, names: Sequence[str]) -> Tensors:
-    """The live tensors of the networks that `names` lists, as `<network>.<key of its state dict>`."""
+    """The tensors (not copies) of the networks listed in `names`, as `<network>.<key of its state dict>`."""
     return {f"{name}.{key}": value for name in names for key, value in getattr(learner, name).state_dict().items()}
 
 
 def load_network_tensors(learner: Learner, tensors: Tensors, names: Sequence[str], fresh: Sequence[str] = ()) -> None:
-    """Copy what `network_tensors` returned into the networks, in place, except those named in `fresh`.
+    """Load the output of `network_tensors` in place, except for the networks named in `fresh`.
 
     Raises:
         ArtifactError: A tensor belongs to no network of `names`, or names, shapes or dtypes differ.
@@ -175,7 +175,7 @@ def load_network_tensors(learner: Learner, tensors: Tensors, names: Sequence[str
 
 
 def optimizer_and_generator_tensors(learner: Learner) -> Tensors:
-    """The live moments of every optimiser and the states of both generators, under unique names."""
+    """The moments of every optimiser (not copies) and the states of both generators, under unique names."""
     tensors: Tensors = {}
     for name, optimizer in learner.optimizers.items():
         tensors |= optimizer_tensors(optimizer, f"optimizer.{name}")
@@ -187,7 +187,7 @@ def optimizer_and_generator_tensors(learner: Learner) -> Tensors:
 def load_optimizer_and_generator_tensors(
     learner: Learner, tensors: Tensors, fresh: Sequence[str] = (), generators: bool = True
 ) -> None:
-    """Copy what `optimizer_and_generator_tensors` returned back, except for the optimisers named in `fresh`.
+    """Load the output of `optimizer_and_generator_tensors` in place, except for the optimisers named in `fresh`.
 
     A generator's state is skipped if it was saved on another type of device.
     """
@@ -201,13 +201,13 @@ def load_optimizer_and_generator_tensors(
 
 
 def training_tensors(learner: Learner) -> Tensors:
-    """Every tensor that training changes, live, under unique names."""
+    """Every tensor that training changes (not copies), under unique names."""
     names = ("obs_normalizer", *learner.MODEL, *learner.TRAINING_NETWORKS)
     return {**network_tensors(learner, names), **optimizer_and_generator_tensors(learner)}
 
 
 def load_training_tensors(learner: Learner, tensors: Tensors) -> None:
-    """Copy clones of `training_tensors` back."""
+    """Load clones of the output of `training_tensors` in place."""
     names = ("obs_normalizer", *learner.MODEL, *learner.TRAINING_NETWORKS)
     load_network_tensors(learner, {k: v for k, v in tensors.items() if k.partition(".")[0] in names}, names)
     others = {k: v for k, v in tensors.items() if k.partition(".")[0] in ("optimizer", *GENERATORS)}
@@ -215,7 +215,7 @@ def load_training_tensors(learner: Learner, tensors: Tensors) -> None:
 
 
 def networks_on_meta(learner: Learner, spec: Spec) -> Tensors:
-    """The tensors that the networks would have for `spec`: names, shapes and dtypes on the meta device, without memory.
+    """Names, shapes and dtypes of the networks' tensors for `spec`, on the meta device, which allocates no memory.
 
     Raises:
         ArtifactError: The networks cannot be built, or have more than MAX_TENSORS parameters.
@@ -244,7 +244,7 @@ def networks_on_meta(learner: Learner, spec: Spec) -> Tensors:
 
 
 def bare(key: str) -> str:
-    """A key of a state dict without the prefix `_orig_mod.` of `torch.compile`."""
+    """Strip `torch.compile`'s prefix `_orig_mod.` from a key of a state dict."""
     return key.replace("_orig_mod.", "")
 
 
@@ -252,7 +252,7 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "
     """Copy the tensors named `prefix` + parameter or buffer into the module, in place; other prefixes are ignored.
 
     Raises:
-        ArtifactError: Names, shapes or dtypes are not exactly the module's. Nothing has been copied then.
+        ArtifactError: Names, shapes or dtypes are not exactly the module's. In that case nothing is copied.
     """
     expected = {prefix + bare(key): value for key, value in module.state_dict().items()}
     given = {bare(key): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -263,8 +263,8 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "
 
 
 def check_alike(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises ArtifactError unless both have the same names, with the same shape and dtype each."""
-    for keys, what in ((expected.keys() - given.keys(), "lacks"), (given.keys() - expected.keys(), "has the unknown")):
+    """Raise ArtifactError unless both have the same names, each with the same shape and dtype."""
+    for keys, what in ((expected.keys() - given.keys(), "lacks"), (given.keys() - expected.keys(), "has the unexpected")):
         if keys:
             some = ", ".join(map(short, sorted(keys)[:3])) + (", ..." if len(keys) > 3 else "")
             raise ArtifactError(f"the artifact {what} {some} ({len(keys)} tensors): it belongs to another network or version")
@@ -283,23 +283,23 @@ def _check_like(given: Tensor, expected: Tensor, name: str) -> None:
 def optimizer_tensors(optimizer: Any, prefix: str) -> dict[str, Tensor]:
     """The moments of an Adam or AdamW as `<prefix>.<i>.<key>`, i in the order of its parameters; empty before its first step.
 
-    The tensors are live. Learning rates and other settings are not included: the agent sets them.
+    The tensors are not copies. Learning rates and other settings are not included: the agent sets them.
     """
     states = [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
     return {f"{prefix}.{i}.{key}": value for i, state in enumerate(states) for key, value in state.items()}
 
 
 def load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Copy what `optimizer_tensors` returned into an optimiser over the same parameters, in place if it has stepped.
+    """Load the output of `optimizer_tensors` into an optimiser over the same parameters, in place if it has taken a step.
 
     Raises:
-        ArtifactError: Names, shapes or dtypes do not fit the parameters. Nothing has been changed then.
+        ArtifactError: Names, shapes or dtypes do not fit the parameters. In that case nothing is changed.
     """
     given = {name: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
     places = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     states: list[dict[str, Tensor]] = []
     for i, (parameter, group) in enumerate(places):
-        # Adam keeps the step on the parameter's device only if it is fused or capturable.
+        # Adam keeps the step count on the parameter's device only if fused or capturable.
         step = torch.zeros((), device=parameter.device if group["fused"] or group["capturable"] else "cpu")
         likes = {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter}
         found = {key: given.pop(f"{prefix}.{i}.{key}") for key in likes if f"{prefix}.{i}.{key}" in given}
@@ -308,20 +308,20 @@ def load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str) -
         for key, value in found.items():
             _check_like(value, likes[key], f"{prefix}.{i}.{key}")
             if key != "exp_avg" and bool((value < 0).any()):
-                raise ArtifactError(f"the artifact's {prefix}.{i}.{key} holds negative numbers: {AGAIN}")
+                raise ArtifactError(f"the artifact's {prefix}.{i}.{key} contains negative numbers: {AGAIN}")
         states.append({key: torch.zeros_like(likes[key], requires_grad=False).copy_(found[key]) for key in found})
     if given:
-        raise ArtifactError(f"the artifact has {short(min(given))}, this optimizer of {len(places)} tensors does not")
+        raise ArtifactError(f"the artifact has {short(min(given))}, but this optimiser has only {len(places)} parameters")
     for (parameter, _), state in zip(places, states, strict=True):
         old = optimizer.state.pop(parameter, {})
-        if state:  # into the same memory if there is some: a captured CUDA graph may hold it
+        if state:  # reuse existing memory, which a captured CUDA graph may reference
             optimizer.state[parameter] = {key: old[key].copy_(new) if key in old else new for key, new in state.items()}
 
 
-# ---- snapshots -----------------------------------------------------------------------------------
+# ---- snapshots -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of the whole training state on the device, restored after divergence or timing."""
+    """A copy of the whole training state, on its device, to be restored after divergence or timing."""
 
     tensors: Tensors
     num_timesteps: int
@@ -349,7 +349,7 @@ def snapshot(learner: Learner) -> Snapshot:
 
 
 def restore(learner: Learner, good: Snapshot) -> None:
-    """Restore a snapshot in place. Environment steps stay counted, because the replay buffer keeps their transitions."""
+    """Restore a snapshot in place. `n_env_steps` is not rolled back, because the replay buffer keeps those transitions."""
     load_training_tensors(learner, good.tensors)
     state = learner.state
     state.num_timesteps = good.num_timesteps + state.n_env_steps - good.n_env_steps

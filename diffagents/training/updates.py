@@ -1,8 +1,8 @@
-"""Updates, optimisers, and running the steps of a stage. Nothing here knows about any algorithm.
+"""Updates, optimisers, and running the steps of a stage. Nothing here depends on the algorithm.
 
-An update is three functions. `draw(n, generator)` makes every random input of the update as tensors; `loss(batch, noise)` is a
-pure, fixed sequence of tensor operations that never asks the device for a value; `after()` moves what follows the trained
-networks, such as target networks. Gradients and optimiser steps, between the last two, are made here. So the same update can
+An update is three functions. `draw(n, generator)` draws every random input of the update as tensors; `loss(batch, noise)` is a
+pure, fixed sequence of tensor operations that never reads a value from the device; `after()` updates what follows the trained
+networks, such as target networks. Gradients and optimiser steps, between the last two, are taken here. So the same update can
 run eagerly, compiled (compiled.py), inside a CUDA graph (cuda_graph.py), for many agents at once (experiments/learn_many.py),
 or be replayed by a test with recorded noise. What happens only every d-th step is an Update with a period, never an `if` on
 the step.
@@ -39,7 +39,7 @@ class Update:
         loss: (batch, noise) -> (loss, metrics), or a tuple of as many losses as there are optimisers, each minimised by its
             own. None if there is nothing to minimise.
         draw: (batch size, generator) -> the noise of the loss.
-        optimizers: Who takes the steps.
+        optimizers: The optimisers that take the steps.
         after: Updates of target networks and the like, in place and element by element.
         every: Period in steps of the stage.
         start: First step.
@@ -53,7 +53,7 @@ class Update:
     start: int = 0
 
     def due(self, step: int) -> bool:
-        """Whether it runs at this step of the stage."""
+        """Whether the update runs at this step of the stage."""
         return step >= self.start and (step - self.start) % self.every == 0
 
     def times(self, first: int, last: int) -> int:
@@ -73,7 +73,7 @@ class Update:
         return gradients, metrics
 
     def apply(self, gradients: Gradients) -> None:
-        """Take the optimisers' steps and do what comes after them."""
+        """Take the optimisers' steps, then call `after`."""
         for optimizer, gradient in zip(self.optimizers, gradients, strict=True):
             optimizer.step(gradient)
         if self.after is not None:
@@ -88,17 +88,17 @@ class Update:
 
 @dataclass(frozen=True)
 class Stage:
-    """A phase of training with a length of its own, e.g. SRPO's critic.
+    """A phase of training with its own length, e.g. SRPO's critic.
 
     Each step draws one batch, on which the updates that are due run in order.
 
     Args:
         name: Its name in STAGE_SHARES, or "online".
         batch_size: Transitions in a batch.
-        updates: What runs on each batch.
+        updates: The updates that run on each batch.
         prepare: (data, generator) -> what batches are drawn from. Called when the stage begins or resumes, with a generator
             that is the same every time. Online it is called again every `refresh` environment steps, with all data collected by
-            then, and may return None as long as there is nothing to learn from.
+            then, and may return None if there is nothing to learn from yet.
         n_prepared: Rows that `prepare` works on, by which its duration is estimated; None for all.
         refresh: Environment steps between two calls of `prepare` online.
     """
@@ -175,7 +175,7 @@ class Optimizer:
         self._adam([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def _adam(self, gradients: list[Tensor]) -> None:
-        """The arithmetic of a step."""
+        """Apply Adam's update rule."""
         for parameter in self.parameters:
             if parameter not in self.state:
                 moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
@@ -238,7 +238,7 @@ class Runner:
         stage: The stage.
         sampler: What batches are drawn from (`data.sampler.Sampler` or a mixture of them).
         generator: The source of all its randomness.
-        gradients: For each update, what takes the place of `Update.gradients`, e.g. a compiled version of it.
+        gradients: For each update, a replacement for `Update.gradients`, e.g. a compiled version of it.
     """
 
     def __init__(
@@ -280,5 +280,5 @@ class Runner:
         return {name: value for some in self.sums for name, value in some.take().items()}
 
     def each_means(self) -> list[dict[str, float]]:
-        """`means` of each learner whose steps these are: here of one."""
+        """`means` of each learner that these steps train; here there is one."""
         return [self.means()]

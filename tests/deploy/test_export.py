@@ -300,7 +300,7 @@ def test_missing_packages(package: str, tmp_path: pathlib.Path, monkeypatch: pyt
 
 
 def test_an_untrained_policy_is_warned_of(tmp_path: pathlib.Path) -> None:
-    with pytest.warns(UserWarning, match="TD3BC has not been trained: the file will hold a random policy"):
+    with pytest.warns(UserWarning, match="TD3BC has not been trained: the file will contain a random policy"):
         export(small("TD3BC", env=stub_env(Spec(BOX, UNEQUAL))), tmp_path / "policy", "torch_export")
 
 

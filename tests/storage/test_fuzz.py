@@ -529,21 +529,34 @@ REFUSALS = (
     *("truncated or damaged zip", "truncated or damaged", "nested too deep", "finite)", "not JSON", "not an object"),
     *(
         "what this version writes",
-        "holds NaN or infinity",
-        "which no agent of ours uses",
+        "contains NaN or infinity",
+        "which no agent of this library uses",
         "unexpected tensor",
-        "has the unknown",
+        "has the unexpected",
     ),
-    *("another network or version", "another network or space", "holds negative numbers", "has only", "this optimizer of"),
-    *("not a diffagents artifact", "names the library", "has the format", "from a newer", "names no algorithm", "holds a "),
     *(
-        "holds the algorithm",
+        "another network or version",
+        "another network or space",
+        "contains negative numbers",
+        "has only",
+        "this optimiser has only",
+    ),
+    *(
+        "not a diffagents artifact",
+        "names the library",
+        "has the format",
+        "from a newer",
+        "names no algorithm",
+        "contains an agent of ",
+    ),
+    *(
+        "has the algorithm",
         "has no model.safetensors",
-        "is not there",
+        "is missing",
         "not a safetensors file",
         "neither a zip nor a folder",
     ),
-    *("files or one name twice", "unsafe file name", "zip bomb", "bytes, more than"),
+    *("files, or the same name twice", "unsafe file name", "zip bomb", "bytes, more than"),
 )
 """What the table counts refusals by."""
 
@@ -604,7 +617,7 @@ def outcome(base: Base, place: Path, deep: bool) -> Outcome:
         check_actions(agent, agent.predict(obs)[0], len(OBS))
         check_actions(agent, agent.predict(one)[0][None], 1)
     except RuntimeError as error:
-        if allowed and re.search("has no policy yet|not finite", one_line(error)):
+        if allowed and re.search("has no policy yet|NaN or infinity", one_line(error)):
             return Outcome("no policy")
         raise
     same = actions.shape == base.actions.shape and np.array_equal(actions, base.actions) and actions.dtype == base.actions.dtype

@@ -248,8 +248,8 @@ def change_folder(path: Path) -> None:
 
 def test_another_class_is_refused_by_name(here: Client, trained: Trained, tmp_path: Path) -> None:
     here(push, trained.folder / "TD3BC.zip", "me/other")
-    here(try_to_load, "SRPO", "me/other").says("ArtifactError", "me/other", "holds a TD3BC, not a SRPO", "TD3BC")
-    here(try_to_load, "SRPO", trained.folder / "TD3BC.zip").says("ArtifactError", "holds a TD3BC, not a SRPO")
+    here(try_to_load, "SRPO", "me/other").says("ArtifactError", "me/other", "contains an agent of TD3BC, not of SRPO", "TD3BC")
+    here(try_to_load, "SRPO", trained.folder / "TD3BC.zip").says("ArtifactError", "contains an agent of TD3BC, not of SRPO")
 
 
 # ---- the push ----------------------------------------------------------------------------------------------------------

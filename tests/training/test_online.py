@@ -491,7 +491,7 @@ def bad_calls() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "only old", {"offline_ratio": 1}, "offline_ratio=1 learns from the dataset alone"
     yield "spaces", {"env": "Pendulum-v1"}, "the agent was built for"
     yield "flag", {"calibrate": 3}, "calibrate=3; choose from True, False"
-    yield "nothing to finish", {"total_timesteps": None}, "no online run is unfinished"
+    yield "nothing to finish", {"total_timesteps": None}, "there is no unfinished online run"
 
 
 @pytest.mark.parametrize(("kwargs", "message"), [case[1:] for case in bad_calls()], ids=[case[0] for case in bad_calls()])
@@ -657,7 +657,7 @@ def test_a_dropped_buffer_is_waited_for_again() -> None:
     agent.learn_online(30, dataset=data(), learning_starts=20)  # the same buffer: 100
     assert agent.state.online is not None and agent.state.online.starts == 0 and agent.replay_buffer is not None
     assert agent.replay_buffer.capacity == 100 and len(agent.replay_buffer) == 70
-    with pytest.warns(UserWarning, match="buffer_size differs: the replay buffer of the last online run is dropped"):
+    with pytest.warns(UserWarning, match="buffer_size differs: the replay buffer of the last online run is discarded"):
         agent.learn_online(30, dataset=data(), learning_starts=20, buffer_size=50)
     assert agent.state.online.starts == 20 and len(agent.replay_buffer) == 30
 
@@ -768,7 +768,7 @@ def test_a_q_that_runs_away_is_caught() -> None:
 @pytest.mark.parametrize("name", ["BC", "DiffusionBC", "SfBC"])
 def test_a_run_without_a_whole_episode_says_that_it_learnt_nothing(name: str) -> None:
     agent = small(name)
-    with pytest.warns(UserWarning, match="no episode has ended: this run has nothing to learn from"):
+    with pytest.warns(UserWarning, match="no episode has ended, so this run has nothing to learn from"):
         agent.learn_online(30, Line(99, 99), learning_starts=10)
     assert agent.n_updates == 0 and agent.n_env_steps == 30
 
