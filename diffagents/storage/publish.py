@@ -129,7 +129,7 @@ def _video(learner: Learner, eval_env: Any) -> bytes | None:
 
 
 def _hand_written(text: bytes | None) -> bytes | None:
-    """The text of a README if it is to be kept: it is not marked as generated and has more than front matter. None otherwise."""
+    """The text of a README if it is to be kept: not marked as generated, and more than front matter. None otherwise."""
     if text is None or card.MARK.encode() in text:
         return None
     return text if re.sub(rb"\A---\r?\n.*?\r?\n---\s*", b"", text, flags=re.DOTALL).strip() else None
