@@ -144,7 +144,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "torch file": (lambda a, f: SRPO.load(f / "weights.pth"), ValueError, r"pickle|torch"),
     "foreign zip": (lambda a, f: SRPO.load(f / "empty.zip"), ValueError, r"not a diffagents artifact|config\.json"),
     "newer format": (lambda a, f: SRPO.load(f / "newer"), ValueError, r"newer"),
-    "unknown algorithm": (lambda a, f: diffagents.load(f / "other"), ValueError, r"'DreamQL'; this version knows SRPO"),
+    "unknown algorithm": (lambda a, f: diffagents.load(f / "other"), ValueError, r"'DreamQL', but this version knows only SRPO"),
     "other algorithm": (lambda a, f: SRPO.load(f / "other"), ValueError, r"contains an agent of DreamQL, not of SRPO"),
     "no model": (lambda a, f: SRPO.load(f / "gutted"), ValueError, r"model\.safetensors"),
     "wrong shapes": (lambda a, f: SRPO.load(f / "shapes"), ValueError, r"\(9"),

@@ -57,7 +57,7 @@ class Hyperparameter:
 
     @property
     def range(self) -> str:
-        """The allowed values in words: "above 0 and at most 1", 'one of "a", "b"'; empty if the type is the only restriction."""
+        """The allowed values in words: "above 0 and at most 1", 'one of "a", "b"'; empty if only the type restricts them."""
         if self.choices:
             return "one of " + ", ".join(map(json.dumps, self.choices))
         words = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}

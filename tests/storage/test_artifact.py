@@ -201,8 +201,8 @@ def taken_by_a_foreign_config(path: Path) -> None:
     ("make", "message"),
     [
         (taken_by_a_file, "is a file"),
-        (taken_by_other_files, "other files and no artifact"),
-        (taken_by_a_foreign_config, "other files and no artifact"),
+        (taken_by_other_files, "other files but no artifact"),
+        (taken_by_a_foreign_config, "other files but no artifact"),
     ],
 )
 def test_what_is_not_ours_is_not_replaced(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:

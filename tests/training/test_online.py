@@ -522,7 +522,7 @@ def test_what_is_missing_is_named(tmp_path: pathlib.Path) -> None:
     agent = offline("IQL")
     agent.learn_online(30, pendulum(), data(), lambda a, b: a["self"].n_env_steps < 15, learning_starts=5)
     again: Agent = diffagents.load(agent.save(tmp_path / "a"), verbose=0)
-    with pytest.raises(RuntimeError, match=r"replay buffer with its 15 steps.*load_replay_buffer"):
+    with pytest.raises(RuntimeError, match=r"replay buffer of 15 steps.*load_replay_buffer"):
         again.learn_online(env=pendulum(), dataset=data())
     with pytest.raises(ValueError, match="the unfinished run continues with"):
         agent.learn_online(utd=3)
