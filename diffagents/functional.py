@@ -19,7 +19,7 @@ def td_target(rew: Tensor, done: Tensor, next_value: Tensor, gamma: float, floor
 
     Args:
         rew: Rewards, (B,).
-        done: 1 at a true termination, else 0, (B,). A time-out is no termination: its next state keeps its value.
+        done: 1 at a true termination, else 0, (B,). A time-out is not a termination: the target bootstraps from its next state.
         next_value: V(s'), (B,).
         gamma: Discount in [0, 1].
         floor: Lower bound of the target, (B,): the return that the data reached (`learn_online(calibrate=True)`).

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     act: Tensor  # (B, A), scaled to [-1, 1]
     rew: Tensor  # (B,), after the reward transform
     next_obs: Tensor  # (B, S)
-    done: Tensor  # (B,), 1 at a true termination, else 0; a time-out is no termination
+    done: Tensor  # (B,), 1 at a true termination, else 0; a time-out is not a termination
     extras: dict[str, Tensor] = {}  # noqa: RUF012  (B, ...) each, what a stage's `prepare` added to each transition
 
 
@@ -103,7 +103,7 @@ class Spec:
         if isinstance(observation_space, spaces.Dict) and obs_keys is None:
             goal = ("observation", "desired_goal")
             obs_keys = goal if set(goal) <= set(observation_space.spaces) else tuple(observation_space.spaces)
-        if obs_keys is not None and not isinstance(obs_keys, str):  # a string stays one, so that Spec refuses it
+        if obs_keys is not None and not isinstance(obs_keys, str):  # a string is kept, so that Spec rejects it
             obs_keys = tuple(obs_keys)
         return cls(observation_space, action_space, obs_keys)  # type: ignore[arg-type]
 
@@ -284,6 +284,6 @@ def _flat(value: Any, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, bo
     if array.shape[1 if batched else 0 :] != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape} or a batch {('B', *shape)}")
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds NaN or infinity: {array.reshape(-1)[~np.isfinite(array.reshape(-1))][:3]}")
+        raise ValueError(f"{name} contains NaN or infinity: {array.reshape(-1)[~np.isfinite(array.reshape(-1))][:3]}")
     n_rows = array.shape[0] if batched else 1
     return array.reshape(n_rows, math.prod(shape)), batched  # not -1: the batch may be empty

@@ -122,8 +122,8 @@ class AWR(Agent):
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
         """Monte-Carlo returns of every row [D1]."""
         data = sampler.all()
-        nothing = torch.zeros_like(data.rew)
-        returns = lambda_returns(data.rew, data.done, nothing, sampler.episode_ends, self.config.gamma, 1.0)
+        no_bootstrap = torch.zeros_like(data.rew)
+        returns = lambda_returns(data.rew, data.done, no_bootstrap, sampler.episode_ends, self.config.gamma, 1.0)
         return sampler.with_extras(returns=returns)
 
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:

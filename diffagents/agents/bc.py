@@ -8,9 +8,9 @@ Details
   [D2] Adam decays to 0 on a cosine over the stage. D4RL and TD3+BC keep the learning rate constant; the decay averages out the
        noise of the last steps, which single checkpoints of a cloner show.
   [D3] Observations are normalised, as in TD3+BC.
-Online (our design, the same as DiffusionBC's: cloning alone improves nothing)
-  [O1] It clones the data and the best of its own episodes: the share `online_top` of those that ended, by return, selected anew
-       every 1000 environment steps. Only here are rewards read. It learns at `online_learning_rate`.
+Online (our design, the same as DiffusionBC's: cloning alone does not improve the policy)
+  [O1] It clones the data and the best of its own episodes: the share `online_top` of those that ended, by return,
+       selected again every 1000 environment steps. Only here are rewards read. It learns at `online_learning_rate`.
   [O2] A deterministic policy repeats itself, so it explores with Gaussian noise of `online_noise`.
 """
 
@@ -49,7 +49,7 @@ class BCConfig(Hyperparameters):
     reward_transform: str = hyperparameter(
         "none",
         'Transform of the rewards, of which "auto" chooses one from the data. '
-        "It changes nothing here, because cloning reads no rewards.",
+        "It has no effect here, because cloning does not use rewards.",
         choices=REWARD_TRANSFORMS,
     )
     normalize_obs: bool = hyperparameter(

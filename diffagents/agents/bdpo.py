@@ -12,7 +12,7 @@ Every step of `train`: critic and value; every `policy_freq`-th after the warm-u
 The paper's text was not available: this follows its author's code (flow-rl), and the equations carry no numbers.
 Details
   [D1] sigma_n^2 is beta_n, in the penalty and in the sampler; the true posterior's is 0 at n = 1, where l_1 would be infinite.
-  [D2] The penalty compares predicted noises, while the sampler clips the action that they imply; and l_1 counts although the
+  [D2] The penalty compares noise predictions, while the sampler clips the action that they imply; and l_1 counts although the
        last step adds no noise.
   [D3] `aggregation` over the ensemble: "lcb" mean - rho std (population), "min", "mean", "convex" rho min + (1 - rho) max,
        "random_convex" a random weighting for each update (uniform numbers, normalised; how the code samples it is unknown).
@@ -24,7 +24,7 @@ Details
   [D8] Acting: 10 candidates of policy_ema, argmax of the ensemble's MEAN target Q, not of the bound.
 Online (our design; neither the paper nor the official code has one)
   [O1] The updates of `train` on old and new data, without warm-up, at constant learning rates ([D5] no longer applies). nu is
-       still fitted, now also to what the policy does: a trust region that moves with it.
+       still fitted, now also to the policy's actions: a trust region that moves with it.
   [O2] The constraint is relaxed: eta halves every `online_halflife` environment steps, down to a 16th.
   [O3] It acts as offline [D8], by random candidates, plus Gaussian noise of `online_noise`.
 """
@@ -108,7 +108,7 @@ class BDPOConfig(Hyperparameters):
     q_layer_norm: bool = hyperparameter(False, "Whether Q has LayerNorm; V always has it.")
     n_candidates: int = hyperparameter(
         10,
-        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises [D8].",
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noise [D8].",
         at_least=1,
         at_most=N_FIXED,
     )
@@ -176,7 +176,7 @@ class PositionalDenoiser(nn.Module):
         orthogonal_(self)
 
     def forward(self, a_n: Tensor, obs: Tensor, i: Tensor) -> Tensor:
-        """`a_n` (..., A); `obs` (..., S) and the step `i` (...,), counted from 0, may have sizes of 1 to expand."""
+        """`a_n` (..., A); `obs` (..., S) and the step `i` (...,), counted from 0, broadcast against it."""
         lead = a_n.shape[:-1]
         out: Tensor = self.trunk(torch.cat([a_n, self.time_features(i).expand(*lead, -1), obs.expand(*lead, -1)], -1))
         return out
@@ -326,12 +326,12 @@ class BDPO(Agent):
     def critic_losses(self, batch: Batch, noise: Noise) -> tuple[tuple[Tensor, Tensor], Metrics]:
         """The losses of the critic and of the value."""
         with torch.no_grad():  # both targets, before either network moves
-            q_target, q_penalty = self.q_target(batch, noise)
+            q_td_target, q_penalty = self.q_target(batch, noise)
             v_target, penalty = self.step_objective(batch, noise, self.policy_ema)
         a_n = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (E, B)
         v = self.value(batch.obs, a_n, noise["i"])  # (E, B)
-        q_loss, v_loss = (q - q_target).square().mean(), (v - v_target).square().mean()
+        q_loss, v_loss = (q - q_td_target).square().mean(), (v - v_target).square().mean()
         return (q_loss, v_loss), {
             "q_loss": q_loss.detach(),
             "v_loss": v_loss.detach(),

@@ -13,7 +13,7 @@ Details
        target critic).
   [D2] a' is sampled from policy_ema (official code; the paper's listing samples it from the policy).
   [D3] The official code clips only a copy of lambda for use; the parameter itself drifts outside and needs as long to return.
-       Ours is projected onto [lambda_min, lambda_max] after each of its steps: there is no difference inside.
+       Ours is projected onto [lambda_min, lambda_max] after each of its steps; inside the interval the two agree.
   [D4] kappa is a noise error per dimension: its scale depends on T. Where L_c never reaches it, lambda grows by
        `lambda_learning_rate` per policy step (Adam's steps have that size whatever the gradient), by 30 in a million steps.
   [D5] `max_q_backup` (AntMaze): a' is the best of 10 for each critic, then the minimum of the two.
@@ -97,7 +97,7 @@ class DiffCPSConfig(Hyperparameters):
     n_backup_samples: int = hyperparameter(10, "Number of next actions sampled for max_q_backup.", at_least=1, at_most=MOST)
     n_candidates: int = hyperparameter(
         50,
-        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises [D9].",
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noise [D9].",
         at_least=1,
         at_most=N_FIXED,
     )
@@ -293,7 +293,7 @@ class DiffCPS(Agent):
     def from_official(cls, actor: Any, critic: Any, **kwargs: Any) -> "DiffCPS":
         """Load the authors' files.
 
-        They hold no target networks, no EMA and no multiplier: these start as copies and at lambda_init, with one warning.
+        They contain no target networks, EMA or multiplier: these start as copies and at lambda_init, with one warning.
 
         Args:
             actor: Path or state dict of `actor_<n>.pth`.
@@ -302,7 +302,7 @@ class DiffCPS(Agent):
 
         Raises:
             FileNotFoundError: If a file does not exist.
-            ValueError: If a file holds no such network.
+            ValueError: If a file does not contain the expected network.
         """
         from diffagents.storage.official_checkpoints import chain_from_official
 

@@ -8,9 +8,9 @@ Details
   [D2] `ema_tau`: the official code acts with the trained network (None). With a number (0.005, 0.001) its EMA acts, which is
        smoother. With None the EMA is kept equal to the network, so that a run with averaging can continue one without.
   [D3] Adam at 3e-4, constant and without clipping: these are the arguments of the official runner; its class defaults to 2e-4.
-Online (our design: cloning alone improves nothing)
-  [O1] It clones the data and the best of its own episodes: the share `online_top` of those that ended, by return, selected anew
-       every 1000 environment steps. Only here are rewards read. It acts by its own samples, and learns at
+Online (our design: cloning alone does not improve the policy)
+  [O1] It clones the data and the best of its own episodes: the share `online_top` of those that ended, by return,
+       selected again every 1000 environment steps. Only here are rewards read. It acts by its own samples, and learns at
        `online_learning_rate`.
 """
 
@@ -71,7 +71,7 @@ class DiffusionBCConfig(Hyperparameters):
     reward_transform: str = hyperparameter(
         "none",
         'Transform of the rewards, of which "auto" chooses one from the data. '
-        "It changes nothing here, because cloning reads no rewards.",
+        "It has no effect here, because cloning does not use rewards.",
         choices=REWARD_TRANSFORMS,
     )
     normalize_obs: bool = hyperparameter(

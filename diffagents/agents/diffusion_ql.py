@@ -83,7 +83,7 @@ class DiffusionQLConfig(Hyperparameters):
     n_backup_samples: int = hyperparameter(10, "Number of next actions sampled for max_q_backup.", at_least=1, at_most=MOST)
     n_candidates: int = hyperparameter(
         50,
-        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises [D7].",
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noise [D7].",
         at_least=1,
         at_most=N_FIXED,
     )
@@ -243,7 +243,7 @@ class DiffusionQL(Agent):
 
     @classmethod
     def from_official(cls, actor: Any, critic: Any, **kwargs: Any) -> "DiffusionQL":
-        """Load the authors' files. They hold no target networks and no EMA: these start as copies, with one warning.
+        """Load the authors' files. They contain no target networks and no EMA: these start as copies, with one warning.
 
         Args:
             actor: Path or state dict of `actor_<n>.pth`.
@@ -252,7 +252,7 @@ class DiffusionQL(Agent):
 
         Raises:
             FileNotFoundError: If a file does not exist.
-            ValueError: If a file holds no such network.
+            ValueError: If a file does not contain the expected network.
         """
         from diffagents.storage.official_checkpoints import chain_from_official
 

@@ -69,7 +69,7 @@ class IDQLConfig(Hyperparameters):
     )
     n_candidates: int = hyperparameter(
         64,
-        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noises. "
+        "Number of actions sampled when acting, of which Q selects one; deterministic acting uses stored noise. "
         "The main hyperparameter: large follows Q, 1 clones the data; the paper sweeps 16, 64, 256.",
         at_least=1,
         at_most=N_FIXED,

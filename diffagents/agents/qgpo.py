@@ -1,6 +1,6 @@
 """QGPO: Contrastive Energy Prediction for Exact Energy-Guided Diffusion Sampling.   Lu et al., ICML 2023, arXiv:2304.12824.
 
-Order      behavior; critic on it; energy on both. Nothing else is learned: the policy is guided sampling.
+Order      behavior; critic on it; energy on both. No policy network is trained; actions come from guided sampling.
 Target     pi(a|s) ~ mu(a|s) exp(beta Q(s, a))
 Score      grad log pi_t(a_t|s) = grad log mu_t(a_t|s) + s_g grad_a f(a_t, s, t); exact for s_g = 1 and
            f = log E_mu[ exp(beta Q(s, a)) | a_t ] + any function of s and t
@@ -14,12 +14,13 @@ Details
   [D1] Stages run one after the other. The official code trains energy and critic together from the first step on and stops the
        critic half-way; our energy is trained with the finished critic only.
   [D2] Sampling the support costs M x `solver_steps` network calls per state, at s' for the critic and at s for the energy, and
-       M x A floats of memory per state: with the paper's sizes 20 ms each per state on one CPU core, hours for a million.
+       M x A floats of memory per state: with the paper's sizes 20 ms per state for each of the two on one CPU core, and
+       hours for a million states.
        `n_support_states` transitions are drawn once, and training uses these alone; None takes all, as do the paper and
        `preset="paper"`.
-       The table is computed anew when a stage begins or is resumed (the same numbers each time); it is not saved.
+       The support actions are not saved but recomputed when a stage is resumed, from the same random numbers.
   [D3] t ~ U(0.001, 1) everywhere; the M actions of a state share one.
-  [D4] `energy_loss`, the paper's comparisons: "mse" regresses beta Qbar at the data's actions, "emse" its exponential,
+  [D4] `energy_loss`, for the paper's ablations: "mse" regresses beta Qbar at the data's actions, "emse" its exponential,
        relative to the best of the support and with the exponent clipped to [-100, 4.5]. Only "cep" is exact.
   [D5] beta and beta_q are in units of 1 / Q, and so depend on the reward transform. None: beta_q = beta.
   [D6] guidance_scale is swept at evaluation in the official code (locomotion 0 to 10, AntMaze 1 to 4); the value for each task
@@ -27,12 +28,12 @@ Details
   [D7] DPM-Solver++, order 2. Support actions are not clipped; the final action is (the official code leaves that to the
        environment).
   [D8] The batch of the behaviour stage is 4096 in the official code and in `preset="paper"`. Ours is 256, for CPUs.
-  [D9] The official loader goes through shuffled epochs; we sample uniformly with replacement, as everywhere in this library.
+  [D9] The official loader iterates over shuffled epochs; we sample uniformly with replacement, as everywhere in this library.
 Online (our design; neither the paper nor the official code has one)
-  [O1] Behaviour, critic and energy continue together, on `n_online_states` transitions drawn from old and new data every 1000
+  [O1] Behaviour, critic and energy are trained jointly, on `n_online_states` transitions drawn from old and new data every 1000
        environment steps, with support actions from the behaviour model at that time.
-  [O2] It acts as offline [D7]: one guided sample from random noise. No constraint is relaxed, because mu learns what the policy
-       did.
+  [O2] It acts as offline [D7]: one guided sample from random noise. No constraint is relaxed, because mu also models the
+       policy's actions.
 """
 
 import copy
@@ -77,7 +78,7 @@ class QGPOConfig(Hyperparameters):
         at_least=0,
     )
     n_support: int = hyperparameter(
-        16, "Number M of the behaviour model's actions at each state of the support. AntMaze: 32.", at_least=1, at_most=MOST
+        16, "Number M of support actions per state, sampled from the behaviour model. AntMaze: 32.", at_least=1, at_most=MOST
     )
     n_support_states: int | None = hyperparameter(
         20_000, "Number of transitions for which support actions are sampled [D2]. None: all of them.", at_least=1, at_most=MOST
@@ -90,7 +91,7 @@ class QGPOConfig(Hyperparameters):
     )
     energy_loss: str = hyperparameter("cep", 'Loss of the energy model; only "cep" is exact [D4].', choices=ENERGY_LOSSES)
     guidance_scale: float = hyperparameter(
-        1.0, "Scale s_g of the guidance when acting: 0 acts as the behaviour model [D6].", at_least=0
+        1.0, "Scale s_g of the guidance when acting: 0 recovers the behaviour policy [D6].", at_least=0
     )
     solver_steps: int = hyperparameter(15, "Network evaluations for each sampled action.", at_least=1, at_most=1000)
     gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
@@ -134,14 +135,14 @@ class Energy(nn.Module):
         self.net = MLP(act_dim + FourierTime.DIM + obs_dim, hidden, 1, nn.SiLU)
 
     def forward(self, a_t: Tensor, obs: Tensor, t: Tensor) -> Tensor:
-        """`a_t` (..., A) -> (...,); `obs` (..., S) and `t` (...,) may have sizes of 1 to expand."""
+        """`a_t` (..., A) -> (...,); `obs` (..., S) and `t` (...,) broadcast against it."""
         lead = a_t.shape[:-1]
         out: Tensor = self.net(torch.cat([a_t, self.time(t).expand(*lead, -1), obs.expand(*lead, -1)], -1))
         return out.squeeze(-1)
 
 
 class QGPO(Agent):
-    """A diffusion model of the data, guided while it samples by a learned energy: the policy mu exp(beta Q)."""
+    """A diffusion model of the data, guided during sampling by a learned energy: the policy mu exp(beta Q)."""
 
     Config = QGPOConfig
     config: QGPOConfig
@@ -189,6 +190,7 @@ class QGPO(Agent):
         return Sampler(matrix, self.obs_dim, self.act_dim).with_extras(actions=actions, next_actions=next_actions)
 
     def next_critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """`critic_loss` online, where the extras also contain support actions at s."""
         return self.critic_loss(batch._replace(extras={"actions": batch.extras["next_actions"]}), noise)
 
     # ---- stage 1: behaviour ----------------------------------------------------------------------------------------
@@ -221,12 +223,12 @@ class QGPO(Agent):
         polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
 
     def min_target_q(self, obs: Tensor, act: Tensor) -> Tensor:
-        """Qbar, the minimum of the target critics: act (..., A), obs (..., S) with sizes of 1 to expand -> (...,)."""
+        """Qbar, the minimum of the target critics: act (..., A), obs (..., S), which broadcasts -> (...,)."""
         return self.critic_target.on_parts(obs, act).amin(0)
 
     # ---- stage 3: energy -------------------------------------------------------------------------------------------
     def prepare_energy(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
-        if self.config.energy_loss == "mse":  # needs the data's actions only
+        if self.config.energy_loss == "mse":  # needs only the actions of the data
             return sampler
         sampler = self._with_support(sampler, generator)
         return sampler.with_extras(actions=self._support("energy", sampler.obs, generator))
@@ -237,11 +239,12 @@ class QGPO(Agent):
         return {"u": torch.rand(n, **kwargs), "eps": torch.randn(size, **kwargs)}
 
     def energy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        loss = self.energy_misfit(batch, noise)
+        """The loss that the hyperparameter of the same name, `config.energy_loss`, selects, and its metric."""
+        loss = self.prediction_loss(batch, noise)
         return loss, {"energy_loss": loss.detach()}
 
-    def energy_misfit(self, batch: Batch, noise: Noise) -> Tensor:
-        """Contrastive energy prediction: how good each of a state's M noisy actions is; or a regression [D4]."""
+    def prediction_loss(self, batch: Batch, noise: Noise) -> Tensor:
+        """Cross-entropy of softmax(f) against softmax(beta Qbar) over the support; or the regression ablations [D4]."""
         c = self.config
         t = 1e-3 + (1.0 - 1e-3) * noise["u"]  # (B,) [D3]
         alpha, sigma = vp_alpha_sigma(t)

@@ -2,7 +2,7 @@
 
 Chen et al., ICLR 2023, arXiv:2209.14548.
 
-Order      behavior; critic on the data's returns; planning: the critic again, on returns that the first critic improves
+Order      behavior; critic on the data's returns; planning: refit the critic on returns improved by the previous critic
 Policy     pi(a|s) ~ mu(a|s) exp(alpha Q(s, a)), by resampling candidates of mu: it needs no network of its own
 Critic     Q(s_n, a_n) -> R_n, regression.   Round 0: R_n = r_n + gamma R_n+1, the Monte-Carlo return
 Planning   round k: R_n = max( r_n + gamma R_n+1, V(s_n) ), backwards through each trajectory, R = 0 after its end;
@@ -11,26 +11,26 @@ Symbols    mu -> behavior, Q -> critic, Q of the previous round -> critic_before
 The paper's text was not available: this follows its official code (ChenDRAG/SfBC), and the equations carry no numbers.
 Details
   [D1] Q is fitted to standardised returns, (R - mean) / max(std, 0.1), and alpha and temperature act on those; mean and std are
-       computed anew in each round.
-  [D2] A time-out ends a trajectory like a termination: nothing is added for the rewards that would have followed.
+       recomputed in each round.
+  [D2] Time-outs are treated as terminations (no bootstrapping).
   [D3] Each planning round begins with the critic's initial weights and a new optimiser. Two rounds in all (K = 2) are the
        stages `critic` and `planning`; `learn(data, stages=("planning",), reset_num_timesteps=False)` is one more.
   [D4] V costs M x `solver_steps` network calls per state: with the paper's sizes 20 ms on one CPU core, hours for a million
        states. With `n_support_states`, V is computed at that many random states only, and the maximum in R skips the others;
-       None takes all, as do the paper and `preset="paper"`. V is computed anew when a stage is resumed (the same numbers each
-       time); it is not saved.
+       None takes all, as do the paper and `preset="paper"`. V is not saved but recomputed when a stage is resumed, from
+       the same random numbers.
   [D5] t ~ U(0.00001, 1). DPM-Solver, order 3. Candidates are not clipped; the final action is (the official code leaves that to
        the environment).
   [D6] Acting: 32 candidates, `average_top` of them drawn without replacement by softmax(Q / 0.01), and averaged: 4 on
        locomotion, 1 elsewhere. The official code caps Q at 40 temperatures above the 4th best before it draws, for numerical
-       reasons only: the same candidates are drawn, except one time in e^40.
+       reasons only: the same candidates are drawn, except with a probability of about e^-40.
   [D7] Batches are 4096 in the official code and in `preset="paper"`. Ours are 256, for CPUs.
-  [D8] The official loader goes through shuffled epochs; we sample uniformly with replacement, as everywhere in this library. It
-       also drops AntMaze trajectories of less than 5 steps.
+  [D8] The official loader iterates over shuffled epochs; we sample uniformly with replacement, as everywhere in this library.
+       It also drops AntMaze trajectories of fewer than 5 steps.
 Online (our design; neither the paper nor the official code has one)
-  [O1] Behaviour and critic continue together on old and new data. The critic is fitted to Monte-Carlo returns of whole
-       episodes, computed anew every 1000 environment steps, in the units of the last fit. So mu learns what the policy did,
-       and the critic what it earned: each improves the policy further. There is no planning.
+  [O1] Behaviour and critic are trained jointly on old and new data. The critic is fitted to Monte-Carlo returns of complete
+       episodes, recomputed every 1000 environment steps and standardised as in the last fit. So mu models the policy's actions
+       and the critic their returns, and both improve the policy further. There is no planning.
   [O2] It acts as offline: random candidates, resampled by Q. No constraint is relaxed.
 """
 
@@ -76,15 +76,15 @@ class SfBCConfig(Hyperparameters):
     )
     n_candidates: int = hyperparameter(
         32,
-        "Number of actions sampled when acting, some of which Q selects; deterministic acting uses stored noises [D6].",
+        "Number of actions sampled when acting, some of which Q selects; deterministic acting uses stored noise [D6].",
         at_least=1,
         at_most=N_FIXED,
     )
     temperature: float = hyperparameter(
-        0.01, "Temperature of the draw among the candidates, in standard deviations of the return [D1].", above=0
+        0.01, "Softmax temperature of the resampling, in standard deviations of the return [D1].", above=0
     )
     average_top: int = hyperparameter(
-        1, "Number of drawn candidates whose mean is the action, all if there are fewer. Locomotion: 4.", at_least=1
+        1, "Number of resampled candidates that are averaged to the action, at most all of them. Locomotion: 4.", at_least=1
     )
     solver_steps: int = hyperparameter(15, "Network evaluations for each sampled action.", at_least=1, at_most=1000)
     gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
@@ -155,7 +155,7 @@ class SfBC(Agent):
         return Stage("online", self.config.batch_size, updates, self.prepare_online)
 
     def prepare_online(self, mixture: Mixture, generator: torch.Generator) -> Mixture | None:
-        """The returns of all whole episodes [O1]; None while there are none."""
+        """Standardised returns of all complete episodes [O1]; None if there are no complete episodes."""
         mixture = mixture.in_episodes(whole=True)
         if not mixture.sides:
             return None
@@ -184,7 +184,7 @@ class SfBC(Agent):
         if begins:
             self.critic_before.load_state_dict(self.critic.state_dict())
         targets = self._targets(planned_returns(sampler, self.config.gamma, self.state_values(sampler, generator)))
-        if begins:  # [D3], last, so that an interruption before it loses nothing
+        if begins:  # [D3]; last, so that an earlier interruption is harmless
             self.critic.net.load_state_dict(self.initial_weights)
             self.optimizers["critic"].state.clear()
         return sampler.with_extras(targets=targets)
@@ -225,14 +225,14 @@ class SfBC(Agent):
         return noise
 
     def act(self, obs: Tensor, noise: Noise, config: SfBCConfig) -> Tensor:
-        """(B, S) -> (B, A): the mean of some candidates, drawn by their Q [D6].
+        """(B, S) -> (B, A): the mean of candidates that are resampled by their Q [D6].
 
         If deterministic, the candidates come from the stored noise, and the best of them are taken.
         """
         c = config
         candidates = self.behavior.sample(obs, noise["eps"], self._solver(c.solver_steps))  # (B, n, A)
         scores = self.critic(obs[:, None], candidates) / c.temperature  # (B, n)
-        if "gumbel" in noise:  # the largest of log weight + Gumbel noise are samples without replacement
+        if "gumbel" in noise:  # Gumbel-top-k: the k largest are a sample without replacement
             scores = scores + noise["gumbel"]
         best = scores.topk(min(c.average_top, c.n_candidates), -1).indices  # (B, k)
         chosen = candidates.gather(1, best[..., None].expand(-1, -1, self.act_dim))

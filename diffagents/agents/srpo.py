@@ -15,12 +15,12 @@ Details
   [D5] t ~ U(0.02, 0.98) in the policy stage, U(0.001, 1) in the behaviour stage (official code).
   [D6] The policy's learning rate falls to 0 on a cosine over its stage (official code; not in the paper's text).
   [D7] Q in the gradient is the mean of the twin TARGET critics (official code; the paper writes Q).
-  [D8] The official loader goes through shuffled epochs; we sample uniformly with replacement, as everywhere in this library.
+  [D8] The official loader iterates over shuffled epochs; we sample uniformly with replacement, as everywhere in this library.
   [D9] The batch of the behaviour stage is 2048 in the official code and in `preset="paper"`. Ours is 256: on a CPU one update
        with 2048 costs as much as several with 256, and the smaller batch learns more in the same time.
 Online (our design; neither the paper nor the official code has one)
   [O1] Each update trains all three on one batch of old and new data: the critic by IQL, the behaviour model by noise matching,
-       the policy by Eq. (10) on both. So mu becomes a model of the data AND of what the policy did, and regularising towards
+       the policy by Eq. (10) on both. So mu becomes a model of the data AND of the policy's actions, and regularising towards
        it is a trust region that moves with the policy; a frozen mu would limit the improvement. The behaviour model is
        updated only every `online_behavior_every` updates: its updates cost most, and what it models changes slowly.
   [O2] It acts with pi plus Gaussian noise of `online_noise`, clipped. Sampling mu(.|s) around pi(s) instead would explore the
@@ -229,6 +229,7 @@ class SRPO(Agent):
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """IQL's losses: Q is regressed on r + gamma (1 - d) V(s'), Eq. (6) of networks/critics.py."""
         return self.critic.loss(batch, self.config.expectile, self.config.gamma)
 
     def follow_critic(self) -> None:
@@ -310,7 +311,7 @@ class SRPO(Agent):
 
         Raises:
             FileNotFoundError: If a file does not exist.
-            ValueError: If a file holds no such network.
+            ValueError: If a file does not contain the expected network.
         """
         from diffagents.storage.official_checkpoints import srpo_from_official
 

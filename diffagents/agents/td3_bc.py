@@ -8,7 +8,7 @@ Symbols     pibar -> policy_target, Qbar -> critic_target
 Details
   [D1] lambda is measured on the policy's own actions in the batch, and detached (official code; the paper's Eq. (5) has the
        data's actions).
-  [D2] The squared error is a mean over dimensions too (official code): the more dimensions, the weaker its hold on each.
+  [D2] The squared error is a mean over dimensions too (official code): the more dimensions, the weaker the constraint on each.
   [D3] The target networks are updated on policy steps only, and these are the 2nd, 4th, ... step (official code).
   [D4] `normalize_obs`: (s - mean) / (std + 1e-3) over the data, with the same numbers when acting. On AntMaze the author
        advises against it, and recommends a larger alpha.

@@ -32,9 +32,7 @@ def train(args: argparse.Namespace) -> None:
     settings = {"device": args.device, "verbose": int(not args.quiet), "tensorboard_log": args.tensorboard}
     if args.resume:
         if values or args.preset or args.net_arch or args.steps:
-            raise ValueError(
-                "--resume continues the run as it was planned: omit hyperparameters, --preset, --net-arch and --steps"
-            )
+            raise ValueError("--resume continues the run as planned: omit hyperparameters, --preset, --net-arch and --steps")
         del settings["device"]
         agent = cls.load(out, env=args.env, device=args.device, **settings)
     elif out.exists():
@@ -92,7 +90,7 @@ def enjoy(args: argparse.Namespace) -> None:
         print(path)
         return
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise ValueError("there is no screen: pass --video FILE.mp4")
+        raise ValueError("no screen is available: pass --video FILE.mp4")
     with contextlib.closing(make_env(env, render_mode="human", **env_arguments(args))) as window:
         print(agent.evaluate(window, args.episodes, seed=args.seed, deterministic=not args.sampled))
 

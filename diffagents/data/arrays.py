@@ -23,7 +23,7 @@ from diffagents.data.transitions import Transitions
 from diffagents.types import Spec
 
 Keys = tuple[str, ...] | None
-"""The parts of a Dict observation, in order; None: not chosen, or the observation is no Dict."""
+"""The parts of a Dict observation, in order; None: not chosen, or the observation is not a Dict."""
 
 
 def from_arrays(
@@ -51,7 +51,7 @@ def from_arrays(
 
     Raises:
         TypeError: If an array is not of real numbers, or actions are integers.
-        ValueError: If arrays are missing, do not fit, or hold NaN or infinity.
+        ValueError: If arrays are missing, do not fit, or contain NaN or infinity.
     """
     named = check.our_names(data, "the dataset")
     bounds_from_data = spec is None
@@ -173,7 +173,7 @@ def from_replay_buffer(buffer: Any, keys: Keys, env_spec: EnvSpec | None) -> Tra
     action = unroll(buffer.actions).reshape(-1, *low.shape)
     if n and np.abs(action).max() > 1 + check.ACTION_TOLERANCE:
         raise ValueError(
-            f"the replay buffer holds an action of {np.abs(action).max():.4g}, but SB3 stores actions scaled to [-1, 1]; "
+            f"the replay buffer contains an action of {np.abs(action).max():.4g}, but SB3 stores actions scaled to [-1, 1]; "
             "if yours are in the environment's units, pass a dict of arrays instead"
         )
     done = unroll(buffer.dones).astype(bool)
@@ -210,7 +210,7 @@ class _Rows(NamedTuple):
     rew: np.ndarray  # (N,)
     next_obs: np.ndarray  # (N, S)
     terminated: np.ndarray  # (N,) bool
-    unknown: np.ndarray  # (N,) bool, True where next_obs is not known and holds some other observation
+    unknown: np.ndarray  # (N,) bool, True where next_obs is unknown and contains some other observation
 
 
 def _assemble(
@@ -271,7 +271,7 @@ def _guess_spec(observations: Any, actions: Any, keys: Keys) -> Spec:
 
     def box(name: str, value: Any) -> spaces.Box:
         array = check.rows(name, value, None)
-        if array.dtype == np.uint8:  # Spec recognises images by this dtype and refuses them
+        if array.dtype == np.uint8:  # Spec recognises images by this dtype and rejects them
             return spaces.Box(0, 255, array.shape[1:], np.uint8)
         return spaces.Box(-np.inf, np.inf, array.shape[1:], np.float32)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from minari import MinariDataset
 
 _COLUMNS = ("actions", "rewards", "terminations", "truncations")
-# Stricter than Minari, which makes a folder for a malformed id before it refuses it; listing the datasets then always fails.
+# Stricter than Minari, which makes a folder for a malformed id before it rejects it, so that listing the datasets always fails.
 _ID = re.compile(r"(?:(?P<namespace>[-\w]+(?:/[-\w]+)*)/)?[-\w]+-v(?:0|[1-9]\d*)", re.ASCII)
 Act = Callable[[Any, bool], np.ndarray]
 """(observation, whether it is the first of an episode) -> one action."""
@@ -62,8 +62,8 @@ def collect(
 
     Stored are observations as the environment returns them, actions as they were executed (clipped to the bounds), rewards,
     terminations and truncations; floats become float32, actions have the dtype of their space. All episodes are whole except
-    the last, which is cut at `n_steps` with a truncation. The metadata hold the environment's spec, D4RL's reference returns
-    if there are any (`ref_min_score`, `ref_max_score`), who acted (class, commit on the Hub, dataset that it learnt from),
+    the last, which is cut at `n_steps` with a truncation. The metadata contain the environment's spec, D4RL's reference returns
+    if there are any (`ref_min_score`, `ref_max_score`), who acted (class, commit on the Hub, dataset that it was trained on),
     noise, seed and success rate: in words in `description`, as JSON in `collection`.
 
     If anything fails, or on Ctrl-C, no dataset is left behind, not even the finished episodes.
@@ -216,7 +216,7 @@ def _new_place(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
     parts = _ID.fullmatch(dataset_id) if isinstance(dataset_id, str) else None
     if parts is None or len(parts["namespace"] or "ab") < 2:  # Minari cannot read a namespace of one letter
         raise ValueError(
-            f"{dataset_id!r} is no Minari id: it must look like namespace/name-v0, of letters, digits, - and _, "
+            f"{dataset_id!r} is not a Minari id: it must look like namespace/name-v0, of letters, digits, - and _, "
             "with a namespace of at least two letters"
         )
     folder = Path(root if root is not None else minari_root()).expanduser().resolve()
@@ -253,7 +253,7 @@ def _spec_to_store(spec: EnvSpec) -> EnvSpec:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the wrappers; a warning that fits this situation follows
         try:
-            env_id_of(spec.to_json())  # refuses what evaluation would refuse
+            env_id_of(spec.to_json())  # rejects what evaluation would reject
         except (TypeError, ValueError) as error:
             cure = "make it with arguments that are numbers, short names or lists of them"
             raise ValueError(f"the spec of {spec.id} cannot be stored with the data ({one_line(error)}); {cure}") from None
@@ -408,7 +408,7 @@ def _rows(value: Any, n: int, space: spaces.Space[Any], name: str) -> Any:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         step = int(np.argmin(np.isfinite(array.reshape(n, -1)).all(axis=1)))
         raise ValueError(
-            f"the {name} hold NaN or infinity at step {step}, from which nothing can learn; repair the environment"
+            f"the {name} contain NaN or infinity at step {step}, which no agent can learn from; repair the environment"
         )
     return array
 
@@ -451,10 +451,10 @@ def type_name(policy: Any) -> str:
 def _facts(policy: Any, deterministic: bool, noise: str | None, seed: int, successes: Sequence[bool | None]) -> dict[str, Any]:
     """How the data came to be, as JSON: who acted (class, origin and dataset as far as known), noise, seed, success rate."""
     origin, data = getattr(policy, "origin", None), getattr(policy, "dataset_info", None)
-    learnt = data.get("id") if isinstance(data, Mapping) else None
+    trained_on = data.get("id") if isinstance(data, Mapping) else None
     predicts = callable(getattr(policy, "predict", None))  # a function has no argument `deterministic`
     how = ", deterministic actions" if deterministic else ", actions drawn by itself"
-    parts = [f" from {origin}" if origin else "", f" learnt on {learnt}" if learnt else "", how if predicts else ""]
+    parts = [f" from {origin}" if origin else "", f" trained on {trained_on}" if trained_on else "", how if predicts else ""]
     reported = [success for success in successes if success is not None]
     facts = {"policy": type_name(policy) + "".join(parts), "noise": noise, "seed": seed}
     return facts | {"success_rate": float(np.mean(reported)) if reported else None}

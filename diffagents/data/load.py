@@ -52,7 +52,7 @@ def load_dataset(
             - A dict of arrays with one row per step: `observations` (an array or a dict of arrays), `actions`, `rewards`,
               `terminations`, `truncations`, and optionally `next_observations`. D4RL's `terminals` and `timeouts` are accepted.
               Without truncations, the ends of episodes are taken from `episode_ends` (one past each last row), else from breaks
-              in `next_observations`, else from the time limit of `env`; without any of these the data are refused.
+              in `next_observations`, else from the time limit of `env`; without any of these the data are rejected.
             - A list of episode dicts with the same keys, T + 1 observations and T actions each.
             - A path to an `.npz` of the same arrays (a dict observation as `observations/key`) or to a D4RL-style `.hdf5`.
             - A Stable-Baselines3 `ReplayBuffer` or `DictReplayBuffer`. Its actions must be scaled to [-1, 1], as SB3's
@@ -64,13 +64,13 @@ def load_dataset(
             environment spec if the dataset has none; a dataset's own is kept, with a warning if `env` differs from it.
         obs_keys: Chooses and orders the parts of a Dict observation. Default: those of `env`, else `observation` and
             `desired_goal` if both exist, else all.
-        clip_actions: Whether to clip actions that lie outside the bounds instead of refusing them.
+        clip_actions: Whether to clip actions that lie outside the bounds instead of rejecting them.
         download: Whether a Minari id may be downloaded.
         cache: Whether to keep Minari and HDF5 sets as flat files in $DIFFAGENTS_CACHE, by default ~/.cache/diffagents.
         verbose: 1 prints a line with the size of the dataset and the time.
 
     Returns:
-        The data. Their `info` holds JSON values: `id`, `kind`, `n_steps` and `n_episodes` as recorded, `mean_return` and
+        The data. Their `info` contains JSON values: `id`, `kind`, `n_steps` and `n_episodes` as recorded, `mean_return` and
         `std_return` of whole episodes, `sha256` of the content, `env_spec` (JSON of a Gymnasium EnvSpec or None; for Minari
         that of the evaluation environment if recorded), `ref_min_score` and `ref_max_score` (or None), `obs_keys`,
         `bounds_from_data`, `warnings`.
@@ -137,7 +137,7 @@ def _is_a(source: Any, package: str, name: str) -> bool:
 def _adapt(source: Transitions, keys: Keys, env: Any, clip_actions: bool) -> Transitions:
     """Transitions with the spaces of `env` and clipped actions; `source` itself if nothing changes.
 
-    Nothing is said about the data themselves: those warnings were issued when they were read.
+    No warnings about the data themselves: these were issued when the data were read.
     """
     if keys not in (None, source.spec.obs_keys):
         was = f"these Transitions were read with obs_keys={source.spec.obs_keys}"
@@ -192,7 +192,7 @@ def _use_environment(data: Transitions, environment: _Environment) -> str | None
 
 
 def _env_spec_json(env_spec: EnvSpec | None) -> str | None:
-    """The spec as JSON; None if it holds values that JSON cannot, so that no file could reproduce the environment."""
+    """The spec as JSON; None if JSON cannot represent its values, so that no file could reproduce the environment."""
     try:
         return without_monitor(env_spec).to_json() if env_spec is not None else None
     except (TypeError, ValueError):

@@ -36,10 +36,10 @@ def find_minari(source: str, download: bool) -> Path:
         download: Whether it may be downloaded.
 
     Returns:
-        The dataset's `data` folder, which holds metadata.json.
+        The dataset's `data` folder, which contains metadata.json.
 
     Raises:
-        ValueError: If `source` is no Minari id.
+        ValueError: If `source` is not a Minari id.
         FileNotFoundError: If there is no such dataset.
         ConnectionError: If the download fails.
     """
@@ -70,7 +70,7 @@ def read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Tra
     """Read a Minari dataset, from the cache if it may be used.
 
     Args:
-        path: Its `data` folder, which holds metadata.json.
+        path: Its `data` folder, which contains metadata.json.
         keys: Observation keys of a Dict; None: the default of `Spec.from_spaces`.
         cache: Whether to use the cache.
         dataset: A `MinariDataset` of it, perhaps filtered, whose episodes are read; None: all.
@@ -148,7 +148,7 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
 
     place = remote or os.environ.get("MINARI_REMOTE", DEFAULT_REMOTE)
     root = path.parents[identity.count("/") + 1]
-    cure = "or set MINARI_DATASETS_PATH to a folder that holds it"
+    cure = "or set MINARI_DATASETS_PATH to a folder that contains it"
     try:
         storage = get_cloud_storage(remote_path=place)
         size = storage.get_dataset_metadata(identity).get("dataset_size", "?")

@@ -149,11 +149,11 @@ def fit_reward_transform(
 
 def _choose(rewards: Tensor, episode_returns: Tensor, terminal_rewards: Tensor | None) -> str:
     """The transform that "auto" stands for."""
-    # Both values must occur: a reward of 1 for staying alive is no goal, and r - 1 would erase it. For the same reason, an
-    # episode that terminates at reward 0 (a fall) rules out a sparse goal.
+    # Both values must occur: a reward of 1 for staying alive is not a sparse goal, and r - 1 would erase it. For the same
+    # reason, an episode that terminates at reward 0 (a fall) rules out a sparse goal.
     zero, one = rewards == 0, rewards == 1
-    goal = bool((zero | one).all() and zero.any() and one.any())
-    if goal and (terminal_rewards is None or bool((terminal_rewards == 1).all())):
+    sparse_goal = bool((zero | one).all() and zero.any() and one.any())
+    if sparse_goal and (terminal_rewards is None or bool((terminal_rewards == 1).all())):
         return "iql_antmaze"
     return "iql_locomotion" if _differ(episode_returns) else "none"
 
@@ -168,7 +168,7 @@ def _differ(returns: Tensor) -> bool:
 def _describe(returns: Tensor) -> str:
     """Why the range of returns is zero, for a message."""
     if len(returns) == 0:
-        return "the data hold no episode"
+        return "the data contain no episode"
     if len(returns) == 1:
-        return "the data hold one episode only"
+        return "the data contain only one episode"
     return f"all {len(returns)} episodes return {float(returns[0]):g}"

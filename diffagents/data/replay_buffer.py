@@ -22,7 +22,7 @@ from diffagents.errors import ArtifactError, short
 from diffagents.types import Batch, Spec
 
 REPLAY_FORMAT = 1
-"""Number of the file layout of `Replay.save`; a file of another number is refused."""
+"""Number of the file layout of `Replay.save`; files with another number are rejected."""
 _FIRST_ROWS = 4096
 
 
@@ -179,7 +179,7 @@ class Replay:
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("diffagents", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is not a dict
             number = header.get("format", REPLAY_FORMAT)
             if number != REPLAY_FORMAT:
                 raise ArtifactError(
@@ -199,8 +199,8 @@ class Replay:
             raise ArtifactError(f"{path} is not a replay buffer of diffagents, or it is damaged ({short(error)})") from None
         if (obs_dim, act_dim) != (spec.obs_dim, spec.act_dim):
             raise ArtifactError(
-                f"{path} holds observations of {obs_dim} and actions of {act_dim} numbers, but this agent has {spec.obs_dim} "
-                f"and {spec.act_dim}: it is another agent's buffer; load the one that was saved with this agent"
+                f"{path} contains observations of {obs_dim} and actions of {act_dim} numbers, but this agent has "
+                f"{spec.obs_dim} and {spec.act_dim}: it is another agent's buffer; load the one that was saved with this agent"
             )
         if header.get("moment") != moment:
             raise ArtifactError(

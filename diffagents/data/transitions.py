@@ -1,4 +1,4 @@
-"""`Transitions`: a dataset as it was recorded, on the CPU, with its file format.
+"""`Transitions`: a dataset as recorded, on the CPU, with its file format.
 
 What the learner sees is a `Sampler` (sampler.py), which `Transitions.sampler` makes.
 """
@@ -20,7 +20,7 @@ from diffagents.data.sampler import Sampler
 from diffagents.types import Spec, space_from_json, space_to_json
 
 FILE_FORMAT = 1
-"""Number of the file layout of `Transitions.save`; a file of another number is refused."""
+"""Number of the file layout of `Transitions.save`; files with another number are rejected."""
 _COLUMNS = (
     "obs",
     "action",

@@ -1,4 +1,4 @@
-"""What a dataset must satisfy; every refusal is one line that names the place and the cure.
+"""What a dataset must satisfy; every error states in one line where the problem is and how to fix it.
 
 Modules import this one as `check`. From the bottom up: single arrays, the arrays of a dataset or an episode together, values,
 and the comparison of a dataset with an environment.
@@ -26,7 +26,7 @@ ACTION_TOLERANCE = 1e-4
 """Overshoot of the action bounds, as a share of their width, that counts as rounding and is clipped silently."""
 
 Shapes = dict[str | None, tuple[int, ...]]
-"""Observation key -> shape of one observation; the key None stands for an observation that is no dict."""
+"""Observation key -> shape of one observation; the key None stands for an observation that is not a dict."""
 
 
 # ---- one array ---------------------------------------------------------------------------------------------------------
@@ -51,10 +51,10 @@ def numeric(name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"{name} is no array ({one_line(error)}); every row must have the same shape") from None
+        raise ValueError(f"{name} is not an array ({one_line(error)}); every row must have the same shape") from None
     if array.dtype.kind not in "biuf":
-        cure = "take the real part" if array.dtype.kind == "c" else "convert it to float32 numbers"
-        raise TypeError(f"{name} has dtype {array.dtype}, which is not a real number; {cure}")
+        remedy = "take the real part" if array.dtype.kind == "c" else "convert it to float32 numbers"
+        raise TypeError(f"{name} has dtype {array.dtype}, which is not a real number; {remedy}")
     return array
 
 
@@ -108,13 +108,13 @@ def actions(name: str, value: Any, shape: tuple[int, ...] | None) -> np.ndarray:
     """Continuous actions: as `rows`, and of a floating-point dtype.
 
     Raises:
-        TypeError: For integers, because discrete actions look like that; and as `numeric`.
+        TypeError: For integers, which suggest discrete actions; and as `numeric`.
         ValueError: As `rows`.
     """
     array = numeric(name, value)
     if array.dtype.kind != "f":
         raise TypeError(
-            f"{name} has dtype {array.dtype}: integer actions look discrete, but diffusion agents need continuous ones; "
+            f"{name} has dtype {array.dtype}: integers suggest discrete actions, but all agents here need continuous actions; "
             "if they are continuous, convert them with .astype('float32')"
         )
     return rows(name, array, shape)
@@ -150,7 +150,7 @@ def observations(name: str, value: Any, shapes: Shapes) -> np.ndarray:
         raise ValueError(f"{name} is one array, but the space is a Dict; pass a dict with the keys {list(shapes)}")
     missing = [key for key in shapes if key not in value]
     if missing:
-        raise ValueError(f"{name} lacks the keys {missing}, it has {list(value)}; choose among these with obs_keys=")
+        raise ValueError(f"{name} lacks the keys {missing}; it has {list(value)}; choose among these with obs_keys=")
     parts = {key: rows(f"{name}/{key}", value[key], shape) for key, shape in shapes.items()}
     lengths = {key: len(part) for key, part in parts.items()}
     if len(set(lengths.values())) > 1:
@@ -209,7 +209,7 @@ def our_names(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     missing = [key for key in ("observations", "actions", "rewards", "terminations") if key not in named]
     if missing == ["terminations"]:
         raise ValueError(
-            f"{where} has no terminations (D4RL: terminals), which the learning targets need; pass zeros if there are none"
+            f"{where} has no terminations (D4RL: terminals), which the TD targets need; pass zeros if there are none"
         )
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; it has {', '.join(map(str, data)) or 'nothing'}")
@@ -246,7 +246,7 @@ def episode_columns(named: Mapping[str, Any], spec: Spec, i: int) -> Columns:
     Args:
         named: The result of `our_names`.
         spec: The spaces that the arrays must fit.
-        i: Number of the episode, for messages.
+        i: Index of the episode, for messages.
 
     Returns:
         The arrays of N steps, N at least 1, with N + 1 observations, or N if the last one is missing.
@@ -296,10 +296,10 @@ def _equal_lengths(lengths: Mapping[str, int], where: str = "the arrays") -> int
     wrong = [name for name, length in lengths.items() if length != n]
     if wrong:
         listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        cure = "every array needs one row per step"
+        remedy = "every array needs one row per step"
         if wrong == ["observations"] and lengths["observations"] == n + 1:
-            cure = "with one more observation than actions this is one episode: pass a list of such dicts, [episode]"
-        raise ValueError(f"{where} disagree in length ({listed}); {cure}")
+            remedy = "with one more observation than actions this is one episode: pass a list of such dicts, [episode]"
+        raise ValueError(f"{where} disagree in length ({listed}); {remedy}")
     if n == 0:
         raise ValueError(
             f"{where} are empty (0 steps), so there is nothing to learn from; check the path, the key or the filter"
@@ -326,7 +326,7 @@ def finite(columns: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
             continue
         bad = np.flatnonzero(~(good if good.ndim == 1 else good.all(axis=1)))
         raise ValueError(
-            f"{name} holds NaN or infinity in {bad.size} of {len(array)} rows, first at "
+            f"{name} contains NaN or infinity in {bad.size} of {len(array)} rows, first at "
             f"{_place(int(bad[0]), np.cumsum(lengths), lengths)}; drop those episodes, or repair the recording"
         )
 
@@ -336,7 +336,7 @@ def within_bounds(action: Tensor, spec: Spec, ends: Tensor, lengths: Tensor, cli
 
     Args:
         action: (N, A), in the environment's units.
-        spec: Holds the action space.
+        spec: Contains the action space.
         ends: One past the last row of each episode, (E,).
         lengths: Steps of each episode as recorded, (E,).
         clip: Whether to clip actions that lie further outside than rounding explains.
@@ -357,7 +357,7 @@ def within_bounds(action: Tensor, spec: Spec, ends: Tensor, lengths: Tensor, cli
         row, dim = (int(i) for i in outside.nonzero()[0])
         value, bounds = float(action[row, dim]), f"[{float(low[dim]):.6g}, {float(high[dim]):.6g}]"
         raise ValueError(
-            f"actions leave the action space in {n_bad} of {len(action)} rows, first at "
+            f"actions lie outside the action space in {n_bad} of {len(action)} rows, first at "
             f"{_place(row, ends.numpy(), lengths.numpy())}: dimension {dim} is {value:.6g}, outside {bounds}; "
             "pass clip_actions=True to clip them, or leave env= out if these are the wrong bounds"
         )
@@ -365,7 +365,7 @@ def within_bounds(action: Tensor, spec: Spec, ends: Tensor, lengths: Tensor, cli
 
 
 def advise(obs: Tensor, rew: Tensor, done: Tensor, n_episodes: int) -> list[str]:
-    """Warnings about data that can be learnt from, but probably not as hoped.
+    """Warnings about valid but suspicious data.
 
     Args:
         obs: (N, S).
@@ -378,9 +378,9 @@ def advise(obs: Tensor, rew: Tensor, done: Tensor, n_episodes: int) -> list[str]
     """
     advice = []
     if bool(rew.min() == rew.max()) and not bool(done.any()):
-        advice.append(f"the reward is always {float(rew[0]):g} and no episode terminates: only cloning can learn here")
+        advice.append(f"the reward is always {float(rew[0]):g} and no episode terminates: only behaviour cloning is meaningful")
     if n_episodes == 1:
-        advice.append("the data hold one episode: if there are more, their ends are missing (see truncations)")
+        advice.append("the data contain one episode: if there are more, their ends are missing (see truncations)")
     std = obs[:: max(1, len(obs) // 10_000)].std(dim=0, correction=0)  # a sample: only the order of magnitude matters
     if float(std.max()) > 50.0:
         where = f"observation dimension {int(std.argmax())} has a std of {float(std.max()):.3g}"
@@ -389,7 +389,7 @@ def advise(obs: Tensor, rew: Tensor, done: Tensor, n_episodes: int) -> list[str]
 
 
 def _place(row: int, ends: np.ndarray, lengths: np.ndarray) -> str:
-    """Where `row` lies in the data as passed by the user, although rows may have been dropped at the ends of episodes."""
+    """Position of `row` in the user's data, accounting for rows dropped at the ends of episodes."""
     episode = int(np.searchsorted(ends, row, side="right"))
     step = row - (int(ends[episode - 1]) if episode else 0)
     return f"row {int(lengths[:episode].sum()) + step} (episode {episode}, step {step})"
@@ -409,17 +409,17 @@ def fits(data: Spec, env: Spec, bounds_from_data: bool) -> None:
     Raises:
         ValueError: If the shapes or the action bounds differ.
     """
-    cure = "pass the environment that the data come from, or leave env= out"
+    remedy = "pass the environment that the data come from, or leave env= out"
     have, want = obs_shapes(data), obs_shapes(env)
     if have != want:
-        raise ValueError(f"observations are {_show(have)} in the data, but {_show(want)} in env; {cure}")
+        raise ValueError(f"observations are {_show(have)} in the data, but {_show(want)} in env; {remedy}")
     own, new = data.action_space, env.action_space
     if own.shape != new.shape:
-        raise ValueError(f"actions have shape {own.shape} in the data, but {new.shape} in env; {cure}")
+        raise ValueError(f"actions have shape {own.shape} in the data, but {new.shape} in env; {remedy}")
     if not bounds_from_data and not (np.allclose(own.low, new.low) and np.allclose(own.high, new.high)):
         raise ValueError(
             f"action bounds are [{own.low.min():g}, {own.high.max():g}] in the data, "
-            f"but [{new.low.min():g}, {new.high.max():g}] in env; {cure}"
+            f"but [{new.low.min():g}, {new.high.max():g}] in env; {remedy}"
         )
 
 

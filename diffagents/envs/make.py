@@ -36,7 +36,7 @@ def make_env(env: Any, **kwargs: Any) -> Any:
         The environment.
 
     Raises:
-        ValueError: If the id is unknown, the spec cannot be trusted or read, or kwargs come with an existing environment.
+        ValueError: If the id is unknown, the spec cannot be trusted or read, or kwargs are passed with an existing environment.
         ImportError: If a package is missing; the message names the extra to install.
         TypeError: If `env` is none of the above.
     """
@@ -223,7 +223,7 @@ def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All strings in nested keyword arguments, with the name of the argument that holds them."""
+    """All strings in nested keyword arguments, with the name of the argument that contains them."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, Mapping):
@@ -235,7 +235,7 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What distinguishes two environments: id, time limit and keyword arguments, as JSON would hold them."""
+    """What distinguishes two environments: id, time limit and keyword arguments, as in JSON."""
     kwargs = json.loads(json.dumps(spec.get("kwargs") or {}, default=str, skipkeys=True))
     registered = gym.registry.get(str(spec.get("id")))
     limit = spec.get("max_episode_steps") or (registered.max_episode_steps if registered is not None else None)

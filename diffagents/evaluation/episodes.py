@@ -237,7 +237,7 @@ def succeeded(info: Mapping[str, Any], before: bool | None) -> bool | None:
     """Whether an episode has succeeded so far.
 
     Args:
-        info: The info of a step, which may hold `is_success` or `success`.
+        info: The info of a step, which may contain `is_success` or `success`.
         before: The result for the step before; None at the first.
 
     Returns:
@@ -269,7 +269,7 @@ def check_actions(actions: Any, n: int, space: spaces.Space[Any]) -> np.ndarray:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         row = int(np.flatnonzero(~np.isfinite(array.reshape(n, -1)).all(axis=1))[0])
         raise ValueError(
-            f"predict returned the action {array[row]}, which holds NaN or infinity: the policy's weights are broken; "
+            f"predict returned the action {array[row]}, which contains NaN or infinity: the policy's weights are broken; "
             "use an earlier save, or train with a smaller learning rate"
         )
     return array

@@ -31,7 +31,7 @@ def record_video(
     """Record one episode as an mp4 (H.264, yuv420p).
 
     A failed video must not stop a program: whatever goes wrong (no renderer, no ffmpeg, ...) becomes one warning with its
-    cause and cure, and nothing is written. MuJoCo without a GPU needs up to half a second for a frame.
+    cause and remedy, and nothing is written. MuJoCo without a GPU needs up to half a second for a frame.
 
     Args:
         policy: As in `evaluate`.

@@ -101,7 +101,7 @@ class FQE:
 
     def __init__(self, data: Transitions, config: FQEConfig, device: torch.device | str = "cpu") -> None:
         if len(data) == 0:
-            raise ValueError(f"{data.info.get('id', 'the dataset')} holds no transitions: there is nothing to evaluate on")
+            raise ValueError(f"{data.info.get('id', 'the dataset')} contains no transitions: there is nothing to evaluate on")
         self.config, self.device = config, torch.device(device)
         generator = torch.Generator().manual_seed(config.seed)
         rows = some_rows(len(data), config.max_transitions, generator)

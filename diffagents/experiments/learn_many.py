@@ -60,7 +60,7 @@ def learn_many(
 
     Raises:
         ValueError: The agents cannot be trained together; raised before any work.
-        TrainingDiverged: Some diverged; raised at the end. They hold their last good state, and the others are finished.
+        TrainingDiverged: Some diverged; raised at the end. They keep their last good state, and the others are finished.
         KeyboardInterrupt: After Ctrl-C, once the running update is complete.
     """
     members = list(agents)

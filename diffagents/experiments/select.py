@@ -61,7 +61,7 @@ class Rated:
         off_data: relative distance of its actions to those of the data, see the top of this file.
         bc_loss: mean squared distance between its actions and the data's, both in [-1, 1].
         q_mean: mean value of its own critic at its actions, with the agent's own discount, in units of the reward that it
-            learnt from divided by the scale of its transform (a shift remains); None without such a critic.
+            trained on divided by the scale of its transform (a shift remains); None without such a critic.
         data_return: discounted return of the data from the same states, in the same units; None without such a critic.
         trusted: False if the estimate diverged or concerns actions far from the data, as `notes` say; such policies rank last.
         notes: remarks on the estimates.
@@ -184,7 +184,7 @@ def select(
     Args:
         agents: a mapping from names to policies, or a sequence of policies. A policy is an agent of this library, any object
             with SB3's `predict`, or the path of a folder or .zip file, which `load` reads.
-        dataset: anything that `load_dataset` reads, for the task of the policies; ideally the data that they learnt from.
+        dataset: anything that `load_dataset` reads, for the task of the policies; ideally the data that they were trained on.
         gamma: discount factor of the estimate; use a value near 1 if much of the reward comes late.
         fqe_steps: gradient steps of the estimate.
         n_seeds: number of fits per policy; with 2 or more the estimate is pessimistic where they disagree.
@@ -239,14 +239,14 @@ def select(
 def _named(agents: Any, load: Callable[[Any], Any] | None) -> dict[str, Any]:
     """The policies by unique names; paths are loaded."""
     if isinstance(agents, str | Path) or callable(getattr(agents, "predict", None)):
-        raise TypeError("agents must hold several policies: a dict of name -> policy, or a list of policies or paths")
+        raise TypeError("agents must contain several policies: a dict of name -> policy, or a list of policies or paths")
     named = dict(agents) if isinstance(agents, Mapping) else {}
     if not isinstance(agents, Mapping):
         for k, agent in enumerate(agents):
             is_path = isinstance(agent, str | Path)
             name = str(agent) if is_path else f"{type(agent).__name__}-{k}"
             if name in named:
-                raise ValueError(f"agents holds {name} twice")
+                raise ValueError(f"agents contains {name} twice")
             named[name] = agent
     if not named:
         raise ValueError("agents is empty: pass at least one policy")

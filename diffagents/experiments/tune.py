@@ -58,7 +58,9 @@ class SearchRange:
 
 
 MAIN_HYPERPARAMETER: dict[str, SearchRange] = {
-    "SRPO": SearchRange("beta", 0.01, 0.5, True, "arXiv:2310.07297: its sweep on locomotion, which holds Table 2", ("policy",)),
+    "SRPO": SearchRange(
+        "beta", 0.01, 0.5, True, "arXiv:2310.07297: its sweep on locomotion, which contains Table 2", ("policy",)
+    ),
     "DiffusionQL": SearchRange("eta", 0.005, 4.5, True, "official code: kitchen .005 to antmaze-large 4.5", ("train",)),
     "DiffCPS": SearchRange("target_kl", 0.03, 0.3, True, "official code: locomotion .03 to AntMaze .3", ("train",)),
     "BDPO": SearchRange("eta", 0.05, 1.0, True, "flow-rl, its authors' code: halfcheetah .05 to antmaze-large 1", ("train",)),
@@ -192,7 +194,7 @@ def tune(
 
     Raises:
         ImportError: if Optuna is not installed.
-        ValueError, TypeError: before any training, for invalid arguments, or if `storage` holds a different search.
+        ValueError, TypeError: before any training, for invalid arguments, or if `storage` contains a different search.
         RuntimeError: if every trial failed.
     """
     if "knob" in settings:
@@ -358,7 +360,9 @@ def _study(optuna: Any, storage: str | None, about: dict[str, Any]) -> "optuna.S
     elif different := [key for key in about if stored.get(key) != about[key]]:
         key = different[0]
         shown = "hyperparameter" if key == "knob" else key
-        raise ValueError(f"{storage} holds a search with {shown}={stored.get(key)!r}, not {about[key]!r}: use another storage")
+        raise ValueError(
+            f"{storage} contains a search with {shown}={stored.get(key)!r}, not {about[key]!r}: use another storage"
+        )
     return study
 
 

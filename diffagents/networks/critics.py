@@ -63,11 +63,11 @@ class IQLCritic(nn.Module):
         with torch.no_grad():
             v_target = self.q_target(act_obs).amin(0)  # (B,)
             next_v = self.v(batch.next_obs).squeeze(-1)
-            q_target = td_target(batch.rew, batch.done, next_v, gamma)
+            q_td_target = td_target(batch.rew, batch.done, next_v, gamma)
         v = self.v(batch.obs).squeeze(-1)
         v_loss = expectile_loss(v_target - v, expectile)  # Eq. (5)
         q = self.q(act_obs)  # (2, B)
-        q_loss = (q - q_target).square().mean()  # Eq. (6)
+        q_loss = (q - q_td_target).square().mean()  # Eq. (6)
         metrics = {"v_loss": v_loss.detach(), "q_loss": q_loss.detach(), "q": q.detach().mean(), "v": v.detach().mean()}
         return v_loss + q_loss, metrics
 
@@ -99,7 +99,7 @@ class ReturnCritic(nn.Module):
         self.register_buffer("std", torch.ones(()))
 
     def forward(self, obs: Tensor, act: Tensor) -> Tensor:
-        """Standardised values, (...,), of act (..., A) at obs (..., S), whose sizes of 1 expand."""
+        """Standardised values, (...,), of act (..., A) at obs (..., S), which broadcasts."""
         pairs = torch.cat([obs.expand(*act.shape[:-1], -1), act], -1)
         q: Tensor = self.net(pairs)
         return q.squeeze(-1)

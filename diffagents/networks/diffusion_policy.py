@@ -76,8 +76,8 @@ class MLPDenoiser(nn.Module):
 
         Args:
             a_t: Noisy actions, (..., A).
-            obs: (..., S); sizes of 1 expand.
-            t: Steps, counted from 0, (...,); sizes of 1 expand.
+            obs: (..., S); broadcast against the actions.
+            t: Steps, counted from 0, (...,); broadcast against the actions.
 
         Returns:
             (..., A).

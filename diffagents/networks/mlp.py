@@ -196,7 +196,7 @@ class EnsembleMLP(nn.Module):
         The first layer multiplies each part once: for K actions of a state, the state takes one product instead of K.
 
         Args:
-            *parts: Tensors (..., n_j) whose n_j add up to `in_dim`; sizes of 1 expand.
+            *parts: Tensors (..., n_j) whose n_j add up to `in_dim`; leading dimensions broadcast.
 
         Returns:
             (E, ...) or (E, ..., out_dim).

@@ -91,8 +91,8 @@ class UNetDenoiser(nn.Module):
 
         Args:
             a_t: Noisy actions, (..., A).
-            obs: (..., S); sizes of 1 expand.
-            t: Times in (0, 1], (...,); sizes of 1 expand.
+            obs: (..., S); broadcast against the actions.
+            t: Times in (0, 1], (...,); broadcast against the actions.
 
         Returns:
             (..., A). Each pair of observation and time is embedded once.

@@ -138,16 +138,16 @@ def test_cep_is_least_where_the_energy_is_beta_q_and_any_function_of_the_state()
     agent.critic_target, agent.energy = SquareQ(), FreeEnergy(2.0)  # type: ignore[assignment]
     slope: nn.Parameter = agent.energy.slope  # type: ignore[assignment]
     batch, noise = batch_of(400), at_no_noise(agent, 400)
-    agent.energy_misfit(batch, noise).backward()  # type: ignore[no-untyped-call]
+    agent.prediction_loss(batch, noise).backward()  # type: ignore[no-untyped-call]
     assert slope.grad is not None and abs(slope.grad.item()) < 2e-4
     losses = []
     for value in (-0.5, 0.0, 0.5):
         with torch.no_grad():
             slope.fill_(value)
-        losses.append(agent.energy_misfit(batch, noise).item())
+        losses.append(agent.prediction_loss(batch, noise).item())
     assert losses[1] < min(losses[0], losses[2])
     slope.grad = None
-    agent.energy_misfit(batch, noise).backward()  # type: ignore[no-untyped-call]
+    agent.prediction_loss(batch, noise).backward()  # type: ignore[no-untyped-call]
     assert abs(slope.grad.item()) > 1e-2  # type: ignore[attr-defined]  # at 0.5 it is not least
 
 
@@ -157,7 +157,7 @@ def test_cep_by_hand() -> None:
     batch = batch_of(1)._replace(extras={"actions": torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])})
     agent.critic_target = SquareQ()  # type: ignore[assignment]
     agent.energy = lambda a, obs, t: torch.tensor([[1.0, 3.0]])  # type: ignore[assignment]
-    loss = agent.energy_misfit(batch, {"u": torch.zeros(1), "eps": torch.zeros(1, 2, 2)})
+    loss = agent.prediction_loss(batch, {"u": torch.zeros(1), "eps": torch.zeros(1, 2, 2)})
     p, log_q = 1 / (1 + math.exp(-2.0)), -math.log(1 + math.exp(2.0))
     assert loss.item() == pytest.approx(-(p * log_q + (1 - p) * (log_q + 2.0)), rel=1e-5)
 
@@ -171,7 +171,7 @@ def test_the_actions_of_a_state_share_one_time_and_have_their_own_noise() -> Non
 
     agent.energy = energy  # type: ignore[assignment]
     batch, noise = batch_of(8), agent.draw_energy(8, agent.generator)
-    agent.energy_misfit(batch, noise)
+    agent.prediction_loss(batch, noise)
     (a_t, t), alpha_sigma = seen[0], vp_alpha_sigma(1e-3 + 0.999 * noise["u"])
     assert t.shape == (8, 1)
     alpha, sigma = (x[:, None, None] for x in alpha_sigma)
@@ -189,13 +189,13 @@ def test_regressions_are_least_at_their_own_targets(loss: str) -> None:
     exact = 2.0 * (-batch.act.square().sum(-1) - best)
     for shift in (0.0, 1.0):
         agent.energy = lambda a, obs, t, shift=shift: exact + shift  # type: ignore[assignment]
-        found = agent.energy_misfit(batch, at_no_noise(agent, 10)).item()
+        found = agent.prediction_loss(batch, at_no_noise(agent, 10)).item()
         by_hand = shift**2 if loss == "mse" else ((exact + shift).exp() - exact.exp()).square().mean().item()
         assert found == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
     if loss == "emse":
         agent.energy = lambda a, obs, t: torch.full((10,), 50.0)  # type: ignore[assignment]
         by_hand = (math.exp(4.5) - exact.exp()).square().mean().item()
-        assert agent.energy_misfit(batch, at_no_noise(agent, 10)).item() == pytest.approx(by_hand, rel=1e-4)
+        assert agent.prediction_loss(batch, at_no_noise(agent, 10)).item() == pytest.approx(by_hand, rel=1e-4)
 
 
 # ---- the critic ------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_planned_returns_by_hand() -> None:
     assert planned_returns(trajectories(), 0.5, nowhere).tolist() == plain.tolist()
 
 
-def test_goals_are_standardised_and_the_critic_knows_by_what() -> None:
+def test_targets_are_standardised_and_the_critic_knows_by_what() -> None:
     agent = SfBC(**SMALL, gamma=0.5).learn(DATA)
     targets = agent.prepare_critic(trajectories(), agent.generator).tables["targets"]
     returns = torch.tensor([0.0, 0.0, -8.0, 2.0, 2.0, 5.0])
@@ -87,7 +87,7 @@ def test_goals_are_standardised_and_the_critic_knows_by_what() -> None:
     assert agent.critic.std.item() == pytest.approx(0.1)
 
 
-def test_the_critic_regresses_its_goals() -> None:
+def test_the_critic_regresses_on_its_targets() -> None:
     agent = SfBC(**SMALL).learn(DATA)
     agent.critic.net = Sum()  # type: ignore[assignment]
     targets = torch.tensor([20.0, 10.0])

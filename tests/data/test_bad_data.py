@@ -134,16 +134,16 @@ RAGGED = [np.zeros(3)] * (N - 1) + [np.zeros(4)]
 CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], str]] = {
     # values
     "NaN in an observation": (lambda t: put("observations", (7, 1), np.nan), {}, ValueError,
-                              r"observations holds NaN or infinity in 1 of 20 rows, first at row 7 \(episode 0, step 7\); drop"),
+                              r"observations contains NaN or infinity in 1 of 20 rows, first at row 7 \(episode 0, step 7\); drop"),
     "infinite reward": (lambda t: put("rewards", slice(12, 15), np.inf), {}, ValueError,
-                        r"rewards holds .* in 3 of 20 rows, first at row 12 \(episode 1, step 2\); drop"),
-    "NaN in an action": (lambda t: put("actions", 3, np.nan), {}, ValueError, r"actions holds .* row 3 .*; drop"),
+                        r"rewards contains .* in 3 of 20 rows, first at row 12 \(episode 1, step 2\); drop"),
+    "NaN in an action": (lambda t: put("actions", 3, np.nan), {}, ValueError, r"actions contains .* row 3 .*; drop"),
     "too large for float32": (lambda t: put("observations", (4, 0), 1e300), {}, ValueError, r"observations .* row 4 .*drop"),
     "NaN in a next observation": (lambda t: but(next_observations=np.full((N, 3), np.nan)), {}, ValueError,
-                                  r"next_observations holds .* in 20 of 20 rows, first at row 0 .*; drop"),
+                                  r"next_observations contains .* in 20 of 20 rows, first at row 0 .*; drop"),
     "NaN in the last observation of an episode": (
         lambda t: [good_episode() | {"observations": np.r_[good()["observations"][:10], np.full((1, 3), np.nan)]}], {},
-        ValueError, r"next_observations holds .* row 9 \(episode 0, step 9\); drop"),
+        ValueError, r"next_observations contains .* row 9 \(episode 0, step 9\); drop"),
     "action outside the bounds": (lambda t: put("actions", (13, 0), -2.6), {"env": "Pendulum-v1"}, ValueError,
                                   r"row 13 \(episode 1, step 3\): dimension 0 is -2.6, outside \[-2, 2\]; pass clip_actions"),
     "Minari action outside the bounds": (lambda t: minari_set(t, actions=np.full((10, 1), 3.0)), {}, ValueError,
@@ -167,14 +167,14 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
                                          r"observations has shape \(20,\), expected \(N, D\); .*array\[:, None\]"),
     "actions without a dimension": (lambda t: but(actions=np.zeros(N)), {}, ValueError,
                                     r"actions has shape \(20,\), expected \(N, D\); .*array\[:, None\]"),
-    "ragged rows": (lambda t: but(observations=RAGGED), {}, ValueError, r"observations is no array .*; every row must have the same shape"),
+    "ragged rows": (lambda t: but(observations=RAGGED), {}, ValueError, r"observations is not an array .*; every row must have the same shape"),
     "images": (lambda t: but(observations=IMAGE), {}, ValueError, r"looks like an image, but only vectors .*; encode it as a vector"),
     # dtypes
     "strings": (lambda t: but(rewards=np.full(N, "1.0")), {}, TypeError, r"rewards has dtype <U3.*; convert it to float32"),
     "objects": (lambda t: but(observations=np.full((N, 3), None)), {}, TypeError, r"observations has dtype object.*; convert"),
     "complex numbers": (lambda t: but(actions=np.full((N, 1), 1j)), {}, TypeError, r"actions has dtype complex128.*real part"),
     "integer actions": (lambda t: but(actions=np.zeros((N, 1), np.int64)), {}, TypeError,
-                        r"actions has dtype int64: .* look discrete, .*astype\('float32'\)"),
+                        r"actions has dtype int64: .* suggest discrete actions, .*astype\('float32'\)"),
     # missing or ambiguous
     "no rewards": (lambda t: but(rewards=None), {}, ValueError, r"lacks rewards; it has observations, actions"),
     "no arrays": (lambda t: {}, {}, ValueError, r"lacks observations, actions, rewards, terminations; it has nothing"),
@@ -229,7 +229,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
                           r"obs_keys='observation' is a string, .*; pass obs_keys=\('observation',\)$"),
     "a key is missing in a later episode": (
         lambda t: [good_episode() | {"observations": obs} for obs in ({"a": np.ones((11, 1))}, {"b": np.ones((11, 1))})], {},
-        ValueError, r"episode 1 observations lacks the keys \['a'\], it has \['b'\]; choose"),
+        ValueError, r"episode 1 observations lacks the keys \['a'\]; it has \['b'\]; choose"),
     # Transitions
     "other obs_keys for Transitions": (
         lambda t: load_dataset(dict_obs()), {"obs_keys": ["desired_goal"]}, ValueError,
@@ -262,7 +262,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
     # replay buffers and the rest
     "buffer that mixes time-outs": (lambda t: buffer(handle=False), {}, ValueError, r"handle_timeout_termination=False.*; pass env="),
     "buffer in units of the environment": (lambda t: buffer(scale=1.7), {}, ValueError,
-                                           r"holds an action of 1.7, but .*; if yours .* pass a dict of arrays"),
+                                           r"contains an action of 1.7, but .*; if yours .* pass a dict of arrays"),
     "a data frame or the like": (lambda t: io.BytesIO(), {}, TypeError, r"from BytesIO; accepted are a Minari id, .*ReplayBuffer"),
     "a list of tuples": (lambda t: [(1, 2)], {}, TypeError, r"from list; accepted are .*a list of episode dicts"),
     "nothing": (lambda t: None, {}, TypeError, r"from NoneType; accepted are"),
@@ -305,9 +305,9 @@ def test_bad_data_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
     [
         (
             {"rewards": np.ones(N), "terminations": np.zeros(N)},
-            r"reward is always 1 and no episode terminates: only cloning",
+            r"reward is always 1 and no episode terminates: only behaviour cloning",
         ),
-        ({"terminations": np.zeros(N), "truncations": np.zeros(N)}, r"hold one episode: .* ends are missing"),
+        ({"terminations": np.zeros(N), "truncations": np.zeros(N)}, r"contain one episode: .* ends are missing"),
         ({"observations": good()["observations"] * 200}, r"observation dimension \d has a std of .*normalize_obs=True"),
     ],
 )

@@ -298,7 +298,7 @@ def test_where_the_data_come_from(root: Path, trained: Any) -> None:
     collect(trained, "Pendulum-v1", 60, "test/agent-v0", seed=7, noise="gaussian:0.1", author="me", description="for a test.")
     facts = metadata(root, "test/agent-v0")
     assert facts["algorithm_name"] == "TD3BC" and facts["author"] == ["me"]
-    who = "TD3BC from me/pendulum (commit 01234567) learnt on test/warm-up-v0, actions drawn by itself"
+    who = "TD3BC from me/pendulum (commit 01234567) trained on test/warm-up-v0, actions drawn by itself"
     assert facts["description"] == f"for a test. {who}, noise gaussian:0.1, seed 7"
     assert facts["collection"] == {"policy": who, "noise": "gaussian:0.1", "seed": 7, "success_rate": None}
     assert json.loads(facts["env_spec"])["id"] == "Pendulum-v1" and "ref_min_score" not in facts
@@ -409,7 +409,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": -1}, ValueError, r"seed=-1 must be"),
     ({"seed": None}, ValueError, r"seed=None must be"),
     *(
-        ({"dataset_id": name}, ValueError, "is no Minari id.*namespace/name-v0")
+        ({"dataset_id": name}, ValueError, "is not a Minari id.*namespace/name-v0")
         for name in ("bad", "bad-v", "test/bad", "a/bad-v0", "te.st/bad-v0", "../bad-v0", "/bad-v0", "test//bad-v0", "bad-v01",
                      "hf://me/test/bad-v0", "test/b d-v0", "", None, 3)
     ),
@@ -507,8 +507,8 @@ def after(n: int, what: Any) -> Callable[[Any], Any]:
         (after(30, KeyboardInterrupt()), "", KeyboardInterrupt, ""),
         (after(30, np.zeros(3)), "", ValueError, r"returned actions of shape \(1, 3\)"),
         (after(30, np.array([0, np.nan])), "", ValueError, "NaN"),
-        (nothing, "observations", ValueError, "observations of episode 1 hold NaN or infinity at step 10"),
-        (nothing, "rewards", ValueError, "rewards of episode 1 hold NaN or infinity at step 9"),
+        (nothing, "observations", ValueError, "observations of episode 1 contain NaN or infinity at step 10"),
+        (nothing, "rewards", ValueError, "rewards of episode 1 contain NaN or infinity at step 9"),
     ],
 )
 def test_a_failure_while_acting_leaves_nothing(
@@ -572,7 +572,7 @@ def test_recorded_episodes_become_a_dataset(root: Path) -> None:
         ([recorded(), recorded(observations=np.zeros((4, 2)))], r"observations of episode 1 .* \(4, 2\), expected \(5, 2\)"),
         ([recorded(actions=np.zeros((4, 3)))], r"actions of episode 0 have the shape"),
         ([recorded(terminations=np.array([0, 1, 0, 0]))], "episode 0 has 4 steps, but ends at step 1"),
-        ([recorded(rewards=np.array([0, np.nan, 0, 0]))], "rewards of episode 0 hold NaN or infinity at step 1"),
+        ([recorded(rewards=np.array([0, np.nan, 0, 0]))], "rewards of episode 0 contain NaN or infinity at step 1"),
     ],
 )  # fmt: skip
 def test_recorded_episodes_of_other_shapes_are_refused(episodes: Any, words: str, root: Path) -> None:

@@ -666,7 +666,7 @@ def test_cache_false_leaves_no_file(tmp_path: Path) -> None:
 def test_warnings_are_repeated_on_a_hit(tmp_path: Path) -> None:
     make_minari(make_episodes()[:1])
     for _ in range(2):
-        with pytest.warns(UserWarning, match="test/set-v0: the data hold one episode"):
+        with pytest.warns(UserWarning, match="test/set-v0: the data contain one episode"):
             load_dataset("test/set-v0")
 
 

@@ -80,7 +80,7 @@ def test_auto_looks_at_the_data(case: str) -> None:
     [
         ("iql_lokomotion", REWARDS, RETURNS, r"'iql_lokomotion' is unknown; choose from none, iql_locomotion, .*auto"),
         ("iql_locomotion", REWARDS, torch.tensor([2.0, 2.0]), r"all 2 episodes return 2; use 'none'"),
-        ("iql_locomotion", REWARDS, torch.tensor([2.0]), r"one episode only; use 'none'"),
+        ("iql_locomotion", REWARDS, torch.tensor([2.0]), r"only one episode; use 'none'"),
         ("normalize", torch.full((4,), 3.0), RETURNS, r"all are 3; use 'none'"),
     ],
 )

@@ -172,7 +172,7 @@ def test_errors_are_those_of_the_slow_path(case: str) -> None:
         for dtype in (np.float32, np.float64):
             obs = raw(3).astype(dtype)
             obs[1] = bad
-            with pytest.raises(ValueError, match="observation holds NaN or infinity"):
+            with pytest.raises(ValueError, match="observation contains NaN or infinity"):
                 agent.predict(obs, deterministic=deterministic)
     with pytest.raises(ValueError, match=r"observation has shape \(4,\), expected \(3,\) or a batch"):
         agent.predict(raw(4), deterministic=deterministic)

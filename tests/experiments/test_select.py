@@ -431,9 +431,9 @@ def test_a_good_and_a_bad_policy_of_a_real_task(monkeypatch: pytest.MonkeyPatch)
     [
         ([], {}, ValueError, "agents is empty: pass at least one policy"),
         ({"a": 3}, {}, TypeError, r"policy 'a' is a int, which has no predict\(obs, deterministic=True\)"),
-        (Constant([0, 0]), {}, TypeError, "agents must hold several policies: a dict of name -> policy, or a list"),
-        ("runs/a", {}, TypeError, "agents must hold several"),
-        (["a", "a"], {"load": lambda _: Constant([0, 0])}, ValueError, "agents holds a twice"),
+        (Constant([0, 0]), {}, TypeError, "agents must contain several policies: a dict of name -> policy, or a list"),
+        ("runs/a", {}, TypeError, "agents must contain several"),
+        (["a", "a"], {"load": lambda _: Constant([0, 0])}, ValueError, "agents contains a twice"),
         (
             {"a": Constant([0, 0, 0])},
             {},

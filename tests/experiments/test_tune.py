@@ -171,9 +171,9 @@ def test_a_trial_that_was_killed_is_made_again(
 def test_a_storage_of_another_search_is_refused(best_at_3: list[Agent], tmp_path: pathlib.Path) -> None:
     place = str(tmp_path / "search.log")
     quick(storage=place, n_trials=1)
-    with pytest.raises(ValueError, match=r"search.log holds a search with steps=4, not 5: use another storage"):
+    with pytest.raises(ValueError, match=r"search.log contains a search with steps=4, not 5: use another storage"):
         quick(storage=place, steps=5)
-    with pytest.raises(ValueError, match="holds a search with dataset="):
+    with pytest.raises(ValueError, match="contains a search with dataset="):
         quick(dataset=line_data(seed=1), storage=place)
 
 
