@@ -58,6 +58,6 @@ def cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: Ca
     except (OSError, ValueError, SafetensorError) as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        cure = "set DIFFAGENTS_CACHE to a folder that can be written, or pass cache=False"
-        check.warn(f"{name} is not cached ({one_line(error)}); {cure}")
+        remedy = "set DIFFAGENTS_CACHE to a folder that can be written, or pass cache=False"
+        check.warn(f"{name} is not cached ({one_line(error)}); {remedy}")
     return data

@@ -255,8 +255,8 @@ def _spec_to_store(spec: EnvSpec) -> EnvSpec:
         try:
             env_id_of(spec.to_json())  # rejects what evaluation would reject
         except (TypeError, ValueError) as error:
-            cure = "make it with arguments that are numbers, short names or lists of them"
-            raise ValueError(f"the spec of {spec.id} cannot be stored with the data ({one_line(error)}); {cure}") from None
+            remedy = "make it with arguments that are numbers, short names or lists of them"
+            raise ValueError(f"the spec of {spec.id} cannot be stored with the data ({one_line(error)}); {remedy}") from None
     if names := [wrapper.name for wrapper in spec.additional_wrappers]:
         warnings.warn(
             f"evaluation will make {spec.id} without its wrappers {names}; register an id that includes them", stacklevel=5

@@ -233,8 +233,8 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
                 else:
                     arrays[head] = file[name]
     except Exception as error:  # numpy and zipfile raise errors of many kinds on foreign files
-        cure = "write it with numpy.savez, from plain arrays only"
-        raise ValueError(f"{path} cannot be read as .npz ({one_line(error)}); {cure}") from None
+        remedy = "write it with numpy.savez, from plain arrays only"
+        raise ValueError(f"{path} cannot be read as .npz ({one_line(error)}); {remedy}") from None
     return arrays
 
 

@@ -148,7 +148,7 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
 
     place = remote or os.environ.get("MINARI_REMOTE", DEFAULT_REMOTE)
     root = path.parents[identity.count("/") + 1]
-    cure = "or set MINARI_DATASETS_PATH to a folder that contains it"
+    remedy = "or set MINARI_DATASETS_PATH to a folder that contains it"
     try:
         storage = get_cloud_storage(remote_path=place)
         size = storage.get_dataset_metadata(identity).get("dataset_size", "?")
@@ -164,13 +164,13 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
     except Exception as error:  # errors of the hub's client, of the HTTP library or of Minari
         kinds = {cls.__name__ for cls in type(error).__mro__}
         if kinds & {"RepositoryNotFoundError", "RemoteEntryNotFoundError"} or type(error) is ValueError:
-            raise FileNotFoundError(f"{place} has no Minari set {identity!r}; check the id, {cure}") from None
+            raise FileNotFoundError(f"{place} has no Minari set {identity!r}; check the id, {remedy}") from None
         deepest: BaseException = error  # wrapped once or more; the innermost tells what really happened
         while (inner := deepest.__cause__ or deepest.__context__) is not None:
             deepest = inner
         cause = f"{type(deepest).__name__}: {one_line(deepest)}"
         raise ConnectionError(
-            f"cannot download {identity!r} from {place} ({cause}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {cure}"
+            f"cannot download {identity!r} from {place} ({cause}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {remedy}"
         ) from None
 
 

@@ -170,21 +170,21 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> Any:
             return gym.make(env_id, **kwargs)
     except gym.error.UnregisteredEnv as error:
         cause: Exception = error
-        cure = "check its spelling and version, or import the package that registers it first"
+        remedy = "check its spelling and version, or import the package that registers it first"
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         unregistered = isinstance(error.__context__, gym.error.UnregisteredEnv)
         cause = error.__context__ if unregistered else error  # type: ignore[assignment]
         if unregistered and env_id.startswith(_PUSHT):
             raise ImportError(f'{env_id} needs gym-pusht: pip install "diffagents[pusht]"') from None
         if unregistered and not env_id.rsplit("/", 1)[-1].startswith(_ROBOTICS):
-            cure = 'check its spelling; the ids of Gymnasium-Robotics need pip install "diffagents[robotics]"'
+            remedy = 'check its spelling; the ids of Gymnasium-Robotics need pip install "diffagents[robotics]"'
         elif unregistered:
             raise ImportError(f'{env_id} needs Gymnasium-Robotics: pip install "diffagents[robotics]"') from None
         elif importlib.util.find_spec("mujoco") is None:
             raise ImportError(f'{env_id} needs MuJoCo: pip install "diffagents[mujoco]" ({one_line(error)})') from None
         else:
             raise
-    raise ValueError(f"unknown environment {env_id!r} ({one_line(cause)}): {cure}") from None
+    raise ValueError(f"unknown environment {env_id!r} ({one_line(cause)}): {remedy}") from None
 
 
 def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:

@@ -261,14 +261,14 @@ def _named(agents: Any, load: Callable[[Any], Any] | None) -> dict[str, Any]:
 def _check(name: str, policy: Any, data: Transitions) -> None:
     """Let the policy act on two rows of the data."""
     about = f"policy {name!r} cannot act on {data.info['id']}"
-    cure = "select among policies for one task, on data of that task"
+    remedy = "select among policies for one task, on data of that task"
     try:
         action = actions_of(policy, data.obs[:1].expand(2, -1), data.spec)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"{about} ({' '.join(str(error).split())}): {cure}") from None
+        raise ValueError(f"{about} ({' '.join(str(error).split())}): {remedy}") from None
     if action.shape != (2, *data.spec.action_space.shape):
         raise ValueError(
-            f"{about}: its actions have shape {action.shape[1:]}, the data's {data.spec.action_space.shape}: {cure}"
+            f"{about}: its actions have shape {action.shape[1:]}, the data's {data.spec.action_space.shape}: {remedy}"
         )
 
 
