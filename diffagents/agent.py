@@ -41,6 +41,7 @@ from diffagents.types import Spec
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.vec_env import VecEnv
 
@@ -221,10 +222,9 @@ class Agent(ABC):
         candidate = self.candidate()
         plan, data = prepare.accept(candidate, data, total_timesteps, reset_num_timesteps, stages)
         sb3_callback = make_callback(callback, progress_bar)
-        self.become(candidate)
+        self._become_and_init(candidate, sb3_callback)
+        del candidate
         if plan is not None:
-            if sb3_callback is not None:
-                sb3_callback.init_callback(self)  # type: ignore[arg-type]
             offline.train(self, plan, data, sb3_callback, log_interval, tb_log_name, reset_num_timesteps)
         return self
 
@@ -287,9 +287,8 @@ class Agent(ABC):
         candidate = self.candidate()
         run, offline_data = online.accept(candidate, total_timesteps, env, dataset, settings)
         sb3_callback = make_callback(callback, progress_bar)
-        self.become(candidate)
-        if sb3_callback is not None:
-            sb3_callback.init_callback(self)  # type: ignore[arg-type]
+        self._become_and_init(candidate, sb3_callback)
+        del candidate  # it still holds a replay buffer that the run may replace
         online.train(self, run, offline_data, sb3_callback, log_interval, tb_log_name)
         return self
 
@@ -675,8 +674,25 @@ class Agent(ABC):
         return copied
 
     def become(self, candidate: Self) -> None:
-        """Adopt every attribute of a `candidate` that has passed all checks."""
-        self.__dict__.update(candidate.__dict__)
+        """Adopt every attribute of a `candidate` that has passed all checks.
+
+        `state` stays the same object: a run that is going on, whose callback may call `learn`, holds it.
+        """
+        state = self.state
+        vars(state).update(vars(candidate.state))
+        self.__dict__.update({**candidate.__dict__, "state": state})
+
+    def _become_and_init(self, candidate: Self, sb3_callback: "BaseCallback | None") -> None:
+        """`become` the candidate and initialise the callback on it; if that raises, nothing has changed."""
+        attributes, state = dict(self.__dict__), self.state.copy()
+        self.become(candidate)
+        try:
+            if sb3_callback is not None:
+                sb3_callback.init_callback(self)  # type: ignore[arg-type]
+        except BaseException:
+            self.__dict__ = attributes
+            vars(self.state).update(vars(state))
+            raise
 
     # ---- environment, logger, seed, counters: SB3's names ------------------------------------------------------------
     def set_env(self, env: Any, force_reset: bool = True) -> None:
@@ -751,6 +767,10 @@ class Agent(ABC):
     def num_timesteps(self) -> int:
         """Offline gradient steps plus environment steps."""
         return self.state.num_timesteps
+
+    @num_timesteps.setter
+    def num_timesteps(self, value: int) -> None:
+        self.state.num_timesteps = value
 
     @property
     def n_env_steps(self) -> int:

@@ -600,3 +600,37 @@ def test_a_card_tells_no_address_and_no_password(argument: str, kept: str) -> No
     from diffagents.training import provenance
 
     assert provenance.plain(argument) == kept
+
+
+class _Raises(BaseCallback):
+    def _init_callback(self) -> None:
+        raise ValueError("this callback cannot be initialised")
+
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.filterwarnings("ignore:action bounds")
+def test_a_callback_that_cannot_be_initialised_leaves_the_agent_unchanged() -> None:
+    agent = SRPO(**SMALL)
+    before = dict(vars(agent))
+    with pytest.raises(ValueError, match="cannot be initialised"):
+        agent.learn(DATA, callback=_Raises())
+    assert vars(agent) == before and agent.spec is None and agent.dataset_info is None and agent.reward_transform is None
+
+
+@pytest.mark.filterwarnings("ignore:action bounds")
+def test_a_call_of_learn_inside_a_callback_counts_on_the_same_state() -> None:
+    """The outer run goes on counting, though the inner call has adopted the data and its own plan."""
+    agent, seen = SRPO(**SMALL), []
+
+    def nested(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        seen.append(agent.num_timesteps)
+        if len(seen) == 3:
+            agent.learn(DATA, total_timesteps=4, stages=("critic",), reset_num_timesteps=True)
+        return True
+
+    state = agent.state
+    agent.learn(DATA, total_timesteps=20, stages=("critic",), callback=nested)
+    assert agent.state is state and seen[:3] == [1, 2, 3] and seen[3:] == list(range(5, 5 + len(seen) - 3))
+    assert agent.n_updates == 24

@@ -85,10 +85,10 @@ def reaches_its_card(cell: str, n_episodes: int) -> None:
     card, how = np.array(results["returns"]), {"deterministic": results["is_deterministic"], "n_envs": n_episodes}
     found = diffagents.evaluate(agent, (agent.dataset_info or {})["env_spec"], n_episodes, seed=5000, **how)
     rng = np.random.default_rng(0)
-    noise = rng.choice(card, (20_000, n_episodes)).mean(axis=1)
+    means = rng.choice(card, (20_000, n_episodes)).mean(axis=1)
     if set(card) <= {0.0, 1.0}:  # successes: 0 of 20 does not say never (Laplace's rule)
-        noise = rng.binomial(n_episodes, (card.sum() + 1) / (len(card) + 2), 20_000) / n_episodes
-    low, high = np.quantile(noise, [0.001, 0.999])
+        means = rng.binomial(n_episodes, (card.sum() + 1) / (len(card) + 2), 20_000) / n_episodes
+    low, high = np.quantile(means, [0.001, 0.999])
     slack = 0.01 * np.ptp(card) + 1e-6 * abs(card).max()
     assert low - slack <= found.mean_return <= high + slack, f"{found.mean_return:.1f} is outside [{low:.1f}, {high:.1f}]"
 

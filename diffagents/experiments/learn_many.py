@@ -234,8 +234,8 @@ def stacked(agents: Sequence[Agent]) -> Iterator[NamedTensors]:
             tensors[name] = tensor
             continue
         tensors[name] = torch.stack([one.detach() for one in each])
-        for one, update in zip(each, tensors[name].unbind(), strict=True):
-            one.data = update
+        for one, view in zip(each, tensors[name].unbind(), strict=True):
+            one.data = view
             moved.append(one)
     try:
         yield tensors

@@ -202,10 +202,10 @@ def _make_run(learner: Learner, total: int | None, settings: OnlineSettings, dat
         if run.data is not None and data is None:
             raise ValueError("the unfinished run learns from a dataset too: pass the same dataset=")
         if run.data != data:
-            warnings.warn("the dataset differs from that of the unfinished run", stacklevel=5)
+            warnings.warn("the dataset differs from that of the unfinished run", stacklevel=4)
         return run
     if data not in (None, state.data["sha256"]):
-        warnings.warn(f"the dataset differs from {state.data['id']}, whose transform is kept", stacklevel=5)
+        warnings.warn(f"the dataset differs from {state.data['id']}, whose transform is kept", stacklevel=4)
     kept = replay is not None and settings.buffer_size in (None, replay.capacity)
     starts = settings.learning_starts
     if starts is None:
@@ -213,7 +213,7 @@ def _make_run(learner: Learner, total: int | None, settings: OnlineSettings, dat
     starts = max(0, starts - (len(replay) if kept and replay is not None else 0))
     if starts >= total:
         warnings.warn(
-            f"learning_starts={starts} leaves no updates in a run of {total} steps, which will only collect data", stacklevel=5
+            f"learning_starts={starts} leaves no updates in a run of {total} steps, which will only collect data", stacklevel=4
         )
     n_episodes = 0 if run is None else run.n_episodes + 1  # the unfinished one is not replayed
     # If no stage was trained, the networks came from files, or there was nothing before the first online run.
@@ -320,7 +320,7 @@ def _loop(
                         if run.starts >= run.total:
                             warnings.warn(
                                 "no episode has ended, so this run has nothing to learn from: increase total_timesteps",
-                                stacklevel=5,
+                                stacklevel=4,
                             )
                         break
                     runner = runner or Runner(stage, sampler, learner.generator)

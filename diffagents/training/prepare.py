@@ -182,7 +182,7 @@ def begin(learner: Learner, plan: Plan, data: Transitions, reset: bool) -> None:
     new = plan is not state.plan
     if data.info["sha256"] != state.data["sha256"]:
         kept = "transform and normaliser" if new else "unfinished plan, transform and normaliser"
-        warnings.warn(f"the dataset differs from {state.data['id']}, whose {kept} are kept", stacklevel=3)
+        warnings.warn(f"the dataset differs from {state.data['id']}, whose {kept} are kept", stacklevel=4)
     if new and reset:
         state.num_timesteps, state.n_env_steps, state.online, state.history = 0, 0, None, []
     if new:

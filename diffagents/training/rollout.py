@@ -66,7 +66,7 @@ class Rollout:
         if actions and (ended or not torch.equal(now[0], replay.last_next_obs().cpu())):
             warnings.warn(
                 "the environment did not return to the state in which the run stopped: it continues with a new episode",
-                stacklevel=5,
+                stacklevel=6,
             )
             self.returns[:], self.lengths[:] = 0.0, 0
             replay.cut()

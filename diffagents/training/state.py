@@ -71,10 +71,8 @@ class TrainState:
     constraint_relaxation: float = 1.0
 
     def copy(self) -> "TrainState":
-        """An independent copy (plans and transforms are shared)."""
-        return dataclasses.replace(
-            self, stage_steps=dict(self.stage_steps), history=list(self.history), provenance=dict(self.provenance)
-        )
+        """A state whose fields can be assigned without changing this one; what they hold is shared."""
+        return dataclasses.replace(self)
 
     @property
     def data(self) -> dict[str, Any]:
