@@ -459,7 +459,7 @@ def test_a_reward_that_is_no_number_is_named() -> None:
             obs, _, *rest = super().step(action)
             return obs, float("nan") if self.at == 3 else 1.0, *rest
 
-    with pytest.raises(ValueError, match=r"gave the rewards .nan. at step 3"):
+    with pytest.raises(ValueError, match=r"returned the rewards .nan. at step 3"):
         line_agent().learn_online(10, Broken(5, 9))
 
 
@@ -623,7 +623,7 @@ def test_whole_numbers_in_any_dress_can_be_saved(tmp_path: pathlib.Path) -> None
 
 def test_the_default_wait_leaves_something_of_a_short_run() -> None:
     assert offline("IQL").learn_online(50, pendulum()).n_updates > offline("IQL").n_updates
-    with pytest.warns(UserWarning, match="which only collects"):
+    with pytest.warns(UserWarning, match="which will only collect"):
         offline("IQL").learn_online(20, pendulum(), learning_starts=20)
 
 
