@@ -52,7 +52,8 @@ class Agent(ABC):
     Args:
         policy: "MlpPolicy", the only supported policy; "MultiInputPolicy" is accepted as the same for Dict observations.
         env: None, an environment id, a Gymnasium Env or an SB3 VecEnv. Defines the spaces and is used by callbacks.
-        preset: None, "auto" (the row of zoo/<algorithm>.yml for the dataset's id), "paper", or the name of a row.
+        preset: "fast", the recipe that is the same for all datasets; "auto" (the paper's row of zoo/<algorithm>.yml for the
+            dataset's id); "paper" (that row with the paper's budget); the name of a row; or None, the paper's defaults.
             Explicit hyperparameters take precedence over it.
         obs_keys: Which entries of a Dict observation to concatenate, in this order.
         policy_kwargs: `net_arch`, a list or a dict such as {"pi": [256, 256], "qf": [256, 256]}.
@@ -105,7 +106,7 @@ class Agent(ABC):
         policy: str = "MlpPolicy",
         env: Any = None,
         *,
-        preset: str | None = None,
+        preset: str | None = presets.FAST,
         obs_keys: Sequence[str] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         tensorboard_log: str | None = None,
@@ -118,11 +119,15 @@ class Agent(ABC):
     ) -> None:
         check_arguments(policy, obs_keys, policy_kwargs)
         check_choice("compile", compile, ("auto", *MODES))
-        self.config = build_config(self.Config, type(self).__name__, hyperparameters)
         self.explicit = dict(hyperparameters)  # these take precedence over any preset
-        if preset is not None:
-            presets.resolve_preset(self.presets_name(), preset, None)  # raises for an unknown name at once
+        values: dict[str, Any] = {}
+        if preset is not None:  # raises for an unknown name at once
+            values = presets.resolve_preset(self.presets_name(), preset, None)[1]
         self.preset, self.policy_kwargs = preset, dict(policy_kwargs or {})
+        if preset != presets.FAST:  # the others depend on the dataset
+            values = {}
+        self.policy_kwargs = {**values.pop("policy_kwargs", {}), **self.policy_kwargs}
+        self.config = build_config(self.Config, type(self).__name__, {**values, **hyperparameters})
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
         self.tensorboard_log, self.verbose = tensorboard_log, verbose
         self.compile, self.tf32 = compile, tf32

@@ -79,6 +79,29 @@ def lambda_returns(rew: Tensor, done: Tensor, next_value: Tensor, episode_ends: 
     return torch.tensor(returns, dtype=torch.float32, device=rew.device)
 
 
+def returns_to_go(rew: Tensor, done: Tensor, episode_ends: Tensor, gamma: float) -> Tensor:
+    """Discounted returns-to-go of N consecutive rows, where an episode that was cut short continues as it ended.
+
+    After a time-out, or where the recording stops, the rewards are assumed to continue at the mean of the last 1 / (1 - gamma)
+    rewards of the episode. Ending the sum there instead would teach a critic that late states are worth little.
+
+    Args:
+        rew: Rewards, (N,).
+        done: 1 at a true termination, else 0, (N,).
+        episode_ends: One past the last row of each episode, (E,) int64, in ascending order; equal neighbours are allowed.
+        gamma: Discount in [0, 1).
+
+    Returns:
+        The returns, (N,) float32 on the device of `rew`.
+    """
+    horizon, next_value, first = max(1, round(1.0 / (1.0 - gamma))), torch.zeros_like(rew), 0
+    for end in episode_ends.tolist():
+        if end > first:
+            next_value[end - 1] = rew[max(first, end - horizon) : end].mean() / (1.0 - gamma)
+        first = end
+    return lambda_returns(rew, done, next_value, episode_ends, gamma, 1.0)
+
+
 def action_gradient(value: Callable[[Tensor], Tensor], act: Tensor) -> Tensor:
     """Gradient of a value with respect to the action.
 
@@ -121,6 +144,20 @@ def normalized_q_loss(q1: Tensor, q2: Tensor, coin: Tensor) -> Tensor:
     first = -q1.mean() / q2.abs().mean().detach()
     second = -q2.mean() / q1.abs().mean().detach()
     return torch.where(coin > 0.5, first, second)
+
+
+def gradient_ascent_loss(gradient: Tensor, act: Tensor) -> Tensor:
+    """A surrogate loss whose gradient ascends a value with a step size that does not depend on the value's scale.
+
+    Args:
+        gradient: grad_a Q(s, a) at `act`, (B, A), detached (`action_gradient`).
+        act: The policy's own actions, (B, A), with gradients.
+
+    Returns:
+        A scalar: minus the mean over the batch of the product of the two, with the gradient in units of its root mean square
+        over batch and dimensions.
+    """
+    return -(gradient / (gradient.square().mean().sqrt() + 1e-8) * act).mean()
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -32,6 +32,7 @@ from torch import Tensor
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
+from diffagents.config.recipe import COSINE, RETURN_TEMPERATURE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
@@ -72,6 +73,8 @@ class AWRConfig(Hyperparameters):
     normalize_obs: bool = hyperparameter(
         True, "Whether observations are normalised by the mean and standard deviation of the data [D4]."
     )
+    cosine: bool = hyperparameter(False, COSINE)
+    return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
     critic_steps: int | None = hyperparameter(
         None, "Gradient steps of the critic stage. None: the `default` block of zoo/awr.yml.", at_least=0
     )
@@ -97,15 +100,15 @@ class AWR(Agent):
         self.critic = MLP(obs_dim, arch["vf"], 1).to(self.device)
         self.policy = GaussianPolicy(obs_dim, act_dim, arch["pi"]).to(self.device)
         self.optimizers = {
-            "critic": Optimizer(self.critic.parameters(), c.learning_rate),
-            "policy": Optimizer(self.policy.parameters(), c.learning_rate),
+            "critic": Optimizer(self.critic.parameters(), c.learning_rate, cosine=c.cosine),
+            "policy": Optimizer(self.policy.parameters(), c.learning_rate, cosine=c.cosine),
         }
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
         size, opt = self.config.batch_size, self.optimizers
         return [
             Stage("critic", size, (Update(self.critic_loss, optimizers=(opt["critic"],)),), self.prepare_critic),
-            Stage("policy", size, (Update(self.policy_loss, optimizers=(opt["policy"],)),), self.prepare_policy),
+            Stage("policy", size, (Update(self.policy_loss, optimizers=(opt["policy"],), by_return=True),), self.prepare_policy),
         ]
 
     def online_stage(self) -> Stage:

@@ -30,6 +30,7 @@ Online (our design; neither the paper nor the official code has one)
 """
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -41,12 +42,15 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
+from diffagents.config.recipe import COSINE, PRECONDITION, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.data.sampler import Sampler
 from diffagents.diffusion.chain import SOLVERS, check_solver, reverse_mean
 from diffagents.functional import SELECT, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
 from diffagents.networks.mlp import MLP, EnsembleMLP, Mish, mish, orthogonal_, sinusoids
-from diffagents.training.plan import Plan
+from diffagents.networks.preconditioned import PreconditionedDenoiser
+from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -146,6 +150,10 @@ class BDPOConfig(Hyperparameters):
     normalize_obs: bool = hyperparameter(
         False, "Whether observations are normalised by the mean and standard deviation of the data."
     )
+    cosine: bool = hyperparameter(False, COSINE)
+    precondition: bool = hyperparameter(False, PRECONDITION)
+    return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
+    returns_share: float = hyperparameter(0.0, RETURNS_SHARE, at_least=0, at_most=1)
     behavior_steps: int | None = hyperparameter(
         None, "Gradient steps of the behaviour stage. None: the `default` block of zoo/bdpo.yml. Paper: 2M.", at_least=0
     )
@@ -235,7 +243,9 @@ class BDPO(Agent):
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
         arch = net_arch(self.policy_kwargs, {"pi": (256,) * 4, "qf": (256,) * 3, "vf": (256,) * 3})
-        net = PositionalDenoiser(obs_dim, act_dim, arch["pi"])
+        net: nn.Module = PositionalDenoiser(obs_dim, act_dim, arch["pi"])
+        if c.precondition:  # [F2]
+            net = PreconditionedDenoiser(net, obs_dim, act_dim, c.n_diffusion_steps)
         behavior = ChainPolicy(net, act_dim, c.n_diffusion_steps, std="beta", clip_x0=c.clip_x0)  # [D1]
         self.behavior = behavior.to(self.device)
         self.behavior_ema = copy.deepcopy(self.behavior).requires_grad_(False)
@@ -249,12 +259,13 @@ class BDPO(Agent):
         self.value_target = copy.deepcopy(self.value).requires_grad_(False)
         chain = self.policy.chain
         self.step_weights = chain.beta / (2.0 * chain.alpha * (1.0 - chain.alpha_bar))  # w_n, (T,)
+        net = self.policy.net.net if isinstance(self.policy.net, PreconditionedDenoiser) else self.policy  # the clone stays [F2]
         clip, rates = c.max_grad_norm, (c.learning_rate, c.critic_learning_rate, c.behavior_learning_rate)
         self.optimizers = {
-            "policy": Optimizer(self.policy.parameters(), rates[0], cosine=True, max_grad_norm=clip),  # [D5] [D7]
+            "policy": Optimizer(net.parameters(), rates[0], cosine=True, max_grad_norm=clip),  # [D5] [D7]
             "critic": Optimizer(self.critic.parameters(), rates[1], cosine=True, max_grad_norm=clip),
             "value": Optimizer(self.value.parameters(), rates[1], cosine=True, max_grad_norm=clip),
-            "behavior": Optimizer(self.behavior.parameters(), rates[2], max_grad_norm=clip),
+            "behavior": Optimizer(self.behavior.parameters(), rates[2], cosine=c.cosine, max_grad_norm=clip),
         }
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
@@ -267,22 +278,29 @@ class BDPO(Agent):
             raise ValueError(
                 f"warmup_steps={warmup} leaves none of the {planned} train steps for the policy: use fewer, or None for 2.5 %"
             )
-        behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior)
+        first = opening_steps(c.returns_share, plan, "train", self.stage_steps)
+        behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior, by_return=True)
         alone = (behavior, Update(after=self.act_like_behavior)) if self.stage_steps["train"] == 0 else (behavior,)
         return [
             Stage("behavior", c.batch_size, alone),
-            Stage("train", c.batch_size, self.train_parts(warmup), self.start_from_behavior),
+            Stage("train", c.batch_size, self.train_parts(warmup, first), self.prepare_train),
         ]
 
     def online_stage(self) -> Stage:
         return Stage("online", self.config.batch_size, self.train_parts(warmup=0))  # [O1]
 
-    def train_parts(self, warmup: int) -> tuple[Update, ...]:
-        """Updates of critics, policy and behaviour model; the last two start at the `warmup`-th critic step."""
+    def train_parts(self, warmup: int, first: int = 0) -> tuple[Update, ...]:
+        """Updates of critics, policy and behaviour model; the last two start at the `warmup`-th critic step.
+
+        In the first `first` steps Q regresses on returns [F3].
+        """
         c, opt = self.config, self.optimizers
-        late: dict[str, int] = {"every": c.policy_freq, "start": warmup}
+        late: dict[str, Any] = {"by_return": True, "every": c.policy_freq, "start": max(warmup, first)}
+        critics = Update(self.critic_losses, self.draw_critics, (opt["critic"], opt["value"]), self.follow_critics, start=first)
+        opening = dataclasses.replace(critics, loss=self.return_losses, start=0, stop=first)
         return (
-            Update(self.critic_losses, self.draw_critics, (opt["critic"], opt["value"]), self.follow_critics),
+            *((opening,) if first else ()),
+            critics,
             Update(self.policy_loss, self.draw_policy, (opt["policy"],), self.follow_policy, **late),
             Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior, **late),
         )
@@ -299,7 +317,11 @@ class BDPO(Agent):
         """E || eps_nu(a^n, s, n) - eps ||^2, mean over batch and dimensions."""
         a_n = self.behavior.perturbed(batch.act, noise["eps"], noise["i"])
         loss = F.mse_loss(self.behavior.net(a_n, batch.obs, noise["i"]), noise["eps"])
-        return loss, {"behavior_loss": loss.detach()}
+        metrics = {"behavior_loss": loss.detach()}
+        if isinstance(self.behavior.net, PreconditionedDenoiser):  # [F2]
+            clone_loss = self.behavior.net.clone_loss(batch.obs, batch.act)
+            loss, metrics["clone_loss"] = loss + clone_loss, clone_loss.detach()
+        return loss, metrics
 
     def follow_behavior(self) -> None:
         polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
@@ -309,12 +331,12 @@ class BDPO(Agent):
         for policy in (self.policy, self.policy_ema):
             polyak_update_(policy.parameters(), self.behavior_ema.parameters(), 1.0)
 
-    def start_from_behavior(self, sampler: Any, generator: torch.Generator) -> Any:
-        """The same at the start of `train`, where the policy may be newly built."""
+    def prepare_train(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
+        """The same at the start of `train`, where the policy may be newly built; and the returns, if Q regresses on them [F3]."""
         if self.stage_steps["train"] == 0:
             for policy in (self.policy, self.policy_ema):
                 policy.load_state_dict(self.behavior_ema.state_dict())
-        return sampler
+        return sampler.with_returns(self.config.gamma) if self.config.returns_share > 0 else sampler
 
     # ---- critic and value --------------------------------------------------------------------------------------------
     def draw_critics(self, n: int, generator: torch.Generator) -> Noise:
@@ -325,8 +347,18 @@ class BDPO(Agent):
 
     def critic_losses(self, batch: Batch, noise: Noise) -> tuple[tuple[Tensor, Tensor], Metrics]:
         """The losses of the critic and of the value."""
-        with torch.no_grad():  # both targets, before either network moves
+        with torch.no_grad():
             q_td_target, q_penalty = self.q_target(batch, noise)
+        losses, metrics = self.losses_of(batch, noise, q_td_target)
+        return losses, {**metrics, "path_kl": q_penalty.mean()}  # sum over the steps and dimensions
+
+    def return_losses(self, batch: Batch, noise: Noise) -> tuple[tuple[Tensor, Tensor], Metrics]:
+        """The same with Q regressed on the returns of the data [F3]."""
+        return self.losses_of(batch, noise, batch.extras["returns"])
+
+    def losses_of(self, batch: Batch, noise: Noise, q_td_target: Tensor) -> tuple[tuple[Tensor, Tensor], Metrics]:
+        """Squared errors of Q to its target (B,), and of V_n to z; both targets precede the step of either network."""
+        with torch.no_grad():
             v_target, penalty = self.step_objective(batch, noise, self.policy_ema)
         a_n = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (E, B)
@@ -337,7 +369,6 @@ class BDPO(Agent):
             "v_loss": v_loss.detach(),
             "q": q.detach().mean(),
             "v": v.detach().mean(),
-            "path_kl": q_penalty.mean(),  # sum over the steps and dimensions
             "step_kl": penalty.mean(),
         }
 

@@ -43,14 +43,27 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
+from diffagents.config.recipe import COSINE, PRECONDITION, Q_LAYER_NORM, Q_NORM, Q_NORMS, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.chain import SOLVERS, check_solver
-from diffagents.functional import SELECT, normalized_q_loss, polyak_update_, select_action, td_target
+from diffagents.functional import (
+    SELECT,
+    action_gradient,
+    gradient_ascent_loss,
+    normalized_q_loss,
+    polyak_update_,
+    select_action,
+    td_target,
+)
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP, mish
-from diffagents.training.plan import Plan
+from diffagents.networks.preconditioned import PreconditionedDenoiser
+from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
+
+
+CONSTRAINTS = ("data", "behavior")
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,18 @@ class DiffCPSConfig(Hyperparameters):
     normalize_obs: bool = hyperparameter(
         False, "Whether observations are normalised by the mean and standard deviation of the data."
     )
+    constraint: str = hyperparameter(
+        "data",
+        'What target_kl bounds: "data" the denoising loss; "behavior" the squared distance of the predicted noise from that of the '
+        "clone with which the stage begins [F7].",
+        choices=CONSTRAINTS,
+    )
+    q_norm: str = hyperparameter("value", Q_NORM, choices=Q_NORMS)
+    cosine: bool = hyperparameter(False, COSINE)
+    precondition: bool = hyperparameter(False, PRECONDITION)
+    return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
+    returns_share: float = hyperparameter(0.0, RETURNS_SHARE, at_least=0, at_most=1)
+    q_layer_norm: bool = hyperparameter(False, Q_LAYER_NORM)
     train_steps: int | None = hyperparameter(
         None,
         "Gradient steps of the training stage. None: the `default` block of zoo/diffcps.yml. Paper: 2M (AntMaze: 1M).",
@@ -151,11 +176,12 @@ class DiffCPSConfig(Hyperparameters):
 
 
 class Multiplier(nn.Module):
-    """The multiplier lambda, one learned number."""
+    """The multiplier lambda, one learned number; and the clone from which the constraint is measured [F7], if there is one."""
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: float, reference: nn.Module | None = None) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.tensor(float(value)))
+        self.reference = reference
 
 
 class DiffCPS(Agent):
@@ -174,38 +200,50 @@ class DiffCPS(Agent):
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256, 256), "qf": (256, 256, 256)})
-        net = MLPDenoiser(obs_dim, act_dim, arch["pi"])
+        net: nn.Module = MLPDenoiser(obs_dim, act_dim, arch["pi"])
+        if c.precondition:  # [F2]
+            net = PreconditionedDenoiser(net, obs_dim, act_dim, c.n_diffusion_steps)
         self.policy = ChainPolicy(net, act_dim, c.n_diffusion_steps).to(self.device)
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
-        self.critic = EnsembleMLP(2, obs_dim + act_dim, arch["qf"], mish).to(self.device)
+        self.critic = EnsembleMLP(2, obs_dim + act_dim, arch["qf"], mish, c.q_layer_norm).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.multiplier = Multiplier(c.lambda_init).to(self.device)
+        reference = copy.deepcopy(net).requires_grad_(False) if c.constraint == "behavior" else None  # [F7]
+        self.multiplier = Multiplier(c.lambda_init, reference).to(self.device)
         clip = c.max_grad_norm
+        how: dict[str, Any] = {"cosine": c.cosine, "max_grad_norm": clip}  # [D6] [F6]
         self.optimizers = {
-            "policy": Optimizer(self.policy.parameters(), c.learning_rate, max_grad_norm=clip),  # [D6]
-            "critic": Optimizer(self.critic.parameters(), c.critic_learning_rate, max_grad_norm=clip),
-            "multiplier": Optimizer(self.multiplier.parameters(), c.lambda_learning_rate, max_grad_norm=clip),  # [D7]
+            "policy": Optimizer(self.policy.parameters(), c.learning_rate, **how),
+            "critic": Optimizer(self.critic.parameters(), c.critic_learning_rate, **how),
+            "multiplier": Optimizer([self.multiplier.value], c.lambda_learning_rate, max_grad_norm=clip),  # [D7]
         }
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
+        first = opening_steps(c.returns_share, plan or self.plan, "train", self.stage_steps)
+        opening = (  # [F3]
+            Update(self.return_loss, optimizers=(opt["critic"],), after=self.follow_critic, stop=first),
+            Update(self.clone_loss, self.draw_policy, (opt["policy"],), self.follow_reference, stop=first, by_return=True),
+        )
         updates = (
-            Update(self.critic_loss, self.draw_critic, (opt["critic"],), self.follow_critic),
+            Update(self.critic_loss, self.draw_critic, (opt["critic"],), self.follow_critic, start=first),
             Update(
                 self.policy_losses,
                 self.draw_policy,
                 (opt["policy"], opt["multiplier"]),
                 self.project_multiplier,
                 every=c.policy_freq,
+                start=first,
+                by_return=True,
             ),
             Update(after=self.follow_policy, every=c.ema_every, start=c.ema_start),  # [D8]
         )
-        return [Stage("train", c.batch_size, updates)]
+        if first == 0:
+            return [Stage("train", c.batch_size, updates)]
+        return [Stage("train", c.batch_size, opening + updates, lambda sampler, _: sampler.with_returns(c.gamma))]
 
     def online_stage(self) -> Stage:
-        (offline,) = self.stages()
-        *updates, follow = offline.updates
-        return Stage("online", offline.batch_size, (*updates, dataclasses.replace(follow, start=0)))  # [O1] [O4]
+        updates = tuple(dataclasses.replace(update, start=0) for update in self.stages()[0].updates[-3:])
+        return Stage("online", self.config.batch_size, updates)  # [O1] [O4]
 
     # ---- critic ----------------------------------------------------------------------------------------------------
     def draw_critic(self, n: int, generator: torch.Generator) -> Noise:
@@ -226,6 +264,12 @@ class DiffCPS(Agent):
         loss = (q - target).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
+    def return_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """MSE_1 + MSE_2 against the returns of the data [F3]."""
+        q = self.critic(torch.cat([batch.obs, batch.act], -1))
+        loss = (q - batch.extras["returns"]).square().mean(-1).sum()
+        return loss, {"return_loss": loss.detach(), "q": q.detach().mean()}
+
     def follow_critic(self) -> None:
         polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
 
@@ -245,13 +289,16 @@ class DiffCPS(Agent):
         bc_loss, q_loss = self.bc_loss(batch, noise), self.q_loss(batch, noise)
         multiplier = self.multiplier.value.detach().clamp(c.lambda_min, c.lambda_max)
         policy_loss = multiplier * bc_loss + q_loss
-        multiplier_loss = self.multiplier.value * (c.target_kl * self.state.constraint_relaxation - bc_loss.detach())  # [O2]
         metrics = {
             "policy_loss": policy_loss.detach(),
             "bc_loss": bc_loss.detach(),  # compare with target_kl
             "q_loss": q_loss.detach(),
             "lambda": multiplier,
         }
+        bounded = bc_loss.detach()
+        if c.constraint == "behavior":
+            metrics["distance"] = bounded = self.distance(batch, noise)
+        multiplier_loss = self.multiplier.value * (c.target_kl * self.state.constraint_relaxation - bounded)  # [O2]
         return (policy_loss, multiplier_loss), metrics
 
     @torch.no_grad()
@@ -261,11 +308,33 @@ class DiffCPS(Agent):
     def bc_loss(self, batch: Batch, noise: Noise) -> Tensor:
         """L_c: the error of the predicted noise in the data's actions, mean over batch and dimensions [D4]."""
         a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
-        return F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
+        loss = F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
+        net = self.policy.net
+        return loss + net.clone_loss(batch.obs, batch.act) if isinstance(net, PreconditionedDenoiser) else loss  # [F2]
+
+    def clone_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """L_c alone [F3]."""
+        loss = self.bc_loss(batch, noise)
+        return loss, {"bc_loss": loss.detach()}
+
+    @torch.no_grad()
+    def distance(self, batch: Batch, noise: Noise) -> Tensor:
+        """Mean squared distance of the policy's predicted noise from that of the clone, in the data's actions with noise [F7]."""
+        assert self.multiplier.reference is not None
+        a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
+        return F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), self.multiplier.reference(a_i, batch.obs, noise["i"]))
+
+    def follow_reference(self) -> None:
+        """While the policy only clones, the reference is the policy [F7]."""
+        if self.multiplier.reference is not None:
+            polyak_update_(self.multiplier.reference.parameters(), self.policy.net.parameters(), 1.0)
 
     def q_loss(self, batch: Batch, noise: Noise) -> Tensor:
         """L_q: minus one critic at the policy's actions, in units of the other critic's mean size there [D1]."""
         a0 = self.policy.sample(batch.obs, noise["noises"])
+        if self.config.q_norm == "gradient":  # [F5]
+            dq_da = action_gradient(lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), a0)
+            return gradient_ascent_loss(dq_da, a0)
         q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; already updated in this step
         return normalized_q_loss(q1, q2, noise["coin"])
 

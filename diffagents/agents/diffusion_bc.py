@@ -20,17 +20,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
+from diffagents.config.recipe import COSINE, PRECONDITION
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.diffusion.chain import SOLVERS, check_solver
 from diffagents.functional import polyak_update_
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
+from diffagents.networks.preconditioned import PreconditionedDenoiser
 from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
@@ -77,6 +79,8 @@ class DiffusionBCConfig(Hyperparameters):
     normalize_obs: bool = hyperparameter(
         False, "Whether observations are normalised by the mean and standard deviation of the data."
     )
+    cosine: bool = hyperparameter(False, COSINE)
+    precondition: bool = hyperparameter(False, PRECONDITION)
     behavior_steps: int | None = hyperparameter(
         None,
         "Gradient steps of the behaviour stage. None: the `default` block of zoo/diffusion_bc.yml. "
@@ -103,10 +107,12 @@ class DiffusionBC(Agent):
 
     def build(self) -> None:
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256, 256)})
-        net = MLPDenoiser(self.obs_dim, self.act_dim, arch["pi"])
+        net: nn.Module = MLPDenoiser(self.obs_dim, self.act_dim, arch["pi"])
+        if self.config.precondition:  # [F2]
+            net = PreconditionedDenoiser(net, self.obs_dim, self.act_dim, self.config.n_diffusion_steps)
         self.policy = ChainPolicy(net, self.act_dim, self.config.n_diffusion_steps).to(self.device)
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
-        self.optimizers = {"policy": Optimizer(self.policy.parameters(), self.config.learning_rate)}  # [D3]
+        self.optimizers = {"policy": Optimizer(self.policy.parameters(), self.config.learning_rate, cosine=self.config.cosine)}  # [D3]
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
         update = Update(self.bc_loss, self.draw_policy, (self.optimizers["policy"],), self.follow_policy)
@@ -130,7 +136,11 @@ class DiffusionBC(Agent):
         """L_d: the error of the predicted noise in the data's actions [D1]."""
         a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         loss = F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
-        return loss, {"bc_loss": loss.detach()}
+        metrics, net = {"bc_loss": loss.detach()}, self.policy.net
+        if isinstance(net, PreconditionedDenoiser):  # [F2]
+            clone_loss = net.clone_loss(batch.obs, batch.act)
+            loss, metrics["clone_loss"] = loss + clone_loss, clone_loss.detach()
+        return loss, metrics
 
     def follow_policy(self) -> None:
         tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # tau = 1 copies the weights [D2]

@@ -43,13 +43,15 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
+from diffagents.config.recipe import PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.chain import SOLVERS, check_solver
 from diffagents.functional import SELECT, eps_loss, polyak_update_, select_action
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
 from diffagents.networks.mlp import MLP, ResidualBlock, dropout_masks, xavier_
-from diffagents.training.plan import Plan
+from diffagents.networks.preconditioned import PreconditionedDenoiser
+from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -121,6 +123,10 @@ class IDQLConfig(Hyperparameters):
     normalize_obs: bool = hyperparameter(
         False, "Whether observations are normalised by the mean and standard deviation of the data."
     )
+    precondition: bool = hyperparameter(False, PRECONDITION)
+    return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
+    returns_share: float = hyperparameter(0.0, RETURNS_SHARE, at_least=0, at_most=1)
+    q_layer_norm: bool = hyperparameter(False, Q_LAYER_NORM)
     critic_steps: int | None = hyperparameter(
         None, "Gradient steps of the critic stage. None: the `default` block of zoo/idql.yml. Paper: 1.5M [D1].", at_least=0
     )
@@ -199,11 +205,13 @@ class IDQL(Agent):
             self.policy_kwargs, {"qf": (256, 256), "vf": (256, 256)}, extra={"behavior_width": 256, "behavior_blocks": 3}
         )
         norm = c.v_layer_norm and obs_dim > 2  # [D3]
-        self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"], norm)
+        self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"], norm, c.q_layer_norm)
         xavier_(self.critic)  # [D5]
         self.critic.to(self.device)
         self.critic.update_target(1.0)
-        net = ResidualDenoiser(obs_dim, act_dim, arch["behavior_width"], arch["behavior_blocks"])
+        net: nn.Module = ResidualDenoiser(obs_dim, act_dim, arch["behavior_width"], arch["behavior_blocks"])
+        if c.precondition:  # [F2]
+            net = PreconditionedDenoiser(net, obs_dim, act_dim, c.n_diffusion_steps)
         chain = ChainPolicy(net, act_dim, c.n_diffusion_steps, std="beta", clip_x0=False, clip_x=True)  # [D4]
         self.behavior = chain.to(self.device)
         self.behavior_ema = copy.deepcopy(self.behavior).requires_grad_(False)
@@ -213,18 +221,28 @@ class IDQL(Agent):
         }
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
-        n, opt = self.config.batch_size, self.optimizers
+        c, n, opt = self.config, self.config.batch_size, self.optimizers
+        first = opening_steps(c.returns_share, plan or self.plan, "critic", self.stage_steps)
+        opening = Update(self.return_loss, optimizers=(opt["critic"],), after=self.follow_critic, stop=first)  # [F3]
+        critic = Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic, start=first)
+        prepare = (lambda sampler, _: sampler.with_returns(c.gamma)) if first else None
+        draw, follow = self.draw_behavior, self.follow_behavior
+        behavior = Update(self.behavior_loss, draw, (opt["behavior"],), follow, by_return=True)
         return [  # [D1]
-            Stage("critic", n, (Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),
-            Stage("behavior", n, (Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior),)),
+            Stage("critic", n, (opening, critic) if first else (critic,), prepare),
+            Stage("behavior", n, (behavior,)),
         ]
 
     def online_stage(self) -> Stage:
-        return dataclasses.replace(self.stages()[0], name="online")  # [O1]
+        return Stage("online", self.config.batch_size, (dataclasses.replace(self.stages()[0].updates[-1], start=0),))  # [O1]
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         return self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D2]
+
+    def return_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """The same with Q regressed on the returns of the data [F3]."""
+        return self.critic.return_loss(batch, self.config.expectile)
 
     def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)
@@ -232,6 +250,7 @@ class IDQL(Agent):
     # ---- stage 2: behaviour ----------------------------------------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
         c, net = self.config, self.behavior.net
+        net = net.net if isinstance(net, PreconditionedDenoiser) else net
         assert isinstance(net, ResidualDenoiser)
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         noise = {
@@ -246,7 +265,11 @@ class IDQL(Agent):
         """L: the error of the predicted noise in the data's actions."""
         a_i = self.behavior.perturbed(batch.act, noise["eps"], noise["i"])
         loss = eps_loss(self.behavior.net(a_i, batch.obs, noise["i"], noise.get("masks")), noise["eps"])
-        return loss, {"behavior_loss": loss.detach()}
+        metrics, net = {"behavior_loss": loss.detach()}, self.behavior.net
+        if isinstance(net, PreconditionedDenoiser):  # [F2]
+            clone_loss = net.clone_loss(batch.obs, batch.act)
+            loss, metrics["clone_loss"] = loss + clone_loss, clone_loss.detach()
+        return loss, metrics
 
     def follow_behavior(self) -> None:
         polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)

@@ -37,10 +37,11 @@ from torch import Tensor
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
+from diffagents.config.recipe import Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.mlp import GaussianPolicy, TanhPolicy, dropout_masks
-from diffagents.training.plan import Plan
+from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -88,6 +89,9 @@ class IQLConfig(Hyperparameters):
     normalize_obs: bool = hyperparameter(
         False, "Whether observations are normalised by the mean and standard deviation of the data."
     )
+    return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
+    returns_share: float = hyperparameter(0.0, RETURNS_SHARE, at_least=0, at_most=1)
+    q_layer_norm: bool = hyperparameter(False, Q_LAYER_NORM)
     train_steps: int | None = hyperparameter(
         None, "Gradient steps of the training stage. None: the `default` block of zoo/iql.yml. Paper: 1M.", at_least=0
     )
@@ -108,7 +112,7 @@ class IQL(Agent):
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256), "qf": (256, 256), "vf": (256, 256)})
-        self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"]).to(self.device)
+        self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"], q_layer_norm=c.q_layer_norm).to(self.device)
         kind = TanhPolicy if c.deterministic_policy else GaussianPolicy
         self.policy = kind(obs_dim, act_dim, arch["pi"]).to(self.device)
         self.optimizers = {
@@ -117,19 +121,26 @@ class IQL(Agent):
         }
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
-        opt = self.optimizers
-        updates = (
-            Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),
-            Update(self.policy_loss, self.draw_policy, (opt["policy"],)),
-        )
-        return [Stage("train", self.config.batch_size, updates)]
+        c, opt = self.config, self.optimizers
+        first = opening_steps(c.returns_share, plan or self.plan, "train", self.stage_steps)
+        opening = Update(self.return_loss, optimizers=(opt["critic"],), after=self.follow_critic, stop=first)  # [F2]
+        critic = Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic, start=first)
+        policy = Update(self.policy_loss, self.draw_policy, (opt["policy"],), by_return=True)
+        if first == 0:
+            return [Stage("train", c.batch_size, (critic, policy))]
+        return [Stage("train", c.batch_size, (opening, critic, policy), lambda sampler, _: sampler.with_returns(c.gamma))]
 
     def online_stage(self) -> Stage:
-        return dataclasses.replace(self.stages()[0], name="online")  # [O1]
+        critic, policy = self.stages()[0].updates[-2:]
+        return Stage("online", self.config.batch_size, (dataclasses.replace(critic, start=0), policy))  # [O1]
 
     # ---- critic ----------------------------------------------------------------------------------------------------
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         return self.critic.loss(batch, self.config.expectile, self.config.gamma)  # [D1]
+
+    def return_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """The same with Q regressed on the returns of the data [F2]."""
+        return self.critic.return_loss(batch, self.config.expectile)
 
     def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)

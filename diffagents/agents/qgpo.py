@@ -48,12 +48,14 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
+from diffagents.config.recipe import COSINE, PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
 from diffagents.diffusion.sde import SolverStep, dpm_solve, dpm_solver_steps, vp_alpha_sigma
 from diffagents.functional import action_gradient, perturb, polyak_update_, td_target
 from diffagents.networks.mlp import MLP, EnsembleMLP
+from diffagents.networks.preconditioned import PreconditionedDenoiser
 from diffagents.networks.score_model import FourierTime, UNetDenoiser, VPBehavior
 from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
@@ -115,6 +117,10 @@ class QGPOConfig(Hyperparameters):
     normalize_obs: bool = hyperparameter(
         False, "Whether observations are normalised by the mean and standard deviation of the data."
     )
+    cosine: bool = hyperparameter(False, COSINE)
+    precondition: bool = hyperparameter(False, PRECONDITION)
+    return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
+    q_layer_norm: bool = hyperparameter(False, Q_LAYER_NORM)
     behavior_steps: int | None = hyperparameter(
         None, "Gradient steps of the behaviour stage. None: the `default` block of zoo/qgpo.yml. Paper: 600k.", at_least=0
     )
@@ -155,20 +161,22 @@ class QGPO(Agent):
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
         arch = net_arch(self.policy_kwargs, {"qf": (256,) * 3, "energy": (256,) * 4}, extra={"behavior_width": 512})
-        net = UNetDenoiser(obs_dim, act_dim, arch["behavior_width"])
+        net: nn.Module = UNetDenoiser(obs_dim, act_dim, arch["behavior_width"])
+        if c.precondition:  # [F2]
+            net = PreconditionedDenoiser(net, obs_dim, act_dim)
         self.behavior = VPBehavior(net, act_dim).to(self.device)
-        self.critic = EnsembleMLP(2, obs_dim + act_dim, arch["qf"]).to(self.device)
+        self.critic = EnsembleMLP(2, obs_dim + act_dim, arch["qf"], layer_norm=c.q_layer_norm).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.energy = Energy(obs_dim, act_dim, arch["energy"]).to(self.device)
         self.optimizers = {
-            "behavior": Optimizer(self.behavior.parameters(), c.behavior_learning_rate),
-            "critic": Optimizer(self.critic.parameters(), c.learning_rate),
-            "energy": Optimizer(self.energy.parameters(), c.learning_rate),
+            "behavior": Optimizer(self.behavior.parameters(), c.behavior_learning_rate, cosine=c.cosine),
+            "critic": Optimizer(self.critic.parameters(), c.learning_rate, cosine=c.cosine),
+            "energy": Optimizer(self.energy.parameters(), c.learning_rate, cosine=c.cosine),
         }
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
-        behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
+        behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), by_return=True)
         critic = Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic)
         energy = Update(self.energy_loss, self.draw_energy, (opt["energy"],))
         return [

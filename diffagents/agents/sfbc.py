@@ -38,18 +38,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
+from diffagents.config.recipe import COSINE, PRECONDITION, RETURN_TEMPERATURE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
 from diffagents.diffusion.sde import SolverStep, dpm_solver_steps
 from diffagents.functional import gumbel
 from diffagents.networks.critics import ReturnCritic
+from diffagents.networks.preconditioned import PreconditionedDenoiser
 from diffagents.networks.score_model import UNetDenoiser, VPBehavior
 from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
@@ -105,6 +107,9 @@ class SfBCConfig(Hyperparameters):
     normalize_obs: bool = hyperparameter(
         False, "Whether observations are normalised by the mean and standard deviation of the data."
     )
+    cosine: bool = hyperparameter(False, COSINE)
+    precondition: bool = hyperparameter(False, PRECONDITION)
+    return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
     behavior_steps: int | None = hyperparameter(
         None, "Gradient steps of the behaviour stage. None: the `default` block of zoo/sfbc.yml. Paper: 586k.", at_least=0
     )
@@ -130,19 +135,21 @@ class SfBC(Agent):
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim
         arch = net_arch(self.policy_kwargs, {"qf": (256, 256)}, extra={"behavior_width": 512})
-        net = UNetDenoiser(obs_dim, act_dim, arch["behavior_width"])
+        net: nn.Module = UNetDenoiser(obs_dim, act_dim, arch["behavior_width"])
+        if c.precondition:  # [F2]
+            net = PreconditionedDenoiser(net, obs_dim, act_dim)
         self.behavior = VPBehavior(net, act_dim).to(self.device)
         self.critic = ReturnCritic(obs_dim, act_dim, arch["qf"]).to(self.device)
         self.critic_before = ReturnCritic(obs_dim, act_dim, arch["qf"]).to(self.device).requires_grad_(False)
         self.initial_weights = {name: value.clone() for name, value in self.critic.net.state_dict().items()}  # [D3]
         self.optimizers = {
-            "behavior": Optimizer(self.behavior.parameters(), c.learning_rate),
-            "critic": Optimizer(self.critic.parameters(), c.critic_learning_rate),
+            "behavior": Optimizer(self.behavior.parameters(), c.learning_rate, cosine=c.cosine),
+            "critic": Optimizer(self.critic.parameters(), c.critic_learning_rate, cosine=c.cosine),
         }
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
-        behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],))
+        behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), by_return=True)
         critic = Update(self.critic_loss, optimizers=(opt["critic"],))
         return [
             Stage("behavior", c.behavior_batch_size, (behavior,)),

@@ -44,18 +44,22 @@ from torch import Tensor, nn
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
+from diffagents.config.recipe import PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
-from diffagents.functional import action_gradient, eps_loss, perturb
+from diffagents.functional import action_gradient, eps_loss, perturb, polyak_update_
 from diffagents.networks.critics import IQLCritic
-from diffagents.networks.mlp import Mish, ResidualBlock, TanhPolicy, dropout_masks, mish
+from diffagents.networks.mlp import Mish, ResidualBlock, TanhPolicy, dropout_masks, fixed_noise, mish
+from diffagents.networks.preconditioned import PreconditionedDenoiser
 from diffagents.storage import checkpoint
-from diffagents.training.plan import Plan
+from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 WEIGHTS = ("sigma2", "constant", "alpha_over_sigma")
-Q_GRAD_NORMS = ("l2", "rms")
+CLONE_TAU = 0.005
+"""Share of the clone in each step of the moving average that the policy starts from [F4]."""
+Q_GRAD_NORMS = ("l2", "rms", "batch")
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,10 @@ class SRPOConfig(Hyperparameters):
     q_grad_norm: str | None = hyperparameter(
         None, "Norm by which each sample's dQ/da is divided [D4]. None: it is used as it is.", choices=Q_GRAD_NORMS
     )
+    precondition: bool = hyperparameter(False, PRECONDITION)
+    return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
+    returns_share: float = hyperparameter(0.0, RETURNS_SHARE, at_least=0, at_most=1)
+    q_layer_norm: bool = hyperparameter(False, Q_LAYER_NORM)
     reward_transform: str = hyperparameter(
         "auto",
         'Transform of the rewards, of which "auto" chooses one from the data. '
@@ -177,10 +185,17 @@ class Behavior(nn.Module):
 
     noise: Tensor
 
-    def __init__(self, obs_dim: int, act_dim: int, width: int, n_blocks: int) -> None:
+    def __init__(self, net: nn.Module, act_dim: int) -> None:
         super().__init__()
-        self.net = ResidualScoreNet(obs_dim, act_dim, width, n_blocks)
-        self.register_buffer("noise", torch.randn(1, act_dim))
+        self.net = net
+        self.register_buffer("noise", fixed_noise(1, act_dim))
+
+    @property
+    def score_net(self) -> ResidualScoreNet:
+        """The network itself, without its preconditioning."""
+        net = self.net.net if isinstance(self.net, PreconditionedDenoiser) else self.net
+        assert isinstance(net, ResidualScoreNet)
+        return net
 
     def sample(self, obs: Tensor, noise: Tensor, n_evals: int = 15) -> Tensor:
         """a ~ mu(.|s), (B, A) in [-1, 1], by DPM-Solver of order 2 from `noise` (B, A)."""
@@ -205,8 +220,11 @@ class SRPO(Agent):
             {"pi": (256, 256), "qf": (256, 256), "vf": (256, 256)},
             extra={"behavior_width": 256, "behavior_blocks": 3},
         )
-        self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"]).to(self.device)
-        self.behavior = Behavior(obs_dim, act_dim, arch["behavior_width"], arch["behavior_blocks"]).to(self.device)
+        self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"], q_layer_norm=c.q_layer_norm).to(self.device)
+        net: nn.Module = ResidualScoreNet(obs_dim, act_dim, arch["behavior_width"], arch["behavior_blocks"])
+        if c.precondition:  # [F2]
+            net = PreconditionedDenoiser(net, obs_dim, act_dim)
+        self.behavior = Behavior(net, act_dim).to(self.device)
         self.policy = TanhPolicy(obs_dim, act_dim, arch["pi"]).to(self.device)
         self.optimizers = {
             "critic": Optimizer(self.critic.trained_parameters(), c.learning_rate),
@@ -216,21 +234,35 @@ class SRPO(Agent):
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
+        on_returns = opening_steps(c.returns_share, plan or self.plan, "critic", self.stage_steps)  # [F3]
+        critic = (
+            Update(self.return_loss, optimizers=(opt["critic"],), after=self.follow_critic, stop=on_returns),
+            Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic, start=on_returns),
+        )
+        prepare = (lambda sampler, _: sampler.with_returns(c.gamma)) if on_returns else None
+        follow = self.follow_clone if c.precondition else None
+        behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), follow, by_return=True)
+        policy = Update(self.policy_loss, self.draw_policy, (opt["policy"],), by_return=True)
         return [
-            Stage("critic", c.batch_size, (Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic),)),
-            Stage("behavior", c.behavior_batch_size, (Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],)),)),
-            Stage("policy", c.batch_size, (Update(self.policy_loss, self.draw_policy, (opt["policy"],)),)),
+            Stage("critic", c.batch_size, critic if on_returns else critic[1:], prepare),
+            Stage("behavior", c.behavior_batch_size, (behavior,)),
+            Stage("policy", c.batch_size, (policy,)),
         ]
 
     def online_stage(self) -> Stage:
-        (critic,), (behavior,), (policy,) = (stage.updates for stage in self.stages())
-        behavior = dataclasses.replace(behavior, every=self.config.online_behavior_every)
+        critic, behavior, policy = (stage.updates[-1] for stage in self.stages())
+        critic = dataclasses.replace(critic, start=0)
+        behavior = dataclasses.replace(behavior, every=self.config.online_behavior_every, after=None)
         return Stage("online", self.config.batch_size, (critic, behavior, policy))  # [O1]
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """IQL's losses: Q is regressed on r + gamma (1 - d) V(s'), Eq. (6) of networks/critics.py."""
         return self.critic.loss(batch, self.config.expectile, self.config.gamma)
+
+    def return_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """The same with Q regressed on the returns of the data [F3]."""
+        return self.critic.return_loss(batch, self.config.expectile)
 
     def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)
@@ -239,7 +271,7 @@ class SRPO(Agent):
     def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
         noise = self.draw_policy(n, generator)
         if self.config.dropout > 0:
-            net = self.behavior.net
+            net = self.behavior.score_net
             noise["masks"] = dropout_masks((net.n_blocks, n, net.width), self.config.dropout, generator)
         return noise
 
@@ -249,7 +281,16 @@ class SRPO(Agent):
         alpha, sigma = vp_alpha_sigma(t)
         a_t = perturb(batch.act, noise["eps"], alpha, sigma)
         loss = eps_loss(self.behavior.net(a_t, batch.obs, t, noise.get("masks")), noise["eps"])
-        return loss, {"behavior_loss": loss.detach()}
+        metrics = {"behavior_loss": loss.detach()}
+        if isinstance(self.behavior.net, PreconditionedDenoiser):  # [F2]
+            clone_loss = self.behavior.net.clone_loss(batch.obs, batch.act)
+            loss, metrics["clone_loss"] = loss + clone_loss, clone_loss.detach()
+        return loss, metrics
+
+    def follow_clone(self) -> None:
+        """Until it is trained, the policy is a moving average of the clone: it starts at what the data do [F4]."""
+        assert isinstance(self.behavior.net, PreconditionedDenoiser)
+        polyak_update_(self.policy.parameters(), self.behavior.net.clone.parameters(), CLONE_TAU)
 
     # ---- stage 3: policy -------------------------------------------------------------------------------------------
     def draw_policy(self, n: int, generator: torch.Generator) -> Noise:
@@ -277,6 +318,8 @@ class SRPO(Agent):
             dq_da = dq_da / (norm + 1e-8)
         elif c.q_grad_norm == "rms":
             dq_da = dq_da / (norm / self.act_dim**0.5 + 1e-8)
+        elif c.q_grad_norm == "batch":  # [F5]
+            dq_da = dq_da / (dq_da.square().mean().sqrt() + 1e-8)
         loss = ((pull - c.beta * self.state.constraint_relaxation * dq_da) * a).sum(-1).mean()
         metrics = {"policy_loss": loss.detach(), "q_grad_norm": norm.mean(), "score_pull": pull.norm(dim=-1).mean()}
         return loss, metrics

@@ -31,10 +31,11 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
+from diffagents.config.recipe import COSINE, Q_LAYER_NORM, Q_NORM, Q_NORMS, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
-from diffagents.functional import polyak_update_, td_target
+from diffagents.functional import action_gradient, gradient_ascent_loss, polyak_update_, td_target
 from diffagents.networks.mlp import EnsembleMLP, TanhPolicy
-from diffagents.training.plan import Plan
+from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
@@ -78,6 +79,11 @@ class TD3BCConfig(Hyperparameters):
     normalize_obs: bool = hyperparameter(
         True, "Whether observations are normalised by the mean and standard deviation of the data [D4]."
     )
+    q_norm: str = hyperparameter("value", Q_NORM, choices=Q_NORMS)
+    cosine: bool = hyperparameter(False, COSINE)
+    return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
+    returns_share: float = hyperparameter(0.0, RETURNS_SHARE, at_least=0, at_most=1)
+    q_layer_norm: bool = hyperparameter(False, Q_LAYER_NORM)
     train_steps: int | None = hyperparameter(
         None, "Gradient steps of the training stage. None: the `default` block of zoo/td3_bc.yml. Paper: 1M.", at_least=0
     )
@@ -100,29 +106,39 @@ class TD3BC(Agent):
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256), "qf": (256, 256)})
         self.policy = TanhPolicy(obs_dim, act_dim, arch["pi"]).to(self.device)
         self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)
-        self.critic = EnsembleMLP(2, obs_dim + act_dim, arch["qf"]).to(self.device)
+        self.critic = EnsembleMLP(2, obs_dim + act_dim, arch["qf"], layer_norm=c.q_layer_norm).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.optimizers = {
-            "policy": Optimizer(self.policy.parameters(), c.learning_rate),
-            "critic": Optimizer(self.critic.parameters(), c.learning_rate),
+            "policy": Optimizer(self.policy.parameters(), c.learning_rate, cosine=c.cosine),
+            "critic": Optimizer(self.critic.parameters(), c.learning_rate, cosine=c.cosine),
         }
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
         c, opt = self.config, self.optimizers
+        first = opening_steps(c.returns_share, plan or self.plan, "train", self.stage_steps)
+        opening = (  # [F2]
+            Update(self.return_loss, optimizers=(opt["critic"],), stop=first),
+            Update(self.clone_loss, optimizers=(opt["policy"],), after=self.follow_both, stop=first, by_return=True),
+        )
         updates = (
-            Update(self.critic_loss, self.draw_critic, (opt["critic"],)),
+            Update(self.critic_loss, self.draw_critic, (opt["critic"],), start=first),
             Update(
                 self.policy_loss,
                 optimizers=(opt["policy"],),
                 after=self.follow_both,
                 every=c.policy_freq,
-                start=c.policy_freq - 1,  # [D3]
+                start=first + c.policy_freq - 1,  # [D3]
+                by_return=True,
             ),
         )
-        return [Stage("train", c.batch_size, updates)]
+        if first == 0:
+            return [Stage("train", c.batch_size, updates)]
+        return [Stage("train", c.batch_size, opening + updates, lambda sampler, _: sampler.with_returns(c.gamma))]
 
     def online_stage(self) -> Stage:
-        return dataclasses.replace(self.stages()[0], name="online")  # [O1]
+        critic, policy = self.stages()[0].updates[-2:]
+        policy = dataclasses.replace(policy, start=self.config.policy_freq - 1)
+        return Stage("online", self.config.batch_size, (dataclasses.replace(critic, start=0), policy))  # [O1]
 
     # ---- critic ----------------------------------------------------------------------------------------------------
     def draw_critic(self, n: int, generator: torch.Generator) -> Noise:
@@ -140,15 +156,31 @@ class TD3BC(Agent):
         loss = (q - target).square().mean(-1).sum()
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
+    def return_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """MSE_1 + MSE_2 against the returns of the data [F2]."""
+        q = self.critic(torch.cat([batch.obs, batch.act], -1))
+        loss = (q - batch.extras["returns"]).square().mean(-1).sum()
+        return loss, {"return_loss": loss.detach(), "q": q.detach().mean()}
+
     # ---- policy and target networks --------------------------------------------------------------------------------
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Eq. (3) with the weight of Eq. (5)."""
         act = self.policy(batch.obs)
+        if self.config.q_norm == "gradient":  # [F3]
+            dq_da = action_gradient(lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), act)
+            bc_loss = F.mse_loss(act, batch.act)
+            loss = bc_loss / self.state.constraint_relaxation + self.config.alpha * gradient_ascent_loss(dq_da, act)
+            return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach()}
         q = self.critic(torch.cat([batch.obs, act], -1))[0]  # (B,), the first of the twins; online, already updated
         weight = self.config.alpha / q.abs().mean().detach()  # lambda [D1]
         bc_loss = F.mse_loss(act, batch.act)  # [D2]
         loss = bc_loss / self.state.constraint_relaxation - weight * q.mean()
         return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "lambda": weight}
+
+    def clone_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """The cloning term alone [F2]."""
+        loss = F.mse_loss(self.policy(batch.obs), batch.act)
+        return loss, {"bc_loss": loss.detach()}
 
     def follow_both(self) -> None:
         for target, online in ((self.critic_target, self.critic), (self.policy_target, self.policy)):

@@ -39,7 +39,8 @@ def train(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{out} exists: resume it with --resume, or pass another --out")
     else:
         kwargs = {"net_arch": args.net_arch} if args.net_arch else None
-        agent = cls(env=args.env, preset=args.preset, policy_kwargs=kwargs, seed=args.seed, **settings, **values)
+        preset = {None: presets.FAST, "none": None}.get(args.preset, args.preset)
+        agent = cls(env=args.env, preset=preset, policy_kwargs=kwargs, seed=args.seed, **settings, **values)
     evaluated = {"eval_env": (args.env or True) if args.eval else None, "n_eval_episodes": args.episodes}
 
     def save_regularly(local: dict[str, Any], _: dict[str, Any]) -> bool:

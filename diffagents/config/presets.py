@@ -1,6 +1,7 @@
 """Rows of `zoo/<algorithm>.yml`: published budgets and per-task values, found by row name or dataset id.
 
     default: {<stage>_steps: ...}                  the budget without a preset
+    fast:    {<name>: ..., source: ...}            the fast recipe: one setting for all datasets, the preset of a new agent
     paper:   {<stage>_steps: ..., source: ...}     the paper's schedule
     official_code: {<name>: ..., source: ...}      optional: where the authors' code as published differs from the paper
     <row>:   {<name>: ..., aliases: [<dataset id>, ...], source: ...}    only what differs from the defaults
@@ -8,7 +9,7 @@
 
 where each name is a hyperparameter.
 
-Presets are applied only on request, and a row's `paper` only with "paper" and "official_code". `aliases` serve to find a row
+With preset=None, only `default` applies; a row's `paper` applies only with "paper" and "official_code". `aliases` serve to find a row
 and `source` informs the reader; neither reaches an agent.
 """
 
@@ -17,8 +18,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-BLOCKS = ("default", "paper", "official_code")
-_NEEDED = BLOCKS[:2]
+FAST = "fast"
+"""The preset of a new agent."""
+BLOCKS = ("default", FAST, "paper", "official_code")
+_NEEDED = BLOCKS[:3]
 _PACKAGE = Path(__file__).resolve().parents[1]
 # The installed package contains the presets; in a checkout they are in the folder next to the package.
 _FOLDERS = (_PACKAGE / "zoo", _PACKAGE.parent / "zoo")
@@ -60,6 +63,7 @@ def resolve_preset(algorithm: str, preset: str | None, dataset_id: str | None) -
 
     preset            applied, in this order
     None              []
+    "fast"            ["fast"]
     "auto"            [the row of `dataset_id`], [] if it has none
     "paper"           ["paper", the row of `dataset_id` if it has one]
     "official_code"   ["paper", "official_code", the row of `dataset_id` if it has one]
@@ -68,9 +72,10 @@ def resolve_preset(algorithm: str, preset: str | None, dataset_id: str | None) -
     Raises ValueError for an unknown name, listing the rows.
     """
     table = load_presets(algorithm)
-    general = ["auto", *(block for block in BLOCKS[1:] if block in table)]
-    blocks = general[1 : general.index(preset) + 1] if preset in general else []
-    wanted = dataset_id if preset in general else preset
+    papers = [block for block in BLOCKS[2:] if block in table]  # each includes the one before
+    general = [FAST, "auto", *papers]
+    blocks = papers[: papers.index(preset) + 1] if preset in papers else [FAST] if preset == FAST else []
+    wanted = None if preset == FAST else dataset_id if preset in general else preset
     found = find_preset(algorithm, wanted) if isinstance(wanted, str) else None
     if found is None and preset is not None and preset not in general:
         rows = [name for name in table if name not in BLOCKS]

@@ -6,7 +6,7 @@ also to the rewards of online fine-tuning.
 Shapes: N transitions, E episodes, S flat observation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ REWARD_TRANSFORMS: dict[str, str] = {
     "iql_antmaze": "r - 1: IQL, IDQL, SRPO, QGPO on sparse goals",
     "cql_antmaze": "4 (r - 0.5): Diffusion-QL, DiffCPS on sparse goals",
     "antmaze100": "100 r: BDPO on sparse goals",
+    "unit_returns": "(r - c) / std of the discounted returns-to-go, c = 1 for a 0/1 goal reward, else 0: the fast recipe",
     "normalize": "(r - mean) / std over the transitions: Diffusion-QL on adroit",
     "auto": "chosen from the data: iql_antmaze for a 0/1 goal reward, iql_locomotion where returns differ, else none",
 }
@@ -106,7 +107,11 @@ class RewardTransform:
 
 
 def fit_reward_transform(
-    name: str, rewards: Tensor, episode_returns: Tensor, terminal_rewards: Tensor | None = None
+    name: str,
+    rewards: Tensor,
+    episode_returns: Tensor,
+    terminal_rewards: Tensor | None = None,
+    returns_to_go: Callable[[Tensor], Tensor] | None = None,
 ) -> RewardTransform:
     """Fit a reward transform on a dataset.
 
@@ -118,7 +123,8 @@ def fit_reward_transform(
         name: A key of `REWARD_TRANSFORMS`.
         rewards: All rewards, (N,).
         episode_returns: Undiscounted returns of whole episodes, (E,).
-        terminal_rewards: Rewards of the transitions that terminate, (K,); only "auto" uses them.
+        terminal_rewards: Rewards of the transitions that terminate, (K,); only "auto" and "unit_returns" use them.
+        returns_to_go: Maps rewards (N,) to their discounted returns-to-go, (N,); only "unit_returns" uses it.
 
     Returns:
         The fitted transform.
@@ -144,6 +150,14 @@ def fit_reward_transform(
                 f"reward transform 'normalize' divides by the std of the rewards, but all are {float(mean):g}; use 'none'"
             )
         return RewardTransform(name, scale=1.0 / float(std), shift=-float(mean / std))
+    if name == "unit_returns":
+        if returns_to_go is None:
+            raise ValueError("reward transform 'unit_returns' needs the episodes of the data")
+        shift = -1.0 if _choose(rewards, episode_returns, terminal_rewards) == "iql_antmaze" else 0.0
+        returns = returns_to_go(rewards + shift).double()
+        std, mean = torch.std_mean(returns, correction=0)
+        scale = 1.0 if float(std) <= 1e-6 * max(1.0, abs(float(mean))) else 1.0 / float(std)
+        return RewardTransform(name, scale, scale * shift)
     return RewardTransform(name, *_FIXED[name])
 
 

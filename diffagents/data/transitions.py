@@ -17,10 +17,13 @@ from torch import Tensor
 
 from diffagents.data.normalize import ObsNormalizer, RewardTransform, fit_reward_transform
 from diffagents.data.sampler import Sampler
+from diffagents.functional import returns_to_go
 from diffagents.types import Spec, space_from_json, space_to_json
 
 FILE_FORMAT = 1
 """Number of the file layout of `Transitions.save`; files with another number are rejected."""
+UNIT_RETURNS_GAMMA = 0.99
+"""Discount of the returns whose standard deviation the reward transform "unit_returns" makes 1."""
 _COLUMNS = (
     "obs",
     "action",
@@ -75,7 +78,10 @@ class Transitions:
         """
         whole = self.episode_returns[self.episode_whole]
         returns = whole if len(whole) > 1 else self.episode_returns
-        return fit_reward_transform(name, self.rew, returns, terminal_rewards=self.rew[self.done == 1])
+        def discounted(rew: Tensor) -> Tensor:
+            return returns_to_go(rew, self.done, self.episode_ends, UNIT_RETURNS_GAMMA)
+
+        return fit_reward_transform(name, self.rew, returns, self.rew[self.done == 1], discounted)
 
     def sampler(
         self,

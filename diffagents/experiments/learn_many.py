@@ -91,7 +91,7 @@ def learn_many(
         warnings.warn(
             "these data differ from those that the agents first learned from, whose transforms are kept", stacklevel=2
         )
-    sampler = adopted.sampler(first.device, first.state.reward_transform, first.obs_normalizer)
+    sampler = prepare.make_sampler(first, adopted)
     seconds = offline.estimate(first, plans[0], sampler) if first.verbose or first.compile == "auto" else {}
     together = {name: value * len(members) for name, value in seconds.items()}
     offline.choose_modes(first, plans[0], together)
@@ -176,8 +176,12 @@ class ManyRunner(Runner):
         self._shared = all(sampler is samplers[0] for sampler in samplers)
 
     def run(self, due: Sequence[int]) -> None:
-        batch = self._sample()
+        batches: dict[bool, Batch] = {}
         for j in due:
+            kind = self.by_return[j]
+            if kind not in batches:
+                batches[kind] = self._sample(kind)
+            batch = batches[kind]
             noise = [
                 updates[j].draw(self.batch_size, generator)
                 for updates, generator in zip(self._members, self.generators, strict=True)
@@ -188,13 +192,14 @@ class ManyRunner(Runner):
                 updates[j].apply([[gradient[k] for gradient in some] for some in each])
             self.sums[j].add(metrics)
 
-    def _sample(self) -> Batch:
+    def _sample(self, by_return: bool) -> Batch:
         """Every member's own batch, stacked: fields (N, B, ...)."""
+        more = (True,) if by_return else ()
         if not self._shared:
-            batches = [s.sample(self.batch_size, g) for s, g in zip(self._samplers, self.generators, strict=True)]
+            batches = [s.sample(self.batch_size, g, *more) for s, g in zip(self._samplers, self.generators, strict=True)]
             columns = [torch.stack(column) for column in zip(*(batch[:5] for batch in batches), strict=True)]
             return Batch._make([*columns, _stack([batch.extras for batch in batches])])
-        rows = torch.cat([self.sampler.rows(self.batch_size, generator) for generator in self.generators])
+        rows = torch.cat([self.sampler.rows(self.batch_size, generator, *more) for generator in self.generators])
         batch = self.sampler.gather(rows)
         n = (len(self.generators), self.batch_size)
         extras = {name: value.unflatten(0, n) for name, value in batch.extras.items()}

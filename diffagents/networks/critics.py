@@ -33,13 +33,20 @@ class IQLCritic(nn.Module):
         q_hidden: Hidden sizes of each Q.
         v_hidden: Hidden sizes of V.
         v_layer_norm: Whether V normalises its input (IDQL).
+        q_layer_norm: Whether Q has LayerNorm in its hidden layers.
     """
 
     def __init__(
-        self, obs_dim: int, act_dim: int, q_hidden: Sequence[int], v_hidden: Sequence[int], v_layer_norm: bool = False
+        self,
+        obs_dim: int,
+        act_dim: int,
+        q_hidden: Sequence[int],
+        v_hidden: Sequence[int],
+        v_layer_norm: bool = False,
+        q_layer_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.q = EnsembleMLP(2, act_dim + obs_dim, q_hidden)
+        self.q = EnsembleMLP(2, act_dim + obs_dim, q_hidden, layer_norm=q_layer_norm)
         v = MLP(obs_dim, v_hidden, 1)
         self.v = nn.Sequential(nn.LayerNorm(obs_dim, eps=1e-6), *v) if v_layer_norm else v
         self.q_target = copy.deepcopy(self.q).requires_grad_(False)
@@ -68,6 +75,18 @@ class IQLCritic(nn.Module):
         v_loss = expectile_loss(v_target - v, expectile)  # Eq. (5)
         q = self.q(act_obs)  # (2, B)
         q_loss = (q - q_td_target).square().mean()  # Eq. (6)
+        metrics = {"v_loss": v_loss.detach(), "q_loss": q_loss.detach(), "q": q.detach().mean(), "v": v.detach().mean()}
+        return v_loss + q_loss, metrics
+
+    def return_loss(self, batch: Batch, expectile: float) -> tuple[Tensor, Metrics]:
+        """Like `loss`, but Q regresses on the returns-to-go of the data, `batch.extras["returns"]` (B,), instead of Eq. (6)."""
+        act_obs, returns = torch.cat([batch.act, batch.obs], -1), batch.extras["returns"]
+        with torch.no_grad():
+            v_target = self.q_target(act_obs).amin(0)
+        v = self.v(batch.obs).squeeze(-1)
+        v_loss = expectile_loss(v_target - v, expectile)
+        q = self.q(act_obs)
+        q_loss = (q - returns).square().mean()
         metrics = {"v_loss": v_loss.detach(), "q_loss": q_loss.detach(), "q": q.detach().mean(), "v": v.detach().mean()}
         return v_loss + q_loss, metrics
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from diffagents.config.checks import N_FIXED
 from diffagents.diffusion.chain import SOLVERS, Chain, sample_chain, sample_ddim, vp_chain
 from diffagents.functional import gumbel, perturb
-from diffagents.networks.mlp import MLP, Mish, sinusoids
+from diffagents.networks.mlp import MLP, Mish, fixed_noise, sinusoids
 
 DenoiserOnStates = Callable[[Tensor, int], Tensor]
 """A noise predictor bound to states: (a_i (..., A), step i) -> noise (..., A)."""
@@ -128,7 +128,7 @@ class ChainPolicy(nn.Module):
         self.std, self.clip_x0, self.clip_x = std, clip_x0, clip_x
         for name, value in vp_chain(n_steps)._asdict().items():
             self.register_buffer(name, value, persistent=False)
-        self.register_buffer("fixed_noise", torch.randn(N_FIXED, n_steps + 1, act_dim))
+        self.register_buffer("fixed_noise", fixed_noise(N_FIXED, n_steps + 1, act_dim))
 
     @property
     def chain(self) -> Chain:

@@ -280,6 +280,14 @@ def sinusoids(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return torch.sin(phase), torch.cos(phase)
 
 
+def fixed_noise(*shape: int) -> Tensor:
+    """The noise of deterministic samples: zero for the first, which is then near the centre of the policy; standard normal
+    for the others, the candidates among which Q may choose."""
+    noise = torch.randn(*shape)
+    noise[0] = 0.0
+    return noise
+
+
 def dropout_masks(shape: tuple[int, ...], p: float, generator: torch.Generator) -> Tensor:
     """Dropout masks drawn from the caller's generator.
 

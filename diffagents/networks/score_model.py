@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from diffagents.config.checks import N_FIXED
 from diffagents.diffusion.sde import SolverStep, dpm_solve, vp_alpha_sigma
 from diffagents.functional import eps_loss, perturb
+from diffagents.networks.mlp import fixed_noise
+from diffagents.networks.preconditioned import PreconditionedDenoiser
 
 
 class FourierTime(nn.Module):
@@ -126,7 +128,7 @@ class VPBehavior(nn.Module):
     def __init__(self, net: nn.Module, act_dim: int) -> None:
         super().__init__()
         self.net = net
-        self.register_buffer("fixed_noise", torch.randn(N_FIXED, act_dim))
+        self.register_buffer("fixed_noise", fixed_noise(N_FIXED, act_dim))
 
     def loss(self, act: Tensor, obs: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Denoising loss E || eps(a_t | s, t) - eps ||^2.
@@ -142,7 +144,8 @@ class VPBehavior(nn.Module):
         Returns:
             A scalar.
         """
-        return eps_loss(self.net(perturb(act, eps, *vp_alpha_sigma(t)), obs, t), eps)
+        loss = eps_loss(self.net(perturb(act, eps, *vp_alpha_sigma(t)), obs, t), eps)
+        return loss + self.net.clone_loss(obs, act) if isinstance(self.net, PreconditionedDenoiser) else loss
 
     def noise(self, n_obs: int, n: int, deterministic: bool, generator: torch.Generator) -> Tensor:
         """The x_1 of samples.

@@ -20,7 +20,7 @@ from diffagents.errors import TrainingDiverged
 from diffagents.training.callbacks import make_logger
 from diffagents.training.monitor import Monitor, clock
 from diffagents.training.plan import Plan
-from diffagents.training.prepare import begin
+from diffagents.training.prepare import begin, make_sampler
 from diffagents.training.session import interrupt_between_updates, matmul_precision, timed
 from diffagents.training.state import Learner, Snapshot, restore, snapshot
 from diffagents.training.updates import Runner, Stage
@@ -63,7 +63,7 @@ def train(
     begin(learner, plan, data, reset)
     if learner.tensorboard_log is not None:
         learner.sb3_logger = make_logger(learner, tb_log_name or type(learner).__name__, reset)
-    sampler = data.sampler(learner.device, learner.state.reward_transform, learner.obs_normalizer)
+    sampler = make_sampler(learner, data)
     seconds = estimate(learner, plan, sampler) if learner.verbose or learner.compile == "auto" else {}
     choose_modes(learner, plan, seconds)
     if learner.verbose:
@@ -134,9 +134,9 @@ def run_stage(
     for learner, stage in zip(learners, stages, strict=True):
         if name == learner.POLICY_STAGE:
             learner.state.policy_missing = False
-        for update in stage.updates:
-            for optimizer in update.optimizers:
-                optimizer.start_schedule(length, update.times(earlier, earlier + done))
+        for optimizer in {optimizer: None for update in stage.updates for optimizer in update.optimizers}:
+            taken = (update.times(earlier, earlier + done) for update in stage.updates if optimizer in update.optimizers)
+            optimizer.start_schedule(length, sum(taken))
         monitors.append(Monitor(learner, name, length, done))  # before `prepare`, which may reinitialise networks
         own = sampler if stage.prepare is None else stage.prepare(sampler, stage_generator(learner, stage))
         samplers.append(own)

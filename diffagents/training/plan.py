@@ -71,6 +71,22 @@ class Plan:
         return lengths
 
 
+def opening_steps(share: float, plan: Plan | None, stage: str, stage_steps: dict[str, int]) -> int:
+    """The steps of an opening phase of a stage, which only the first plan has that trains it.
+
+    Args:
+        share: Share of the stage, in [0, 1].
+        plan: The plan; None: there is none yet.
+        stage: Name of the stage.
+        stage_steps: Steps of each stage in all plans so far.
+
+    Returns:
+        The number of steps; 0 if an earlier plan has trained the stage.
+    """
+    planned, done = (0, 0) if plan is None else (d.get(stage, 0) for d in (plan.lengths, plan.done))
+    return 0 if stage_steps[stage] > done else round(share * planned)
+
+
 @dataclass(frozen=True)
 class OnlineSettings:
     """The settings of a `learn_online` run, as `Agent.learn_online` documents them; fixed at its start and saved with it."""

@@ -13,8 +13,9 @@ import torch
 
 from diffagents.config.checks import whole_number
 from diffagents.config.hyperparameters import build_config
-from diffagents.config.presets import BLOCKS, resolve_preset
+from diffagents.config.presets import BLOCKS, FAST, resolve_preset
 from diffagents.data.normalize import ObsNormalizer
+from diffagents.data.sampler import Sampler
 from diffagents.data.transitions import Transitions
 from diffagents.envs.vec_env import check_same_spaces
 from diffagents.training import provenance
@@ -53,7 +54,7 @@ def apply_preset(learner: Learner, dataset_id: str | None) -> None:
         if learner.spec is not None:
             learner.set_up(learner.spec)
     if learner.verbose:
-        row = "" if applied and applied[-1] not in BLOCKS else ", no row for this dataset"
+        row = "" if learner.preset == FAST or (applied and applied[-1] not in BLOCKS) else ", no row for this dataset"
         print(f"preset {learner.preset!r}: {', '.join(applied) or 'defaults'}{row}; {values} {learner.policy_kwargs or ''}")
 
 
@@ -146,6 +147,13 @@ def make_plan(learner: Learner, total: int | None, reset: bool, stages: Sequence
     if sum(lengths.values()) < 1:
         raise ValueError(f"the stage lengths {lengths} are all zero: give at least one stage a positive number of steps")
     return Plan({name: steps for name, steps in lengths.items() if steps > 0})
+
+
+def make_sampler(learner: Learner, data: Transitions) -> Sampler:
+    """The data as the learner sees them: normalised, transformed, and drawn as its `return_temperature` says."""
+    sampler = data.sampler(learner.device, learner.state.reward_transform, learner.obs_normalizer)
+    temperature: float | None = getattr(learner.config, "return_temperature", None)
+    return sampler if temperature is None else sampler.prefer_returns(temperature)
 
 
 def accept(

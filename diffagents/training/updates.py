@@ -33,7 +33,7 @@ def no_noise(n: int, generator: torch.Generator) -> Noise:
 
 @dataclass(frozen=True)
 class Update:
-    """A loss with its optimisers, due at steps `start`, `start` + `every`, ... of its stage, counted from 0.
+    """A loss with its optimisers, due at steps `start`, `start` + `every`, ... below `stop` of its stage, counted from 0.
 
     Args:
         loss: (batch, noise) -> (loss, metrics), or a tuple of as many losses as there are optimisers, each minimised by its
@@ -43,6 +43,9 @@ class Update:
         after: Updates of target networks and the like, in place and element by element.
         every: Period in steps of the stage.
         start: First step.
+        stop: One past the last step; None: the end of the stage.
+        by_return: Whether it clones, so that it gets a batch of its own from the best episodes if the agent samples by return
+            (`data.sampler.Sampler.rows`).
     """
 
     loss: Callable[[Batch, Noise], tuple[Tensor | tuple[Tensor, ...], Metrics]] | None = None
@@ -51,14 +54,17 @@ class Update:
     after: Callable[[], None] | None = None
     every: int = 1
     start: int = 0
+    stop: int | None = None
+    by_return: bool = False
 
     def due(self, step: int) -> bool:
         """Whether the update runs at this step of the stage."""
-        return step >= self.start and (step - self.start) % self.every == 0
+        return self.start <= step and (step - self.start) % self.every == 0 and (self.stop is None or step < self.stop)
 
     def times(self, first: int, last: int) -> int:
         """How often it is due at the steps first, ..., last - 1."""
-        return sum(sign * max(0, -(-(step - self.start) // self.every)) for sign, step in ((1, last), (-1, first)))
+        last = last if self.stop is None else min(last, self.stop)
+        return sum(sign * max(0, -(-(step - self.start) // self.every)) for sign, step in ((1, last), (-1, min(first, last))))
 
     def gradients(self, batch: Batch, noise: Noise) -> tuple[Gradients, Metrics]:
         """The gradient of each optimiser's loss with respect to its own parameters; all others are constants."""
@@ -252,6 +258,8 @@ class Runner:
         self.device: torch.device = sampler.device
         self.gradients = gradients or [update.gradients for update in stage.updates]
         self.sums = [MetricSums() for _ in stage.updates]
+        weighted = getattr(sampler, "cumulative", None) is not None
+        self.by_return = [update.by_return and weighted for update in stage.updates]
 
     def due(self, k: int) -> list[int]:
         """The indices of the updates that are due at step k of the stage, counted from 0."""
@@ -262,10 +270,14 @@ class Runner:
         self.run(self.due(k))
 
     def run(self, due: Sequence[int]) -> None:
-        """Draw one batch and run the updates with the indices `due` on it, in order."""
+        """Run the updates with the indices `due`, in order, on one batch, or on one batch of each kind (`Update.by_return`)."""
         (generator,) = self.generators
-        batch = self.sampler.sample(self.batch_size, generator)
+        batches: dict[bool, Batch] = {}
         for j in due:
+            kind = self.by_return[j]
+            if kind not in batches:
+                batches[kind] = self.sampler.sample(self.batch_size, generator, *((True,) if kind else ()))
+            batch = batches[kind]
             gradients, metrics = self.gradients[j](batch, self.updates[j].draw(self.batch_size, generator))
             self.updates[j].apply(gradients)
             self.sums[j].add(metrics)
