@@ -43,7 +43,16 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
-from diffagents.config.recipe import COSINE, PRECONDITION, Q_LAYER_NORM, Q_NORM, Q_NORMS, RETURN_TEMPERATURE, RETURNS_SHARE
+from diffagents.config.recipe import (
+    COSINE,
+    DETERMINISTIC_Q,
+    PRECONDITION,
+    Q_LAYER_NORM,
+    Q_NORM,
+    Q_NORMS,
+    RETURN_TEMPERATURE,
+    RETURNS_SHARE,
+)
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.chain import SOLVERS, check_solver
 from diffagents.functional import (
@@ -61,7 +70,6 @@ from diffagents.networks.preconditioned import PreconditionedDenoiser
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
-
 
 CONSTRAINTS = ("data", "behavior")
 
@@ -153,6 +161,7 @@ class DiffCPSConfig(Hyperparameters):
         "clone with which the stage begins [F7].",
         choices=CONSTRAINTS,
     )
+    deterministic_q: bool = hyperparameter(False, DETERMINISTIC_Q)
     q_norm: str = hyperparameter("value", Q_NORM, choices=Q_NORMS)
     cosine: bool = hyperparameter(False, COSINE)
     precondition: bool = hyperparameter(False, PRECONDITION)
@@ -248,7 +257,13 @@ class DiffCPS(Agent):
     # ---- critic ----------------------------------------------------------------------------------------------------
     def draw_critic(self, n: int, generator: torch.Generator) -> Noise:
         each = self.config.n_backup_samples if self.config.max_q_backup else 1
-        return {"noises": self.policy.noises((n * each,), generator)}
+        return {"noises": self.draw_path(n * each, generator)}
+
+    def draw_path(self, n: int, generator: torch.Generator) -> Tensor:
+        """Noise of n samples of the policy at which Q is learned and maximised: (T + 1, n, A), zero if `deterministic_q` [F4]."""
+        if self.config.deterministic_q:
+            return torch.zeros(self.config.n_diffusion_steps + 1, n, self.act_dim, device=self.device)
+        return self.policy.noises((n,), generator)
 
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """MSE_1 + MSE_2 against the minimum of the target critics at an action of the policy's EMA [D2]."""
@@ -279,7 +294,7 @@ class DiffCPS(Agent):
         return {
             "i": torch.randint(self.config.n_diffusion_steps, (n,), **kwargs),
             "eps": torch.randn(n, self.act_dim, **kwargs),
-            "noises": self.policy.noises((n,), generator),
+            "noises": self.draw_path(n, generator),
             "coin": torch.rand((), **kwargs),
         }
 

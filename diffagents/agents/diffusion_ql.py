@@ -39,7 +39,16 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
-from diffagents.config.recipe import COSINE, PRECONDITION, Q_LAYER_NORM, Q_NORM, Q_NORMS, RETURN_TEMPERATURE, RETURNS_SHARE
+from diffagents.config.recipe import (
+    COSINE,
+    DETERMINISTIC_Q,
+    PRECONDITION,
+    Q_LAYER_NORM,
+    Q_NORM,
+    Q_NORMS,
+    RETURN_TEMPERATURE,
+    RETURNS_SHARE,
+)
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.chain import SOLVERS, check_solver
 from diffagents.functional import (
@@ -130,6 +139,7 @@ class DiffusionQLConfig(Hyperparameters):
     normalize_obs: bool = hyperparameter(
         False, "Whether observations are normalised by the mean and standard deviation of the data."
     )
+    deterministic_q: bool = hyperparameter(False, DETERMINISTIC_Q)
     q_norm: str = hyperparameter("value", Q_NORM, choices=Q_NORMS)
     cosine: bool = hyperparameter(False, COSINE)
     precondition: bool = hyperparameter(False, PRECONDITION)
@@ -200,7 +210,13 @@ class DiffusionQL(Agent):
     # ---- critic ----------------------------------------------------------------------------------------------------
     def draw_critic(self, n: int, generator: torch.Generator) -> Noise:
         each = self.config.n_backup_samples if self.config.max_q_backup else 1
-        return {"noises": self.policy.noises((n * each,), generator)}
+        return {"noises": self.draw_path(n * each, generator)}
+
+    def draw_path(self, n: int, generator: torch.Generator) -> Tensor:
+        """Noise of n samples of the policy at which Q is learned and maximised: (T + 1, n, A), zero if `deterministic_q` [F4]."""
+        if self.config.deterministic_q:
+            return torch.zeros(self.config.n_diffusion_steps + 1, n, self.act_dim, device=self.device)
+        return self.policy.noises((n,), generator)
 
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Eq. (4): MSE_1 + MSE_2 against the minimum of the target critics at an action of the policy's EMA."""
@@ -231,7 +247,7 @@ class DiffusionQL(Agent):
         return {
             "i": torch.randint(self.config.n_diffusion_steps, (n,), **kwargs),
             "eps": torch.randn(n, self.act_dim, **kwargs),
-            "noises": self.policy.noises((n,), generator),
+            "noises": self.draw_path(n, generator),
             "coin": torch.rand((), **kwargs),
         }
 

@@ -242,7 +242,7 @@ class IDQL(Agent):
 
     def return_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """The same with Q regressed on the returns of the data [F3]."""
-        return self.critic.return_loss(batch, self.config.expectile)
+        return self.critic.loss(batch, self.config.expectile, self.config.gamma, batch.extras["returns"])
 
     def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)

@@ -59,6 +59,7 @@ from diffagents.types import Batch, Metrics
 WEIGHTS = ("sigma2", "constant", "alpha_over_sigma")
 CLONE_TAU = 0.005
 """Share of the clone in each step of the moving average that the policy starts from [F4]."""
+BOOTSTRAPS = ("expectile", "policy")
 Q_GRAD_NORMS = ("l2", "rms", "batch")
 
 
@@ -103,6 +104,12 @@ class SRPOConfig(Hyperparameters):
     )
     q_grad_norm: str | None = hyperparameter(
         None, "Norm by which each sample's dQ/da is divided [D4]. None: it is used as it is.", choices=Q_GRAD_NORMS
+    )
+    bootstrap: str = hyperparameter(
+        "expectile",
+        'Value of the next state in the target of Q: "expectile" V(s\'), as in IQL; "policy" Q at the action of the policy, which '
+        "is then the clone of the behaviour stage, trained before the critic [F4].",
+        choices=BOOTSTRAPS,
     )
     precondition: bool = hyperparameter(False, PRECONDITION)
     return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
@@ -243,26 +250,32 @@ class SRPO(Agent):
         follow = self.follow_clone if c.precondition else None
         behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), follow, by_return=True)
         policy = Update(self.policy_loss, self.draw_policy, (opt["policy"],), by_return=True)
-        return [
+        stages = [
             Stage("critic", c.batch_size, critic if on_returns else critic[1:], prepare),
             Stage("behavior", c.behavior_batch_size, (behavior,)),
             Stage("policy", c.batch_size, (policy,)),
         ]
+        return stages if c.bootstrap == "expectile" else [stages[1], stages[0], stages[2]]  # [F4]
 
     def online_stage(self) -> Stage:
-        critic, behavior, policy = (stage.updates[-1] for stage in self.stages())
+        critic, behavior, policy = ({stage.name: stage.updates[-1] for stage in self.stages()}[name] for name in self.STAGE_SHARES)
         critic = dataclasses.replace(critic, start=0)
         behavior = dataclasses.replace(behavior, every=self.config.online_behavior_every, after=None)
         return Stage("online", self.config.batch_size, (critic, behavior, policy))  # [O1]
 
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """IQL's losses: Q is regressed on r + gamma (1 - d) V(s'), Eq. (6) of networks/critics.py."""
-        return self.critic.loss(batch, self.config.expectile, self.config.gamma)
+        """IQL's losses: Q is regressed on r + gamma (1 - d) V(s'), Eq. (6) of networks/critics.py; or on Q(s', pi(s')) [F4]."""
+        c, target = self.config, None
+        if c.bootstrap == "policy":
+            with torch.no_grad():
+                next_act = self.policy(batch.next_obs)
+            target = self.critic.policy_target(batch, next_act, c.gamma)
+        return self.critic.loss(batch, c.expectile, c.gamma, target)
 
     def return_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """The same with Q regressed on the returns of the data [F3]."""
-        return self.critic.return_loss(batch, self.config.expectile)
+        return self.critic.loss(batch, self.config.expectile, self.config.gamma, batch.extras["returns"])
 
     def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)

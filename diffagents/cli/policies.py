@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffagents.cli.options import env_arguments, environment, hyperparameters, policy, say
+from diffagents.config import presets
 from diffagents.errors import ArtifactError, TrainingDiverged, short
 from diffagents.registry import AGENTS, agent_class
 

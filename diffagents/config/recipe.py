@@ -17,3 +17,6 @@ Q_NORM = (
     'Unit of Q in the policy\'s loss: "value" divides by the mean size of Q, "gradient" by the root mean square of dQ/da, which '
     "does not depend on the scale and offset of the rewards."
 )
+DETERMINISTIC_Q = (
+    "Whether Q is learned and maximised for the policy's action without noise, the one that acts, instead of for its samples."
+)

@@ -55,13 +55,16 @@ class IQLCritic(nn.Module):
         """The parameters of Q and V; the target network follows by `update_target`."""
         return [*self.q.parameters(), *self.v.parameters()]
 
-    def loss(self, batch: Batch, expectile: float, gamma: float) -> tuple[Tensor, Metrics]:
+    def loss(
+        self, batch: Batch, expectile: float, gamma: float, q_target: Tensor | None = None
+    ) -> tuple[Tensor, Metrics]:
         """L_V + L_Q. The two share no parameter, so one backward pass serves both.
 
         Args:
             batch: Transitions.
             expectile: tau in (0, 1).
             gamma: Discount in [0, 1).
+            q_target: What Q regresses on, (B,), instead of the target of Eq. (6): `policy_target`, or returns of the data.
 
         Returns:
             The loss, a scalar, and the metrics `v_loss`, `q_loss`, `q` and `v`.
@@ -69,26 +72,20 @@ class IQLCritic(nn.Module):
         act_obs = torch.cat([batch.act, batch.obs], -1)
         with torch.no_grad():
             v_target = self.q_target(act_obs).amin(0)  # (B,)
-            next_v = self.v(batch.next_obs).squeeze(-1)
-            q_td_target = td_target(batch.rew, batch.done, next_v, gamma)
+            if q_target is None:
+                q_target = td_target(batch.rew, batch.done, self.v(batch.next_obs).squeeze(-1), gamma)
         v = self.v(batch.obs).squeeze(-1)
         v_loss = expectile_loss(v_target - v, expectile)  # Eq. (5)
         q = self.q(act_obs)  # (2, B)
-        q_loss = (q - q_td_target).square().mean()  # Eq. (6)
+        q_loss = (q - q_target).square().mean()  # Eq. (6)
         metrics = {"v_loss": v_loss.detach(), "q_loss": q_loss.detach(), "q": q.detach().mean(), "v": v.detach().mean()}
         return v_loss + q_loss, metrics
 
-    def return_loss(self, batch: Batch, expectile: float) -> tuple[Tensor, Metrics]:
-        """Like `loss`, but Q regresses on the returns-to-go of the data, `batch.extras["returns"]` (B,), instead of Eq. (6)."""
-        act_obs, returns = torch.cat([batch.act, batch.obs], -1), batch.extras["returns"]
-        with torch.no_grad():
-            v_target = self.q_target(act_obs).amin(0)
-        v = self.v(batch.obs).squeeze(-1)
-        v_loss = expectile_loss(v_target - v, expectile)
-        q = self.q(act_obs)
-        q_loss = (q - returns).square().mean()
-        metrics = {"v_loss": v_loss.detach(), "q_loss": q_loss.detach(), "q": q.detach().mean(), "v": v.detach().mean()}
-        return v_loss + q_loss, metrics
+    @torch.no_grad()
+    def policy_target(self, batch: Batch, next_act: Tensor, gamma: float) -> Tensor:
+        """r + gamma (1 - d) min_j Qbar_j(s', a') for the actions a' = `next_act` (B, A) of a policy: (B,)."""
+        next_q = self.q_target(torch.cat([next_act, batch.next_obs], -1)).amin(0)
+        return td_target(batch.rew, batch.done, next_q, gamma)
 
     def update_target(self, tau: float) -> None:
         """Move the target twins towards the online ones by a share `tau` in (0, 1]."""
