@@ -106,9 +106,10 @@ class AWR(Agent):
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
         size, opt = self.config.batch_size, self.optimizers
+        policy = Update(self.policy_loss, optimizers=(opt["policy"],), by_return=True)
         return [
             Stage("critic", size, (Update(self.critic_loss, optimizers=(opt["critic"],)),), self.prepare_critic),
-            Stage("policy", size, (Update(self.policy_loss, optimizers=(opt["policy"],), by_return=True),), self.prepare_policy),
+            Stage("policy", size, (policy,), self.prepare_policy),
         ]
 
     def online_stage(self) -> Stage:

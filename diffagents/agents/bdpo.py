@@ -260,7 +260,7 @@ class BDPO(Agent):
         self.value_target = copy.deepcopy(self.value).requires_grad_(False)
         chain = self.policy.chain
         self.step_weights = chain.beta / (2.0 * chain.alpha * (1.0 - chain.alpha_bar))  # w_n, (T,)
-        net = self.policy.net.net if isinstance(self.policy.net, PreconditionedDenoiser) else self.policy  # the clone stays [F2]
+        net = self.policy.net.net if isinstance(self.policy.net, PreconditionedDenoiser) else self.policy  # [F2]
         clip, rates = c.max_grad_norm, (c.learning_rate, c.critic_learning_rate, c.behavior_learning_rate)
         self.optimizers = {
             "policy": Optimizer(net.parameters(), rates[0], cosine=True, max_grad_norm=clip),  # [D5] [D7]
@@ -280,7 +280,8 @@ class BDPO(Agent):
                 f"warmup_steps={warmup} leaves none of the {planned} train steps for the policy: use fewer, or None for 2.5 %"
             )
         first = opening_steps(c.returns_share, plan, "train", self.stage_steps)
-        behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), self.follow_behavior, by_return=True)
+        draw, follow = self.draw_behavior, self.follow_behavior
+        behavior = Update(self.behavior_loss, draw, (opt["behavior"],), follow, by_return=True)
         alone = (behavior, Update(after=self.act_like_behavior)) if self.stage_steps["train"] == 0 else (behavior,)
         return [
             Stage("behavior", c.batch_size, alone),
@@ -333,7 +334,7 @@ class BDPO(Agent):
             polyak_update_(policy.parameters(), self.behavior_ema.parameters(), 1.0)
 
     def prepare_train(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
-        """The same at the start of `train`, where the policy may be newly built; and the returns, if Q regresses on them [F3]."""
+        """The same at the start of `train`, where the policy may be newly built; and the returns on which Q regresses [F3]."""
         if self.stage_steps["train"] == 0:
             for policy in (self.policy, self.policy_ema):
                 policy.load_state_dict(self.behavior_ema.state_dict())

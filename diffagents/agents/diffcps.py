@@ -157,8 +157,8 @@ class DiffCPSConfig(Hyperparameters):
     )
     constraint: str = hyperparameter(
         "data",
-        'What target_kl bounds: "data" the denoising loss; "behavior" the squared distance of the predicted noise from that of the '
-        "clone with which the stage begins [F7].",
+        'What target_kl bounds: "data" the denoising loss; "behavior" the squared distance of the predicted noise from that of '
+        "the clone with which the stage begins [F7].",
         choices=CONSTRAINTS,
     )
     deterministic_q: bool = hyperparameter(False, DETERMINISTIC_Q)
@@ -260,7 +260,7 @@ class DiffCPS(Agent):
         return {"noises": self.draw_path(n * each, generator)}
 
     def draw_path(self, n: int, generator: torch.Generator) -> Tensor:
-        """Noise of n samples of the policy at which Q is learned and maximised: (T + 1, n, A), zero if `deterministic_q` [F4]."""
+        """Noise of n samples of the policy, where Q is learned and maximised, (T + 1, n, A); zero if `deterministic_q` [F4]."""
         if self.config.deterministic_q:
             return torch.zeros(self.config.n_diffusion_steps + 1, n, self.act_dim, device=self.device)
         return self.policy.noises((n,), generator)
@@ -334,7 +334,7 @@ class DiffCPS(Agent):
 
     @torch.no_grad()
     def distance(self, batch: Batch, noise: Noise) -> Tensor:
-        """Mean squared distance of the policy's predicted noise from that of the clone, in the data's actions with noise [F7]."""
+        """Mean squared distance of the predicted noise from that of the clone, in the data's actions with noise [F7]."""
         assert self.multiplier.reference is not None
         a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         return F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), self.multiplier.reference(a_i, batch.obs, noise["i"]))

@@ -112,7 +112,8 @@ class DiffusionBC(Agent):
             net = PreconditionedDenoiser(net, self.obs_dim, self.act_dim, self.config.n_diffusion_steps)
         self.policy = ChainPolicy(net, self.act_dim, self.config.n_diffusion_steps).to(self.device)
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
-        self.optimizers = {"policy": Optimizer(self.policy.parameters(), self.config.learning_rate, cosine=self.config.cosine)}  # [D3]
+        rate, cosine = self.config.learning_rate, self.config.cosine  # [D3]
+        self.optimizers = {"policy": Optimizer(self.policy.parameters(), rate, cosine=cosine)}
 
     def stages(self, plan: Plan | None = None) -> list[Stage]:
         update = Update(self.bc_loss, self.draw_policy, (self.optimizers["policy"],), self.follow_policy)

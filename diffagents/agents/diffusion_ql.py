@@ -213,7 +213,7 @@ class DiffusionQL(Agent):
         return {"noises": self.draw_path(n * each, generator)}
 
     def draw_path(self, n: int, generator: torch.Generator) -> Tensor:
-        """Noise of n samples of the policy at which Q is learned and maximised: (T + 1, n, A), zero if `deterministic_q` [F4]."""
+        """Noise of n samples of the policy, where Q is learned and maximised, (T + 1, n, A); zero if `deterministic_q` [F4]."""
         if self.config.deterministic_q:
             return torch.zeros(self.config.n_diffusion_steps + 1, n, self.act_dim, device=self.device)
         return self.policy.noises((n,), generator)

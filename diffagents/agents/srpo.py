@@ -107,8 +107,8 @@ class SRPOConfig(Hyperparameters):
     )
     bootstrap: str = hyperparameter(
         "expectile",
-        'Value of the next state in the target of Q: "expectile" V(s\'), as in IQL; "policy" Q at the action of the policy, which '
-        "is then the clone of the behaviour stage, trained before the critic [F4].",
+        'Value of the next state in the target of Q: "expectile" V(s\'), as in IQL; "policy" Q at the action of the policy, '
+        "which is then the clone of the behaviour stage, trained before the critic [F4].",
         choices=BOOTSTRAPS,
     )
     precondition: bool = hyperparameter(False, PRECONDITION)
@@ -258,7 +258,8 @@ class SRPO(Agent):
         return stages if c.bootstrap == "expectile" else [stages[1], stages[0], stages[2]]  # [F4]
 
     def online_stage(self) -> Stage:
-        critic, behavior, policy = ({stage.name: stage.updates[-1] for stage in self.stages()}[name] for name in self.STAGE_SHARES)
+        updates = {stage.name: stage.updates[-1] for stage in self.stages()}
+        critic, behavior, policy = (updates[name] for name in self.STAGE_SHARES)
         critic = dataclasses.replace(critic, start=0)
         behavior = dataclasses.replace(behavior, every=self.config.online_behavior_every, after=None)
         return Stage("online", self.config.batch_size, (critic, behavior, policy))  # [O1]

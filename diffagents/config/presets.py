@@ -9,8 +9,8 @@
 
 where each name is a hyperparameter.
 
-With preset=None, only `default` applies; a row's `paper` applies only with "paper" and "official_code". `aliases` serve to find a row
-and `source` informs the reader; neither reaches an agent.
+With preset=None, only `default` applies. A row's `paper` applies only with "paper" and "official_code". `aliases` serve to find
+a row and `source` informs the reader; neither reaches an agent.
 """
 
 import difflib

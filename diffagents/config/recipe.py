@@ -1,22 +1,22 @@
 """Descriptions of the hyperparameters of the fast recipe, which many algorithms share.
 
-The recipe is the block `fast` of zoo/<algorithm>.yml: one setting for all datasets, the default of every agent. Each piece is off in
-a plain `Config`, so that `preset=None` and `preset="paper"` are the paper's algorithm.
+The recipe is the block `fast` of zoo/<algorithm>.yml: one setting for all datasets, the default of every agent. In a plain
+`Config` each piece of it is off, so that `preset=None` and `preset="paper"` are the paper's algorithm.
 """
 
-RETURN_TEMPERATURE = (
-    "Temperature of return-weighted sampling: small prefers episodes with high returns (0.1: the best over the worst by e^10). "
-    "None: all transitions are drawn equally often."
-)
-PRECONDITION = "Whether noise is predicted as a correction to that of a Gaussian around a clone, which is trained along with it."
-RETURNS_SHARE = "Share of the stage, at its beginning, in which Q regresses on the returns of the data instead of TD targets."
-Q_LAYER_NORM = "Whether Q has LayerNorm in its hidden layers."
 COSINE = "Whether learning rates fall to 0 on a cosine over the stage."
-Q_NORMS = ("value", "gradient")
-Q_NORM = (
-    'Unit of Q in the policy\'s loss: "value" divides by the mean size of Q, "gradient" by the root mean square of dQ/da, which '
-    "does not depend on the scale and offset of the rewards."
-)
 DETERMINISTIC_Q = (
     "Whether Q is learned and maximised for the policy's action without noise, the one that acts, instead of for its samples."
 )
+PRECONDITION = "Whether noise is predicted as a correction to that of a Gaussian around a clone, which is trained with it."
+Q_LAYER_NORM = "Whether Q has LayerNorm in its hidden layers."
+Q_NORM = (
+    'Unit of Q in the policy\'s loss: "value" divides by the mean size of Q, "gradient" by the root mean square of dQ/da, '
+    "which does not depend on the scale and offset of the rewards."
+)
+Q_NORMS = ("value", "gradient")
+RETURN_TEMPERATURE = (
+    "Temperature of return-weighted sampling: small prefers episodes with high returns (0.1: the best over the worst by "
+    "e^10). None: all transitions are drawn equally often."
+)
+RETURNS_SHARE = "Share of the stage, at its beginning, in which Q regresses on the returns of the data instead of TD targets."

@@ -76,8 +76,8 @@ class Sampler:
     def prefer_returns(self, temperature: float) -> "Sampler":
         """The same transitions, drawn with probabilities that grow with the return of their episode (see `rows`).
 
-        Each transition of an episode with return R is drawn in proportion to exp(z / temperature), where z is R scaled to [0, 1]
-        over the episodes. If all episodes have the same return, nothing changes.
+        Each transition of an episode with return R is drawn in proportion to exp(z / temperature), where z is R scaled to
+        [0, 1] over the episodes. If all episodes have the same return, nothing changes.
         Source: return-weighted sampling (Hong et al., ICLR 2023, arXiv:2306.13085), where the temperature is 0.1.
 
         Args:

@@ -1,8 +1,8 @@
 """A noise predictor that starts as the exact one of a Gaussian around a clone, so that the network learns only what is missing.
 
-m(s) is a deterministic clone of the data's actions, v the variance of its error in each dimension. If the actions were N(m, v),
-the noise in a_t = alpha a + sigma eps would be predicted by sigma z / std, with z = (a_t - alpha m) / std the standardised noisy
-action and std^2 = alpha^2 v + sigma^2. A network F adds to this:
+m(s) is a deterministic clone of the data's actions, v the variance of its error in each dimension. If the actions were
+N(m, v), the noise in a_t = alpha a + sigma eps would be predicted by sigma z / std, where z = (a_t - alpha m) / std is the
+standardised noisy action and std^2 = alpha^2 v + sigma^2. A network F adds to this:
 
     eps(a_t, s, t) = (sigma z + alpha sqrt(v) F(z, s, t)) / std
 
