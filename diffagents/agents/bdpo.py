@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
-from diffagents.config.recipe import COSINE, DETERMINISTIC_Q, PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
+from diffagents.config.recipe import COSINE, DETERMINISTIC_BACKUP, PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.sampler import Sampler
 from diffagents.diffusion.chain import SOLVERS, check_solver, reverse_mean
@@ -150,7 +150,7 @@ class BDPOConfig(Hyperparameters):
     normalize_obs: bool = hyperparameter(
         False, "Whether observations are normalised by the mean and standard deviation of the data."
     )
-    deterministic_q: bool = hyperparameter(False, DETERMINISTIC_Q)
+    deterministic_backup: bool = hyperparameter(False, DETERMINISTIC_BACKUP)
     cosine: bool = hyperparameter(False, COSINE)
     precondition: bool = hyperparameter(False, PRECONDITION)
     return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
@@ -345,7 +345,7 @@ class BDPO(Agent):
         noise = self.draw_policy(n, generator)
         if self.config.gamma > 0:
             noise["path"] = self.policy.noises((n, self.config.n_samples), generator)
-        if self.config.deterministic_q:  # one path without noise [F4]
+        if self.config.deterministic_backup:  # one path without noise [F4]
             noise["path"] = torch.zeros(self.config.n_diffusion_steps + 1, n, 1, self.act_dim, device=self.device)
         return noise
 

@@ -45,7 +45,7 @@ from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.config.recipe import (
     COSINE,
-    DETERMINISTIC_Q,
+    DETERMINISTIC_BACKUP,
     PRECONDITION,
     Q_LAYER_NORM,
     Q_NORM,
@@ -161,7 +161,7 @@ class DiffCPSConfig(Hyperparameters):
         "the clone with which the stage begins [F7].",
         choices=CONSTRAINTS,
     )
-    deterministic_q: bool = hyperparameter(False, DETERMINISTIC_Q)
+    deterministic_backup: bool = hyperparameter(False, DETERMINISTIC_BACKUP)
     q_norm: str = hyperparameter("value", Q_NORM, choices=Q_NORMS)
     cosine: bool = hyperparameter(False, COSINE)
     precondition: bool = hyperparameter(False, PRECONDITION)
@@ -257,13 +257,9 @@ class DiffCPS(Agent):
     # ---- critic ----------------------------------------------------------------------------------------------------
     def draw_critic(self, n: int, generator: torch.Generator) -> Noise:
         each = self.config.n_backup_samples if self.config.max_q_backup else 1
-        return {"noises": self.draw_path(n * each, generator)}
-
-    def draw_path(self, n: int, generator: torch.Generator) -> Tensor:
-        """Noise of n samples of the policy, where Q is learned and maximised, (T + 1, n, A); zero if `deterministic_q` [F4]."""
-        if self.config.deterministic_q:
-            return torch.zeros(self.config.n_diffusion_steps + 1, n, self.act_dim, device=self.device)
-        return self.policy.noises((n,), generator)
+        if self.config.deterministic_backup:  # [F4]
+            return {"noises": torch.zeros(self.config.n_diffusion_steps + 1, n * each, self.act_dim, device=self.device)}
+        return {"noises": self.policy.noises((n * each,), generator)}
 
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """MSE_1 + MSE_2 against the minimum of the target critics at an action of the policy's EMA [D2]."""
@@ -294,7 +290,7 @@ class DiffCPS(Agent):
         return {
             "i": torch.randint(self.config.n_diffusion_steps, (n,), **kwargs),
             "eps": torch.randn(n, self.act_dim, **kwargs),
-            "noises": self.draw_path(n, generator),
+            "noises": self.policy.noises((n,), generator),
             "coin": torch.rand((), **kwargs),
         }
 

@@ -5,9 +5,7 @@ The recipe is the block `fast` of zoo/<algorithm>.yml: one setting for all datas
 """
 
 COSINE = "Whether learning rates fall to 0 on a cosine over the stage."
-DETERMINISTIC_Q = (
-    "Whether Q is learned and maximised for the policy's action without noise, the one that acts, instead of for its samples."
-)
+DETERMINISTIC_BACKUP = "Whether the targets of Q take the policy's action without noise, the one that acts, not its samples."
 PRECONDITION = "Whether noise is predicted as a correction to that of a Gaussian around a clone, which is trained with it."
 Q_LAYER_NORM = "Whether Q has LayerNorm in its hidden layers."
 Q_NORM = (
