@@ -71,7 +71,7 @@ def test_every_entry_fits_the_algorithm(name: str) -> None:
 @pytest.mark.parametrize("module", MODULES.values())
 def test_every_entry_names_its_source_and_every_row_its_data(module: str) -> None:
     for row, entries in load_presets(module).items():
-        assert re.search(r"arXiv:\d{4}\.\d{5}|official code|a port, |(by|of) this project", entries["source"]), row
+        assert re.search(r"arXiv:\d{4}\.\d{5}|official code|a port, |(by|of) this project|^this project: ", entries["source"]), row
     aliases = [alias for row in rows_of(module).values() for alias in row["aliases"]]
     assert len(aliases) == len(set(aliases))
     assert all(row["aliases"] for row in rows_of(module).values())
@@ -137,6 +137,7 @@ def test_a_rows_own_schedule_comes_with_the_paper_preset_only(module: str) -> No
         ("mujoco/hopper/simple-v0", None),
         ("hopper", None),
         ("default", None),
+        ("fast", None),
         ("paper", None),
         ("official_code", None),
         ("", None),
@@ -155,6 +156,8 @@ HOPPER, ANTMAZE = "hopper-medium", "antmaze-umaze"
     [
         (None, None, [], ["default"]),
         (None, "hopper-medium-v2", [], ["default"]),
+        ("fast", None, ["fast"], ["default", "fast"]),
+        ("fast", "hopper-medium-v2", ["fast"], ["default", "fast"]),  # one setting for all datasets
         ("auto", None, [], ["default"]),
         ("auto", "me/unheard-of-v0", [], ["default"]),
         ("auto", "diffagents/hopper/medium-v0", [HOPPER], ["default", HOPPER]),
@@ -187,7 +190,7 @@ def test_values_are_the_callers_own() -> None:
 def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"'hoper-medium' is unknown; did you mean 'hopper-medium'\?.*antmaze-umaze"):
         resolve_preset("srpo", "hoper-medium", None)
-    with pytest.raises(ValueError, match=r"preset=7 is unknown; there are 'auto', 'paper', 'official_code' and halfcheetah"):
+    with pytest.raises(ValueError, match=r"preset=7 is unknown; there are 'fast', 'auto', 'paper', 'official_code' and halfcheetah"):
         resolve_preset("srpo", 7, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no presets for 'nosuch', only for .*srpo"):
         load_presets("nosuch")
@@ -195,15 +198,18 @@ def test_unknown_names_say_what_there_is() -> None:
         load_presets("../zoo/srpo")
 
 
-GOOD = "default: {critic_steps: 1, source: us}\npaper: {critic_steps: 2, source: them}\n"
+GOOD = (
+    "default: {critic_steps: 1, source: us}\nfast: {critic_steps: 3, source: us too}\npaper: {critic_steps: 2, source: them}\n"
+)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a list", "mapping with the blocks default and paper"),
+        ("- a list", "mapping with the blocks default and fast and paper"),
         ("", "mapping with the blocks"),
         ("default: {source: us}", "mapping with the blocks"),
+        ("default: {source: us}\npaper: {source: them}", "mapping with the blocks"),
         (GOOD + "row: 3", "row 'row' must be a name with a mapping"),
         (GOOD + "7: {source: x}", "row 7 must be a name with a mapping"),
         (GOOD + "row: {1: 2, source: x}", "row 'row' must be a name with a mapping"),
@@ -213,6 +219,7 @@ GOOD = "default: {critic_steps: 1, source: us}\npaper: {critic_steps: 2, source:
         (GOOD + "a: {aliases: [x-v0], source: x}\nb: {aliases: [x-v1], source: x}", "'x' also belongs to row 'a'"),
         (GOOD + "a: {source: x}\nb: {aliases: [a], source: x}", "'a' also belongs to row 'a'"),
         (GOOD + "a: {aliases: [paper], source: x}", "'paper' also belongs to row 'paper'"),
+        (GOOD + "a: {aliases: [fast], source: x}", "'fast' also belongs to row 'fast'"),
         (GOOD + "row: {learning_rate: 3e-4, source: x}", "learning_rate: 3e-4 as text"),
         (GOOD + "row: {beta: '0.1', source: x}", "beta: 0.1 as text"),
         (GOOD + "row: {beta: [}", "is not YAML"),
@@ -233,7 +240,7 @@ def test_the_block_of_the_official_code_may_be_missing(tmp_path: Path, monkeypat
     monkeypatch.setattr(presets, "_FOLDERS", (tmp_path,))
     (tmp_path / "srpo.yml").write_text(GOOD + "row: {beta: 1, source: x}")
     assert resolve_preset("srpo", "paper", None) == (["paper"], {"critic_steps": 2})
-    with pytest.raises(ValueError, match="'official_code' is unknown; there are 'auto', 'paper' and row"):
+    with pytest.raises(ValueError, match="'official_code' is unknown; there are 'fast', 'auto', 'paper' and row"):
         resolve_preset("srpo", "official_code", None)
 
 
@@ -242,6 +249,6 @@ def test_the_installed_presets_come_first(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(presets._FOLDERS) == [package / "zoo", package.parent / "zoo"]
     for folder in ("installed", "checkout"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "srpo.yml").write_text(GOOD.replace("us", folder))
+        (tmp_path / folder / "srpo.yml").write_text(GOOD.replace("us}", f"{folder}}}", 1))
     monkeypatch.setattr(presets, "_FOLDERS", (tmp_path / "installed", tmp_path / "checkout"))
     assert load_presets("srpo")["default"]["source"] == "installed"
