@@ -266,11 +266,12 @@ def trained() -> dict[str, Agent]:
     return {}
 
 
-def eager(name: str, trained: dict[str, Agent]) -> Agent:
+def eager(name: str, trained: dict[str, Agent], **knobs: Any) -> Agent:
     """Trained once for this file, which copies it."""
-    if name not in trained:
-        trained[name] = shallow(name, compile="eager").learn(DATA)
-    return trained[name]
+    key = f"{name} {knobs}"
+    if key not in trained:
+        trained[key] = shallow(name, compile="eager", **knobs).learn(DATA)
+    return trained[key]
 
 
 @pytest.fixture
@@ -344,7 +345,7 @@ def acts_alike(agent: Agent, plain: Agent) -> None:
 
 def unsaturated(trained: dict[str, Agent]) -> Any:
     """A QGPO whose actions are within the bounds, so that its choice is seen."""
-    agent: Any = eager("QGPO", trained).clone()
+    agent: Any = eager("QGPO", trained, preset=None).clone()
     for tensor in (agent.behavior.fixed_noise, agent.behavior.net.output.weight.data, agent.behavior.net.output.bias.data):
         tensor.mul_(0.004)
     return agent

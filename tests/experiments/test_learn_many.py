@@ -112,7 +112,7 @@ def another_noise(agent: Any) -> None:
 @pytest.mark.parametrize("change", [another_learning_rate, another_batch, another_noise])
 def test_the_comparison_sees_one_percent(change: Any) -> None:
     """What a member gets wrong is seen after the run: noise or a learning rate 1 % too large, other rows in the batches."""
-    plain, changed = (small("QGPO") for _ in range(2))
+    plain, changed = (small("QGPO", preset=None) for _ in range(2))  # a learning rate that stays
 
     def once(local: dict[str, Any], _: Any) -> bool:
         if local["self"].num_timesteps == 1:
@@ -215,11 +215,11 @@ def test_every_member_has_its_schedule() -> None:
         (lambda: [small("IQL"), small("AWR")], "trains agents of one class, not IQL and AWR"),
         (lambda: [small("IQL")] * 2, "the same agent is in the list twice: make one for each seed or setting"),
         (lambda: [small("IQL"), small("IQL", batch_size=8)], "the agents differ in batch_size: 16 and 8"),
-        (lambda: [small("IQL"), small("IQL", reward_transform="none")], "the agents differ in reward_transform: 'auto' and 'n"),
+        (lambda: [small("IQL"), small("IQL", reward_transform="none")], "differ in reward_transform: 'unit_returns' and 'n"),
         (lambda: [small("IQL"), small("IQL", deterministic_policy=True)], "differ in deterministic_policy: False and True"),
         (lambda: [small("DiffusionQL"), small("DiffusionQL", max_grad_norm=None)], "differ in max_grad_norm: 5.0 and None"),
         (lambda: [small("IQL"), small("IQL", policy_kwargs={"net_arch": [8]})], "differ in policy_kwargs: .*16, 16.* and .*8"),
-        (lambda: [small("IQL"), small("IQL", preset="auto")], "the agents differ in preset: None and 'auto'"),
+        (lambda: [small("IQL"), small("IQL", preset="auto")], "the agents differ in preset: 'fast' and 'auto'"),
         (lambda: [small("IQL"), small("IQL", train_steps=5)], "the agents differ in train_steps: 12 and 5"),
         (lambda: [small("IQL", dropout=0.1), small("IQL", dropout=0.0)], "the agents differ in dropout: 0.1 and 0.0"),
         (lambda: [small("IQL", dropout=0.0), small("IQL", dropout=0.1)], "the agents differ in dropout: 0.0 and 0.1"),
@@ -266,7 +266,7 @@ def test_whole_numbers_for_a_knob_that_is_a_number() -> None:
 # ---- diverging and stopping ----------------------------------------------------------------------------------------
 def test_a_member_that_diverges_falls_back_alone() -> None:
     """A NaN in one: named at the end, its last good state kept; the others never notice, and it can go on."""
-    together = members("TD3BC")
+    together = members("TD3BC", preset=None)
     sick, steps, follow = together[1], itertools.count(1), together[1].follow_both  # type: ignore[attr-defined]
 
     def poison() -> None:
@@ -279,14 +279,14 @@ def test_a_member_that_diverges_falls_back_alone() -> None:
         learn_many(together, DATA)
     assert "member 0" not in str(caught.value) and "\n" not in str(caught.value)
     for k in (0, 2):
-        same(together[k], members("TD3BC")[k].learn(DATA))
+        same(together[k], members("TD3BC", preset=None)[k].learn(DATA))
     assert all(tensor.isfinite().all() for tensor in weights(sick))
     assert len(sick.history) == 5 and sick.num_timesteps == 5
 
 
 def test_a_member_that_diverged_goes_on_from_its_last_good_state() -> None:
     """Where what broke it is gone, by its own `learn`, as its single run would."""
-    together = members("TD3BC")
+    together = members("TD3BC", preset=None)
     sick, steps, follow = together[1], itertools.count(1), together[1].follow_both  # type: ignore[attr-defined]
 
     def poison() -> None:
@@ -299,21 +299,21 @@ def test_a_member_that_diverged_goes_on_from_its_last_good_state() -> None:
         learn_many(together, DATA)
     del sick.follow_both  # type: ignore[attr-defined]
     assert sick.plan is not None and sick.plan.done == {"train": 5} and sick.stage_steps == {"train": 5}
-    same(sick.learn(DATA, reset_num_timesteps=False), members("TD3BC")[1].learn(DATA))
+    same(sick.learn(DATA, reset_num_timesteps=False), members("TD3BC", preset=None)[1].learn(DATA))
 
 
 def test_a_learning_rate_that_is_far_too_large() -> None:
     """Every stage of it; the state is finite, and the message names the member and where."""
     settings = [{}, {"learning_rate": 1e6}, {"learning_rate": 1e-3}]
-    together = [small("SRPO", seed=k, **given) for k, given in enumerate(settings)]
+    together = [small("SRPO", seed=k, preset=None, **given) for k, given in enumerate(settings)]
     with pytest.raises(TrainingDiverged, match=r"^member 1: critic diverged") as caught:
         learn_many(together, DATA)
     assert "member 0" not in str(caught.value) and "member 2" not in str(caught.value)
     assert all(tensor.isfinite().all() for tensor in weights(together[1]))
     for k in (0, 2):
-        same(together[k], small("SRPO", seed=k, **settings[k]).learn(DATA))
+        same(together[k], small("SRPO", seed=k, preset=None, **settings[k]).learn(DATA))
     with pytest.raises(TrainingDiverged, match="critic diverged"):
-        small("SRPO", seed=1, learning_rate=1e6).learn(DATA)
+        small("SRPO", seed=1, preset=None, learning_rate=1e6).learn(DATA)
 
 
 @pytest.mark.parametrize(("name", "method", "at"), [("SRPO", "follow_critic", 5), ("BDPO", "follow_policy", 2)])
@@ -365,7 +365,7 @@ def test_without_a_compiler_the_plans_say_eager(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_a_compiler_results_are_those_of_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    for a, b in zip(without_a_compiler(monkeypatch), learn_many(members("TD3BC", 2), DATA), strict=True):
+    for a, b in zip(without_a_compiler(monkeypatch), learn_many(members("TD3BC", 2, preset=None), DATA), strict=True):
         a.plan.modes = b.plan.modes  # type: ignore[union-attr]
         same(a, b, rtol=0)
 
@@ -378,7 +378,7 @@ def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> list[Agent]:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch._inductor, "compile", fail)
-    together = members("TD3BC", 2)
+    together = members("TD3BC", 2, preset=None)
     together[0].compile = "compiled"
     with pytest.warns(UserWarning, match="compiling failed") as caught:
         learn_many(together, DATA)
@@ -388,7 +388,7 @@ def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> list[Agent]:
 
 def test_who_is_lost_in_one_stage_is_not_trained_in_the_next() -> None:
     """A critic that diverged: the member is as it was at its last good look, and its own plan goes on from there."""
-    agents = [small("SRPO", seed=seed) for seed in range(2)]
+    agents = [small("SRPO", seed=seed, preset=None) for seed in range(2)]
     object.__setattr__(agents[1].config, "learning_rate", 1e12)
     with pytest.raises(TrainingDiverged, match=r"member 1: critic diverged"):
         learn_many(agents, DATA, log_interval=2)
@@ -396,7 +396,7 @@ def test_who_is_lost_in_one_stage_is_not_trained_in_the_next() -> None:
     assert lost.plan is not None and lost.plan.done.get("critic", 0) < STEPS and "policy" not in lost.plan.done
     assert lost.stage_steps["behavior"] == lost.stage_steps["policy"] == 0
     assert all(value.isfinite().all() for state in lost.get_parameters().values() for value in state.values())
-    same(agents[0], small("SRPO", seed=0).learn(DATA, log_interval=2))
+    same(agents[0], small("SRPO", seed=0, preset=None).learn(DATA, log_interval=2))
 
 
 def test_agents_that_learned_from_other_data_first_are_refused() -> None:

@@ -271,7 +271,7 @@ def test_q_mean_asks_the_agents_own_critic(name: str, everyone: tuple[Transition
     obs, act = data.obs, torch.from_numpy(agent.predict(data.obs.numpy(), deterministic=True)[0])
     with torch.no_grad():
         if name == "IQL":
-            q = agent.critic.q_target(torch.cat([act, obs], -1)).amin(0)
+            q = agent.critic.q_target(torch.cat([act, agent.obs_normalizer(obs)], -1)).amin(0)
         elif name == "TD3BC":
             q = agent.critic_target(torch.cat([agent.obs_normalizer(obs), act], -1)).amin(0)
         else:

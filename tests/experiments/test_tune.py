@@ -102,7 +102,7 @@ def test_shared_stages_are_trained_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 # ---- the search ------------------------------------------------------------------------------------------------------
 def test_the_default_is_the_first_trial_and_the_best_agent_comes_back(best_at_3: list[Agent]) -> None:
-    report = quick(n_trials=8)
+    report = quick(preset=None, n_trials=8)
     assert values(report)[0] == 2.5 and len(set(values(report))) == 8
     assert all(1.0 <= value <= 4.0 for value in values(report))
     nearest = min(values(report), key=lambda value: abs(value - 3.0))
@@ -146,8 +146,8 @@ def test_the_best_agent_is_kept_or_trained_again(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tune_module, "rate", rate)
     place = str(tmp_path / "search.log")
-    assert quick(n_trials=3, storage=place).agent is asked[0]
-    again = quick(n_trials=4, storage=place)
+    assert quick(preset=None, n_trials=3, storage=place).agent is asked[0]
+    again = quick(preset=None, n_trials=4, storage=place)
     assert len(asked) == 4 and again.value == 2.5 and again.agent not in asked
     assert again.agent.config.alpha == 2.5 and again.agent.stage_steps == {"train": 4}
 
@@ -162,10 +162,10 @@ def test_a_trial_that_was_killed_is_made_again(
 
     monkeypatch.setattr(TD3BC, "learn", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quick(storage=place)
+        quick(preset=None, storage=place)
     monkeypatch.setattr(TD3BC, "learn", original)
-    report = quick(storage=place)
-    assert values(report)[0] == 2.5 and values(report) == values(quick())
+    report = quick(preset=None, storage=place)
+    assert values(report)[0] == 2.5 and values(report) == values(quick(preset=None))
 
 
 def test_a_storage_of_another_search_is_refused(best_at_3: list[Agent], tmp_path: pathlib.Path) -> None:
@@ -186,12 +186,12 @@ def test_a_diverged_trial_fails_alone(best_at_3: list[Agent], monkeypatch: pytes
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(TD3BC, "learn", learn)
-    report = quick(n_trials=4)
+    report = quick(preset=None, n_trials=4)
     assert len(report.trials) == 4 and report.trials[0].value == 2.5
     assert report.trials[0].score is None and "train diverged" in report.trials[0].note
     assert report.value != 2.5 and "train diverged" in str(report)
     with pytest.raises(RuntimeError, match="all 1 trials failed; the last one: train diverged"):
-        quick(n_trials=1)
+        quick(preset=None, n_trials=1)
 
 
 def test_a_diverged_estimate_is_a_failed_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_a_diverged_estimate_is_a_failed_trial(monkeypatch: pytest.MonkeyPatch) 
         return [Rated(name, 9.0 if wild else 1.0, (0, 0), (), 0.0, 1.0, 0.0, trusted=not wild, notes=notes if wild else ())]
 
     monkeypatch.setattr(tune_module, "rate", rate)
-    report = quick(n_trials=3)
+    report = quick(preset=None, n_trials=3)
     assert report.value == 2.5 and [trial.score for trial in report.trials] == [1.0, None, None]
 
 
@@ -227,9 +227,9 @@ def test_returns_are_played_and_counted(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_hyperparameter_without_a_published_range_and_an_integer(best_at_3: list[Agent]) -> None:
-    report = quick(hyperparameter="policy_noise", low=0.05, high=0.5)
+    report = quick(preset=None, hyperparameter="policy_noise", low=0.05, high=0.5)
     assert report.hyperparameter == "policy_noise" and values(report)[0] == 0.2 and report.source == "the call"
-    counted = quick(hyperparameter="policy_freq", low=1, high=4)
+    counted = quick(preset=None, hyperparameter="policy_freq", low=1, high=4)
     assert values(counted)[0] == 2 and all(isinstance(value, int) for value in values(counted))
 
 
@@ -256,7 +256,7 @@ def test_a_hyperparameter_of_acting_alone_trains_nothing_more(best_at_3: list[Ag
         return [Rated(name, -agent.config.n_candidates, (0, 0), (), 0.0, 1.0, 0.0)]
 
     monkeypatch.setattr(tune_module, "rate", rate)
-    report = quick("IDQL", policy_kwargs={"net_arch": [8, 8], "behavior_width": 8}, n_trials=4)
+    report = quick("IDQL", preset=None, policy_kwargs={"net_arch": [8, 8], "behavior_width": 8}, n_trials=4)
     assert n_learnt == [1] and values(report)[0] == 64 and report.agent.config.n_candidates == report.value  # type: ignore[attr-defined]
 
 
