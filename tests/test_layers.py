@@ -143,14 +143,17 @@ r = np.random.default_rng(0)
 data = {"observations": r.normal(size=(40, 3)), "actions": r.uniform(-1, 1, (40, 2)), "rewards": r.normal(size=40),
         "terminations": np.arange(40) % 20 == 19, "truncations": np.zeros(40, bool)}
 steps = dict(critic_steps=2, behavior_steps=2, policy_steps=2, behavior_batch_size=8, batch_size=8)
-agent = SRPO(seed=0, verbose=0, policy_kwargs={"net_arch": [8], "behavior_width": 8}, **steps).learn(data)
-print(agent.predict(np.zeros(3))[0].shape)
+for preset in (None, "fast"):
+    agent = SRPO(preset=preset, seed=0, verbose=0, policy_kwargs={"net_arch": [8], "behavior_width": 8}, **steps).learn(data)
+    print(agent.predict(np.zeros(3))[0].shape)
+    del sys.modules["yaml"]  # a preset is a YAML file
 """
 
 
 @pytest.fixture(scope="module")
 def light_training() -> list[str]:
-    """Two lines: the heavy packages that importing all of diffagents loads; an action trained without any of them."""
+    """Three lines: the heavy packages that importing all of diffagents loads; an action trained without any of them, and one
+    trained by a preset, which takes the reader of its file."""
     modules = [module for module in FILES if not module.endswith("__main__")]
     code = f"HEAVY = {HEAVY!r}; MODULES = {modules!r}\n{LIGHT_TRAINING}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -165,4 +168,4 @@ def test_importing_everything_stays_light(light_training: list[str]) -> None:
 
 def test_training_from_arrays_needs_only_the_light_packages(light_training: list[str]) -> None:
     """With every heavy package made impossible to import, arrays still become a policy that acts."""
-    assert light_training[1] == "(2,)"
+    assert light_training[1:] == ["(2,)", "(2,)"]

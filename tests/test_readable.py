@@ -52,7 +52,7 @@ class Recorder(BaseCallback):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_update_fits_in_the_head(name: str) -> None:
     """In each stage: the functions of ours, as (file, name), that run between one call of the callback and the next."""
-    agent, recorder = small(name), Recorder()
+    agent, recorder = small(name, preset=None), Recorder()
     with recorder.watching():
         agent.learn(line_data(), callback=recorder, log_interval=STEPS)
     assert len(recorder.updates) == len(agent.STAGE_SHARES) * STEPS

@@ -348,6 +348,7 @@ def unsaturated(trained: dict[str, Agent]) -> Any:
     agent: Any = eager("QGPO", trained, preset=None).clone()
     for tensor in (agent.behavior.fixed_noise, agent.behavior.net.output.weight.data, agent.behavior.net.output.bias.data):
         tensor.mul_(0.004)
+    agent.energy.net[-1].weight.data.mul_(0.004)
     return agent
 
 
