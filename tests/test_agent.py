@@ -328,7 +328,7 @@ def test_nan_stops_with_the_last_good_state() -> None:
     with pytest.raises(TrainingDiverged, match=r"critic diverged between its steps 4 and 8 .*learning_rate"):
         agent.learn(DATA, callback=poison, log_interval=4)
     assert agent.num_timesteps == 4 and all(torch.isfinite(p).all() for p in agent.critic.parameters())
-    same_networks(SRPO(**SMALL, preset=None).learn(DATA), agent.learn(DATA, reset_num_timesteps=False))  # the fault is gone: as if never
+    same_networks(SRPO(**SMALL, preset=None).learn(DATA), agent.learn(DATA, reset_num_timesteps=False))  # as if never
 
 
 def test_announcement_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
