@@ -52,9 +52,8 @@ class Agent(ABC):
     Args:
         policy: "MlpPolicy", the only supported policy; "MultiInputPolicy" is accepted as the same for Dict observations.
         env: None, an environment id, a Gymnasium Env or an SB3 VecEnv. Defines the spaces and is used by callbacks.
-        preset: "fast", the recipe that is the same for all datasets; "auto" (the paper's row of zoo/<algorithm>.yml for the
-            dataset's id); "paper" (that row with the paper's budget); the name of a row; or None, the paper's defaults.
-            Explicit hyperparameters take precedence over it.
+        preset: None, the paper's defaults; "fast", a recipe for all datasets that takes minutes on a CPU; "auto" (the paper's
+            row of zoo/<algorithm>.yml for the dataset's id); "paper" (that row with the paper's budget); or a row's name.
         obs_keys: Which entries of a Dict observation to concatenate, in this order.
         policy_kwargs: `net_arch`, a list or a dict such as {"pi": [256, 256], "qf": [256, 256]}.
         tensorboard_log: Folder of TensorBoard logs.
@@ -106,7 +105,7 @@ class Agent(ABC):
         policy: str = "MlpPolicy",
         env: Any = None,
         *,
-        preset: str | None = presets.FAST,
+        preset: str | None = None,
         obs_keys: Sequence[str] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         tensorboard_log: str | None = None,
@@ -819,5 +818,7 @@ class Agent(ABC):
 
     @classmethod
     def presets_name(cls) -> str:
-        """The file of `zoo/` with the algorithm's presets, which has the name of the algorithm's module."""
-        return cls.__module__.rpartition(".")[2]
+        """The file of `zoo/` with the algorithm's presets, which has the name of its module; a subclass elsewhere shares it."""
+        package = f"{__package__}.agents."
+        modules = [base.__module__ for base in cls.__mro__ if base.__module__.startswith(package)]
+        return (modules or [cls.__module__])[0].rpartition(".")[2]

@@ -230,7 +230,7 @@ class SRPO(Agent):
         self.critic = IQLCritic(obs_dim, act_dim, arch["qf"], arch["vf"], q_layer_norm=c.q_layer_norm).to(self.device)
         net: nn.Module = ResidualScoreNet(obs_dim, act_dim, arch["behavior_width"], arch["behavior_blocks"])
         if c.precondition:  # [F2]
-            net = PreconditionedDenoiser(net, obs_dim, act_dim)
+            net = PreconditionedDenoiser(net, obs_dim, act_dim, clone_hidden=arch["pi"])
         self.behavior = Behavior(net, act_dim).to(self.device)
         self.policy = TanhPolicy(obs_dim, act_dim, arch["pi"]).to(self.device)
         self.optimizers = {

@@ -105,9 +105,9 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     one.add_argument("--steps", type=int, metavar="N", help="Total number of gradient steps, split over the stages.")
     one.add_argument(
         "--preset",
-        help='Default: "fast", the recipe that is the same for all datasets. Published settings: "auto" takes the row for the '
-        'dataset, "paper" also the schedule of the paper, "official_code" the settings of the released code; or the name of a '
-        'row. "none": the defaults of the paper.',
+        help='"fast": a recipe for all datasets that takes minutes on a CPU. Published settings: "auto" takes the row for the '
+        'dataset, "paper" also the schedule of the paper, "official_code" the settings of the released code; or the name of '
+        "a row.",
     )
     one.add_argument("--seed", type=int, default=0, help="Seed of the agent. Default: 0.")
     one.add_argument("--env", metavar="ID", help="Environment that provides the exact spaces and is used by --eval.")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from diffagents.cli.options import env_arguments, environment, hyperparameters, policy, say
-from diffagents.config import presets
 from diffagents.errors import ArtifactError, TrainingDiverged, short
 from diffagents.registry import AGENTS, agent_class
 
@@ -40,8 +39,7 @@ def train(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{out} exists: resume it with --resume, or pass another --out")
     else:
         kwargs = {"net_arch": args.net_arch} if args.net_arch else None
-        preset = {None: presets.FAST, "none": None}.get(args.preset, args.preset)
-        agent = cls(env=args.env, preset=preset, policy_kwargs=kwargs, seed=args.seed, **settings, **values)
+        agent = cls(env=args.env, preset=args.preset, policy_kwargs=kwargs, seed=args.seed, **settings, **values)
     evaluated = {"eval_env": (args.env or True) if args.eval else None, "n_eval_episodes": args.episodes}
 
     def save_regularly(local: dict[str, Any], _: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """Rows of `zoo/<algorithm>.yml`: published budgets and per-task values, found by row name or dataset id.
 
     default: {<stage>_steps: ...}                  the budget without a preset
-    fast:    {<name>: ..., source: ...}            the fast recipe: one setting for all datasets, the preset of a new agent
+    fast:    {<name>: ..., source: ...}            the fast recipe: one setting for all datasets
     paper:   {<stage>_steps: ..., source: ...}     the paper's schedule
     official_code: {<name>: ..., source: ...}      optional: where the authors' code as published differs from the paper
     <row>:   {<name>: ..., aliases: [<dataset id>, ...], source: ...}    only what differs from the defaults
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 FAST = "fast"
-"""The preset of a new agent."""
+"""The preset that does not depend on the dataset."""
 BLOCKS = ("default", FAST, "paper", "official_code")
 _NEEDED = BLOCKS[:3]
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -1,7 +1,7 @@
 """Descriptions of the hyperparameters of the fast recipe, which many algorithms share.
 
-The recipe is the block `fast` of zoo/<algorithm>.yml: one setting for all datasets, the default of every agent. In a plain
-`Config` each piece of it is off, so that `preset=None` and `preset="paper"` are the paper's algorithm.
+The recipe is the block `fast` of zoo/<algorithm>.yml, one setting for all datasets. In a plain `Config` each piece of it is
+off, so that `preset=None` and `preset="paper"` are the paper's algorithm.
 """
 
 COSINE = "Whether learning rates fall to 0 on a cosine over the stage."

@@ -13,7 +13,7 @@ samplers, scores and Q's gradients it is a noise predictor like any other.
 Shapes: B batch, S observation, A action.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class PreconditionedDenoiser(nn.Module):
         obs_dim: S.
         act_dim: A.
         n_steps: T of the discrete chain; None for the continuous VP-SDE.
+        clone_hidden: Hidden sizes of m.
 
     Attributes:
         clone: m. Only `clone_loss` trains it: no gradient of the denoising loss or of Q reaches it.
@@ -42,11 +43,17 @@ class PreconditionedDenoiser(nn.Module):
 
     signal: Tensor
     noise: Tensor
-    CLONE_HIDDEN = (256, 256)
 
-    def __init__(self, net: nn.Module, obs_dim: int, act_dim: int, n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        obs_dim: int,
+        act_dim: int,
+        n_steps: int | None = None,
+        clone_hidden: Sequence[int] = (256, 256),
+    ) -> None:
         super().__init__()
-        self.clone = TanhPolicy(obs_dim, act_dim, self.CLONE_HIDDEN)
+        self.clone = TanhPolicy(obs_dim, act_dim, clone_hidden)
         self.log_var = nn.Parameter(torch.full((act_dim,), INITIAL_LOG_VAR))
         self.net = net
         last = [layer for layer in net.modules() if isinstance(layer, nn.Linear)][-1]
