@@ -20,6 +20,9 @@ Online (the official algorithm, in rounds)
        cloning, on old and new data, with one update of each per environment step, the policy's at `online_learning_rate`. A is
        standardised over both.
   [O2] It acts by sampling its Gaussian, whose sigma is learned ([D4]). No constraint is relaxed.
+Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a plain config)
+  [F1] `return_temperature`: the policy learns from episodes drawn by their return, the critic from half of these and half of
+       all (Hong et al. 2023, arXiv:2306.13085).
 """
 
 from collections.abc import Sequence

@@ -27,6 +27,12 @@ Online (our design; neither the paper nor the official code has one)
        still fitted, now also to the policy's actions: a trust region that moves with it.
   [O2] The constraint is relaxed: eta halves every `online_halflife` environment steps, down to a 16th.
   [O3] It acts as offline [D8], by random candidates, plus Gaussian noise of `online_noise`.
+Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a plain config)
+  [F1] `return_temperature`: the policy learns from episodes drawn by their return, the critic from half of these and half of
+       all (Hong et al. 2023, arXiv:2306.13085).
+  [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
+  [F3] `returns_share`: `train` begins with Q regressing on the returns of the data; the policy waits.
+  [F4] `deterministic_backup`: the path in the target of Q has no noise: the value of the action that acts (`select="first"`).
 """
 
 import copy

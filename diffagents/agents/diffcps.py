@@ -29,6 +29,16 @@ Online (our design; the paper has none)
   [O3] It acts as offline [D9], plus Gaussian noise of `online_noise`, because the chain itself becomes narrow where Q is sharp.
   [O4] The policy's EMA is updated from the first step on ([D8] no longer applies). The policy learns at
        `online_learning_rate`.
+Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a plain config)
+  [F1] `return_temperature`: the policy learns from episodes drawn by their return, the critic from half of these and half of
+       all (Hong et al. 2023, arXiv:2306.13085).
+  [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
+  [F3] `returns_share`: the stage begins with Q regressing on the returns of the data while the policy only clones.
+  [F4] `deterministic_backup`: targets of Q take the policy's action without noise, the one that acts (`select="first"`).
+  [F5] `q_norm="gradient"`: L_q in units of the root mean square of dQ/da, so that it does not depend on the scale of Q.
+  [F6] `cosine`: learning rates fall to 0 over the stage.
+  [F7] `constraint="behavior"`: kappa bounds the squared distance of the predicted noise from that of the clone of [F3], which
+       is 0 at first on every dataset; L_c keeps the unpredictable part of the data's noise.
 """
 
 import copy
@@ -177,6 +187,8 @@ class DiffCPSConfig(Hyperparameters):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
+        if self.constraint == "behavior" and self.returns_share == 0:
+            raise ValueError("constraint='behavior' needs returns_share above 0, because its reference is the clone made then")
         low, high = self.lambda_min, self.lambda_max
         if not high > low:
             raise ValueError(f"lambda_max={high!r} must exceed lambda_min={low!r}")

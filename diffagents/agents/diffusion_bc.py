@@ -12,6 +12,8 @@ Online (our design: cloning alone does not improve the policy)
   [O1] It clones the data and the best of its own episodes: the share `online_top` of those that ended, by return,
        selected again every 1000 environment steps. Only here are rewards read. It acts by its own samples, and learns at
        `online_learning_rate`.
+Fast recipe (`preset="fast"`; our design, off in a plain config)
+  [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
 """
 
 import copy

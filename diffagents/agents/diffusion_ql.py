@@ -25,6 +25,14 @@ Online (our design; the paper has none)
        itself becomes narrow where Q is sharp.
   [O4] The policy's EMA is updated from the first step on ([D6] no longer applies). The policy learns at
        `online_learning_rate`.
+Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a plain config)
+  [F1] `return_temperature`: the policy learns from episodes drawn by their return, the critic from half of these and half of
+       all (Hong et al. 2023, arXiv:2306.13085).
+  [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
+  [F3] `returns_share`: the stage begins with Q regressing on the returns of the data while the policy only clones.
+  [F4] `deterministic_backup`: targets of Q take the policy's action without noise, the one that acts (`select="first"`).
+  [F5] `q_norm="gradient"`: L_q in units of the root mean square of dQ/da, so that eta does not depend on the scale of Q.
+  [F6] `cosine`: learning rates fall to 0 over the stage.
 """
 
 import copy

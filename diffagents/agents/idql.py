@@ -28,6 +28,11 @@ Online (the released fine-tuning loop)
        limited to the support of the data.
   [O2] It acts by the best of N samples, as in evaluation. The released loop waits 5000 steps (`learning_starts`) and
        evaluates with 128 samples.
+Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a plain config)
+  [F1] `return_temperature`: the policy learns from episodes drawn by their return, the critic from half of these and half of
+       all (Hong et al. 2023, arXiv:2306.13085).
+  [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
+  [F3] `returns_share`: the critic stage begins with Q regressing on the returns of the data.
 """
 
 import copy

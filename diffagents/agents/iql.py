@@ -25,6 +25,10 @@ Online (official fine-tuning; the paper's section 5.3)
   [O3] Learning rates are constant ([D4] no longer applies); the policy's is `online_learning_rate`. The official 3e-4 follows
        an offline phase without decay; returning to it after a cosine destroys a converged policy. (A well-known port keeps
        stepping the cosine, which rises again from 0 by accident.)
+Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a plain config)
+  [F1] `return_temperature`: the policy learns from episodes drawn by their return, the critic from half of these and half of
+       all (Hong et al. 2023, arXiv:2306.13085).
+  [F2] `returns_share`: the stage begins with Q regressing on the returns of the data.
 """
 
 import dataclasses

@@ -34,6 +34,10 @@ Online (our design; neither the paper nor the official code has one)
        environment steps, with support actions from the behaviour model at that time.
   [O2] It acts as offline [D7]: one guided sample from random noise. No constraint is relaxed, because mu also models the
        policy's actions.
+Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a plain config)
+  [F1] `return_temperature`: the policy learns from episodes drawn by their return, the critic from half of these and half of
+       all (Hong et al. 2023, arXiv:2306.13085).
+  [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
 """
 
 import copy

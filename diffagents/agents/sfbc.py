@@ -32,6 +32,10 @@ Online (our design; neither the paper nor the official code has one)
        episodes, recomputed every 1000 environment steps and standardised as in the last fit. So mu models the policy's actions
        and the critic their returns, and both improve the policy further. There is no planning.
   [O2] It acts as offline: random candidates, resampled by Q. No constraint is relaxed.
+Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a plain config)
+  [F1] `return_temperature`: the policy learns from episodes drawn by their return, the critic from half of these and half of
+       all (Hong et al. 2023, arXiv:2306.13085).
+  [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
 """
 
 from dataclasses import dataclass

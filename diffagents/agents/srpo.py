@@ -28,6 +28,17 @@ Online (our design; neither the paper nor the official code has one)
   [O3] The constraint is relaxed: beta doubles every `online_halflife` environment steps, up to 16-fold.
   [O4] Learning rates are constant, the policy's is `online_learning_rate`; [D6] no longer applies. Returning to the initial
        rate after a cosine that had ended at 0 destroys a converged policy (seen with IQL).
+Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a plain `SRPOConfig`)
+  [F1] `return_temperature`: behaviour model and policy learn from episodes drawn by their return, critics from half of these
+       and half of all (Hong et al. 2023, arXiv:2306.13085). A clone of mixed data lands in the worse half of it.
+  [F2] `precondition`: eps_mu is a correction to the noise of a Gaussian around a clone (networks/preconditioned.py). Without
+       it, the mean of mu is blurred for tens of thousands of updates, and with it the score.
+  [F3] `returns_share`: the critic stage begins by regressing Q on the returns of the data; TD carries values over a hundred
+       steps too slowly for a short stage.
+  [F4] `bootstrap="policy"`: then Q is that of the clone, from which the policy starts and near which it stays; the behaviour
+       stage comes first. With expectiles, Q is the value of another policy, not of the one that follows its gradient.
+  [F5] `q_grad_norm="batch"`: dQ/da in units of its root mean square over the batch, so that beta is a distance from mu and
+       does not depend on the scale of rewards.
 Critic stage: Q regresses on r + gamma (1 - d) V(s'), V on an expectile of Qbar(s, a): networks/critics.py, Eq. (5), (6). The
 official code also trains an IQL policy, for monitoring only; we do not.
 """
@@ -152,6 +163,11 @@ class SRPOConfig(Hyperparameters):
         None, "Gradient steps of the policy stage. None: the `default` block of zoo/srpo.yml. Paper: 1.0M.", at_least=0
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bootstrap == "policy" and not self.precondition:
+            raise ValueError("bootstrap='policy' needs precondition=True, because the policy must begin as the clone")
+
 
 class ResidualScoreNet(nn.Module):
     """Noise predictor eps(a_t, s, t) of SRPO's behaviour model: `ScoreNet` in the official code, (B, A) -> (B, A).
@@ -250,6 +266,12 @@ class SRPO(Agent):
         follow = self.follow_clone if c.precondition else None
         behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), follow, by_return=True)
         policy = Update(self.policy_loss, self.draw_policy, (opt["policy"],), by_return=True)
+        alone = plan is not None and "critic" in plan.lengths and "behavior" not in plan.lengths
+        if c.bootstrap == "policy" and alone and self.stage_steps["behavior"] == 0:
+            raise ValueError(
+                "with bootstrap='policy' the critic builds on the clone, which the behaviour stage trains: add the stage "
+                "'behavior', or run it first"
+            )
         stages = [
             Stage("critic", c.batch_size, critic if on_returns else critic[1:], prepare),
             Stage("behavior", c.behavior_batch_size, (behavior,)),

@@ -17,6 +17,11 @@ Details
 Online (the usual recipe; the authors publish none)
   [O1] TD3 continues on old and new data, and the cloning term fades: it is halved every `online_halflife` environment steps,
        down to a 16th. It acts with Gaussian noise of `online_noise` (TD3's 0.1). The policy learns at `online_learning_rate`.
+Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a plain config)
+  [F1] `return_temperature`: the policy learns from episodes drawn by their return, the critic from half of these and half of
+       all (Hong et al. 2023, arXiv:2306.13085).
+  [F2] `returns_share`: the stage begins with Q regressing on the returns of the data.
+  [F3] `q_norm="gradient"`: Q in units of the root mean square of dQ/da instead of lambda.
 """
 
 import copy

@@ -1,0 +1,133 @@
+"""The fast recipe: every algorithm learns, resumes and acts by it, and each of its pieces does what it says."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_agents import NAMES, small
+from toy import line_data
+
+import diffagents
+from diffagents.config.presets import resolve_preset
+from diffagents.functional import gradient_ascent_loss, returns_to_go
+from diffagents.training.plan import Plan, opening_steps
+from diffagents.training.state import training_tensors
+from diffagents.training.updates import Update
+
+DATA = line_data()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interrupted_and_saved_it_ends_as_the_whole_run(name: str, tmp_path: Path) -> None:
+    whole = small(name, preset="fast").learn(DATA)
+    half = small(name, preset="fast")
+    half.learn(DATA, callback=lambda local, _: local["self"].num_timesteps < 17)
+    again = diffagents.load(half.save(tmp_path / "half.zip"), verbose=0, device="cpu")
+    again.learn(DATA, reset_num_timesteps=False)
+    for key, value in training_tensors(whole).items():
+        torch.testing.assert_close(training_tensors(again)[key], value, atol=0, rtol=0, msg=key)
+    obs = np.zeros((4, 3), np.float32)
+    np.testing.assert_array_equal(again.predict(obs, deterministic=True)[0], whole.predict(obs, deterministic=True)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_values_are_known_before_learning_and_give_way_to_explicit_ones(name: str) -> None:
+    agent = small(name, preset="fast", learning_rate=0.0123)
+    values = resolve_preset(agent.presets_name(), "fast", None)[1]
+    kept = {"normalize_obs", "precondition", "return_temperature", "q_layer_norm", "cosine", "bootstrap"} & set(values)
+    assert {key: getattr(agent.config, key) for key in kept} == {key: values[key] for key in kept}
+    assert agent.config.learning_rate == 0.0123
+    assert type(agent)(preset=None).config == type(agent).Config()
+
+
+def test_without_it_every_piece_is_off() -> None:
+    for name in NAMES:
+        config = dataclasses.asdict(type(small(name)).Config())
+        off: dict[str, Any] = {
+            "precondition": False, "return_temperature": None, "returns_share": 0.0, "q_norm": "value", "cosine": False,
+            "deterministic_backup": False, "bootstrap": "expectile", "constraint": "data",
+        }  # fmt: skip
+        assert {key: config[key] for key in off.keys() & config.keys()} == {key: off[key] for key in off.keys() & config.keys()}
+
+
+def test_a_subclass_elsewhere_shares_the_presets_of_its_algorithm() -> None:
+    class Mine(diffagents.SRPO):
+        """As in a user's script."""
+
+    assert Mine(preset="fast", verbose=0).config == diffagents.SRPO(preset="fast", verbose=0).config
+
+
+def test_what_builds_on_the_clone_needs_it() -> None:
+    with pytest.raises(ValueError, match="bootstrap='policy' needs precondition=True"):
+        diffagents.SRPO(bootstrap="policy")
+    with pytest.raises(ValueError, match="constraint='behavior' needs returns_share"):
+        diffagents.DiffCPS(constraint="behavior")
+    agent = small("SRPO", preset="fast")
+    with pytest.raises(ValueError, match="which the behaviour stage trains"):
+        agent.learn(DATA, stages=("critic",))
+    agent.learn(DATA, stages=("behavior",)).learn(DATA, stages=("critic",))
+
+
+# ---- its pieces ------------------------------------------------------------------------------------------------------
+def test_srpo_starts_its_policy_at_the_moving_average_of_the_clone() -> None:
+    agent = small("SRPO", preset="fast", behavior_steps=1500, learning_rate=0.003).learn(DATA, stages=("behavior",))
+    obs = torch.randn(50, 3)
+    net: Any = agent.networks()["behavior"].net
+    clone, policy = net.clone(obs), agent.networks()["policy"](obs)
+    assert (policy - clone).square().mean().sqrt() < 0.3 * clone.std()
+
+
+def test_clones_see_the_best_episodes_and_critics_half_of_all() -> None:
+    rng = np.random.default_rng(0)
+    reward = np.repeat(rng.permutation(10), 10).astype(np.float32)  # of ten episodes of ten steps
+    data = {**line_data(100), "rewards": reward}
+    sampler = diffagents.load_dataset(data).sampler("cpu").prefer_returns(0.05)
+    generator = torch.Generator().manual_seed(0)
+    best = sampler.sample(4000, generator, True).rew
+    mixed = sampler.sample(4000, generator).rew
+    share = 1.0 / sum(np.exp(-k / 9 / 0.05) for k in range(10))
+    assert abs(float((best == 9).float().mean()) - share) < 0.03
+    assert abs(float((mixed == 9).float().mean()) - 0.5 * (share + 0.1)) < 0.03
+    equal = diffagents.load_dataset({**data, "rewards": np.ones(100, np.float32)}).sampler("cpu")
+    assert equal.prefer_returns(0.05).cumulative is None
+
+
+def test_returns_go_on_after_a_time_out_and_end_at_a_termination() -> None:
+    rew, gamma = torch.tensor([5.0, 1.0, 1.0, 1.0]), 0.5  # the horizon is two steps
+    ended = returns_to_go(rew, torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.tensor([4]), gamma)
+    cut = returns_to_go(rew, torch.zeros(4), torch.tensor([4]), gamma)
+    torch.testing.assert_close(ended, torch.tensor([5 + 0.5 * 1.75, 1.75, 1.5, 1.0]))
+    torch.testing.assert_close(cut, torch.tensor([6.0, 2.0, 2.0, 2.0]))
+
+
+def test_the_ascent_does_not_depend_on_the_scale_of_q() -> None:
+    gradient, act = torch.randn(8, 2), torch.randn(8, 2, requires_grad=True)
+    one, ten = (torch.autograd.grad(gradient_ascent_loss(k * gradient, act), act)[0] for k in (1.0, 10.0))
+    torch.testing.assert_close(one, ten)
+    torch.testing.assert_close(one, -gradient / gradient.square().mean().sqrt() / 16)
+
+
+def test_unit_returns_have_standard_deviation_one() -> None:
+    data = diffagents.load_dataset(line_data())
+    transform = data.fit_reward_transform("unit_returns")
+    returns = returns_to_go(transform(data.rew), data.done, data.episode_ends, 0.99)
+    assert abs(float(returns.std()) - 1.0) < 0.01 and transform.shift == 0.0
+
+
+def test_the_opening_belongs_to_the_first_plan_alone() -> None:
+    plan = Plan({"train": 100}, {"train": 30})
+    assert opening_steps(0.4, plan, "train", {"train": 30}) == 40
+    assert opening_steps(0.4, plan, "train", {"train": 130}) == 0
+    assert opening_steps(0.4, None, "train", {"train": 0}) == 0
+
+
+def test_an_update_stops_before_its_stop() -> None:
+    update = Update(every=2, start=1, stop=6)
+    due = [step for step in range(10) if update.due(step)]
+    assert due == [1, 3, 5]
+    for first in range(10):
+        for last in range(first, 11):
+            assert update.times(first, last) == len([step for step in due if first <= step < last])
