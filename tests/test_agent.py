@@ -399,7 +399,7 @@ def test_seeds_of_clones_and_loaded_agents_count(tmp_path: pathlib.Path) -> None
 def test_fitted_transforms_cannot_be_changed_later(tmp_path: pathlib.Path) -> None:
     agent = SRPO(**SMALL).learn(DATA)
     path = agent.save(tmp_path / "a")
-    for name, value in (("reward_transform", "none"), ("normalize_obs", False)):
+    for name, value in (("reward_transform", "none"), ("normalize_obs", True)):
         for call in (lambda k: agent.clone(**k), lambda k: SRPO.load(path, **k)):
             with pytest.raises(ValueError, match=f"{name} was fitted when the agent first learned"):
                 call({name: value})

@@ -204,6 +204,8 @@ def test_every_option_changes_the_result() -> None:
         "device": "cpu",
     }
     other: dict[str, Any] = {
+        "cosine": True,
+        "return_temperature": 0.1,
         "temperature": 0.5,
         "weight_clip": 1.2,
         "td_lambda": 0.5,

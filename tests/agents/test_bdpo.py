@@ -237,6 +237,11 @@ def test_every_option_changes_the_result() -> None:
     }
     base["max_grad_norm"] = 0.1
     other: dict[str, Any] = {
+        "deterministic_backup": True,
+        "cosine": True,
+        "precondition": True,
+        "return_temperature": 0.1,
+        "returns_share": 0.5,
         "eta": 0.5,
         "rho": 0.1,
         "aggregation": "min",

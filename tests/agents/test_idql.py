@@ -304,6 +304,10 @@ def test_every_option_changes_the_result() -> None:
         "device": "cpu",
     }
     other: dict[str, Any] = {
+        "precondition": True,
+        "return_temperature": 0.1,
+        "returns_share": 0.5,
+        "q_layer_norm": True,
         "expectile": 0.95,
         "n_candidates": 9,
         "select": "argmax",

@@ -304,6 +304,10 @@ def test_bad_knobs() -> None:
 def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives another policy."""
     other: dict[str, Any] = {
+        "cosine": True,
+        "precondition": True,
+        "return_temperature": 0.1,
+        "q_layer_norm": True,
         "beta": 0.5,
         "beta_q": 0.1,
         "n_support": 4,

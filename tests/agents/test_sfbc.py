@@ -276,6 +276,9 @@ def test_bad_knobs() -> None:
 def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives other critics or other actions."""
     other: dict[str, Any] = {
+        "cosine": True,
+        "precondition": True,
+        "return_temperature": 0.1,
         "alpha": 1.0,
         "n_support": 4,
         "n_support_states": 20,

@@ -190,6 +190,10 @@ def test_every_option_changes_the_result() -> None:
         "policy_kwargs": {"net_arch": [64, 64], "behavior_width": 64},
     }
     other: dict[str, Any] = {
+        "precondition": True,
+        "return_temperature": 0.1,
+        "returns_share": 0.5,
+        "q_layer_norm": True,
         "beta": 0.5,
         "expectile": 0.9,
         "gamma": 0.5,
@@ -210,6 +214,7 @@ def test_every_option_changes_the_result() -> None:
     obs = np.random.default_rng(1).normal(size=(50, 3)).astype(np.float32)
     results = {name: SRPO(**{**base, name: value}).learn(line_data()).predict(obs)[0] for name, value in other.items()}
     results["default"] = SRPO(**base).learn(line_data()).predict(obs)[0]
+    results["bootstrap"] = SRPO(**base, precondition=True, bootstrap="policy").learn(line_data()).predict(obs)[0]
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same policy"
-    assert set(other) == offline_knobs("SRPO")
+    assert {*other, "bootstrap"} == offline_knobs("SRPO")

@@ -43,17 +43,18 @@ def test_the_statistics_travel_in_the_state_dict() -> None:
         ("cql_antmaze", torch.tensor([2.0, 10.0, 6.0, 6.0])),  # 4 (r - 0.5)
         ("antmaze100", REWARDS * 100.0),
         ("normalize", torch.tensor([-1.0, 1.0, 0.0, 0.0]) * 2**0.5),  # mean 2, population std 1/sqrt(2)
+        ("unit_returns", REWARDS * 2**0.5 / 3),  # returns-to-go of three times the reward
     ],
 )
 def test_formula(name: str, expected: Tensor) -> None:
-    transform = fit_reward_transform(name, REWARDS, RETURNS)
+    transform = fit_reward_transform(name, REWARDS, RETURNS, returns_to_go=lambda rew: 3 * rew)
     assert transform.name == name
     torch.testing.assert_close(transform(REWARDS), expected)
 
 
 def test_every_name_but_auto_is_tested_above_and_survives_json() -> None:
     for name in set(REWARD_TRANSFORMS) - {"auto"}:
-        transform = fit_reward_transform(name, REWARDS, RETURNS)
+        transform = fit_reward_transform(name, REWARDS, RETURNS, returns_to_go=lambda rew: 3 * rew)
         assert RewardTransform.from_json(json.loads(json.dumps(transform.to_json()))) == transform
 
 
@@ -87,3 +88,8 @@ def test_auto_looks_at_the_data(case: str) -> None:
 def test_what_cannot_be_fitted_is_refused(name: str, rewards: Tensor, returns: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_reward_transform(name, rewards, returns)
+
+
+def test_unit_returns_of_a_sparse_goal_count_the_steps_to_it() -> None:
+    transform = fit_reward_transform("unit_returns", GOAL, torch.tensor([1.0, 0.0]), torch.tensor([1.0]), lambda rew: rew)
+    torch.testing.assert_close(transform(GOAL), (GOAL - 1.0) / (2 / 9) ** 0.5)
