@@ -57,6 +57,7 @@ from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.config.recipe import PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
+from diffagents.data.sampler import Sampler
 from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
 from diffagents.functional import action_gradient, eps_loss, perturb, polyak_update_
 from diffagents.networks.critics import IQLCritic
@@ -68,8 +69,6 @@ from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
 
 WEIGHTS = ("sigma2", "constant", "alpha_over_sigma")
-CLONE_TAU = 0.005
-"""Share of the clone in each step of the moving average that the policy starts from [F4]."""
 BOOTSTRAPS = ("expectile", "policy")
 Q_GRAD_NORMS = ("l2", "rms", "batch")
 
@@ -263,7 +262,7 @@ class SRPO(Agent):
             Update(self.critic_loss, optimizers=(opt["critic"],), after=self.follow_critic, start=on_returns),
         )
         prepare = (lambda sampler, _: sampler.with_returns(c.gamma)) if on_returns else None
-        follow = self.follow_clone if c.precondition else None
+        follow = self.follow_clone if c.precondition and self.policy_is_untrained() else None
         behavior = Update(self.behavior_loss, self.draw_behavior, (opt["behavior"],), follow, by_return=True)
         policy = Update(self.policy_loss, self.draw_policy, (opt["policy"],), by_return=True)
         alone = plan is not None and "critic" in plan.lengths and "behavior" not in plan.lengths
@@ -275,7 +274,7 @@ class SRPO(Agent):
         stages = [
             Stage("critic", c.batch_size, critic if on_returns else critic[1:], prepare),
             Stage("behavior", c.behavior_batch_size, (behavior,)),
-            Stage("policy", c.batch_size, (policy,)),
+            Stage("policy", c.batch_size, (policy,), self.prepare_policy if c.precondition else None),
         ]
         return stages if c.bootstrap == "expectile" else [stages[1], stages[0], stages[2]]  # [F4]
 
@@ -324,9 +323,19 @@ class SRPO(Agent):
         return loss, metrics
 
     def follow_clone(self) -> None:
-        """Until it is trained, the policy is a moving average of the clone: it starts at what the data do [F4]."""
+        """Until it is trained, the policy is the clone: it starts at what the data do, and Q is that of the clone [F4]."""
         assert isinstance(self.behavior.net, PreconditionedDenoiser)
-        polyak_update_(self.policy.parameters(), self.behavior.net.clone.parameters(), CLONE_TAU)
+        polyak_update_(self.policy.parameters(), self.behavior.net.clone.parameters(), 1.0)
+
+    def policy_is_untrained(self) -> bool:
+        """Whether the policy has taken no step, or none since `clone(fresh=("policy",))`."""
+        return not self.optimizers["policy"].state
+
+    def prepare_policy(self, sampler: Sampler, generator: torch.Generator) -> Sampler:
+        """The same at the start of the policy stage, where the policy may be newly built."""
+        if self.policy_is_untrained():
+            self.follow_clone()
+        return sampler
 
     # ---- stage 3: policy -------------------------------------------------------------------------------------------
     def draw_policy(self, n: int, generator: torch.Generator) -> Noise:

@@ -156,8 +156,11 @@ def floors(data: Sampler, gamma: float) -> Tensor:
 
 
 def _start_without_data(learner: Learner) -> None:
-    """Set the reward transform and dataset info of a learner without data: a transform that needs no data, by default none."""
-    name = "none" if learner.config.reward_transform == "auto" else learner.config.reward_transform
+    """Set the reward transform and dataset info of a learner without data.
+
+    The transform is one that needs no data: none for "auto", and for "unit_returns", which asks for no certain scale.
+    """
+    name = "none" if learner.config.reward_transform in ("auto", "unit_returns") else learner.config.reward_transform
     if name in ("iql_locomotion", "normalize"):
         raise ValueError(f'reward_transform="{name}" is fitted on data: pass dataset=, or another transform ("none")')
     learner.state.reward_transform = fit_reward_transform(name, torch.zeros(0), torch.zeros(0))

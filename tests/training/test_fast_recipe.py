@@ -72,12 +72,28 @@ def test_what_builds_on_the_clone_needs_it() -> None:
 
 
 # ---- its pieces ------------------------------------------------------------------------------------------------------
-def test_srpo_starts_its_policy_at_the_moving_average_of_the_clone() -> None:
-    agent = small("SRPO", preset="fast", behavior_steps=1500, learning_rate=0.003).learn(DATA, stages=("behavior",))
+def test_srpo_starts_its_policy_as_the_clone_also_when_the_policy_is_new() -> None:
+    agent: Any = small("SRPO", preset="fast").learn(DATA, stages=("behavior", "critic"))
     obs = torch.randn(50, 3)
-    net: Any = agent.networks()["behavior"].net
-    clone, policy = net.clone(obs), agent.networks()["policy"](obs)
-    assert (policy - clone).square().mean().sqrt() < 0.3 * clone.std()
+    torch.testing.assert_close(agent.policy(obs), agent.behavior.net.clone(obs), atol=0, rtol=0)
+    agent.learn(DATA, stages=("policy",))
+    again: Any = agent.clone(fresh=("policy",), policy_steps=1, learning_rate=1e-9).learn(DATA, stages=("policy",))
+    torch.testing.assert_close(again.policy(obs), agent.behavior.net.clone(obs), atol=1e-6, rtol=0)
+
+
+def test_a_second_behaviour_stage_leaves_the_trained_policy_alone() -> None:
+    agent: Any = small("SRPO", preset="fast").learn(DATA)
+    before = {name: value.clone() for name, value in agent.policy.state_dict().items()}
+    agent.learn(DATA, stages=("behavior",))
+    for name, value in agent.policy.state_dict().items():
+        torch.testing.assert_close(value, before[name], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_online_without_data(name: str) -> None:
+    agent = small(name, preset="fast", env="Pendulum-v1").learn_online(260, learning_starts=210, log_interval=1000)
+    assert agent.state.n_updates > 0 or name in ("BC", "DiffusionBC", "SfBC", "AWR")
+    assert agent.reward_transform is not None and agent.reward_transform.name == "none"
 
 
 def test_clones_see_the_best_episodes_and_critics_half_of_all() -> None:
