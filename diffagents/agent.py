@@ -121,11 +121,9 @@ class Agent(ABC):
         self.explicit = dict(hyperparameters)  # these take precedence over any preset
         values: dict[str, Any] = {}
         if preset is not None:  # raises for an unknown name at once
-            values = presets.resolve_preset(self.presets_name(), preset, None)[1]
-        self.preset, self.policy_kwargs = preset, dict(policy_kwargs or {})
-        if preset != presets.FAST:  # the others depend on the dataset
-            values = {}
-        self.policy_kwargs = {**values.pop("policy_kwargs", {}), **self.policy_kwargs}
+            resolved = presets.resolve_preset(self.presets_name(), preset, None)[1]
+            values = resolved if preset == presets.FAST else values  # the others depend on the dataset
+        self.preset, self.policy_kwargs = preset, {**values.pop("policy_kwargs", {}), **(policy_kwargs or {})}
         self.config = build_config(self.Config, type(self).__name__, {**values, **hyperparameters})
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
         self.tensorboard_log, self.verbose = tensorboard_log, verbose

@@ -146,18 +146,22 @@ def normalized_q_loss(q1: Tensor, q2: Tensor, coin: Tensor) -> Tensor:
     return torch.where(coin > 0.5, first, second)
 
 
-def gradient_ascent_loss(gradient: Tensor, act: Tensor) -> Tensor:
+def unit_rms(gradient: Tensor) -> Tensor:
+    """A batch of gradients (B, A) in units of their root mean square over batch and dimensions."""
+    return gradient / (gradient.square().mean().sqrt() + 1e-8)
+
+
+def gradient_ascent_loss(value: Callable[[Tensor], Tensor], act: Tensor) -> Tensor:
     """A surrogate loss whose gradient ascends a value with a step size that does not depend on the value's scale.
 
     Args:
-        gradient: grad_a Q(s, a) at `act`, (B, A), detached (`action_gradient`).
+        value: A function of actions (B, A) that returns (B,), row by row.
         act: The policy's own actions, (B, A), with gradients.
 
     Returns:
-        A scalar: minus the mean over the batch of the product of the two, with the gradient in units of its root mean square
-        over batch and dimensions.
+        A scalar: minus the mean over batch and dimensions of `act` times the gradient of the value there, in its `unit_rms`.
     """
-    return -(gradient / (gradient.square().mean().sqrt() + 1e-8) * act).mean()
+    return -(unit_rms(action_gradient(value, act)) * act).mean()
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

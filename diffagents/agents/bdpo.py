@@ -55,7 +55,7 @@ from diffagents.diffusion.chain import SOLVERS, check_solver, reverse_mean
 from diffagents.functional import SELECT, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
 from diffagents.networks.mlp import MLP, EnsembleMLP, Mish, mish, orthogonal_, sinusoids
-from diffagents.networks.preconditioned import PreconditionedDenoiser
+from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss, without_clone
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
@@ -266,7 +266,7 @@ class BDPO(Agent):
         self.value_target = copy.deepcopy(self.value).requires_grad_(False)
         chain = self.policy.chain
         self.step_weights = chain.beta / (2.0 * chain.alpha * (1.0 - chain.alpha_bar))  # w_n, (T,)
-        net = self.policy.net.net if isinstance(self.policy.net, PreconditionedDenoiser) else self.policy  # [F2]
+        net = without_clone(self.policy.net)  # the policy keeps the clone of its start [F2]
         clip, rates = c.max_grad_norm, (c.learning_rate, c.critic_learning_rate, c.behavior_learning_rate)
         self.optimizers = {
             "policy": Optimizer(net.parameters(), rates[0], cosine=True, max_grad_norm=clip),  # [D5] [D7]
@@ -325,11 +325,7 @@ class BDPO(Agent):
         """E || eps_nu(a^n, s, n) - eps ||^2, mean over batch and dimensions."""
         a_n = self.behavior.perturbed(batch.act, noise["eps"], noise["i"])
         loss = F.mse_loss(self.behavior.net(a_n, batch.obs, noise["i"]), noise["eps"])
-        metrics = {"behavior_loss": loss.detach()}
-        if isinstance(self.behavior.net, PreconditionedDenoiser):  # [F2]
-            clone_loss = self.behavior.net.clone_loss(batch.obs, batch.act)
-            loss, metrics["clone_loss"] = loss + clone_loss, clone_loss.detach()
-        return loss, metrics
+        return add_clone_loss(self.behavior.net, batch, loss, {"behavior_loss": loss.detach()})  # [F2]
 
     def follow_behavior(self) -> None:
         polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)
@@ -344,7 +340,8 @@ class BDPO(Agent):
         if self.stage_steps["train"] == 0:
             for policy in (self.policy, self.policy_ema):
                 policy.load_state_dict(self.behavior_ema.state_dict())
-        return sampler.with_returns(self.config.gamma) if self.config.returns_share > 0 else sampler
+        first = opening_steps(self.config.returns_share, self.plan, "train", self.stage_steps)
+        return sampler.with_returns(self.config.gamma) if first else sampler
 
     # ---- critic and value --------------------------------------------------------------------------------------------
     def draw_critics(self, n: int, generator: torch.Generator) -> Noise:

@@ -67,16 +67,16 @@ from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.chain import SOLVERS, check_solver
 from diffagents.functional import (
     SELECT,
-    action_gradient,
     gradient_ascent_loss,
     normalized_q_loss,
     polyak_update_,
     select_action,
     td_target,
 )
+from diffagents.networks.critics import return_loss
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP, mish
-from diffagents.networks.preconditioned import PreconditionedDenoiser
+from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
@@ -289,9 +289,7 @@ class DiffCPS(Agent):
 
     def return_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """MSE_1 + MSE_2 against the returns of the data [F3]."""
-        q = self.critic(torch.cat([batch.obs, batch.act], -1))
-        loss = (q - batch.extras["returns"]).square().mean(-1).sum()
-        return loss, {"return_loss": loss.detach(), "q": q.detach().mean()}
+        return return_loss(self.critic, batch)
 
     def follow_critic(self) -> None:
         polyak_update_(self.critic_target.parameters(), self.critic.parameters(), self.config.tau)
@@ -309,16 +307,16 @@ class DiffCPS(Agent):
     def policy_losses(self, batch: Batch, noise: Noise) -> tuple[tuple[Tensor, Tensor], Metrics]:
         """The policy's loss, and the multiplier's."""
         c = self.config
-        bc_loss, q_loss = self.bc_loss(batch, noise), self.q_loss(batch, noise)
+        (clone_loss, cloning), q_loss = self.clone_loss(batch, noise), self.q_loss(batch, noise)
         multiplier = self.multiplier.value.detach().clamp(c.lambda_min, c.lambda_max)
-        policy_loss = multiplier * bc_loss + q_loss
+        policy_loss = multiplier * clone_loss + q_loss
         metrics = {
             "policy_loss": policy_loss.detach(),
-            "bc_loss": bc_loss.detach(),  # compare with target_kl
+            **cloning,  # compare bc_loss with target_kl
             "q_loss": q_loss.detach(),
             "lambda": multiplier,
         }
-        bounded = bc_loss.detach()
+        bounded = cloning["bc_loss"]
         if c.constraint == "behavior":
             metrics["distance"] = bounded = self.distance(batch, noise)
         multiplier_loss = self.multiplier.value * (c.target_kl * self.state.constraint_relaxation - bounded)  # [O2]
@@ -331,14 +329,12 @@ class DiffCPS(Agent):
     def bc_loss(self, batch: Batch, noise: Noise) -> Tensor:
         """L_c: the error of the predicted noise in the data's actions, mean over batch and dimensions [D4]."""
         a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
-        loss = F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
-        net = self.policy.net
-        return loss + net.clone_loss(batch.obs, batch.act) if isinstance(net, PreconditionedDenoiser) else loss  # [F2]
+        return F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
 
     def clone_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """L_c alone [F3]."""
+        """L_c, and the losses of the clone if there is one [F2] [F3]."""
         loss = self.bc_loss(batch, noise)
-        return loss, {"bc_loss": loss.detach()}
+        return add_clone_loss(self.policy.net, batch, loss, {"bc_loss": loss.detach()})
 
     @torch.no_grad()
     def distance(self, batch: Batch, noise: Noise) -> Tensor:
@@ -356,8 +352,7 @@ class DiffCPS(Agent):
         """L_q: minus one critic at the policy's actions, in units of the other critic's mean size there [D1]."""
         a0 = self.policy.sample(batch.obs, noise["noises"])
         if self.config.q_norm == "gradient":  # [F5]
-            dq_da = action_gradient(lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), a0)
-            return gradient_ascent_loss(dq_da, a0)
+            return gradient_ascent_loss(lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), a0)
         q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; already updated in this step
         return normalized_q_loss(q1, q2, noise["coin"])
 

@@ -34,7 +34,7 @@ from diffagents.data.replay_buffer import Mixture
 from diffagents.diffusion.chain import SOLVERS, check_solver
 from diffagents.functional import polyak_update_
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
-from diffagents.networks.preconditioned import PreconditionedDenoiser
+from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss
 from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
@@ -139,11 +139,7 @@ class DiffusionBC(Agent):
         """L_d: the error of the predicted noise in the data's actions [D1]."""
         a_i = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         loss = F.mse_loss(self.policy.net(a_i, batch.obs, noise["i"]), noise["eps"])
-        metrics, net = {"bc_loss": loss.detach()}, self.policy.net
-        if isinstance(net, PreconditionedDenoiser):  # [F2]
-            clone_loss = net.clone_loss(batch.obs, batch.act)
-            loss, metrics["clone_loss"] = loss + clone_loss, clone_loss.detach()
-        return loss, metrics
+        return add_clone_loss(self.policy.net, batch, loss, {"bc_loss": loss.detach()})  # [F2]
 
     def follow_policy(self) -> None:
         tau = 1.0 if self.config.ema_tau is None else self.config.ema_tau  # tau = 1 copies the weights [D2]

@@ -55,7 +55,7 @@ from diffagents.functional import SELECT, eps_loss, polyak_update_, select_actio
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
 from diffagents.networks.mlp import MLP, ResidualBlock, dropout_masks, xavier_
-from diffagents.networks.preconditioned import PreconditionedDenoiser
+from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss, without_clone
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
@@ -254,8 +254,7 @@ class IDQL(Agent):
 
     # ---- stage 2: behaviour ----------------------------------------------------------------------------------------
     def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
-        c, net = self.config, self.behavior.net
-        net = net.net if isinstance(net, PreconditionedDenoiser) else net
+        c, net = self.config, without_clone(self.behavior.net)
         assert isinstance(net, ResidualDenoiser)
         kwargs: dict[str, Any] = {"generator": generator, "device": self.device}
         noise = {
@@ -270,11 +269,7 @@ class IDQL(Agent):
         """L: the error of the predicted noise in the data's actions."""
         a_i = self.behavior.perturbed(batch.act, noise["eps"], noise["i"])
         loss = eps_loss(self.behavior.net(a_i, batch.obs, noise["i"], noise.get("masks")), noise["eps"])
-        metrics, net = {"behavior_loss": loss.detach()}, self.behavior.net
-        if isinstance(net, PreconditionedDenoiser):  # [F2]
-            clone_loss = net.clone_loss(batch.obs, batch.act)
-            loss, metrics["clone_loss"] = loss + clone_loss, clone_loss.detach()
-        return loss, metrics
+        return add_clone_loss(self.behavior.net, batch, loss, {"behavior_loss": loss.detach()})  # [F2]
 
     def follow_behavior(self) -> None:
         polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)

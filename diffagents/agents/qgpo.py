@@ -59,7 +59,7 @@ from diffagents.data.sampler import Sampler
 from diffagents.diffusion.sde import SolverStep, dpm_solve, dpm_solver_steps, vp_alpha_sigma
 from diffagents.functional import action_gradient, perturb, polyak_update_, td_target
 from diffagents.networks.mlp import MLP, EnsembleMLP
-from diffagents.networks.preconditioned import PreconditionedDenoiser
+from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss
 from diffagents.networks.score_model import FourierTime, UNetDenoiser, VPBehavior
 from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
@@ -212,7 +212,7 @@ class QGPO(Agent):
 
     def behavior_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         loss = self.behavior.loss(batch.act, batch.obs, 1e-3 + (1.0 - 1e-3) * noise["u"], noise["eps"])  # [D3]
-        return loss, {"behavior_loss": loss.detach()}
+        return add_clone_loss(self.behavior.net, batch, loss, {"behavior_loss": loss.detach()})  # [F2]
 
     # ---- stage 2: critic -------------------------------------------------------------------------------------------
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:

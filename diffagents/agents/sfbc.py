@@ -55,7 +55,7 @@ from diffagents.data.sampler import Sampler
 from diffagents.diffusion.sde import SolverStep, dpm_solver_steps
 from diffagents.functional import gumbel
 from diffagents.networks.critics import ReturnCritic
-from diffagents.networks.preconditioned import PreconditionedDenoiser
+from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss
 from diffagents.networks.score_model import UNetDenoiser, VPBehavior
 from diffagents.training.plan import Plan
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
@@ -183,7 +183,7 @@ class SfBC(Agent):
 
     def behavior_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         loss = self.behavior.loss(batch.act, batch.obs, 1e-5 + (1.0 - 1e-5) * noise["u"], noise["eps"])  # [D5]
-        return loss, {"behavior_loss": loss.detach()}
+        return add_clone_loss(self.behavior.net, batch, loss, {"behavior_loss": loss.detach()})  # [F2]
 
     # ---- stages 2 and 3: critic, planning --------------------------------------------------------------------------
     def prepare_critic(self, sampler: Sampler, generator: torch.Generator) -> Sampler:

@@ -32,7 +32,7 @@ Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a
   [F1] `return_temperature`: behaviour model and policy learn from episodes drawn by their return, critics from half of these
        and half of all (Hong et al. 2023, arXiv:2306.13085). A clone of mixed data lands in the worse half of it.
   [F2] `precondition`: eps_mu is a correction to the noise of a Gaussian around a clone (networks/preconditioned.py). Without
-       it, the mean of mu is blurred for tens of thousands of updates, and with it the score.
+       it, a short training leaves the mean of mu blurred, and with it the score.
   [F3] `returns_share`: the critic stage begins by regressing Q on the returns of the data; TD carries values over a hundred
        steps too slowly for a short stage.
   [F4] `bootstrap="policy"`: then Q is that of the clone, from which the policy starts and near which it stays; the behaviour
@@ -59,10 +59,10 @@ from diffagents.config.recipe import PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERAT
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.sampler import Sampler
 from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
-from diffagents.functional import action_gradient, eps_loss, perturb, polyak_update_
+from diffagents.functional import action_gradient, eps_loss, perturb, polyak_update_, unit_rms
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.mlp import Mish, ResidualBlock, TanhPolicy, dropout_masks, fixed_noise, mish
-from diffagents.networks.preconditioned import PreconditionedDenoiser
+from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss, without_clone
 from diffagents.storage import checkpoint
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
@@ -212,13 +212,6 @@ class Behavior(nn.Module):
         self.net = net
         self.register_buffer("noise", fixed_noise(1, act_dim))
 
-    @property
-    def score_net(self) -> ResidualScoreNet:
-        """The network itself, without its preconditioning."""
-        net = self.net.net if isinstance(self.net, PreconditionedDenoiser) else self.net
-        assert isinstance(net, ResidualScoreNet)
-        return net
-
     def sample(self, obs: Tensor, noise: Tensor, n_evals: int = 15) -> Tensor:
         """a ~ mu(.|s), (B, A) in [-1, 1], by DPM-Solver of order 2 from `noise` (B, A)."""
         return dpm_solve(lambda a, t: self.net(a, obs, t), noise, dpm_solver_steps(n_evals)).clamp(-1.0, 1.0)
@@ -306,7 +299,8 @@ class SRPO(Agent):
     def draw_behavior(self, n: int, generator: torch.Generator) -> Noise:
         noise = self.draw_policy(n, generator)
         if self.config.dropout > 0:
-            net = self.behavior.score_net
+            net = without_clone(self.behavior.net)
+            assert isinstance(net, ResidualScoreNet)
             noise["masks"] = dropout_masks((net.n_blocks, n, net.width), self.config.dropout, generator)
         return noise
 
@@ -316,11 +310,7 @@ class SRPO(Agent):
         alpha, sigma = vp_alpha_sigma(t)
         a_t = perturb(batch.act, noise["eps"], alpha, sigma)
         loss = eps_loss(self.behavior.net(a_t, batch.obs, t, noise.get("masks")), noise["eps"])
-        metrics = {"behavior_loss": loss.detach()}
-        if isinstance(self.behavior.net, PreconditionedDenoiser):  # [F2]
-            clone_loss = self.behavior.net.clone_loss(batch.obs, batch.act)
-            loss, metrics["clone_loss"] = loss + clone_loss, clone_loss.detach()
-        return loss, metrics
+        return add_clone_loss(self.behavior.net, batch, loss, {"behavior_loss": loss.detach()})  # [F2]
 
     def follow_clone(self) -> None:
         """Until it is trained, the policy is the clone: it starts at what the data do, and Q is that of the clone [F4]."""
@@ -364,7 +354,7 @@ class SRPO(Agent):
         elif c.q_grad_norm == "rms":
             dq_da = dq_da / (norm / self.act_dim**0.5 + 1e-8)
         elif c.q_grad_norm == "batch":  # [F5]
-            dq_da = dq_da / (dq_da.square().mean().sqrt() + 1e-8)
+            dq_da = unit_rms(dq_da)
         loss = ((pull - c.beta * self.state.constraint_relaxation * dq_da) * a).sum(-1).mean()
         metrics = {"policy_loss": loss.detach(), "q_grad_norm": norm.mean(), "score_pull": pull.norm(dim=-1).mean()}
         return loss, metrics

@@ -38,7 +38,8 @@ from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.config.recipe import COSINE, Q_LAYER_NORM, Q_NORM, Q_NORMS, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
-from diffagents.functional import action_gradient, gradient_ascent_loss, polyak_update_, td_target
+from diffagents.functional import gradient_ascent_loss, polyak_update_, td_target
+from diffagents.networks.critics import return_loss
 from diffagents.networks.mlp import EnsembleMLP, TanhPolicy
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
@@ -163,24 +164,22 @@ class TD3BC(Agent):
 
     def return_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """MSE_1 + MSE_2 against the returns of the data [F2]."""
-        q = self.critic(torch.cat([batch.obs, batch.act], -1))
-        loss = (q - batch.extras["returns"]).square().mean(-1).sum()
-        return loss, {"return_loss": loss.detach(), "q": q.detach().mean()}
+        return return_loss(self.critic, batch)
 
     # ---- policy and target networks --------------------------------------------------------------------------------
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Eq. (3) with the weight of Eq. (5)."""
-        act = self.policy(batch.obs)
-        if self.config.q_norm == "gradient":  # [F3]
-            dq_da = action_gradient(lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), act)
-            bc_loss = F.mse_loss(act, batch.act)
-            loss = bc_loss / self.state.constraint_relaxation + self.config.alpha * gradient_ascent_loss(dq_da, act)
-            return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach()}
-        q = self.critic(torch.cat([batch.obs, act], -1))[0]  # (B,), the first of the twins; online, already updated
-        weight = self.config.alpha / q.abs().mean().detach()  # lambda [D1]
+        c, act = self.config, self.policy(batch.obs)
         bc_loss = F.mse_loss(act, batch.act)  # [D2]
-        loss = bc_loss / self.state.constraint_relaxation - weight * q.mean()
-        return loss, {"policy_loss": loss.detach(), "bc_loss": bc_loss.detach(), "lambda": weight}
+        metrics = {"bc_loss": bc_loss.detach()}
+        if c.q_norm == "gradient":  # [F3]
+            q_loss = c.alpha * gradient_ascent_loss(lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), act)
+        else:
+            q = self.critic(torch.cat([batch.obs, act], -1))[0]  # (B,), the first of the twins; online, already updated
+            metrics["lambda"] = c.alpha / q.abs().mean().detach()  # [D1]
+            q_loss = -metrics["lambda"] * q.mean()
+        loss = bc_loss / self.state.constraint_relaxation + q_loss
+        return loss, {"policy_loss": loss.detach(), **metrics}
 
     def clone_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """The cloning term alone [F2]."""

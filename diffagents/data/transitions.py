@@ -78,6 +78,7 @@ class Transitions:
         """
         whole = self.episode_returns[self.episode_whole]
         returns = whole if len(whole) > 1 else self.episode_returns
+
         def discounted(rew: Tensor) -> Tensor:
             return returns_to_go(rew, self.done, self.episode_ends, UNIT_RETURNS_GAMMA)
 

@@ -175,31 +175,24 @@ class ManyRunner(Runner):
         self._members = [stage.updates for stage in stages]
         self._shared = all(sampler is samplers[0] for sampler in samplers)
 
-    def run(self, due: Sequence[int]) -> None:
-        batches: dict[bool, Batch] = {}
-        for j in due:
-            kind = self.by_return[j]
-            if kind not in batches:
-                batches[kind] = self._sample(kind)
-            batch = batches[kind]
-            noise = [
-                updates[j].draw(self.batch_size, generator)
-                for updates, generator in zip(self._members, self.generators, strict=True)
-            ]
-            gradients, metrics = self.gradients[j](batch, _stack(noise))
-            each = [[gradient.unbind() for gradient in some] for some in gradients]
-            for k, updates in enumerate(self._members):
-                updates[j].apply([[gradient[k] for gradient in some] for some in each])
-            self.sums[j].add(metrics)
+    def update(self, j: int, batch: Batch) -> None:
+        noise = [
+            updates[j].draw(self.batch_size, generator)
+            for updates, generator in zip(self._members, self.generators, strict=True)
+        ]
+        gradients, metrics = self.gradients[j](batch, _stack(noise))
+        each = [[gradient.unbind() for gradient in some] for some in gradients]
+        for k, updates in enumerate(self._members):
+            updates[j].apply([[gradient[k] for gradient in some] for some in each])
+        self.sums[j].add(metrics)
 
-    def _sample(self, by_return: bool) -> Batch:
+    def draw_batch(self, by_return: bool) -> Batch:
         """Every member's own batch, stacked: fields (N, B, ...)."""
-        more = (True,) if by_return else ()
         if not self._shared:
-            batches = [s.sample(self.batch_size, g, *more) for s, g in zip(self._samplers, self.generators, strict=True)]
+            batches = [s.sample(self.batch_size, g, by_return) for s, g in zip(self._samplers, self.generators, strict=True)]
             columns = [torch.stack(column) for column in zip(*(batch[:5] for batch in batches), strict=True)]
             return Batch._make([*columns, _stack([batch.extras for batch in batches])])
-        rows = torch.cat([self.sampler.rows(self.batch_size, generator, *more) for generator in self.generators])
+        rows = torch.cat([self.sampler.rows(self.batch_size, generator, by_return) for generator in self.generators])
         batch = self.sampler.gather(rows)
         n = (len(self.generators), self.batch_size)
         extras = {name: value.unflatten(0, n) for name, value in batch.extras.items()}

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from diffagents.diffusion.chain import vp_chain
 from diffagents.diffusion.sde import vp_alpha_sigma
 from diffagents.networks.mlp import TanhPolicy
+from diffagents.types import Batch, Metrics
 
 INITIAL_LOG_VAR = -2.0
-"""log v before anything is known; data of continuous control lie between -1 and -5."""
+"""log v before anything is known."""
 
 
 class PreconditionedDenoiser(nn.Module):
@@ -102,10 +103,31 @@ class PreconditionedDenoiser(nn.Module):
         m, correction = self.clone(obs).detach(), self.net.on_states(obs, n_steps)  # type: ignore[operator]
         return lambda a, i: self._around(m, a, self.signal[i], self.noise[i], lambda z: correction(z, i))
 
-    def _around(
-        self, m: Tensor, a_t: Tensor, alpha: Tensor, sigma: Tensor, correction: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def _around(self, m: Tensor, a_t: Tensor, alpha: Tensor, sigma: Tensor, correction: Callable[[Tensor], Tensor]) -> Tensor:
         spread = alpha * torch.exp(0.5 * self.log_var.detach())
         std = torch.sqrt(spread.square() + sigma.square())
         z = (a_t - alpha * m) / std
         return (sigma * z + spread * correction(z)) / std
+
+
+def without_clone(net: nn.Module) -> nn.Module:
+    """F of a preconditioned noise predictor; any other network itself."""
+    return net.net if isinstance(net, PreconditionedDenoiser) else net
+
+
+def add_clone_loss(net: nn.Module, batch: Batch, loss: Tensor, metrics: Metrics) -> tuple[Tensor, Metrics]:
+    """Add the losses of m and v to the denoising loss, if the noise predictor has a clone.
+
+    Args:
+        net: The noise predictor.
+        batch: The transitions that are cloned.
+        loss: The denoising loss, a scalar.
+        metrics: Its metrics.
+
+    Returns:
+        The loss, and the metrics, with `clone_loss`; both unchanged without a clone.
+    """
+    if not isinstance(net, PreconditionedDenoiser):
+        return loss, metrics
+    clone_loss = net.clone_loss(batch.obs, batch.act)
+    return loss + clone_loss, {**metrics, "clone_loss": clone_loss.detach()}

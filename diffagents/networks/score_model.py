@@ -15,7 +15,6 @@ from diffagents.config.checks import N_FIXED
 from diffagents.diffusion.sde import SolverStep, dpm_solve, vp_alpha_sigma
 from diffagents.functional import eps_loss, perturb
 from diffagents.networks.mlp import fixed_noise
-from diffagents.networks.preconditioned import PreconditionedDenoiser
 
 
 class FourierTime(nn.Module):
@@ -144,8 +143,7 @@ class VPBehavior(nn.Module):
         Returns:
             A scalar.
         """
-        loss = eps_loss(self.net(perturb(act, eps, *vp_alpha_sigma(t)), obs, t), eps)
-        return loss + self.net.clone_loss(obs, act) if isinstance(self.net, PreconditionedDenoiser) else loss
+        return eps_loss(self.net(perturb(act, eps, *vp_alpha_sigma(t)), obs, t), eps)
 
     def noise(self, n_obs: int, n: int, deterministic: bool, generator: torch.Generator) -> Tensor:
         """The x_1 of samples.

@@ -133,7 +133,6 @@ def _networks(learner: Learner, obs_dim: int, act_dim: int) -> dict[str, nn.Modu
 def _with_preset(cls: type[Learner], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Replace the argument `preset` by its hyperparameters, so that networks and optimisers are built with them at once."""
     preset = kwargs.pop("preset", None)
-    kwargs["preset"] = None
     if preset is None:
         return kwargs
     if preset == "auto":

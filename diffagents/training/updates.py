@@ -271,16 +271,25 @@ class Runner:
 
     def run(self, due: Sequence[int]) -> None:
         """Run the updates with the indices `due`, in order, on one batch, or on one batch of each kind (`Update.by_return`)."""
-        (generator,) = self.generators
         batches: dict[bool, Batch] = {}
         for j in due:
             kind = self.by_return[j]
             if kind not in batches:
-                batches[kind] = self.sampler.sample(self.batch_size, generator, *((True,) if kind else ()))
-            batch = batches[kind]
-            gradients, metrics = self.gradients[j](batch, self.updates[j].draw(self.batch_size, generator))
-            self.updates[j].apply(gradients)
-            self.sums[j].add(metrics)
+                batches[kind] = self.draw_batch(kind)
+            self.update(j, batches[kind])
+
+    def draw_batch(self, by_return: bool) -> Batch:
+        """A batch of one kind (`Update.by_return`)."""
+        (generator,) = self.generators
+        batch: Batch = self.sampler.sample(self.batch_size, generator, *((True,) if by_return else ()))
+        return batch
+
+    def update(self, j: int, batch: Batch) -> None:
+        """Run the j-th update on a batch."""
+        (generator,) = self.generators
+        gradients, metrics = self.gradients[j](batch, self.updates[j].draw(self.batch_size, generator))
+        self.updates[j].apply(gradients)
+        self.sums[j].add(metrics)
 
     @property
     def failed(self) -> bool:

@@ -71,7 +71,7 @@ def test_every_entry_fits_the_algorithm(name: str) -> None:
 @pytest.mark.parametrize("module", MODULES.values())
 def test_every_entry_names_its_source_and_every_row_its_data(module: str) -> None:
     for row, entries in load_presets(module).items():
-        assert re.search(r"arXiv:\d{4}\.\d{5}|official code|a port, |((by|of) |^)this project", entries["source"]), row
+        assert re.search(r"arXiv:\d{4}\.\d{5}|official code|a port, |(by|of) this project", entries["source"]), row
     aliases = [alias for row in rows_of(module).values() for alias in row["aliases"]]
     assert len(aliases) == len(set(aliases))
     assert all(row["aliases"] for row in rows_of(module).values())

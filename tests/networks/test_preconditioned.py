@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffagents.agents.srpo import ResidualScoreNet
+from diffagents.agents.srpo import Behavior, ResidualScoreNet
 from diffagents.diffusion.chain import vp_chain
 from diffagents.diffusion.sde import vp_alpha_sigma
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.preconditioned import PreconditionedDenoiser
+from diffagents.networks.score_model import VPBehavior
 
 S, A, T = 3, 2, 5
 
@@ -76,6 +77,13 @@ def test_clone_loss_is_least_where_v_is_the_variance_of_the_error() -> None:
         net.log_var.copy_(best)
     (gradient,) = torch.autograd.grad(net.clone_loss(obs, act), [net.log_var])
     torch.testing.assert_close(gradient, torch.zeros(A), atol=1e-6, rtol=0)
+
+
+def test_the_first_candidate_has_no_noise_and_the_others_have() -> None:
+    policy, behavior = ChainPolicy(made(True), A, T), Behavior(made(False), A)
+    for noise in (policy.fixed_noise, VPBehavior(made(False), A).fixed_noise):
+        assert not noise[0].any() and noise[1:].flatten(1).any(1).all()
+    assert not behavior.noise.any()
 
 
 def test_the_noiseless_path_starts_at_the_clone() -> None:

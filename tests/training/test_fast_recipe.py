@@ -20,11 +20,13 @@ from diffagents.training.updates import Update
 DATA = line_data()
 
 
+@pytest.mark.parametrize("share", [0.2, 0.7])  # where one stage is all, in its opening and after it
 @pytest.mark.parametrize("name", NAMES)
-def test_interrupted_and_saved_it_ends_as_the_whole_run(name: str, tmp_path: Path) -> None:
+def test_interrupted_and_saved_it_ends_as_the_whole_run(name: str, share: float, tmp_path: Path) -> None:
     whole = small(name, preset="fast").learn(DATA)
     half = small(name, preset="fast")
-    half.learn(DATA, callback=lambda local, _: local["self"].num_timesteps < 17)
+    half.learn(DATA, callback=lambda local, _: local["self"].num_timesteps < share * local["self"].plan.total)
+    assert half.plan is not None and half.plan.remaining > 0
     again = diffagents.load(half.save(tmp_path / "half.zip"), verbose=0, device="cpu")
     again.learn(DATA, reset_num_timesteps=False)
     for key, value in training_tensors(whole).items():
@@ -92,7 +94,7 @@ def test_a_second_behaviour_stage_leaves_the_trained_policy_alone() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_online_without_data(name: str) -> None:
     agent = small(name, preset="fast", env="Pendulum-v1").learn_online(260, learning_starts=210, log_interval=1000)
-    assert agent.state.n_updates > 0 or name in ("BC", "DiffusionBC", "SfBC", "AWR")
+    assert agent.state.n_updates == 50
     assert agent.reward_transform is not None and agent.reward_transform.name == "none"
 
 
@@ -121,7 +123,11 @@ def test_returns_go_on_after_a_time_out_and_end_at_a_termination() -> None:
 
 def test_the_ascent_does_not_depend_on_the_scale_of_q() -> None:
     gradient, act = torch.randn(8, 2), torch.randn(8, 2, requires_grad=True)
-    one, ten = (torch.autograd.grad(gradient_ascent_loss(k * gradient, act), act)[0] for k in (1.0, 10.0))
+
+    def ascent(k: float) -> torch.Tensor:
+        return torch.autograd.grad(gradient_ascent_loss(lambda a: (k * gradient * a).sum(-1), act), act)[0]
+
+    one, ten = ascent(1.0), ascent(10.0)
     torch.testing.assert_close(one, ten)
     torch.testing.assert_close(one, -gradient / gradient.square().mean().sqrt() / 16)
 

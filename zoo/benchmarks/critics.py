@@ -5,7 +5,7 @@
 Clones the best episodes (BC on return-weighted batches), trains critics of different kinds on the same batches, and lets the
 clone take steps along the gradient of each:  a = m(s) + delta g / rms(g),  g = dQ/da at m(s). Prints the mean score over
 episodes and its standard deviation for each delta. Every critic begins as the first one, which regresses on returns-to-go.
-Needs the datasets of zoo/recipes; about ten minutes of one core for each.
+Needs the datasets of zoo/recipes.
 """
 
 import argparse
