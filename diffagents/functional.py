@@ -146,22 +146,36 @@ def normalized_q_loss(q1: Tensor, q2: Tensor, coin: Tensor) -> Tensor:
     return torch.where(coin > 0.5, first, second)
 
 
-def unit_rms(gradient: Tensor) -> Tensor:
-    """A batch of gradients (B, A) in units of their root mean square over batch and dimensions."""
-    return gradient / (gradient.square().mean().sqrt() + 1e-8)
+def spread_gradient(gradient: Tensor, var: Tensor) -> Tensor:
+    """A batch of gradients as steps in units of the spread of behaviour: v g / rms(sqrt(v) g).
+
+    In coordinates a = m + sqrt(v) u, in which the actions of the data have unit variance, it is the gradient in units of its
+    root mean square over batch and dimensions. So a step k of it moves an action by about k standard deviations of the data's
+    actions, whatever the scale of the value and the width of the data.
+
+    Args:
+        gradient: dQ/da, (B, A).
+        var: v, the variance of the data's actions around the clone in each dimension, (A,).
+
+    Returns:
+        (B, A).
+    """
+    rms = (var * gradient.square()).mean().sqrt()
+    return var * gradient / (rms + 1e-8)
 
 
-def gradient_ascent_loss(value: Callable[[Tensor], Tensor], act: Tensor) -> Tensor:
+def gradient_ascent_loss(value: Callable[[Tensor], Tensor], act: Tensor, var: Tensor) -> Tensor:
     """A surrogate loss whose gradient ascends a value with a step size that does not depend on the value's scale.
 
     Args:
         value: A function of actions (B, A) that returns (B,), row by row.
         act: The policy's own actions, (B, A), with gradients.
+        var: The variance of the data's actions around the clone in each dimension, (A,).
 
     Returns:
-        A scalar: minus the mean over batch and dimensions of `act` times the gradient of the value there, in its `unit_rms`.
+        A scalar: minus the mean over batch and dimensions of `act` times the `spread_gradient` of the value there.
     """
-    return -(unit_rms(action_gradient(value, act)) * act).mean()
+    return -(spread_gradient(action_gradient(value, act), var) * act).mean()
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -33,6 +33,8 @@ Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a
   [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
   [F3] `returns_share`: `train` begins with Q regressing on the returns of the data; the policy waits.
   [F4] `deterministic_backup`: the path in the target of Q has no noise: the value of the action that acts (`select="first"`).
+  [F5] With `precondition`, sigma_n^2 in the penalty is the reverse variance of the Gaussian around the clone in each dimension.
+       beta_n is that of actions of unit variance, and would let narrow data be left by many of their standard deviations.
 """
 
 import copy
@@ -51,11 +53,11 @@ from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.config.recipe import COSINE, DETERMINISTIC_BACKUP, PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.sampler import Sampler
-from diffagents.diffusion.chain import SOLVERS, check_solver, reverse_mean
+from diffagents.diffusion.chain import SOLVERS, check_solver, reverse_mean, reverse_var
 from diffagents.functional import SELECT, polyak_update_, select_action, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
 from diffagents.networks.mlp import MLP, EnsembleMLP, Mish, mish, orthogonal_, sinusoids
-from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss, without_clone
+from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss, clone_variance, without_clone
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
@@ -423,6 +425,11 @@ class BDPO(Agent):
 
     def penalty(self, eps: Tensor, eps_nu: Tensor, i: int | Tensor) -> Tensor:
         """l_n = w_n || eps_pi - eps_nu ||^2, (..., A) -> (...)."""
+        if self.config.precondition:  # [F5]
+            chain = self.policy.chain
+            var = reverse_var(chain, clone_variance(self.behavior_ema.net))  # (T, A)
+            weights = (self.step_weights * chain.beta)[:, None] / var
+            return (weights[i] * (eps - eps_nu).square()).sum(-1)
         return self.step_weights[i] * (eps - eps_nu).square().sum(-1)
 
     def aggregate(self, q: Tensor, noise: Noise) -> Tensor:

@@ -35,7 +35,8 @@ Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a
   [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
   [F3] `returns_share`: the stage begins with Q regressing on the returns of the data while the policy only clones.
   [F4] `deterministic_backup`: targets of Q take the policy's action without noise, the one that acts (`select="first"`).
-  [F5] `q_norm="gradient"`: L_q in units of the root mean square of dQ/da, so that it does not depend on the scale of Q.
+  [F5] `q_norm="spread"`: L_q ascends v dQ/da / rms(sqrt(v) dQ/da), where v is the variance of the data's actions around the
+       clone, so that it depends neither on the scale of Q nor on how narrow the data are.
   [F6] `cosine`: learning rates fall to 0 over the stage.
   [F7] `constraint="behavior"`: kappa bounds the squared distance of the predicted noise from that of the clone of [F3], which
        is 0 at first on every dataset; L_c keeps the unpredictable part of the data's noise.
@@ -76,7 +77,7 @@ from diffagents.functional import (
 from diffagents.networks.critics import return_loss
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP, mish
-from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss
+from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss, clone_variance
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
@@ -187,6 +188,8 @@ class DiffCPSConfig(Hyperparameters):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
+        if self.q_norm == "spread" and not self.precondition:
+            raise ValueError("q_norm='spread' needs precondition=True, which measures the spread around a clone")
         if self.constraint == "behavior" and self.returns_share == 0:
             raise ValueError("constraint='behavior' needs returns_share above 0, because its reference is the clone made then")
         low, high = self.lambda_min, self.lambda_max
@@ -351,8 +354,10 @@ class DiffCPS(Agent):
     def q_loss(self, batch: Batch, noise: Noise) -> Tensor:
         """L_q: minus one critic at the policy's actions, in units of the other critic's mean size there [D1]."""
         a0 = self.policy.sample(batch.obs, noise["noises"])
-        if self.config.q_norm == "gradient":  # [F5]
-            return gradient_ascent_loss(lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), a0)
+        if self.config.q_norm == "spread":  # [F5]
+            return gradient_ascent_loss(
+                lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), a0, clone_variance(self.policy.net)
+            )
         q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; already updated in this step
         return normalized_q_loss(q1, q2, noise["coin"])
 

@@ -31,7 +31,8 @@ Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a
   [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
   [F3] `returns_share`: the stage begins with Q regressing on the returns of the data while the policy only clones.
   [F4] `deterministic_backup`: targets of Q take the policy's action without noise, the one that acts (`select="first"`).
-  [F5] `q_norm="gradient"`: L_q in units of the root mean square of dQ/da, so that eta does not depend on the scale of Q.
+  [F5] `q_norm="spread"`: L_q ascends v dQ/da / rms(sqrt(v) dQ/da), where v is the variance of the data's actions around the
+       clone, so that eta depends neither on the scale of Q nor on how narrow the data are.
   [F6] `cosine`: learning rates fall to 0 over the stage.
 """
 
@@ -70,7 +71,7 @@ from diffagents.functional import (
 from diffagents.networks.critics import return_loss
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP, mish
-from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss
+from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss, clone_variance
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
 from diffagents.types import Batch, Metrics
@@ -164,6 +165,8 @@ class DiffusionQLConfig(Hyperparameters):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
+        if self.q_norm == "spread" and not self.precondition:
+            raise ValueError("q_norm='spread' needs precondition=True, which measures the spread around a clone")
 
 
 class DiffusionQL(Agent):
@@ -272,8 +275,10 @@ class DiffusionQL(Agent):
     def q_loss(self, batch: Batch, noise: Noise) -> Tensor:
         """L_q: minus one critic at the policy's actions, in units of the other critic's mean size there [D1]."""
         a0 = self.policy.sample(batch.obs, noise["noises"])
-        if self.config.q_norm == "gradient":  # [F5]
-            return gradient_ascent_loss(lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), a0)
+        if self.config.q_norm == "spread":  # [F5]
+            return gradient_ascent_loss(
+                lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), a0, clone_variance(self.policy.net)
+            )
         q1, q2 = self.critic(torch.cat([batch.obs, a0], -1))  # (B,) each; already updated in this step
         return normalized_q_loss(q1, q2, noise["coin"])
 

@@ -37,8 +37,9 @@ Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a
        steps too slowly for a short stage.
   [F4] `bootstrap="policy"`: then Q is that of the clone, from which the policy starts and near which it stays; the behaviour
        stage comes first. With expectiles, Q is the value of another policy, not of the one that follows its gradient.
-  [F5] `q_grad_norm="batch"`: dQ/da in units of its root mean square over the batch, so that beta is a distance from mu and
-       does not depend on the scale of rewards.
+  [F5] `q_grad_norm="spread"`: dQ/da becomes v dQ/da / rms(sqrt(v) dQ/da), where v is the variance of the data's actions around
+       the clone. A Gaussian mu has its optimum at m + beta v dQ/da, so beta is a distance from mu in standard deviations of the
+       data's actions: it depends neither on the scale of rewards nor on how narrow the data are.
 Critic stage: Q regresses on r + gamma (1 - d) V(s'), V on an expectile of Qbar(s, a): networks/critics.py, Eq. (5), (6). The
 official code also trains an IQL policy, for monitoring only; we do not.
 """
@@ -59,10 +60,10 @@ from diffagents.config.recipe import PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERAT
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.sampler import Sampler
 from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
-from diffagents.functional import action_gradient, eps_loss, perturb, polyak_update_, unit_rms
+from diffagents.functional import action_gradient, eps_loss, perturb, polyak_update_, spread_gradient
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.mlp import Mish, ResidualBlock, TanhPolicy, dropout_masks, fixed_noise, mish
-from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss, without_clone
+from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss, clone_variance, without_clone
 from diffagents.storage import checkpoint
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update
@@ -70,7 +71,7 @@ from diffagents.types import Batch, Metrics
 
 WEIGHTS = ("sigma2", "constant", "alpha_over_sigma")
 BOOTSTRAPS = ("expectile", "policy")
-Q_GRAD_NORMS = ("l2", "rms", "batch")
+Q_GRAD_NORMS = ("l2", "rms", "spread")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ class SRPOConfig(Hyperparameters):
         True, "Whether the noise is subtracted from its prediction, which lowers the variance of the policy's gradient [D2]."
     )
     q_grad_norm: str | None = hyperparameter(
-        None, "Norm by which each sample's dQ/da is divided [D4]. None: it is used as it is.", choices=Q_GRAD_NORMS
+        None,
+        "Norm by which each sample's dQ/da is divided [D4]; 'spread': that of the data's actions [F5]. None: as it is.",
+        choices=Q_GRAD_NORMS,
     )
     bootstrap: str = hyperparameter(
         "expectile",
@@ -166,6 +169,8 @@ class SRPOConfig(Hyperparameters):
         super().__post_init__()
         if self.bootstrap == "policy" and not self.precondition:
             raise ValueError("bootstrap='policy' needs precondition=True, because the policy must begin as the clone")
+        if self.q_grad_norm == "spread" and not self.precondition:
+            raise ValueError("q_grad_norm='spread' needs precondition=True, which measures the spread around a clone")
 
 
 class ResidualScoreNet(nn.Module):
@@ -353,8 +358,8 @@ class SRPO(Agent):
             dq_da = dq_da / (norm + 1e-8)
         elif c.q_grad_norm == "rms":
             dq_da = dq_da / (norm / self.act_dim**0.5 + 1e-8)
-        elif c.q_grad_norm == "batch":  # [F5]
-            dq_da = unit_rms(dq_da)
+        elif c.q_grad_norm == "spread":  # [F5]
+            dq_da = spread_gradient(dq_da, clone_variance(self.behavior.net))
         loss = ((pull - c.beta * self.state.constraint_relaxation * dq_da) * a).sum(-1).mean()
         metrics = {"policy_loss": loss.detach(), "q_grad_norm": norm.mean(), "score_pull": pull.norm(dim=-1).mean()}
         return loss, metrics

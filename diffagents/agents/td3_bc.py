@@ -21,7 +21,7 @@ Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a
   [F1] `return_temperature`: the policy learns from episodes drawn by their return, the critic from half of these and half of
        all (Hong et al. 2023, arXiv:2306.13085).
   [F2] `returns_share`: the stage begins with Q regressing on the returns of the data.
-  [F3] `q_norm="gradient"`: Q in units of the root mean square of dQ/da instead of lambda.
+  [F3] `q_norm="spread"`: the gradient of Q in units of the spread of the data's actions around the policy, instead of lambda.
 """
 
 import copy
@@ -172,8 +172,9 @@ class TD3BC(Agent):
         c, act = self.config, self.policy(batch.obs)
         bc_loss = F.mse_loss(act, batch.act)  # [D2]
         metrics = {"bc_loss": bc_loss.detach()}
-        if c.q_norm == "gradient":  # [F3]
-            q_loss = c.alpha * gradient_ascent_loss(lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), act)
+        if c.q_norm == "spread":  # [F3]
+            var = (act - batch.act).square().mean(0).detach()
+            q_loss = c.alpha * gradient_ascent_loss(lambda a: self.critic(torch.cat([batch.obs, a], -1)).mean(0), act, var)
         else:
             q = self.critic(torch.cat([batch.obs, act], -1))[0]  # (B,), the first of the twins; online, already updated
             metrics["lambda"] = c.alpha / q.abs().mean().detach()  # [D1]

@@ -9,10 +9,10 @@ DETERMINISTIC_BACKUP = "Whether the targets of Q take the policy's action withou
 PRECONDITION = "Whether noise is predicted as a correction to that of a Gaussian around a clone, which is trained with it."
 Q_LAYER_NORM = "Whether Q has LayerNorm in its hidden layers."
 Q_NORM = (
-    'Unit of Q in the policy\'s loss: "value" divides by the mean size of Q, "gradient" by the root mean square of dQ/da, '
-    "which does not depend on the scale and offset of the rewards."
+    'Unit of Q in the policy\'s loss: "value" divides by the mean size of Q; "spread" steps along dQ/da in units of the '
+    "spread of the data's actions, which depend neither on the scale of rewards nor on how narrow the data are."
 )
-Q_NORMS = ("value", "gradient")
+Q_NORMS = ("value", "spread")
 RETURN_TEMPERATURE = (
     "Temperature of return-weighted sampling: small prefers episodes with high returns (0.1: the best over the worst by "
     "e^10). None: all transitions are drawn equally often."

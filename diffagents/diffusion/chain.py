@@ -91,6 +91,23 @@ def reverse_mean(chain: Chain, i: int | Tensor, x: Tensor, eps: Tensor, clip_x0:
     return chain.from_x0[i] * x0 + chain.from_x[i] * x
 
 
+def reverse_var(chain: Chain, var: Tensor) -> Tensor:
+    """Variances of p(x_i | x_i+1) if the actions have the variance `var`: the true posterior's plus that of x0 given x_i+1.
+
+    They lie between the two fixed choices of Ho et al. 2020: `posterior_std`, exact for a single action, and `beta_std`, exact
+    for actions of unit variance. Source: Bao et al. 2022 (arXiv:2201.06503), Theorem 1, for a Gaussian.
+
+    Args:
+        chain: Constants on the device of `var`.
+        var: (A,).
+
+    Returns:
+        (T, A).
+    """
+    of_x0 = var * (1.0 - chain.alpha_bar)[:, None] / (chain.alpha_bar[:, None] * var + (1.0 - chain.alpha_bar)[:, None])
+    return chain.posterior_std[:, None].square() + chain.from_x0[:, None].square() * of_x0
+
+
 def sample_chain(
     eps_fn: Callable[[Tensor, int], Tensor],
     chain: Chain,

@@ -115,6 +115,12 @@ def without_clone(net: nn.Module) -> nn.Module:
     return net.net if isinstance(net, PreconditionedDenoiser) else net
 
 
+def clone_variance(net: nn.Module) -> Tensor:
+    """v of a preconditioned noise predictor, (A,), detached."""
+    assert isinstance(net, PreconditionedDenoiser)
+    return torch.exp(net.log_var.detach())
+
+
 def add_clone_loss(net: nn.Module, batch: Batch, loss: Tensor, metrics: Metrics) -> tuple[Tensor, Metrics]:
     """Add the losses of m and v to the denoising loss, if the noise predictor has a clone.
 

@@ -10,6 +10,7 @@ from small_agents import offline_knobs
 from toy import line_data
 
 from diffagents import BDPO
+from diffagents.diffusion.chain import reverse_mean, reverse_var
 from diffagents.types import Batch
 
 SMALL: dict[str, Any] = {
@@ -47,14 +48,26 @@ def test_step_weights() -> None:
 def test_penalty_is_the_kl_of_the_two_kernels() -> None:
     """|| mu_pi - mu_nu ||^2 / (2 beta_n), with the means of the unclipped sampler."""
     agent = small(clip_x0=False).learn(DATA, total_timesteps=2)
-    from diffagents.diffusion.chain import reverse_mean
-
     chain, generator = agent.policy.chain, torch.Generator().manual_seed(0)
     x, eps, eps_nu = (torch.randn(7, 2, generator=generator) for _ in range(3))
     for i in range(5):
         mu, mu_nu = (reverse_mean(chain, i, x, e, clip_x0=False) for e in (eps, eps_nu))
         kl = (mu - mu_nu).square().sum(-1) / (2 * chain.beta[i])
         torch.testing.assert_close(agent.penalty(eps, eps_nu, i), kl, rtol=1e-4, atol=1e-5)
+
+
+def test_penalty_around_a_clone_is_the_kl_of_kernels_with_the_exact_variance() -> None:
+    """[F5]"""
+    agent = small(clip_x0=False, precondition=True).learn(DATA, total_timesteps=2)
+    agent.behavior_ema.net.log_var.data = torch.tensor([-5.0, -1.0])  # type: ignore[union-attr]
+    chain, generator = agent.policy.chain, torch.Generator().manual_seed(0)
+    x, eps, eps_nu = (torch.randn(7, 2, generator=generator) for _ in range(3))
+    variances = reverse_var(chain, torch.tensor([-5.0, -1.0]).exp())
+    for i in range(5):
+        mu, mu_nu = (reverse_mean(chain, i, x, e, clip_x0=False) for e in (eps, eps_nu))
+        kl = ((mu - mu_nu).square() / (2 * variances[i])).sum(-1)
+        torch.testing.assert_close(agent.penalty(eps, eps_nu, i), kl, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(agent.penalty(eps, eps_nu, torch.full((7,), i)), kl, rtol=1e-4, atol=1e-5)
 
 
 def test_no_penalty_and_no_pull_where_the_policy_is_the_behaviour() -> None:

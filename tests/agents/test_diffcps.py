@@ -153,7 +153,6 @@ def test_every_option_changes_the_result() -> None:
         "policy_freq": 1,
     }
     other: dict[str, Any] = {
-        "q_norm": "gradient",
         "deterministic_backup": True,
         "cosine": True,
         "precondition": True,
@@ -188,10 +187,11 @@ def test_every_option_changes_the_result() -> None:
     results["n_backup_samples"] = run({**base, "max_q_backup": True, "n_backup_samples": 2})
     results["constraint"] = run({**base, "returns_share": 0.5, "constraint": "behavior"})
     results["lambda_min"] = run({**base, "target_kl": 50.0, "lambda_min": 0.9})
+    results["q_norm"] = run({**base, "precondition": True, "q_norm": "spread"})
     results["default"] = run(base)
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same"
-    assert {*other, "n_backup_samples", "constraint", "lambda_min", "solver_steps"} == offline_knobs("DiffCPS")
+    assert {*other, "q_norm", "n_backup_samples", "constraint", "lambda_min", "solver_steps"} == offline_knobs("DiffCPS")
 
 
 def run(knobs: dict[str, Any]) -> np.ndarray:

@@ -157,7 +157,6 @@ def test_official_checkpoint_of_another_kind_is_refused(tmp_path: pathlib.Path) 
 def test_every_option_changes_the_result() -> None:
     base: dict[str, Any] = {**SMALL, "ema_start": 1, "ema_every": 1, "tau": 0.1, "max_grad_norm": 0.1}
     other: dict[str, Any] = {
-        "q_norm": "gradient",
         "deterministic_backup": True,
         "cosine": True,
         "precondition": True,
@@ -186,10 +185,11 @@ def test_every_option_changes_the_result() -> None:
     }
     results = {name: run({**base, name: value}) for name, value in other.items()}
     results["n_backup_samples"] = run({**base, "max_q_backup": True, "n_backup_samples": 2})
+    results["q_norm"] = run({**base, "precondition": True, "q_norm": "spread"})
     results["default"] = run(base)
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same"
-    assert {*other, "n_backup_samples", "solver_steps"} == offline_knobs("DiffusionQL")
+    assert {*other, "q_norm", "n_backup_samples", "solver_steps"} == offline_knobs("DiffusionQL")
 
 
 def run(knobs: dict[str, Any]) -> np.ndarray:

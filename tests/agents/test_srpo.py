@@ -110,6 +110,22 @@ def test_q_grad_norm(norm: str, length: float) -> None:
     assert gradient(agent, 0.4, 100).norm().item() == pytest.approx(length, rel=1e-5)
 
 
+def test_q_grad_norm_in_the_spread_of_the_data() -> None:
+    """v dQ/da / rms(sqrt(v) dQ/da), with v around the clone [F5]; the rest of the gradient does not depend on beta."""
+    var, gradients = torch.tensor([0.01, 0.25]), []
+    for beta in (1.0, 2.0):
+        agent = SRPO(seed=0, verbose=0, device="cpu", q_grad_norm="spread", precondition=True, beta=beta)
+        agent.set_up(Spec(spaces.Box(-np.inf, np.inf, (1,)), spaces.Box(-1, 1, (2,))))
+        agent.critic.target_mean = lambda obs, act: -70.0 * (act - BEST).square().sum(-1)  # type: ignore[method-assign]
+        agent.behavior.net.log_var.data = var.log()  # type: ignore[union-attr]
+        gradients.append(gradient(agent, 0.4, 1000))
+    g = torch.full((2,), -2.0 * (0.4 - BEST))
+    expected = var * g / (var * g.square()).mean().sqrt()
+    torch.testing.assert_close(gradients[0] - gradients[1], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="q_grad_norm='spread' needs precondition=True"):
+        SRPO(q_grad_norm="spread")
+
+
 def test_policy_update_leaves_critic_and_behavior_alone() -> None:
     agent = SRPO(seed=0, verbose=0, critic_steps=2, behavior_steps=2, policy_steps=2, behavior_batch_size=8).learn(line_data())
     before = {name: {k: v.clone() for k, v in state.items()} for name, state in agent.get_parameters().items()}

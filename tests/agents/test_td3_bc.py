@@ -144,7 +144,7 @@ def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives another policy."""
     base: dict[str, Any] = {"train_steps": 20, "batch_size": 16, "tau": 0.1, "verbose": 0, "seed": 0, "device": "cpu"}
     other: dict[str, Any] = {
-        "q_norm": "gradient",
+        "q_norm": "spread",
         "cosine": True,
         "return_temperature": 0.1,
         "returns_share": 0.5,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffagents.diffusion.chain import Chain, reverse_mean, sample_chain, sample_ddim, vp_chain
+from diffagents.diffusion.chain import Chain, reverse_mean, reverse_var, sample_chain, sample_ddim, vp_chain
 from diffagents.networks.diffusion_policy import MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP
 
@@ -125,6 +125,18 @@ def test_ddim_asks_the_chain_s_own_steps_only_and_brings_one_point_back(n_steps:
     x = sample_ddim(eps, chain, torch.randn(20, 2, generator=torch.Generator().manual_seed(0)), n_steps)
     torch.testing.assert_close(x, point.expand(20, 2), rtol=0, atol=1e-5)
     assert asked == {1: [4], 2: [4, 0], 3: [4, 2, 0], 5: [4, 3, 2, 1, 0]}[n_steps]
+
+
+def test_reverse_variance_of_gaussian_data() -> None:
+    """Var(x_i | x_i+1) of the joint Gaussian of x_i and x_i+1, when the actions have variance v."""
+    chain, var = vp_chain(5), torch.tensor([1.0, 0.3, 0.02])
+    got = reverse_var(chain, var)
+    torch.testing.assert_close(got[:, 0], chain.beta, rtol=1e-5, atol=1e-6)  # unit variance stays unit variance
+    for i in range(5):
+        before = chain.alpha_bar[i] / chain.alpha[i]
+        of_before = before * var + 1.0 - before  # Var(x_i)
+        of_after = chain.alpha[i] * of_before + chain.beta[i]
+        torch.testing.assert_close(got[i], of_before - chain.alpha[i] * of_before.square() / of_after, rtol=1e-4, atol=1e-6)
 
 
 def test_ddim_brings_gaussian_data_back() -> None:

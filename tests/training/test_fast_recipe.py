@@ -12,7 +12,7 @@ from toy import line_data
 
 import diffagents
 from diffagents.config.presets import resolve_preset
-from diffagents.functional import gradient_ascent_loss, returns_to_go
+from diffagents.functional import gradient_ascent_loss, returns_to_go, spread_gradient
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.state import training_tensors
 from diffagents.training.updates import Update
@@ -125,11 +125,21 @@ def test_the_ascent_does_not_depend_on_the_scale_of_q() -> None:
     gradient, act = torch.randn(8, 2), torch.randn(8, 2, requires_grad=True)
 
     def ascent(k: float) -> torch.Tensor:
-        return torch.autograd.grad(gradient_ascent_loss(lambda a: (k * gradient * a).sum(-1), act), act)[0]
+        loss = gradient_ascent_loss(lambda a: (k * gradient * a).sum(-1), act, torch.tensor([0.25, 0.25]))
+        return torch.autograd.grad(loss, act)[0]
 
     one, ten = ascent(1.0), ascent(10.0)
     torch.testing.assert_close(one, ten)
-    torch.testing.assert_close(one, -gradient / gradient.square().mean().sqrt() / 16)
+    torch.testing.assert_close(one, -0.5 * gradient / gradient.square().mean().sqrt() / 16)
+
+
+def test_steps_are_measured_in_the_spread_of_the_data() -> None:
+    """In a = sqrt(v) u they are the plain gradient in units of its root mean square, however v differs between dimensions."""
+    torch.manual_seed(0)
+    gradient, var = torch.randn(500, 3), torch.tensor([0.01, 0.2, 1.0])
+    in_u = spread_gradient(gradient, var) / var.sqrt()
+    torch.testing.assert_close(in_u.square().mean(), torch.tensor(1.0))
+    torch.testing.assert_close(in_u / in_u[0, 0], var.sqrt() * gradient / (var[0].sqrt() * gradient[0, 0]))
 
 
 def test_unit_returns_have_standard_deviation_one() -> None:
