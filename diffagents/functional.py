@@ -147,21 +147,26 @@ def normalized_q_loss(q1: Tensor, q2: Tensor, coin: Tensor) -> Tensor:
 
 
 def spread_gradient(gradient: Tensor, var: Tensor) -> Tensor:
-    """A batch of gradients as steps in units of the spread of behaviour: v g / rms(sqrt(v) g).
+    """A batch of gradients as bounded steps in units of the spread of the data's actions.
 
-    In coordinates a = m + sqrt(v) u, in which the actions of the data have unit variance, it is the gradient in units of its
-    root mean square over batch and dimensions. So a step k of it moves an action by about k standard deviations of the data's
-    actions, whatever the scale of the value and the width of the data.
+    In coordinates a = m + sqrt(v) u, in which the actions of the data have unit variance, the gradient is divided by its root
+    mean square r over batch and dimensions, and each row by sqrt(1 + its own mean square): rows of usual size keep about their
+    size, and none exceeds 1. So a step k of it moves no action by more than k standard deviations of the data's actions,
+    whatever the scale of the value and the width of the data; and a state where the value is steep, which is often where it
+    is wrong, counts no more than the others.
+
+        u = sqrt(v) g / r,    step = sqrt(v) u / sqrt(1 + mean_a u^2)
 
     Args:
-        gradient: dQ/da, (B, A).
+        gradient: g = dQ/da, (B, A).
         var: v, the variance of the data's actions around the clone in each dimension, (A,).
 
     Returns:
         (B, A).
     """
-    rms = (var * gradient.square()).mean().sqrt()
-    return var * gradient / (rms + 1e-8)
+    u = var.sqrt() * gradient
+    u = u / (u.square().mean().sqrt() + 1e-8)
+    return var.sqrt() * u / (1.0 + u.square().mean(-1, keepdim=True)).sqrt()
 
 
 def gradient_ascent_loss(value: Callable[[Tensor], Tensor], act: Tensor, var: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a
   [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
   [F3] `returns_share`: the stage begins with Q regressing on the returns of the data while the policy only clones.
   [F4] `deterministic_backup`: targets of Q take the policy's action without noise, the one that acts (`select="first"`).
-  [F5] `q_norm="spread"`: L_q ascends v dQ/da / rms(sqrt(v) dQ/da), where v is the variance of the data's actions around the
-       clone, so that it depends neither on the scale of Q nor on how narrow the data are.
+  [F5] `q_norm="spread"`: L_q ascends dQ/da in units of sqrt(v), the spread of the data's actions around the clone, bounded in
+       every state (`functional.spread_gradient`), so that it depends neither on the scale of Q nor on how narrow the data are.
   [F6] `cosine`: learning rates fall to 0 over the stage.
   [F7] `constraint="behavior"`: kappa bounds the squared distance of the predicted noise from that of the clone of [F3], which
        is 0 at first on every dataset; L_c keeps the unpredictable part of the data's noise.

@@ -31,8 +31,8 @@ Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a
   [F2] `precondition`: the noise predictor is a correction to that of a Gaussian around a clone (networks/preconditioned.py).
   [F3] `returns_share`: the stage begins with Q regressing on the returns of the data while the policy only clones.
   [F4] `deterministic_backup`: targets of Q take the policy's action without noise, the one that acts (`select="first"`).
-  [F5] `q_norm="spread"`: L_q ascends v dQ/da / rms(sqrt(v) dQ/da), where v is the variance of the data's actions around the
-       clone, so that eta depends neither on the scale of Q nor on how narrow the data are.
+  [F5] `q_norm="spread"`: L_q ascends dQ/da in units of sqrt(v), the spread of the data's actions around the clone, bounded in
+       every state (`functional.spread_gradient`), so that eta depends neither on the scale of Q nor on how narrow the data are.
   [F6] `cosine`: learning rates fall to 0 over the stage.
 """
 

@@ -37,9 +37,9 @@ Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a
        steps too slowly for a short stage.
   [F4] `bootstrap="policy"`: then Q is that of the clone, from which the policy starts and near which it stays; the behaviour
        stage comes first. With expectiles, Q is the value of another policy, not of the one that follows its gradient.
-  [F5] `q_grad_norm="spread"`: dQ/da becomes v dQ/da / rms(sqrt(v) dQ/da), where v is the variance of the data's actions around
-       the clone. A Gaussian mu has its optimum at m + beta v dQ/da, so beta is a distance from mu in standard deviations of the
-       data's actions: it depends neither on the scale of rewards nor on how narrow the data are.
+  [F5] `q_grad_norm="spread"`: dQ/da in units of sqrt(v), the spread of the data's actions around the clone, bounded in every
+       state (`functional.spread_gradient`). A Gaussian mu has its optimum at m + beta v dQ/da, so that beta becomes a distance
+       from mu in standard deviations of the data's actions, whatever the scale of rewards and however narrow the data.
 Critic stage: Q regresses on r + gamma (1 - d) V(s'), V on an expectile of Qbar(s, a): networks/critics.py, Eq. (5), (6). The
 official code also trains an IQL policy, for monitoring only; we do not.
 """

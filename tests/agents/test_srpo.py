@@ -13,6 +13,7 @@ from toy import line_data
 
 from diffagents import SRPO
 from diffagents.diffusion.sde import vp_alpha_sigma
+from diffagents.functional import spread_gradient
 from diffagents.types import Batch, Spec
 
 MEAN, VAR, BEST = 0.3, 0.04, -0.5  # data N(MEAN, VAR I); Q(s, a) = -|a - BEST|^2
@@ -111,7 +112,7 @@ def test_q_grad_norm(norm: str, length: float) -> None:
 
 
 def test_q_grad_norm_in_the_spread_of_the_data() -> None:
-    """v dQ/da / rms(sqrt(v) dQ/da), with v around the clone [F5]; the rest of the gradient does not depend on beta."""
+    """The step of `spread_gradient` with v around the clone [F5]; the rest of the gradient does not depend on beta."""
     var, gradients = torch.tensor([0.01, 0.25]), []
     for beta in (1.0, 2.0):
         agent = SRPO(seed=0, verbose=0, device="cpu", q_grad_norm="spread", precondition=True, beta=beta)
@@ -120,7 +121,7 @@ def test_q_grad_norm_in_the_spread_of_the_data() -> None:
         agent.behavior.net.log_var.data = var.log()  # type: ignore[union-attr]
         gradients.append(gradient(agent, 0.4, 1000))
     g = torch.full((2,), -2.0 * (0.4 - BEST))
-    expected = var * g / (var * g.square()).mean().sqrt()
+    expected = spread_gradient(g.expand(2, 2), var)[0]  # the same in every row
     torch.testing.assert_close(gradients[0] - gradients[1], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="q_grad_norm='spread' needs precondition=True"):
         SRPO(q_grad_norm="spread")

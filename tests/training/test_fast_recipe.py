@@ -122,24 +122,26 @@ def test_returns_go_on_after_a_time_out_and_end_at_a_termination() -> None:
 
 
 def test_the_ascent_does_not_depend_on_the_scale_of_q() -> None:
-    gradient, act = torch.randn(8, 2), torch.randn(8, 2, requires_grad=True)
+    gradient, act, var = torch.randn(8, 2), torch.randn(8, 2, requires_grad=True), torch.tensor([0.25, 0.5])
 
     def ascent(k: float) -> torch.Tensor:
-        loss = gradient_ascent_loss(lambda a: (k * gradient * a).sum(-1), act, torch.tensor([0.25, 0.25]))
-        return torch.autograd.grad(loss, act)[0]
+        return torch.autograd.grad(gradient_ascent_loss(lambda a: (k * gradient * a).sum(-1), act, var), act)[0]
 
-    one, ten = ascent(1.0), ascent(10.0)
-    torch.testing.assert_close(one, ten)
-    torch.testing.assert_close(one, -0.5 * gradient / gradient.square().mean().sqrt() / 16)
+    torch.testing.assert_close(ascent(1.0), ascent(10.0))
+    torch.testing.assert_close(ascent(1.0), -spread_gradient(gradient, var) / 16)
 
 
-def test_steps_are_measured_in_the_spread_of_the_data() -> None:
-    """In a = sqrt(v) u they are the plain gradient in units of its root mean square, however v differs between dimensions."""
+def test_steps_are_measured_in_the_spread_of_the_data_and_bounded() -> None:
+    """In a = m + sqrt(v) u: u = sqrt(v) g / r, divided by sqrt(1 + mean u^2) in each row."""
     torch.manual_seed(0)
     gradient, var = torch.randn(500, 3), torch.tensor([0.01, 0.2, 1.0])
-    in_u = spread_gradient(gradient, var) / var.sqrt()
-    torch.testing.assert_close(in_u.square().mean(), torch.tensor(1.0))
-    torch.testing.assert_close(in_u / in_u[0, 0], var.sqrt() * gradient / (var[0].sqrt() * gradient[0, 0]))
+    gradient[0] *= 1000.0
+    step = spread_gradient(gradient, var) / var.sqrt()
+    u = var.sqrt() * gradient
+    u = u / u.square().mean().sqrt()
+    size = u.square().mean(-1, keepdim=True)
+    torch.testing.assert_close(step, u / (1.0 + size).sqrt())
+    assert 0.99 < step[0].square().mean().sqrt() < 1.0 and step.square().mean(-1).max() < 1.0
 
 
 def test_unit_returns_have_standard_deviation_one() -> None:
