@@ -247,7 +247,29 @@ def overview(cells: Mapping[str, Sequence[Run]]) -> str:
         ]
         data = value_of(next(iter(row.values()))[0]["data"], unit)
         lines.append(f"| `{dataset}` | {unit} | {data:.1f} | {' | '.join(entries)} |")
+    lines += _mean_row(cells, algorithms)
     return "\n".join([*lines, "", "(1): one seed. -: not run. Bold: the highest mean, regardless of the intervals.\n"])
+
+
+def _mean_row(cells: Mapping[str, Sequence[Run]], algorithms: Sequence[str]) -> list[str]:
+    """The mean over all datasets on the D4RL scale, of the algorithms that ran on every one of them; no row for one dataset."""
+    units = _units(cells)
+    scored = {dataset: row for dataset, row in _by_dataset(cells).items() if units[dataset] == "D4RL scale"}
+    if len(scored) < 2:
+        return []
+    data = np.mean([value_of(next(iter(row.values()))[0]["data"], "D4RL scale") for row in scored.values()])
+    entries = [
+        f"{np.mean([mean_interval(_lasts(row[name], 'D4RL scale'))[0] for row in scored.values()]):.1f}"
+        if all(name in row for row in scored.values())
+        else "-"
+        for name in algorithms
+    ]
+    return [f"| mean of these {len(scored)} | D4RL scale | {data:.1f} | {' | '.join(entries)} |"]
+
+
+def clone_among(names: Iterable[str]) -> str | None:
+    """The algorithm with which the others are compared: BC, a deterministic clone; if it was not run, DiffusionBC."""
+    return next((name for name in ("BC", "DiffusionBC") if name in names), None)
 
 
 def details(cells: Mapping[str, Sequence[Run]], command: str) -> str:
@@ -281,14 +303,14 @@ def _unique(values: Any) -> str:
     return ", ".join(dict.fromkeys(html.escape(str(value or "-")) for value in values))
 
 
-def verdicts(cells: Mapping[str, Sequence[Run]], baseline: str = "DiffusionBC") -> str:
-    """A list of the cells whose mean over seeds does not exceed the mean of the data, or that of behaviour cloning.
+def verdicts(cells: Mapping[str, Sequence[Run]]) -> str:
+    """A list of the cells whose mean over seeds does not exceed the mean of the data, or that of the clone (`clone_among`).
 
     Args:
         cells: the runs by cell.
-        baseline: name of the algorithm that clones the data.
     """
     lines, units, alone = [], _units(cells), []
+    baseline = clone_among(_column(members) for members in cells.values()) or "DiffusionBC"
     for dataset, row in _by_dataset(cells).items():
         if baseline not in row:
             alone.append(f"`{dataset}`")
@@ -345,7 +367,12 @@ def draw_curves(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
     names = sorted({name for row in rows.values() for name in row})
     for i, (dataset, row) in enumerate(rows.items()):
         axes, unit = figure.add_subplot(height, columns, i + 1), units[dataset]
+        clone = clone_among(row)
         for name, members in row.items():
+            if name == clone:
+                level = mean_interval(_lasts(members, unit))[0]
+                axes.axhline(level, color="black", linestyle="--", linewidth=1, label=f"{name}, the clone")
+                continue
             curves = [curve_of(run) for run in members if len(run["curve"]) == len(members[0]["curve"])]
             if not curves[0]:
                 continue

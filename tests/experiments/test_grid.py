@@ -420,6 +420,20 @@ def test_the_best_evaluation_counts_the_last_policy_with_all_its_episodes() -> N
     assert report.best_of(run("IQL", 0, 50.0, curve=[]))["mean_return"] == 500.0
 
 
+def test_the_clone_is_bc_if_it_was_run() -> None:
+    runs = [run("DiffusionBC", 0, 45.0), run("BC", 0, 70.0), run("IQL", 0, 50.0)]
+    text = report.verdicts(report.cells_of(runs))
+    assert "IQL (50.0, 1 seed) does not beat BC (70.0)" in text and "DiffusionBC (45.0, 1 seed) does not beat BC (70.0)" in text
+    assert report.clone_among(["IQL"]) is None
+
+
+def test_the_mean_over_datasets_is_that_of_algorithms_with_all_of_them() -> None:
+    runs = [run("BC", 0, 40.0), run("BC", 0, 60.0, dataset="a/two-v0"), run("IQL", 0, 50.0)]
+    text = report.overview(report.cells_of(runs))
+    assert "| mean of these 2 | D4RL scale | 30.0 | 50.0 | - |" in text
+    assert "mean of these" not in report.overview(report.cells_of(runs[:1]))
+
+
 def test_verdicts_without_a_baseline_say_so() -> None:
     text = report.verdicts(report.cells_of([run("IQL", 0, 50.0)]))
     assert "DiffusionBC was not run on `a/one-v0`" in text and "and DiffusionBC wherever" not in text
