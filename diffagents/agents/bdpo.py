@@ -35,6 +35,9 @@ Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a
   [F4] `deterministic_backup`: the path in the target of Q has no noise: the value of the action that acts (`select="first"`).
   [F5] With `precondition`, sigma_n^2 in the penalty is the reverse variance of the Gaussian around the clone in each dimension.
        beta_n is that of actions of unit variance, and would let narrow data be left by many of their standard deviations.
+  [F6] `q_norm="spread"`: the policy ascends the gradient of V_n-1 in units of the standard deviations of [F5], bounded in every
+       state (`functional.spread_gradient`), against eta l_n: 1 / eta bounds each step's distance from nu in these deviations.
+       As eta is then no weight in units of reward, the targets of Q and V omit the penalty.
 """
 
 import copy
@@ -54,7 +57,7 @@ from diffagents.config.recipe import COSINE, DETERMINISTIC_BACKUP, PRECONDITION,
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.sampler import Sampler
 from diffagents.diffusion.chain import SOLVERS, check_solver, reverse_mean, reverse_var
-from diffagents.functional import SELECT, polyak_update_, select_action, td_target
+from diffagents.functional import SELECT, action_gradient, polyak_update_, select_action, spread_gradient, td_target
 from diffagents.networks.diffusion_policy import ChainPolicy, DenoiserOnStates, bind_states
 from diffagents.networks.mlp import MLP, EnsembleMLP, Mish, mish, orthogonal_, sinusoids
 from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss, clone_variance, without_clone
@@ -159,6 +162,12 @@ class BDPOConfig(Hyperparameters):
         False, "Whether observations are normalised by the mean and standard deviation of the data."
     )
     deterministic_backup: bool = hyperparameter(False, DETERMINISTIC_BACKUP)
+    q_norm: str = hyperparameter(
+        "none",
+        'Unit of Q in the policy\'s loss: "none", that of rewards; "spread" steps along the gradient in units of the spread of '
+        "the behaviour model's steps, with 1 / eta the largest step [F6].",
+        choices=("none", "spread"),
+    )
     cosine: bool = hyperparameter(False, COSINE)
     precondition: bool = hyperparameter(False, PRECONDITION)
     return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
@@ -173,6 +182,8 @@ class BDPOConfig(Hyperparameters):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_solver(self.solver, self.solver_steps, self.n_diffusion_steps)
+        if self.q_norm == "spread" and not self.precondition:
+            raise ValueError("q_norm='spread' needs precondition=True, which measures the spread around a clone")
         if self.aggregation == "convex" and self.rho > 1:
             raise ValueError(f'rho={self.rho!r} must be at most 1, the share of the minimum, with aggregation="convex"')
 
@@ -368,7 +379,8 @@ class BDPO(Agent):
     def losses_of(self, batch: Batch, noise: Noise, q_td_target: Tensor) -> tuple[tuple[Tensor, Tensor], Metrics]:
         """Squared errors of Q to its target (B,), and of V_n to z; both targets precede the step of either network."""
         with torch.no_grad():
-            v_target, penalty = self.step_objective(batch, noise, self.policy_ema)
+            mean, penalty = self.step(batch, noise, self.policy_ema)
+            v_target = self.value_before(batch.obs, mean, noise) - self.kl_weight_in_values * penalty
         a_n = self.policy.perturbed(batch.act, noise["eps"], noise["i"])
         q = self.critic(torch.cat([batch.obs, batch.act], -1))  # (E, B)
         v = self.value(batch.obs, a_n, noise["i"])  # (E, B)
@@ -401,36 +413,48 @@ class BDPO(Agent):
                 x = x + chain.beta_std[i] * z
         q = self.critic_target.on_parts(obs, x)  # (E, B, K)
         q = q.amax(-1) if c.max_q_backup else q.mean(-1)  # [D4]
-        next_v = self.aggregate(q, noise) - c.eta / self.state.constraint_relaxation * penalty.mean(-1)
+        next_v = self.aggregate(q, noise) - self.kl_weight_in_values * penalty.mean(-1)
         return td_target(batch.rew, batch.done, next_v, c.gamma, batch.extras.get("floor")), penalty
 
-    def step_objective(self, batch: Batch, noise: Noise, policy: ChainPolicy) -> tuple[Tensor, Tensor]:
-        """agg_e mean_k Vbar_n-1,e(s, a^n-1_k) - eta l_n (B,), one step of `policy` from noised data; and l_n (B,).
-
-        With the policy's EMA it is the target of the value; with the policy itself, the objective of the policy.
-        """
-        c, chain, i = self.config, self.policy.chain, noise["i"]
+    def step(self, batch: Batch, noise: Noise, policy: ChainPolicy) -> tuple[Tensor, Tensor]:
+        """The mean (B, A) of a^n-1 that `policy` predicts from the data's action with noise, and l_n (B,)."""
+        i = noise["i"]
         a_n = self.policy.perturbed(batch.act, noise["eps"], i)
         eps = policy.net(a_n, batch.obs, i)
         with torch.no_grad():
             eps_nu = self.behavior_ema.net(a_n, batch.obs, i)
-        penalty = self.penalty(eps, eps_nu, i)
-        mean = reverse_mean(chain, i[:, None], a_n, eps, c.clip_x0)
-        std = torch.where(i > 0, chain.beta_std[i], 0.0)
+        mean = reverse_mean(self.policy.chain, i[:, None], a_n, eps, self.config.clip_x0)
+        return mean, self.penalty(eps, eps_nu, i)
+
+    def value_before(self, obs: Tensor, mean: Tensor, noise: Noise) -> Tensor:
+        """agg_e mean_k Vbar_n-1,e(s, a^n-1_k) (B,), with K actions a^n-1 around their mean (B, A)."""
+        i = noise["i"]
+        std = torch.where(i > 0, self.policy.chain.beta_std[i], 0.0)
         before = mean[:, None] + std[:, None, None] * noise["z"]  # (B, K, A), a^n-1
-        v = self.value_target(batch.obs, before, (i - 1).clamp(min=0)).mean(-1)  # (E, B); not used where n = 1
-        q = self.critic_target(torch.cat([batch.obs, mean], -1))  # (E, B); where n = 1, all K actions are the mean
-        next_v = torch.where(i > 0, v, q)  # V_0 = Q
-        return self.aggregate(next_v, noise) - c.eta / self.state.constraint_relaxation * penalty, penalty
+        v = self.value_target(obs, before, (i - 1).clamp(min=0)).mean(-1)  # (E, B); not used where n = 1
+        q = self.critic_target(torch.cat([obs, mean], -1))  # (E, B); where n = 1, all K actions are the mean
+        return self.aggregate(torch.where(i > 0, v, q), noise)  # V_0 = Q
+
+    @property
+    def kl_weight(self) -> float:
+        """eta, or what is left of it [O2]."""
+        return self.config.eta / self.state.constraint_relaxation
+
+    @property
+    def kl_weight_in_values(self) -> float:
+        """eta in the targets of Q and V, where it is in units of reward; 0 if it is not [F6]."""
+        return 0.0 if self.config.q_norm == "spread" else self.kl_weight
 
     def penalty(self, eps: Tensor, eps_nu: Tensor, i: int | Tensor) -> Tensor:
         """l_n = w_n || eps_pi - eps_nu ||^2, (..., A) -> (...)."""
         if self.config.precondition:  # [F5]
-            chain = self.policy.chain
-            var = reverse_var(chain, clone_variance(self.behavior_ema.net))  # (T, A)
-            weights = (self.step_weights * chain.beta)[:, None] / var
+            weights = (self.step_weights * self.policy.chain.beta)[:, None] / self.reverse_variances()
             return (weights[i] * (eps - eps_nu).square()).sum(-1)
         return self.step_weights[i] * (eps - eps_nu).square().sum(-1)
+
+    def reverse_variances(self) -> Tensor:
+        """Of the steps of the behaviour model around its clone, (T, A) [F5]."""
+        return reverse_var(self.policy.chain, clone_variance(self.behavior_ema.net))
 
     def aggregate(self, q: Tensor, noise: Noise) -> Tensor:
         """(E, B) -> (B,) [D3]."""
@@ -454,7 +478,14 @@ class BDPO(Agent):
 
     def policy_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Minus the objective of one denoising step, by the policy."""
-        loss = -self.step_objective(batch, noise, self.policy)[0].mean()
+        mean, penalty = self.step(batch, noise, self.policy)
+        if self.config.q_norm == "spread":  # [F6]
+            gradient = action_gradient(lambda a: self.value_before(batch.obs, a, noise), mean)
+            var = self.reverse_variances()[noise["i"]]  # (B, A)
+            ascent = (spread_gradient(gradient, var) / var * mean).sum(-1)
+        else:
+            ascent = self.value_before(batch.obs, mean, noise)
+        loss = -(ascent - self.kl_weight * penalty).mean()
         return loss, {"policy_loss": loss.detach()}
 
     def follow_policy(self) -> None:

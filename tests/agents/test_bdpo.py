@@ -76,7 +76,9 @@ def test_no_penalty_and_no_pull_where_the_policy_is_the_behaviour() -> None:
     agent.policy_ema.load_state_dict(agent.behavior_ema.state_dict())
     batch = batch_of(16)
     _, path = agent.q_target(batch, agent.draw_critics(16, agent.generator))
-    objective, step = agent.step_objective(batch, agent.draw_policy(16, agent.generator), agent.policy)
+    noise = agent.draw_policy(16, agent.generator)
+    mean, step = agent.step(batch, noise, agent.policy)
+    objective = agent.value_before(batch.obs, mean, noise)
     assert path.abs().max() == 0 and step.abs().max() == 0 and objective.abs().max() > 0
     gradients = torch.autograd.grad(step.sum(), list(agent.policy.parameters()), retain_graph=True)
     assert all(g.abs().max() == 0 for g in gradients)
@@ -112,8 +114,34 @@ def test_first_step_of_the_chain_is_valued_by_q_the_others_by_v_of_the_step_belo
     agent.critic_target.forward = lambda pairs: torch.full((3, len(pairs)), -1.0)  # type: ignore[method-assign]
     batch = batch_of(5)
     noise = {"i": torch.arange(5), "eps": torch.randn(5, 2), "z": torch.randn(5, 2, 2)}
-    objective, _ = agent.step_objective(batch, noise, agent.policy)
+    objective = agent.value_before(batch.obs, agent.step(batch, noise, agent.policy)[0], noise)
     torch.testing.assert_close(objective.detach(), torch.tensor([-1.0, 10.0, 11.0, 12.0, 13.0]))
+
+
+def test_the_distance_from_the_behaviour_is_one_over_eta_at_most() -> None:
+    """[F6] Where V is linear with the same slope everywhere, the optimum is one half-bounded step from the behaviour's mean."""
+    agent = small(eta=4.0, precondition=True, q_norm="spread", aggregation="mean", clip_x0=False).learn(DATA)
+    agent.policy.load_state_dict(agent.behavior_ema.state_dict())
+    slope = torch.tensor([3.0, -50.0])
+    agent.value_target.forward = lambda obs, act, i: (act @ slope).expand(3, -1, -1)  # type: ignore[method-assign]
+    agent.critic_target.forward = lambda pairs: (pairs[:, -2:] @ slope).expand(3, -1)  # type: ignore[method-assign]
+    batch, n = batch_of(5), torch.arange(5)
+    noise = {"i": n, "eps": torch.randn(5, 2), "z": torch.randn(5, 2, 2)}
+    var = agent.reverse_variances()  # (T, A)
+    u = var.sqrt() * slope
+    u = u / u.square().mean().sqrt()
+    shift = var.sqrt() * u / (1.0 + u.square().mean(-1, keepdim=True)).sqrt() / 4.0
+    assert (shift / var.sqrt()).square().mean(-1).max() < 1.0 / 16.0
+    start, _ = agent.step(batch, noise, agent.behavior_ema)
+    chain, predicted = agent.policy.chain, agent.policy.net.forward
+    per_eps = chain.from_x0 * chain.noise / chain.signal  # of the mean, by a unit of predicted noise
+    agent.policy.net.forward = lambda *args: predicted(*args) - shift / per_eps[:, None]  # type: ignore[method-assign]
+    torch.testing.assert_close(agent.step(batch, noise, agent.policy)[0], start + shift, rtol=1e-4, atol=1e-5)
+    loss, _ = agent.policy_loss(batch, noise)
+    gradients = torch.autograd.grad(loss, list(agent.policy.net.net.parameters()))  # type: ignore[union-attr]
+    assert max(float(g.abs().max()) for g in gradients) < 1e-4
+    with pytest.raises(ValueError, match="q_norm='spread' needs precondition=True"):
+        small(q_norm="spread")
 
 
 def test_order_of_a_run() -> None:
@@ -287,10 +315,11 @@ def test_every_option_changes_the_result() -> None:
     results["softmax"] = run({**base, "select": "softmax"})
     for kind in ("mean", "convex", "random_convex"):
         results[kind] = run({**base, "aggregation": kind})
+    results["q_norm"] = run({**base, "precondition": True, "q_norm": "spread"})
     results["default"] = run(base)
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same"
-    assert {*other, "temperature", "solver_steps"} == offline_knobs("BDPO")
+    assert {*other, "q_norm", "temperature", "solver_steps"} == offline_knobs("BDPO")
 
 
 def run(knobs: dict[str, Any]) -> np.ndarray:
