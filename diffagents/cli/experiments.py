@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffagents.cli.options import DEVICE_HELP, add_policy, env_arguments, environment, policy, say
+from diffagents.cli.options import DEVICE_HELP, add_policy, env_arguments, environment, policy, preset, say, value
 from diffagents.errors import one_line
 from diffagents.registry import AGENTS
 
@@ -123,7 +123,7 @@ def add_commands(command: Command) -> None:
         "--episodes", dest="n_episodes", type=int, default=10, metavar="N", help="Episodes per trial for --objective return."
     )
     one.add_argument("--steps", type=int, metavar="N", help="Gradient steps of each agent.")
-    one.add_argument("--preset", help="As for train.")
+    one.add_argument("--preset", type=value, default=argparse.SUPPRESS, help="As for train.")
     one.add_argument(
         "--env", metavar="ID", help="Environment that provides the exact spaces and is used by --objective return."
     )
@@ -270,7 +270,7 @@ def tune(args: argparse.Namespace) -> None:
     search = _options(args, "n_trials", "hyperparameter", "low", "high", "objective", "n_episodes", "storage")
     if args.knob is not None:
         search["knob"] = args.knob
-    settings = _options(args, "steps", "env", "seed", "device", "preset")
+    settings = _options(args, "steps", "env", "seed", "device") | preset(args)
     with contextlib.redirect_stdout(sys.stderr):
         report = tuning.tune(args.algorithm, args.dataset, **search, **settings)
         report.agent.save_pretrained(args.out, include_trainer_state=True)

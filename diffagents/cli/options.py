@@ -58,6 +58,11 @@ def hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
     return {k.removeprefix(HYPERPARAMETER): v for k, v in vars(args).items() if k.startswith(HYPERPARAMETER)}
 
 
+def preset(args: argparse.Namespace) -> dict[str, Any]:
+    """The argument `preset` of the constructor if --preset was passed, else nothing; --preset none passes None."""
+    return {"preset": args.preset} if "preset" in args else {}
+
+
 def value(text: str) -> Any:
     """The value of a word of the command line: a Python literal, true, false, none or null, else the text itself."""
     try:
