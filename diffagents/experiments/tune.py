@@ -225,6 +225,8 @@ def tune(
         settings = {**found.needs, **settings}
     base: Agent = cls(env=env, seed=seed, device=device, verbose=max(0, verbose - 1), **settings)
     found = _around_fast(found, base, low, high, log)
+    check_number("low", found.low, "must be positive for log=True", lambda x: x > 0 or not found.log)
+    check_number("high", found.high, f"must be above low={found.low:g}", lambda x: x > found.low)
     data = load_dataset(dataset, env=env, obs_keys=None if isinstance(dataset, Transitions) else base.obs_keys)
     where = env if env is not None else data.info.get("env_spec")
     if objective == "return" and where is None:
@@ -345,14 +347,12 @@ def _search_range(algorithm: str, name: str | None, low: float | None, high: flo
         main = SearchRange(str(name), low, high, low > 0, "the call", tuple(cls.STAGE_SHARES))
     elif (low, high) != (None, None):
         main = dataclasses.replace(main, source=f"the call ({main.source})")
-    searched = dataclasses.replace(
+    return dataclasses.replace(
         main,
         low=main.low if low is None else low,
         high=main.high if high is None else high,
         log=main.log if log is None else log,
     )
-    _check_range(searched)
-    return searched
 
 
 def _around_fast(searched: SearchRange, agent: "Agent", low: float | None, high: float | None, log: bool | None) -> SearchRange:
@@ -366,20 +366,13 @@ def _around_fast(searched: SearchRange, agent: "Agent", low: float | None, high:
         return searched
     value, count = getattr(agent.config, searched.name), isinstance(getattr(agent.config, searched.name), int)
     ends = (min(searched.low, value), max(searched.high, value)) if count else (value / FACTOR, value * FACTOR)
-    around = dataclasses.replace(
+    return dataclasses.replace(
         searched,
         low=ends[0] if low is None else low,
         high=ends[1] if high is None else high,
         log=True if log is None else log,
         source=f"the published one, extended to {value}" if count else f"a factor of {FACTOR:g} around {value:g}",
     )
-    _check_range(around)
-    return around
-
-
-def _check_range(searched: SearchRange) -> None:
-    check_number("low", searched.low, "must be positive for log=True", lambda x: x > 0 or not searched.log)
-    check_number("high", searched.high, f"must be above low={searched.low:g}", lambda x: x > searched.low)
 
 
 def _study(optuna: Any, storage: str | None, about: dict[str, Any]) -> "optuna.Study":
