@@ -371,7 +371,7 @@ def _around_fast(searched: SearchRange, agent: "Agent", low: float | None, high:
         low=ends[0] if low is None else low,
         high=ends[1] if high is None else high,
         log=True if log is None else log,
-        source=f"the published one, extended to {value}" if count else f"a factor of {FACTOR:g} around {value:g}",
+        source=f"{searched.source}; and {value}" if count else f"the value {value:g}, a factor of {FACTOR:g} either way",
     )
 
 

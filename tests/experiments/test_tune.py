@@ -77,7 +77,8 @@ def test_the_range_contains_the_value_of_the_preset(name: str) -> None:
         assert found == published
     elif isinstance(value, float):
         assert (found.low, found.high, found.log) == (value / 5, value * 5, True)
-    assert tune_module._around_fast(published, agent, found.high / 2, None, None).low == found.high / 2
+    given = tune_module._search_range(name, None, value, None, None)
+    assert tune_module._around_fast(given, agent, value, None, None).low == value
 
 
 def test_the_presets_value_is_the_first_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,9 +125,9 @@ def test_a_subclass_elsewhere_shares_the_presets_of_its_algorithm() -> None:
 
 def test_what_builds_on_the_clone_needs_it() -> None:
     with pytest.raises(ValueError, match="bootstrap='policy' needs precondition=True"):
-        diffagents.SRPO(bootstrap="policy")
+        diffagents.SRPO(preset=None, bootstrap="policy")
     with pytest.raises(ValueError, match="constraint='behavior' needs returns_share"):
-        diffagents.DiffCPS(constraint="behavior")
+        diffagents.DiffCPS(preset=None, constraint="behavior")
     agent = small("SRPO", preset="fast")
     with pytest.raises(ValueError, match="which the behaviour stage trains"):
         agent.learn(DATA, stages=("critic",))
