@@ -147,7 +147,7 @@ def test_a_seed_decides_the_search(best_at_3: list[Agent]) -> None:
 
 def test_the_users_value_of_the_hyperparameter_replaces_the_default(best_at_3: list[Agent]) -> None:
     assert values(quick(alpha=1.5, n_trials=2))[0] == 1.5
-    assert all(3.0 <= value <= 4.0 for value in values(quick(low=3.0, n_trials=2)))  # the default lies outside
+    assert all(3.0 <= value <= 4.0 for value in values(quick(preset=None, low=3.0, n_trials=2)))  # the default lies outside
 
 
 @pytest.mark.parametrize("storage", ["file", "sqlite"])
@@ -236,7 +236,7 @@ def test_a_diverged_estimate_is_a_failed_trial(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_estimate_itself_and_the_report() -> None:
-    report = quick(n_trials=2)
+    report = quick(preset=None, n_trials=2)
     assert all(trial.score is not None and trial.seconds > 0 for trial in report.trials)
     text = str(report)
     assert "TD3BC alpha, range from arXiv:2106.06860" in text and "<- best" in text and "0 environment episodes used" in text
