@@ -391,7 +391,7 @@ class DiffCPS(Agent):
         Args:
             actor: Path or state dict of `actor_<n>.pth`.
             critic: Path or state dict of `critic_<n>.pth`.
-            **kwargs: Arguments of the constructor.
+            **kwargs: Arguments of the constructor, whose `preset` is None by default here.
 
         Raises:
             FileNotFoundError: If a file does not exist.

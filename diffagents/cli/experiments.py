@@ -108,7 +108,8 @@ def add_commands(command: Command) -> None:
     one.add_argument(
         "--hyperparameter",
         metavar="NAME",
-        help="The hyperparameter to search. Default: the main one of the algorithm, over its published range.",
+        help="The hyperparameter to search. Default: the main one of the algorithm, over its published range or around the "
+        "value that the preset sets.",
     )
     one.add_argument("--knob", help=argparse.SUPPRESS)  # the old name of --hyperparameter
     one.add_argument("--low", type=float, help="Lower end of the range.")
