@@ -52,8 +52,9 @@ class Agent(ABC):
     Args:
         policy: "MlpPolicy", the only supported policy; "MultiInputPolicy" is accepted as the same for Dict observations.
         env: None, an environment id, a Gymnasium Env or an SB3 VecEnv. Defines the spaces and is used by callbacks.
-        preset: None, the paper's defaults; "fast", a recipe for all datasets that takes minutes on a CPU; "auto" (the paper's
-            row of zoo/<algorithm>.yml for the dataset's id); "paper" (that row with the paper's budget); or a row's name.
+        preset: "fast", a recipe for all datasets that takes minutes on a CPU (the block `fast` of zoo/<algorithm>.yml; an
+            algorithm without such a file has none); None, the paper's algorithm as its Config declares it; "auto" (the paper's
+            row for the dataset's id); "paper" (that row with the paper's budget); or a row's name.
         obs_keys: Which entries of a Dict observation to concatenate, in this order.
         policy_kwargs: `net_arch`, a list or a dict such as {"pi": [256, 256], "qf": [256, 256]}.
         tensorboard_log: Folder of TensorBoard logs.
@@ -105,7 +106,7 @@ class Agent(ABC):
         policy: str = "MlpPolicy",
         env: Any = None,
         *,
-        preset: str | None = None,
+        preset: str | None = presets.FAST,
         obs_keys: Sequence[str] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         tensorboard_log: str | None = None,
@@ -119,12 +120,18 @@ class Agent(ABC):
         check_arguments(policy, obs_keys, policy_kwargs)
         check_choice("compile", compile, ("auto", *MODES))
         self.explicit = dict(hyperparameters)  # these take precedence over any preset
+        if preset == presets.FAST and not presets.has_presets(self.presets_name()):
+            preset = None  # an algorithm of the user's own
         values: dict[str, Any] = {}
         if preset is not None:  # raises for an unknown name at once
             resolved = presets.resolve_preset(self.presets_name(), preset, None)[1]
             values = resolved if preset == presets.FAST else values  # the others depend on the dataset
         self.preset, self.policy_kwargs = preset, {**values.pop("policy_kwargs", {}), **(policy_kwargs or {})}
-        self.config = build_config(self.Config, type(self).__name__, {**values, **hyperparameters})
+        try:
+            self.config = build_config(self.Config, type(self).__name__, {**values, **hyperparameters})
+        except ValueError as error:
+            build_config(self.Config, type(self).__name__, hyperparameters)  # raises if they are wrong by themselves
+            raise ValueError(f"{error}; preset={preset!r} set the other value: pass your own, or preset=None") from None
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
         self.tensorboard_log, self.verbose = tensorboard_log, verbose
         self.compile, self.tf32 = compile, tf32

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffagents.torch_internals import for_each
+from diffagents.types import Batch, Metrics
 
 SELECT = ("softmax", "argmax", "first")
 """The values of `select` that `select_action` knows."""
@@ -100,6 +101,21 @@ def returns_to_go(rew: Tensor, done: Tensor, episode_ends: Tensor, gamma: float)
             next_value[end - 1] = rew[max(first, end - horizon) : end].mean() / (1.0 - gamma)
         first = end
     return lambda_returns(rew, done, next_value, episode_ends, gamma, 1.0)
+
+
+def return_loss(critic: Callable[[Tensor], Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
+    """The squared errors of an ensemble's Q(s, a) to the returns of the data, with which a stage may begin.
+
+    Args:
+        critic: Q of [observation, action], an ensemble: (B, S + A) -> (E, B).
+        batch: Transitions with `extras["returns"]`, (B,) (`data.sampler.Sampler.with_returns`).
+
+    Returns:
+        The sum over the members of their mean squared errors, a scalar, and the metrics `return_loss` and `q`.
+    """
+    q = critic(torch.cat([batch.obs, batch.act], -1))  # (E, B)
+    loss = (q - batch.extras["returns"]).square().mean(-1).sum()
+    return loss, {"return_loss": loss.detach(), "q": q.detach().mean()}
 
 
 def action_gradient(value: Callable[[Tensor], Tensor], act: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
 SHIPPED = "diffagents/reacher/replay-v0"
-# For the included dataset: small networks and short stages, minutes on two cores. Other datasets use the library's defaults.
+# For the included dataset: the paper's algorithm with short stages, minutes on two cores. Others use the library's defaults.
 SHIPPED_SETTINGS = {
+    "preset": None,
     "beta": 0.1,
     "critic_steps": 15_000,
     "behavior_steps": 5_000,
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--total-timesteps", type=int, default=None, help="total number of gradient steps, instead of the defaults"
     )
-    parser.add_argument("--preset", default=None, help='"auto", "paper" or a row of zoo/srpo.yml')
+    parser.add_argument("--preset", help='"fast", "auto", "paper" or a row of zoo/srpo.yml')
     parser.add_argument(
         "--beta", type=float, default=None, help="main hyperparameter of SRPO: large = greedy, small = near the data"
     )
@@ -47,8 +48,7 @@ def main() -> None:
     from diffagents import SRPO, evaluate, load_dataset, record_video
 
     settings = dict(SHIPPED_SETTINGS) if args.dataset == SHIPPED else {}
-    if args.beta is not None:
-        settings["beta"] = args.beta
+    settings |= {name: value for name in ("preset", "beta") if (value := getattr(args, name)) is not None}
     data = load_dataset(args.dataset, env=args.env, verbose=1)
     env = args.env or data.info["env_spec"]
     if env is None:
@@ -57,7 +57,7 @@ def main() -> None:
     rows = []
     for seed in args.seeds:
         start = time.perf_counter()
-        agent = SRPO(seed=seed, preset=args.preset, **settings).learn(data, total_timesteps=args.total_timesteps)
+        agent = SRPO(seed=seed, **settings).learn(data, total_timesteps=args.total_timesteps)
         seconds = time.perf_counter() - start
         # Both policies play the same episodes: same number, same seeds.
         cloned = evaluate(agent.behavior_policy(), env, args.episodes, n_envs=args.episodes, deterministic=False)

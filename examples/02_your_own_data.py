@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
 
     data = record(args.episodes)
-    agent = SRPO("MlpPolicy", "Pendulum-v1", seed=0, policy_kwargs={"net_arch": [128, 128], "behavior_width": 64})
+    agent = SRPO("MlpPolicy", "Pendulum-v1", seed=0)
     agent.learn(data, total_timesteps=args.total_timesteps)
 
     with tempfile.TemporaryDirectory() as folder:

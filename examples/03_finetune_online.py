@@ -42,7 +42,7 @@ def main() -> None:
         if dataset is None:
             os.environ["MINARI_DATASETS_PATH"] = str(pathlib.Path(__file__).resolve().parent / "data")
         dataset = diffagents.load_dataset(dataset or SHIPPED)
-        agent = diffagents.SRPO(seed=0, policy_kwargs={"behavior_width": 64}).learn(dataset, args.offline_steps)
+        agent = diffagents.SRPO(seed=0).learn(dataset, args.offline_steps)
 
     scores: list[tuple[int, float]] = []
 

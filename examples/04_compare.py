@@ -4,9 +4,10 @@
   python examples/04_compare.py --seeds 0 1 --out out/compare.json                      # all of them, hours on two cores
   python examples/04_compare.py --dataset mujoco/hopper/medium-v0 --steps 200000        # any Minari id, .npz or .hdf5
 
-Every algorithm gets the same number of gradient steps, split over its stages in its paper's proportion, and plays the same
-episodes: Gaussian policies act by their mean, diffusion policies by the rule of their papers. The table shows the LAST policy.
-Each result is added to --out at once: repeating the command continues an interrupted comparison.
+The algorithms are those of the papers (preset=None). Each gets the same number of gradient steps, split over its stages in its
+paper's proportion, and plays the same episodes: Gaussian policies act by their mean, diffusion policies by the rule of their
+papers. The table shows the LAST policy. Each result is added to --out at once: repeating the command continues an interrupted
+comparison.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main() -> None:
             }
             if any(settings.items() <= run.items() for run in runs):
                 continue
-            agent = getattr(diffagents, name)(seed=seed, **hyperparameters[name])
+            agent = getattr(diffagents, name)(seed=seed, preset=None, **hyperparameters[name])
             start = time.perf_counter()
             agent.learn(data, total_timesteps=args.steps)
             seconds = time.perf_counter() - start

@@ -44,7 +44,8 @@ def main() -> None:
         if name == "SfBC":
             settings |= {"policy_kwargs": {"behavior_width": 128}, "n_support_states": 100, "learning_rate": 3e-4}
         start = time.perf_counter()
-        agent = getattr(diffagents, name)("MlpPolicy", bandits.Bandit("circle"), seed=args.seed, verbose=0, **settings)
+        settings |= {"preset": None, "seed": args.seed, "verbose": 0}  # the papers' algorithms
+        agent = getattr(diffagents, name)("MlpPolicy", bandits.Bandit("circle"), **settings)
         agent.learn(data, total_timesteps=args.steps)
         actions = agent.predict(observations)[0]
         found = bandits.measure(actions, xy)

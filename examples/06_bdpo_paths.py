@@ -40,6 +40,7 @@ def main() -> None:
         agent = BDPO(
             "MlpPolicy",
             bandits.Bandit(args.task),
+            preset=None,  # the paper's algorithm
             seed=args.seed,
             eta=args.eta,
             gamma=0.0,  # episodes have one step

@@ -105,6 +105,7 @@ def behavior_model(name: str, scaled, seed: int) -> ToySRPO:
     agent = ToySRPO(
         "MlpPolicy",
         bandits.Bandit(name),
+        preset=None,  # the paper's algorithm
         seed=seed,
         verbose=0,
         dropout=0.0,

@@ -1,4 +1,4 @@
-"""The reading budget: whoever wants to understand one update opens at most 7 of our files."""
+"""The reading budget: whoever wants to understand one update opens at most 7 of our files, with the fast preset 8."""
 
 import sys
 from collections.abc import Iterator
@@ -15,7 +15,8 @@ from toy import line_data
 import diffagents
 
 PACKAGE = Path(diffagents.__file__).parent
-MAX_FILES = 7
+MAX_FILES = {None: 7, "fast": 8}
+"""By preset: the fast one adds the network around a clone."""
 
 
 class Recorder(BaseCallback):
@@ -49,10 +50,11 @@ class Recorder(BaseCallback):
             sys.setprofile(before)
 
 
+@pytest.mark.parametrize("preset", MAX_FILES)
 @pytest.mark.parametrize("name", NAMES)
-def test_one_update_fits_in_the_head(name: str) -> None:
+def test_one_update_fits_in_the_head(name: str, preset: str | None) -> None:
     """In each stage: the functions of ours, as (file, name), that run between one call of the callback and the next."""
-    agent, recorder = small(name, preset=None), Recorder()
+    agent, recorder = small(name, preset=preset), Recorder()
     with recorder.watching():
         agent.learn(line_data(), callback=recorder, log_interval=STEPS)
     assert len(recorder.updates) == len(agent.STAGE_SHARES) * STEPS
@@ -62,4 +64,4 @@ def test_one_update_fits_in_the_head(name: str) -> None:
         files = sorted({file for file, _ in functions})
         assert str(Path("agents", agent.presets_name() + ".py")) in files
         assert "data/sampler.py" in files  # drawing the batch belongs to it
-        assert len(files) <= MAX_FILES, "\n".join(f"{file}: {name}" for file, name in sorted(functions))
+        assert len(files) <= MAX_FILES[preset], "\n".join(f"{file}: {name}" for file, name in sorted(functions))

@@ -38,7 +38,7 @@ if __name__ == "__main__":
     for name in NAMES:
         if name in actions:
             continue
-        agent = small(name, normalize_obs=True)
+        agent = small(name, preset=None, normalize_obs=True)
         agent.learn(toy_data())
         agent.save(FOLDER / f"{name}.zip", include_trainer_state=name not in LARGE)
         actions[name] = agent.predict(OBS, deterministic=True)[0].tolist()

@@ -338,7 +338,8 @@ class BDPO(Agent):
         """E || eps_nu(a^n, s, n) - eps ||^2, mean over batch and dimensions."""
         a_n = self.behavior.perturbed(batch.act, noise["eps"], noise["i"])
         loss = F.mse_loss(self.behavior.net(a_n, batch.obs, noise["i"]), noise["eps"])
-        return add_clone_loss(self.behavior.net, batch, loss, {"behavior_loss": loss.detach()})  # [F2]
+        metrics = {"behavior_loss": loss.detach()}
+        return add_clone_loss(self.behavior.net, batch, loss, metrics) if self.config.precondition else (loss, metrics)  # [F2]
 
     def follow_behavior(self) -> None:
         polyak_update_(self.behavior_ema.parameters(), self.behavior.parameters(), self.config.ema_tau)

@@ -65,10 +65,10 @@ from diffagents.functional import (
     gradient_ascent_loss,
     normalized_q_loss,
     polyak_update_,
+    return_loss,
     select_action,
     td_target,
 )
-from diffagents.networks.critics import return_loss
 from diffagents.networks.diffusion_policy import ChainPolicy, MLPDenoiser
 from diffagents.networks.mlp import EnsembleMLP, mish
 from diffagents.networks.preconditioned import PreconditionedDenoiser, add_clone_loss, clone_variance
@@ -265,7 +265,8 @@ class DiffusionQL(Agent):
     def clone_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """L_d, and the losses of the clone if there is one [F2] [F3]."""
         loss = self.bc_loss(batch, noise)
-        return add_clone_loss(self.policy.net, batch, loss, {"bc_loss": loss.detach()})
+        metrics = {"bc_loss": loss.detach()}
+        return add_clone_loss(self.policy.net, batch, loss, metrics) if self.config.precondition else (loss, metrics)
 
     def bc_loss(self, batch: Batch, noise: Noise) -> Tensor:
         """Eq. (2): the error of the predicted noise in the data's actions [D3]."""
@@ -309,7 +310,7 @@ class DiffusionQL(Agent):
         Args:
             actor: Path or state dict of `actor_<n>.pth`.
             critic: Path or state dict of `critic_<n>.pth`.
-            **kwargs: Arguments of the constructor.
+            **kwargs: Arguments of the constructor, whose `preset` is None by default here.
 
         Raises:
             FileNotFoundError: If a file does not exist.

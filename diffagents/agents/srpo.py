@@ -390,7 +390,7 @@ class SRPO(Agent):
             critic: Path or state dict of the critic, `q0.*, q0_target.*, vf.v.*`.
             policy: Path or state dict of the policy. The official code never saves it: without one, `predict` raises until
                 `learn(data, stages=("policy",))` has extracted it.
-            **kwargs: Arguments of the constructor.
+            **kwargs: Arguments of the constructor, whose `preset` is None by default here.
 
         Raises:
             FileNotFoundError: If a file does not exist.

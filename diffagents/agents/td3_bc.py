@@ -38,8 +38,7 @@ from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.config.recipe import COSINE, Q_LAYER_NORM, Q_NORM, Q_NORMS, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
-from diffagents.functional import gradient_ascent_loss, polyak_update_, td_target
-from diffagents.networks.critics import return_loss
+from diffagents.functional import gradient_ascent_loss, polyak_update_, return_loss, td_target
 from diffagents.networks.mlp import EnsembleMLP, TanhPolicy
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.updates import Noise, Optimizer, Stage, Update

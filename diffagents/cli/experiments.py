@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffagents.cli.options import DEVICE_HELP, add_policy, env_arguments, environment, policy, say
+from diffagents.cli.options import DEVICE_HELP, add_policy, env_arguments, environment, policy, preset, say, value
 from diffagents.errors import one_line
 from diffagents.registry import AGENTS
 
@@ -108,7 +108,8 @@ def add_commands(command: Command) -> None:
     one.add_argument(
         "--hyperparameter",
         metavar="NAME",
-        help="The hyperparameter to search. Default: the main one of the algorithm, over its published range.",
+        help="The hyperparameter to search. Default: the main one of the algorithm, over its published range or around the "
+        "value that the preset sets.",
     )
     one.add_argument("--knob", help=argparse.SUPPRESS)  # the old name of --hyperparameter
     one.add_argument("--low", type=float, help="Lower end of the range.")
@@ -123,7 +124,7 @@ def add_commands(command: Command) -> None:
         "--episodes", dest="n_episodes", type=int, default=10, metavar="N", help="Episodes per trial for --objective return."
     )
     one.add_argument("--steps", type=int, metavar="N", help="Gradient steps of each agent.")
-    one.add_argument("--preset", help="As for train.")
+    one.add_argument("--preset", type=value, default=argparse.SUPPRESS, help="As for train.")
     one.add_argument(
         "--env", metavar="ID", help="Environment that provides the exact spaces and is used by --objective return."
     )
@@ -270,7 +271,7 @@ def tune(args: argparse.Namespace) -> None:
     search = _options(args, "n_trials", "hyperparameter", "low", "high", "objective", "n_episodes", "storage")
     if args.knob is not None:
         search["knob"] = args.knob
-    settings = _options(args, "steps", "env", "seed", "device", "preset")
+    settings = _options(args, "steps", "env", "seed", "device") | preset(args)
     with contextlib.redirect_stdout(sys.stderr):
         report = tuning.tune(args.algorithm, args.dataset, **search, **settings)
         report.agent.save_pretrained(args.out, include_trainer_state=True)

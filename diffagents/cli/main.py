@@ -24,6 +24,7 @@ from diffagents.cli.options import (
     add_hyperparameters,
     add_policy,
     say,
+    value,
 )
 from diffagents.cli.policies import enjoy, eval_, list_, pull, push, train
 from diffagents.registry import AGENTS
@@ -105,9 +106,11 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     one.add_argument("--steps", type=int, metavar="N", help="Total number of gradient steps, split over the stages.")
     one.add_argument(
         "--preset",
-        help='"fast": a recipe for all datasets that takes minutes on a CPU. Published settings: "auto" takes the row for the '
-        'dataset, "paper" also the schedule of the paper, "official_code" the settings of the released code; or the name of '
-        "a row.",
+        type=value,
+        default=argparse.SUPPRESS,
+        help='"fast" (default): a recipe for all datasets that takes minutes on a CPU. "none": the algorithm of the paper. '
+        'Published settings: "auto" takes the row for the dataset, "paper" also the schedule of the paper, "official_code" the '
+        "settings of the released code; or the name of a row.",
     )
     one.add_argument("--seed", type=int, default=0, help="Seed of the agent. Default: 0.")
     one.add_argument("--env", metavar="ID", help="Environment that provides the exact spaces and is used by --eval.")

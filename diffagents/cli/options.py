@@ -45,9 +45,14 @@ def add_hyperparameters(parser: argparse.ArgumentParser, algorithm: str | None) 
     if algorithm is None:
         return
     from diffagents.config.hyperparameters import describe  # imports torch, for which the other commands need not wait
+    from diffagents.config.presets import FAST, resolve_preset
 
-    group = parser.add_argument_group(f"hyperparameters of {algorithm}")
-    for each in describe(registry.agent_class(algorithm).Config):
+    cls = registry.agent_class(algorithm)
+    values = resolve_preset(cls.presets_name(), FAST, None)[1]
+    shown = ", ".join(f"{name}={setting}" for name, setting in values.items()).replace("%", "%%")
+    about = f"The defaults shown are those of --preset none. The preset {FAST!r} sets {shown}."
+    group = parser.add_argument_group(f"hyperparameters of {algorithm}", about)
+    for each in describe(cls.Config):
         text = f"{each.description} ({each.summary})".replace("%", "%%")  # argparse formats it
         flag, dest = f"--{each.name.replace('_', '-')}", HYPERPARAMETER + each.name
         group.add_argument(flag, dest=dest, type=value, metavar="VALUE", default=argparse.SUPPRESS, help=text)
@@ -56,6 +61,11 @@ def add_hyperparameters(parser: argparse.ArgumentParser, algorithm: str | None) 
 def hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
     """The values of the options of `add_hyperparameters`, by name; only those that were passed."""
     return {k.removeprefix(HYPERPARAMETER): v for k, v in vars(args).items() if k.startswith(HYPERPARAMETER)}
+
+
+def preset(args: argparse.Namespace) -> dict[str, Any]:
+    """The argument `preset` of the constructor if --preset was passed, else nothing; --preset none passes None."""
+    return {"preset": args.preset} if "preset" in args else {}
 
 
 def value(text: str) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffagents.cli.options import env_arguments, environment, hyperparameters, policy, say
+from diffagents.cli.options import env_arguments, environment, hyperparameters, policy, preset, say
 from diffagents.errors import ArtifactError, TrainingDiverged, short
 from diffagents.registry import AGENTS, agent_class
 
@@ -30,8 +30,9 @@ def train(args: argparse.Namespace) -> None:
     values = hyperparameters(args)
     cls: Any = agent_class(args.algorithm)
     settings = {"device": args.device, "verbose": int(not args.quiet), "tensorboard_log": args.tensorboard}
+    chosen = preset(args)
     if args.resume:
-        if values or args.preset or args.net_arch or args.steps:
+        if values or chosen or args.net_arch or args.steps:
             raise ValueError("--resume continues the run as planned: omit hyperparameters, --preset, --net-arch and --steps")
         del settings["device"]
         agent = cls.load(out, env=args.env, device=args.device, **settings)
@@ -39,7 +40,7 @@ def train(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{out} exists: resume it with --resume, or pass another --out")
     else:
         kwargs = {"net_arch": args.net_arch} if args.net_arch else None
-        agent = cls(env=args.env, preset=args.preset, policy_kwargs=kwargs, seed=args.seed, **settings, **values)
+        agent = cls(env=args.env, policy_kwargs=kwargs, seed=args.seed, **chosen, **settings, **values)
     evaluated = {"eval_env": (args.env or True) if args.eval else None, "n_eval_episodes": args.episodes}
 
     def save_regularly(local: dict[str, Any], _: dict[str, Any]) -> bool:

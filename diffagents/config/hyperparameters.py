@@ -189,7 +189,8 @@ def describe(config: type[Hyperparameters]) -> list[Description]:
 def agent_doc(doc: str, config: type[Hyperparameters]) -> str:
     """The docstring of an algorithm's class: its own text, followed by its hyperparameters."""
     rest = "The other arguments are those of `diffagents.agent.Agent`."
-    return f"{inspect.cleandoc(doc)}\n\nHyperparameters, which are keyword arguments:\n{_listing(describe(config))}\n\n{rest}\n"
+    head = 'Hyperparameters, which are keyword arguments, with the defaults of preset=None; preset="fast" sets some of them:'
+    return f"{inspect.cleandoc(doc)}\n\n{head}\n{_listing(describe(config))}\n\n{rest}\n"
 
 
 def build_config(config: type[C], algorithm: str, values: dict[str, Any]) -> C:

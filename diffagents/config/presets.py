@@ -1,7 +1,7 @@
 """Rows of `zoo/<algorithm>.yml`: published budgets and per-task values, found by row name or dataset id.
 
-    default: {<stage>_steps: ...}                  the budget without a preset
-    fast:    {<name>: ..., source: ...}            the fast recipe: one setting for all datasets
+    default: {<stage>_steps: ...}                  the budget with preset=None
+    fast:    {<name>: ..., source: ...}            the default preset, the fast recipe: one setting for all datasets
     paper:   {<stage>_steps: ..., source: ...}     the paper's schedule
     official_code: {<name>: ..., source: ...}      optional: where the authors' code as published differs from the paper
     <row>:   {<name>: ..., aliases: [<dataset id>, ...], source: ...}    only what differs from the defaults
@@ -13,13 +13,15 @@ With preset=None, only `default` applies. A row's `paper` applies only with "pap
 a row and `source` informs the reader; neither reaches an agent.
 """
 
+import copy
 import difflib
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
 FAST = "fast"
-"""The preset that does not depend on the dataset."""
+"""The default preset, which does not depend on the dataset."""
 BLOCKS = ("default", FAST, "paper", "official_code")
 _NEEDED = BLOCKS[:3]
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -32,19 +34,16 @@ def load_presets(algorithm: str) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for an algorithm without presets and for a malformed file, naming the row.
     """
-    name = algorithm.lower()
-    path = next((p for folder in _FOLDERS if (p := folder / f"{name}.yml").is_file()), None)
-    if path is None or not re.fullmatch(r"[a-z0-9_]+", name):
+    path = _find_file(algorithm)
+    if path is None:
         known = sorted({p.stem for folder in _FOLDERS for p in folder.glob("*.yml")})
         raise ValueError(f"there are no presets for {algorithm!r}, only for {', '.join(known) or 'nothing'}")
-    import yaml
+    return copy.deepcopy(_read(path, path.stat().st_mtime_ns))
 
-    try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    _check(table, path)
-    return dict(table)
+
+def has_presets(algorithm: str) -> bool:
+    """Whether the algorithm (any case) has a table, as all of this package have."""
+    return _find_file(algorithm) is not None
 
 
 def find_preset(algorithm: str, name_or_id: str) -> tuple[str, dict[str, Any]] | None:
@@ -93,6 +92,26 @@ def resolve_preset(algorithm: str, preset: str | None, dataset_id: str | None) -
     return blocks + ([found[0]] if found is not None else []), values
 
 
+def _find_file(algorithm: str) -> Path | None:
+    name = algorithm.lower()
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        return None
+    return next((p for folder in _FOLDERS if (p := folder / f"{name}.yml").is_file()), None)
+
+
+@functools.cache
+def _read(path: Path, _: int) -> dict[str, dict[str, Any]]:
+    """The content of a file; every agent asks for it, and YAML is slow to read."""
+    import yaml
+
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    _check(table, path)
+    return dict(table)
+
+
 def _values(entries: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if key not in ("aliases", "source", "paper")}
 
@@ -104,7 +123,7 @@ def _bare(name: str) -> str:
 
 def _check(table: Any, path: Path) -> None:
     if not isinstance(table, dict) or not all(isinstance(table.get(block), dict) for block in _NEEDED):
-        raise ValueError(f"{path} must be a mapping with the blocks {' and '.join(_NEEDED)}")
+        raise ValueError(f"{path} must be a mapping with the blocks {', '.join(_NEEDED[:-1])} and {_NEEDED[-1]}")
     owners: dict[str, str] = {}
     for row, entries in table.items():
         where = f"{path}, row {row!r}"

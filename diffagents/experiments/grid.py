@@ -8,7 +8,8 @@
       - {algorithms: [SRPO, IQL], datasets: [mujoco/hopper/medium-v0], steps: 100000}
       - {algorithms: [DiffusionQL], datasets: [mujoco/hopper/medium-v0], seeds: [0], settings: {DiffusionQL: {eta: 0.5}}}
 
-If one algorithm runs on one dataset with two settings, a `label:` of the blocks distinguishes them. Each run has a folder of
+Without `preset:` in its settings an algorithm takes the default one, "fast"; `preset: null` is the paper's algorithm. If one
+algorithm runs on one dataset with two settings, a `label:` of the blocks distinguishes them. Each run has a folder of
 its own, whose name contains a hash of everything that the file says about the run (of the dataset only its name). A finished
 run is not repeated, an interrupted run resumes from its checkpoint (bit for bit on a CPU), and a run that another process is
 working on is skipped: the same command may be started in several shells, or on several machines that share a folder.

@@ -1,6 +1,7 @@
 """`tune`: search the main hyperparameter of an algorithm with Optuna, over a published range, with or without an environment.
 
-The default value is the first trial unless `low` and `high` exclude it, so the result is never worse than the default as far as
+Where the preset "fast" sets the hyperparameter, in units of its own, the range lies around that value. The default value is the
+first trial unless `low` and `high` exclude it, so the result is never worse than the default as far as
 the objective can tell. Stages that the hyperparameter does not affect are trained once and shared by all trials; on a CPU each
 trial still equals, bit for bit, a run trained from scratch. A search with a `storage` can be interrupted: repeating the same
 call continues it with the proposals that an uninterrupted search would have made.
@@ -10,12 +11,13 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diffagents.config.checks import check_choice, check_number, whole_number
+from diffagents.config.presets import FAST, load_presets
 from diffagents.data.load import load_dataset
 from diffagents.data.transitions import Transitions
 from diffagents.errors import TrainingDiverged
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from diffagents.agent import Agent
 
 OBJECTIVES = ("fqe", "return")
+FACTOR = 5.0
+"""How far the range around a value of the preset "fast" reaches on either side."""
 N_RANDOM = 4  # random trials before the sampler uses their scores; a single dimension needs no more
 
 
@@ -47,6 +51,7 @@ class SearchRange:
         source: where the range comes from.
         stages: the training stages that the hyperparameter affects; all trials share the other stages. Empty if it only
             affects how the policy acts.
+        needs: hyperparameters without which it has no effect, for a preset that switches it off.
     """
 
     name: str
@@ -55,6 +60,7 @@ class SearchRange:
     log: bool
     source: str
     stages: tuple[str, ...]
+    needs: Mapping[str, Any] = field(default_factory=dict)
 
 
 MAIN_HYPERPARAMETER: dict[str, SearchRange] = {
@@ -66,7 +72,9 @@ MAIN_HYPERPARAMETER: dict[str, SearchRange] = {
     "BDPO": SearchRange("eta", 0.05, 1.0, True, "flow-rl, its authors' code: halfcheetah .05 to antmaze-large 1", ("train",)),
     "QGPO": SearchRange("guidance_scale", 0.0, 10.0, False, "official code: swept 0 to 10 at evaluation", ()),
     "SfBC": SearchRange("alpha", 1.0, 100.0, True, "official code: 20 everywhere; the range is ours", ("planning",)),
-    "IDQL": SearchRange("n_candidates", 16, 256, True, "arXiv:2304.10573: its sweep 16, 64, 256", ()),
+    "IDQL": SearchRange(
+        "n_candidates", 16, 256, True, "arXiv:2304.10573: its sweep 16, 64, 256", (), needs={"select": "argmax"}
+    ),
     "IQL": SearchRange("beta", 0.5, 10.0, True, "official code: adroit and kitchen .5, locomotion 3, AntMaze 10", ("train",)),
     "TD3BC": SearchRange("alpha", 1.0, 4.0, False, "arXiv:2106.06860: 2.5 everywhere; the range is ours", ("train",)),
     "AWR": SearchRange("temperature", 0.1, 10.0, True, "official code: 1; the range is ours", ("policy",)),
@@ -172,7 +180,8 @@ def tune(
         dataset: anything that `load_dataset` reads.
         n_trials: number of trials in all, including those already in `storage`.
         hyperparameter: the one to search. Default: the entry of `MAIN_HYPERPARAMETER` for the algorithm.
-        low: lower end of the range; required, like `high`, for a hyperparameter without a known range.
+        low: lower end of the range; required, like `high`, for a hyperparameter without a known range. Default: as published;
+            a fifth of the value if the preset "fast" sets it (`high`: five times the value).
         high: upper end of the range.
         log: whether to search evenly in the logarithm. Default: as in `MAIN_HYPERPARAMETER`, else True if `low` is positive.
         objective: "fqe" estimates the return from the data, as `select` does, and needs no environment; "return" plays
@@ -211,7 +220,13 @@ def tune(
     if steps is not None:
         plan = Plan.split(whole_number("steps", steps, 1, " of gradient steps"), cls.STAGE_SHARES)
         settings |= {f"{stage}_steps": n for stage, n in plan.items()}
+    settings.setdefault("preset", FAST)
+    if settings["preset"] == FAST:
+        settings = {**found.needs, **settings}
     base: Agent = cls(env=env, seed=seed, device=device, verbose=max(0, verbose - 1), **settings)
+    found = _around_fast(found, base, low, high, log)
+    check_number("low", found.low, "must be positive for log=True", lambda x: x > 0 or not found.log)
+    check_number("high", found.high, f"must be above low={found.low:g}", lambda x: x > found.low)
     data = load_dataset(dataset, env=env, obs_keys=None if isinstance(dataset, Transitions) else base.obs_keys)
     where = env if env is not None else data.info.get("env_spec")
     if objective == "return" and where is None:
@@ -332,15 +347,32 @@ def _search_range(algorithm: str, name: str | None, low: float | None, high: flo
         main = SearchRange(str(name), low, high, low > 0, "the call", tuple(cls.STAGE_SHARES))
     elif (low, high) != (None, None):
         main = dataclasses.replace(main, source=f"the call ({main.source})")
-    searched = dataclasses.replace(
+    return dataclasses.replace(
         main,
         low=main.low if low is None else low,
         high=main.high if high is None else high,
         log=main.log if log is None else log,
     )
-    check_number("low", searched.low, "must be positive for log=True", lambda x: x > 0 or not searched.log)
-    check_number("high", searched.high, f"must be above low={searched.low:g}", lambda x: x > searched.low)
-    return searched
+
+
+def _around_fast(searched: SearchRange, agent: "Agent", low: float | None, high: float | None, log: bool | None) -> SearchRange:
+    """The range of an agent with the preset "fast", as far as the call leaves it open.
+
+    What the preset sets is in other units than the published range: the range is a factor around the value. A count has no
+    unit: its range is only extended to the value.
+    """
+    given = low is not None and high is not None
+    if given or agent.preset != FAST or searched.name not in load_presets(agent.presets_name())[FAST]:
+        return searched
+    value, count = getattr(agent.config, searched.name), isinstance(getattr(agent.config, searched.name), int)
+    ends = (min(searched.low, value), max(searched.high, value)) if count else (value / FACTOR, value * FACTOR)
+    return dataclasses.replace(
+        searched,
+        low=ends[0] if low is None else low,
+        high=ends[1] if high is None else high,
+        log=True if log is None else log,
+        source=f"{searched.source}; and {value}" if count else f"the value {value:g}, a factor of {FACTOR:g} either way",
+    )
 
 
 def _study(optuna: Any, storage: str | None, about: dict[str, Any]) -> "optuna.Study":

@@ -117,18 +117,3 @@ class ReturnCritic(nn.Module):
         pairs = torch.cat([obs.expand(*act.shape[:-1], -1), act], -1)
         q: Tensor = self.net(pairs)
         return q.squeeze(-1)
-
-
-def return_loss(critic: EnsembleMLP, batch: Batch) -> tuple[Tensor, Metrics]:
-    """The squared errors of an ensemble's Q(s, a) to the returns of the data, with which a stage may begin.
-
-    Args:
-        critic: Q of [observation, action].
-        batch: Transitions with `extras["returns"]`, (B,) (`data.sampler.Sampler.with_returns`).
-
-    Returns:
-        The sum over the members of their mean squared errors, a scalar, and the metrics `return_loss` and `q`.
-    """
-    q = critic(torch.cat([batch.obs, batch.act], -1))  # (E, B)
-    loss = (q - batch.extras["returns"]).square().mean(-1).sum()
-    return loss, {"return_loss": loss.detach(), "q": q.detach().mean()}

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from diffagents.config.checks import whole_number
+from diffagents.config.presets import FAST
 from diffagents.data.normalize import RewardTransform
 from diffagents.errors import AGAIN, ArtifactError, short
 from diffagents.storage.artifact import CONFIG, TENSOR_FILES, TRAINER_STATE, Artifact, read
@@ -205,12 +206,12 @@ def fetch_training_networks(learner: Learner) -> None:
 def _check_overrides(cls: type[L], config: dict[str, Any], device: str | torch.device, overrides: dict[str, Any]) -> None:
     """Report a wrong override as the caller's error, not the artifact's. Some are valid only with the saved values."""
     try:
-        cls(device=device, **overrides)
+        cls(preset=None, device=device, **overrides)
     except ValueError:
         stored = config.get("knobs")
         if not isinstance(stored, dict):
             raise
-        cls(device=device, **{**stored, **overrides})
+        cls(preset=None, device=device, **{**stored, **overrides})
 
 
 def _build(
@@ -222,7 +223,10 @@ def _build(
         raise ValueError("policy_kwargs name more layers than there are tensors")
     settings = {"seed": config["seed"], **{k: v for k, v in overrides.items() if k in AGENT_OVERRIDES}}
     values = {**config["knobs"], **{k: v for k, v in overrides.items() if k not in AGENT_OVERRIDES}}
-    learner = cls(preset=config["preset"], policy_kwargs=config["policy_kwargs"], device=device, **settings, **values)
+    preset = config["preset"]  # "fast" has set the stored values already; any other is checked, and applied by `learn`
+    settings |= {"preset": None if preset == FAST else preset, "policy_kwargs": config["policy_kwargs"], "device": device}
+    learner = cls(**settings, **values)
+    learner.preset = preset
     learner.explicit = {name: values[name] for name in {*config["explicit"], *overrides} if name in values}
     transform, counters = config["reward_transform"], config["counters"]
     if (transform is None) != (config["dataset"] is None):

@@ -40,8 +40,8 @@ def srpo_from_official(
         critic: Path or state dict of the critic.
         policy: Path or state dict of an extracted policy; None leaves the policy to be trained.
         env: As in the constructor; None assumes unbounded observations and actions in [-1, 1].
-        kwargs: Arguments of the constructor. A preset must be named; of `policy_kwargs` only the size of a missing policy
-            matters, as the files give all other sizes.
+        kwargs: Arguments of the constructor. Default preset: None. Another must be named; of `policy_kwargs` only the size of
+            a missing policy matters, as the files give all other sizes.
 
     Raises:
         FileNotFoundError: A file does not exist.
@@ -90,7 +90,7 @@ def chain_from_official(cls: type[L], actor: Checkpoint, critic: Checkpoint, *, 
         actor: Path or state dict of the actor.
         critic: Path or state dict of the critic.
         env: As in the constructor; None assumes unbounded observations and actions in [-1, 1].
-        kwargs: Arguments of the constructor. A preset must be named.
+        kwargs: Arguments of the constructor. Default preset: None. Another must be named.
 
     Raises:
         FileNotFoundError: A file does not exist.
@@ -131,14 +131,17 @@ def _networks(learner: Learner, obs_dim: int, act_dim: int) -> dict[str, nn.Modu
 
 
 def _with_preset(cls: type[Learner], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Replace the argument `preset` by its hyperparameters, so that networks and optimisers are built with them at once."""
+    """Replace the argument `preset` by its hyperparameters, so that networks and optimisers are built with them at once.
+
+    None is the default here: the files contain the papers' networks.
+    """
     preset = kwargs.pop("preset", None)
     if preset is None:
-        return kwargs
+        return {**kwargs, "preset": None}
     if preset == "auto":
         raise ValueError('preset="auto" needs a dataset id, which official files do not contain: name the row')
     values = resolve_preset(cls.presets_name(), preset, None)[1]
-    return {**{name: value for name, value in values.items() if name != "policy_kwargs"}, **kwargs}
+    return {**{name: value for name, value in values.items() if name != "policy_kwargs"}, **kwargs, "preset": None}
 
 
 def read_checkpoint(source: Checkpoint, what: str) -> dict[str, Tensor]:

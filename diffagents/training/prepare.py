@@ -41,9 +41,14 @@ def check_arguments(learner: Learner, total: int | None, stages: Sequence[str] |
 def apply_preset(learner: Learner, dataset_id: str | None) -> None:
     """Set the preset's values for this dataset, except for the hyperparameters that the user has set explicitly.
 
-    Networks that have been trained or loaded keep their shape; untrained ones are rebuilt if they exist already.
+    Networks that have been trained or loaded keep their shape; untrained ones are rebuilt if they exist already. The values of
+    "fast" depend on no dataset: the constructor has set them, and a loaded agent keeps the ones that it was saved with.
     """
     if learner.preset is None:
+        return
+    if learner.preset == FAST:
+        if learner.verbose:
+            print(f"preset {FAST!r} (see .config)")
         return
     applied, values = resolve_preset(learner.presets_name(), learner.preset, dataset_id)
     kwargs = values.pop("policy_kwargs", {})
@@ -54,7 +59,7 @@ def apply_preset(learner: Learner, dataset_id: str | None) -> None:
         if learner.spec is not None:
             learner.set_up(learner.spec)
     if learner.verbose:
-        row = "" if learner.preset == FAST or (applied and applied[-1] not in BLOCKS) else ", no row for this dataset"
+        row = "" if applied and applied[-1] not in BLOCKS else ", no row for this dataset"
         print(f"preset {learner.preset!r}: {', '.join(applied) or 'defaults'}{row}; {values} {learner.policy_kwargs or ''}")
 
 

@@ -22,6 +22,7 @@ NONE = torch.Generator()  # AWR prepares without random numbers
 
 def an_agent(**knobs: Any) -> AWR:
     settings: dict[str, Any] = {
+        "preset": None,
         "critic_steps": 5,
         "policy_steps": 5,
         "batch_size": 16,
@@ -154,6 +155,7 @@ def test_one_gaussian_on_a_ring_falls_into_its_centre() -> None:
         learning_rate=3e-3,
         batch_size=128,
         policy_kwargs={"net_arch": [32, 32]},
+        preset=None,
     ).learn(data)
     mean = agent.predict(np.zeros(1), deterministic=True)[0]
     assert np.linalg.norm(mean) < 0.1, mean
@@ -178,6 +180,7 @@ def test_learns_the_best_action_of_the_data() -> None:
             learning_rate=3e-3,
             batch_size=128,
             policy_kwargs={"net_arch": [64, 64]},
+            preset=None,
         ).learn(data)
         errors.append(float(np.abs(agent.predict(obs, deterministic=True)[0] - 0.5).mean()))
     assert errors[0] > 0.4 > 0.3 > errors[1] > errors[2], errors
@@ -196,6 +199,7 @@ def test_a_trained_critic_serves_other_policies() -> None:
 def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives another policy."""
     base: dict[str, Any] = {
+        "preset": None,
         "critic_steps": 20,
         "policy_steps": 20,
         "batch_size": 16,

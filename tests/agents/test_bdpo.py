@@ -14,6 +14,7 @@ from diffagents.diffusion.chain import reverse_mean, reverse_var
 from diffagents.types import Batch
 
 SMALL: dict[str, Any] = {
+    "preset": None,
     "seed": 0,
     "verbose": 0,
     "device": "cpu",
@@ -255,6 +256,7 @@ def test_value_of_noise_is_the_soft_optimum_on_a_bandit(seed: int) -> None:
         behavior_steps=300,
         train_steps=450,
         policy_kwargs={"net_arch": [32, 32]},
+        preset=None,
     ).learn(data)
     with torch.no_grad():
         obs, noise = torch.zeros(2000, 1), torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))

@@ -15,6 +15,7 @@ from diffagents import DiffCPS, DiffusionQL
 from diffagents.diffusion.chain import vp_chain
 
 SMALL: dict[str, Any] = {
+    "preset": None,
     "seed": 0,
     "verbose": 0,
     "device": "cpu",

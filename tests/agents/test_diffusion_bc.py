@@ -20,7 +20,7 @@ OBS = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
 
 
 def an_agent(**knobs: Any) -> DiffusionBC:
-    settings: dict[str, Any] = {"behavior_steps": 5, "batch_size": 16, "policy_kwargs": {"net_arch": [16, 16]}}
+    settings: dict[str, Any] = {"preset": None, "behavior_steps": 5, "batch_size": 16, "policy_kwargs": {"net_arch": [16, 16]}}
     return DiffusionBC(seed=0, verbose=0, device="cpu", **{**settings, **knobs}).learn(line_data())
 
 
@@ -89,7 +89,7 @@ def test_rewards_are_not_read() -> None:
     data = line_data()
     data |= {"truncations": data["terminations"] | data["truncations"], "terminations": np.zeros(400, bool)}
     constant = {**data, "rewards": np.ones_like(data["rewards"])}
-    one, two = (DiffusionBC(seed=0, verbose=0, behavior_steps=3).learn(some) for some in (data, constant))
+    one, two = (DiffusionBC(seed=0, verbose=0, behavior_steps=3, preset=None).learn(some) for some in (data, constant))
     assert np.array_equal(one.predict(OBS)[0], two.predict(OBS)[0])
 
 
@@ -108,6 +108,7 @@ def test_copies_a_distribution_with_two_modes() -> None:
         ema_tau=0.01,
         n_diffusion_steps=10,
         policy_kwargs={"net_arch": [64, 64]},
+        preset=None,
     ).learn(data)
     for obs, left in ((-1.0, 0.25), (1.0, 0.75)):
         samples = agent.predict(np.full((2000, 1), obs, np.float32))[0]
@@ -120,7 +121,7 @@ def test_copies_a_distribution_with_two_modes() -> None:
 
 def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives another policy; all but what is made of rewards."""
-    base: dict[str, Any] = {"behavior_steps": 10, "batch_size": 16, "verbose": 0, "seed": 0, "device": "cpu"}
+    base: dict[str, Any] = {"preset": None, "behavior_steps": 10, "batch_size": 16, "verbose": 0, "seed": 0, "device": "cpu"}
     other: dict[str, Any] = {
         "cosine": True,
         "precondition": True,

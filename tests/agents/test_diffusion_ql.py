@@ -16,6 +16,7 @@ from diffagents.diffusion.chain import vp_chain
 from diffagents.types import Batch
 
 SMALL: dict[str, Any] = {
+    "preset": None,
     "seed": 0,
     "verbose": 0,
     "device": "cpu",

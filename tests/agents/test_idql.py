@@ -24,7 +24,13 @@ SMALL: dict[str, Any] = {"net_arch": [16, 16], "behavior_width": 16, "behavior_b
 
 
 def an_agent(**knobs: Any) -> IDQL:
-    settings: dict[str, Any] = {"critic_steps": 5, "behavior_steps": 5, "batch_size": 16, "policy_kwargs": SMALL}
+    settings: dict[str, Any] = {
+        "preset": None,
+        "critic_steps": 5,
+        "behavior_steps": 5,
+        "batch_size": 16,
+        "policy_kwargs": SMALL,
+    }
     return IDQL(seed=0, verbose=0, device="cpu", **{**settings, **knobs}).learn(line_data())
 
 
@@ -76,7 +82,9 @@ def test_denoiser_is_what_its_docstring_says() -> None:
 
 def test_start() -> None:
     """[D5] Xavier's bounds and zero biases; lagged twins equal their twins; frequencies N(0, 0.2^2)."""
-    agent = IDQL(seed=0, verbose=0, device="cpu", critic_steps=0, behavior_steps=1, batch_size=2).learn(line_data(obs_dim=20))
+    agent = IDQL(seed=0, verbose=0, device="cpu", critic_steps=0, behavior_steps=1, batch_size=2, preset=None).learn(
+        line_data(obs_dim=20)
+    )
     critic, net = agent.critic, ResidualDenoiser(20, 2)
     v = [layer for layer in critic.v if isinstance(layer, nn.Linear)]
     matrices = [w[e] for w in critic.q.weights for e in (0, 1)] + [layer.weight for layer in (*v, net.input, net.output)]
@@ -96,7 +104,7 @@ def test_start() -> None:
 @pytest.mark.parametrize(("obs_dim", "knob", "blind"), [(3, True, True), (3, False, False), (2, True, False)])
 def test_layer_norm_of_v(obs_dim: int, knob: bool, blind: bool) -> None:
     """[D3] V normalises its input, and so does not see its scale; of two dimensions only a sign would be left: there not."""
-    knobs: dict[str, Any] = {"critic_steps": 1, "behavior_steps": 1, "batch_size": 4, "policy_kwargs": SMALL}
+    knobs: dict[str, Any] = {"preset": None, "critic_steps": 1, "behavior_steps": 1, "batch_size": 4, "policy_kwargs": SMALL}
     agent = IDQL(seed=0, verbose=0, device="cpu", v_layer_norm=knob, **knobs).learn(line_data(obs_dim=obs_dim))
     obs = torch.randn(5, obs_dim, generator=torch.Generator().manual_seed(0))
     same = torch.allclose(agent.critic.v(obs), agent.critic.v(3.0 * obs + 1.0), atol=1e-4)
@@ -272,6 +280,7 @@ def test_chooses_the_best_of_what_the_data_do() -> None:
         ema_tau=0.05,
         reward_transform="none",
         policy_kwargs={"net_arch": [64, 64], "behavior_width": 64, "behavior_blocks": 2},
+        preset=None,
     ).learn(data)
     obs = np.random.default_rng(1).normal(size=(300, 3)).astype(np.float32)
 
@@ -289,6 +298,7 @@ def test_chooses_the_best_of_what_the_data_do() -> None:
 def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives other actions, or at least another critic to choose them by."""
     base: dict[str, Any] = {
+        "preset": None,
         "critic_steps": 12,
         "behavior_steps": 5,
         "batch_size": 16,

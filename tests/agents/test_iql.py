@@ -25,7 +25,7 @@ def a_batch(n: int = 32) -> Batch:
 
 
 def an_agent(**knobs: Any) -> IQL:
-    settings: dict[str, Any] = {"train_steps": 5, "batch_size": 16, "policy_kwargs": {"net_arch": [16, 16]}}
+    settings: dict[str, Any] = {"preset": None, "train_steps": 5, "batch_size": 16, "policy_kwargs": {"net_arch": [16, 16]}}
     return IQL(seed=0, verbose=0, device="cpu", **{**settings, **knobs}).learn(line_data())
 
 
@@ -149,6 +149,7 @@ def test_value_of_a_bandit(expectile: float, value: float) -> None:
         train_steps=500,
         batch_size=64,
         policy_kwargs={"net_arch": [32, 32]},
+        preset=None,
     ).learn(data)
     assert agent.critic.v(torch.zeros(1, 1)).item() == pytest.approx(value, abs=0.03)
 
@@ -176,6 +177,7 @@ def test_learns_the_best_action_of_the_data(deterministic_policy: bool) -> None:
             train_steps=300,
             batch_size=128,
             policy_kwargs={"net_arch": [64, 64]},
+            preset=None,
         ).learn(data)
         errors.append(float(np.abs(agent.predict(obs, deterministic=True)[0] - 0.5).mean()))
     assert errors[1] < 0.12 and errors[0] > 0.4, errors
@@ -188,7 +190,15 @@ def test_learns_the_best_action_of_the_data(deterministic_policy: bool) -> None:
 
 def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives another policy."""
-    base: dict[str, Any] = {"train_steps": 20, "batch_size": 16, "tau": 0.1, "verbose": 0, "seed": 0, "device": "cpu"}
+    base: dict[str, Any] = {
+        "preset": None,
+        "train_steps": 20,
+        "batch_size": 16,
+        "tau": 0.1,
+        "verbose": 0,
+        "seed": 0,
+        "device": "cpu",
+    }
     other: dict[str, Any] = {
         "return_temperature": 0.1,
         "returns_share": 0.5,

@@ -36,6 +36,7 @@ def test_srpo_beats_the_data_and_its_behaviour_cloning(seed: int) -> None:
         behavior_steps=600,
         policy_steps=600,
         policy_kwargs={"net_arch": [64, 64], "behavior_width": 32, "behavior_blocks": 1},
+        preset=None,
     ).learn(own_data_example().record(60))
     assert agent.dataset_info is not None
     data = agent.dataset_info["mean_return"]

@@ -75,6 +75,7 @@ def make_agent(**knobs: Any) -> BDPO:
     assert ACTOR["ema_every"] == CRITIC["update_ratio"] and BEHAVIOR["lr_decay_steps"] is None
     hidden = CRITIC["hidden_dims"]
     kwargs: dict[str, Any] = {
+        "preset": None,
         "eta": CRITIC["eta"],
         "rho": CRITIC["rho"],
         "aggregation": CRITIC["q_target"],

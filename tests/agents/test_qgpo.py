@@ -18,6 +18,7 @@ from diffagents.networks.score_model import VPBehavior
 from diffagents.types import Batch
 
 SMALL: dict[str, Any] = {
+    "preset": None,
     "seed": 0,
     "verbose": 0,
     "device": "cpu",
@@ -273,6 +274,7 @@ def test_learns_the_best_action_of_the_data() -> None:
         tau=0.05,
         reward_transform="none",
         policy_kwargs={"net_arch": [64, 64], "behavior_width": 32},
+        preset=None,
     ).learn(data)
     obs = np.random.default_rng(1).normal(size=(300, 3)).astype(np.float32)
     errors = [np.abs(agent.predict(obs, guidance_scale=scale)[0] - 0.5).mean() for scale in (0.0, 1.0)]

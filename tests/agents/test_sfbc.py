@@ -20,6 +20,7 @@ from diffagents.training.plan import Plan
 from diffagents.types import Batch, Spec
 
 SMALL: dict[str, Any] = {
+    "preset": None,
     "seed": 0,
     "verbose": 0,
     "device": "cpu",

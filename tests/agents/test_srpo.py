@@ -47,7 +47,7 @@ class NoPull(nn.Module):
 
 
 def analytic_agent(**knobs: Any) -> SRPO:
-    agent = SRPO(seed=0, verbose=0, device="cpu", **knobs)
+    agent = SRPO(seed=0, verbose=0, device="cpu", preset=None, **knobs)
     agent.set_up(Spec(spaces.Box(-np.inf, np.inf, (1,)), spaces.Box(-1, 1, (2,))))
     agent.behavior.net = GaussianScore()  # type: ignore[assignment]
     agent.critic.target_mean = lambda obs, act: -(act - BEST).square().sum(-1)  # type: ignore[method-assign]
@@ -115,7 +115,7 @@ def test_q_grad_norm_in_the_spread_of_the_data() -> None:
     """The step of `spread_gradient` with v around the clone [F5]; the rest of the gradient does not depend on beta."""
     var, gradients = torch.tensor([0.01, 0.25]), []
     for beta in (1.0, 2.0):
-        agent = SRPO(seed=0, verbose=0, device="cpu", q_grad_norm="spread", precondition=True, beta=beta)
+        agent = SRPO(seed=0, verbose=0, device="cpu", q_grad_norm="spread", precondition=True, beta=beta, preset=None)
         agent.set_up(Spec(spaces.Box(-np.inf, np.inf, (1,)), spaces.Box(-1, 1, (2,))))
         agent.critic.target_mean = lambda obs, act: -70.0 * (act - BEST).square().sum(-1)  # type: ignore[method-assign]
         agent.behavior.net.log_var.data = var.log()  # type: ignore[union-attr]
@@ -124,11 +124,13 @@ def test_q_grad_norm_in_the_spread_of_the_data() -> None:
     expected = spread_gradient(g.expand(2, 2), var)[0]  # the same in every row
     torch.testing.assert_close(gradients[0] - gradients[1], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="q_grad_norm='spread' needs precondition=True"):
-        SRPO(q_grad_norm="spread")
+        SRPO(q_grad_norm="spread", preset=None)
 
 
 def test_policy_update_leaves_critic_and_behavior_alone() -> None:
-    agent = SRPO(seed=0, verbose=0, critic_steps=2, behavior_steps=2, policy_steps=2, behavior_batch_size=8).learn(line_data())
+    agent = SRPO(seed=0, verbose=0, critic_steps=2, behavior_steps=2, policy_steps=2, behavior_batch_size=8, preset=None).learn(
+        line_data()
+    )
     before = {name: {k: v.clone() for k, v in state.items()} for name, state in agent.get_parameters().items()}
     agent.learn(line_data(), stages=("policy",))
     for name, state in agent.get_parameters().items():
@@ -184,6 +186,7 @@ def test_learns_the_best_action_of_the_data() -> None:
         tau=0.05,
         reward_transform="none",
         policy_kwargs={"net_arch": [64, 64], "behavior_width": 32, "behavior_blocks": 1},
+        preset=None,
     ).learn(data, stages=("critic", "behavior"))
     obs = np.random.default_rng(1).normal(size=(100, 3)).astype(np.float32)
     errors = []
@@ -196,6 +199,7 @@ def test_learns_the_best_action_of_the_data() -> None:
 def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives another policy."""
     base: dict[str, Any] = {
+        "preset": None,
         "critic_steps": 20,
         "behavior_steps": 3,
         "policy_steps": 3,

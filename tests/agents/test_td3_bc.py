@@ -23,7 +23,7 @@ def a_batch(n: int = 32) -> Batch:
 
 
 def an_agent(**knobs: Any) -> TD3BC:
-    settings: dict[str, Any] = {"train_steps": 5, "batch_size": 16, "policy_kwargs": {"net_arch": [16, 16]}}
+    settings: dict[str, Any] = {"preset": None, "train_steps": 5, "batch_size": 16, "policy_kwargs": {"net_arch": [16, 16]}}
     return TD3BC(seed=0, verbose=0, device="cpu", **{**settings, **knobs}).learn(line_data())
 
 
@@ -85,7 +85,9 @@ def test_critic_loss() -> None:
 @pytest.mark.parametrize(("freq", "moves"), [(2, [2, 4, 6]), (3, [3, 6]), (1, [1, 2, 3, 4, 5, 6])])
 def test_targets_move_on_policy_steps_only(freq: int, moves: list[int]) -> None:
     """Of steps 1, 2, ... the policy and both lagged copies move at the multiples of policy_freq; the critic at all."""
-    agent = TD3BC("MlpPolicy", "Pendulum-v1", seed=0, verbose=0, device="cpu", policy_freq=freq, batch_size=16, tau=0.1)
+    agent = TD3BC(
+        "MlpPolicy", "Pendulum-v1", seed=0, verbose=0, device="cpu", policy_freq=freq, batch_size=16, tau=0.1, preset=None
+    )
     names = ("policy", "policy_target", "critic", "critic_target")
     last = {name: [p.detach().clone() for p in getattr(agent, name).parameters()] for name in names}
     moved: dict[str, list[int]] = {name: [] for name in names}
@@ -124,6 +126,7 @@ def test_learns_the_best_action_of_the_data() -> None:
         learning_rate=3e-3,
         batch_size=128,
         policy_kwargs={"net_arch": [64, 64]},
+        preset=None,
     ).learn(data, total_timesteps=300)
     agent = cloned.clone(alpha=2.5).learn(data, total_timesteps=200)
     obs = np.random.default_rng(1).normal(size=(100, 3)).astype(np.float32)
@@ -135,14 +138,24 @@ def test_acts_on_observations_as_it_was_trained_on_them() -> None:
     """normalize_obs: data in other units give the same actions."""
     data, obs = line_data(), np.ones((4, 3), np.float32)
     other = {k: 50.0 * v + 7.0 if k.endswith("observations") else v for k, v in data.items()}
-    one, two = (TD3BC(seed=0, verbose=0, device="cpu", train_steps=20, batch_size=16).learn(d) for d in (data, other))
+    one, two = (
+        TD3BC(seed=0, verbose=0, device="cpu", train_steps=20, batch_size=16, preset=None).learn(d) for d in (data, other)
+    )
     np.testing.assert_allclose(one.predict(obs)[0], two.predict(50.0 * obs + 7.0)[0], atol=0.02)
     assert np.abs(one.predict(obs)[0] - one.predict(50.0 * obs + 7.0)[0]).max() > 0.1
 
 
 def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives another policy."""
-    base: dict[str, Any] = {"train_steps": 20, "batch_size": 16, "tau": 0.1, "verbose": 0, "seed": 0, "device": "cpu"}
+    base: dict[str, Any] = {
+        "preset": None,
+        "train_steps": 20,
+        "batch_size": 16,
+        "tau": 0.1,
+        "verbose": 0,
+        "seed": 0,
+        "device": "cpu",
+    }
     other: dict[str, Any] = {
         "q_norm": "spread",
         "cosine": True,

@@ -19,6 +19,7 @@ from toy import line_data
 import diffagents
 from diffagents.cli import main
 from diffagents.config.hyperparameters import describe
+from diffagents.config.presets import resolve_preset
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "examples" / "data"
@@ -109,6 +110,24 @@ def test_python_spelling_of_a_knob_and_the_right_types(data: Path, capsys: pytes
     config = diffagents.load("x").config
     assert (config.behavior_batch_size, config.subtract_noise, config.q_grad_norm) == (8, False, "l2")
     assert config.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "preset"), [("", "fast"), ("--preset none", None), ("--preset hopper-medium", "hopper-medium")]
+)
+def test_train_takes_the_fast_preset_unless_told(words: str, preset: str | None, data: Path) -> None:
+    """Explicit values win over each of them."""
+    given = {"behavior_batch_size": 8, "batch_size": 16, "gamma": 0.9}
+    options = " ".join(f"--{name} {value}" for name, value in given.items())
+    assert (
+        main.main(shlex.split(f"train SRPO {data} --out x --steps 6 --net-arch 16 --quiet --device cpu {options} {words}")) == 0
+    )
+    agent = diffagents.load("x")
+    expected = resolve_preset("SRPO", preset, None)[1] if preset else {}
+    arguments = {name: value for name, value in expected.items() if name != "policy_kwargs"}
+    assert agent.preset == preset and agent.config == diffagents.SRPO.Config(**{**arguments, **given})
+    assert agent.policy_kwargs == {**expected.get("policy_kwargs", {}), "net_arch": [16]}
+    assert main.main(shlex.split(f"train SRPO {data} --out x --resume --quiet --preset none")) == 1  # the run has its own
 
 
 def test_ctrl_c_keeps_what_there_is_and_resume_ends_where_an_uninterrupted_run_does(here: Path) -> None:

@@ -207,7 +207,7 @@ GOOD = (
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a list", "mapping with the blocks default and fast and paper"),
+        ("- a list", "mapping with the blocks default, fast and paper"),
         ("", "mapping with the blocks"),
         ("default: {source: us}", "mapping with the blocks"),
         ("default: {source: us}\npaper: {source: them}", "mapping with the blocks"),

@@ -75,6 +75,15 @@ def test_a_grid_is_read_in_its_order_and_settings_of_a_block_win(tmp_path: Path)
     assert specs[0].cell == "iql-reacher-replay-v0" and specs[2].cell == "iql-other-data-v0"
 
 
+def test_without_a_preset_a_run_takes_the_default_and_null_is_none(tmp_path: Path) -> None:
+    text = "settings: {IQL: {beta: 2.0, %s}}\nruns: [{algorithms: IQL, datasets: any/data-v0}]"
+    found = [one for settings in ("", "preset: null") for one in grid.read_grid(grid_file(tmp_path, text % settings))]
+    default, none = (grid._new_agent(one, "cpu") for one in found)
+    assert (default.preset, default.config) == ("fast", diffagents.IQL(preset="fast", beta=2.0).config)
+    assert (none.preset, none.config) == (None, diffagents.IQL.Config(beta=2.0))
+    assert found[0].name != found[1].name
+
+
 def test_a_run_that_is_asked_for_twice_is_one(tmp_path: Path) -> None:
     text = "settings: {IQL: {train_steps: 9}}\nruns:\n" + 2 * f"  - {{algorithms: IQL, datasets: {REACHER}}}\n"
     assert len(grid.read_grid(grid_file(tmp_path, text))) == 1

@@ -14,6 +14,7 @@ from toy import line_data
 
 from diffagents import SRPO, TD3BC, load_dataset
 from diffagents.agent import Agent
+from diffagents.config.presets import load_presets
 from diffagents.errors import TrainingDiverged
 from diffagents.experiments import tune as tune_module
 from diffagents.experiments.select import Rated
@@ -60,6 +61,35 @@ def test_the_table_names_existing_hyperparameters_ranges_and_stages(name: str) -
         cls(**{searched.name: value}, verbose=0)
     assert list(searched.stages) == list(cls.STAGE_SHARES)[len(cls.STAGE_SHARES) - len(searched.stages) :]  # the last ones
     assert searched.source
+
+
+@pytest.mark.parametrize("name", MAIN_HYPERPARAMETER)
+def test_the_range_contains_the_value_of_the_preset(name: str) -> None:
+    """Of the fast preset too, whose units are others: there it lies around the value. An end that the call gives is kept."""
+    published, cls = MAIN_HYPERPARAMETER[name], agent_class(name)
+    assert tune_module._around_fast(published, cls(preset=None), None, None, None) == published
+    agent: Any = cls(preset="fast")
+    value, found = getattr(agent.config, published.name), tune_module._around_fast(published, agent, None, None, None)
+    assert found.low <= value <= found.high and found.stages == published.stages
+    for end in (found.low, found.high):
+        cls(**{published.name: end})
+    if published.name not in load_presets(agent.presets_name())["fast"]:
+        assert found == published
+    elif isinstance(value, float):
+        assert (found.low, found.high, found.log) == (value / 5, value * 5, True)
+    given = tune_module._search_range(name, None, value, None, None)
+    assert tune_module._around_fast(given, agent, value, None, None).low == value
+
+
+def test_the_presets_value_is_the_first_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_module, "rate", lambda policies, *_: [Rated("it", 0.0, (0, 0), (), 0.0, 1.0, 0.0)])
+    alpha = TD3BC().config.alpha
+    report = quick(high=alpha)  # above the published low=1 it need not lie
+    assert report.trials[0].value == alpha and all(alpha / 5 <= value <= alpha for value in values(report))
+    settings = {"policy_kwargs": {"net_arch": [8, 8], "behavior_width": 8}}
+    report = quick("IDQL", **settings)
+    assert values(report)[0] == 1 and report.agent.config.select == "argmax"  # type: ignore[attr-defined]
+    assert quick("IDQL", select="softmax", n_trials=1, **settings).agent.config.select == "softmax"  # type: ignore[attr-defined]
 
 
 def test_only_cloning_has_no_main_hyperparameter() -> None:
@@ -117,7 +147,7 @@ def test_a_seed_decides_the_search(best_at_3: list[Agent]) -> None:
 
 def test_the_users_value_of_the_hyperparameter_replaces_the_default(best_at_3: list[Agent]) -> None:
     assert values(quick(alpha=1.5, n_trials=2))[0] == 1.5
-    assert all(3.0 <= value <= 4.0 for value in values(quick(low=3.0, n_trials=2)))  # the default lies outside
+    assert all(3.0 <= value <= 4.0 for value in values(quick(preset=None, low=3.0, n_trials=2)))  # the default lies outside
 
 
 @pytest.mark.parametrize("storage", ["file", "sqlite"])
@@ -206,7 +236,7 @@ def test_a_diverged_estimate_is_a_failed_trial(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_estimate_itself_and_the_report() -> None:
-    report = quick(n_trials=2)
+    report = quick(preset=None, n_trials=2)
     assert all(trial.score is not None and trial.seconds > 0 for trial in report.trials)
     text = str(report)
     assert "TD3BC alpha, range from arXiv:2106.06860" in text and "<- best" in text and "0 environment episodes used" in text
@@ -289,7 +319,7 @@ def test_bad_calls_end_before_any_training(
 ) -> None:
     monkeypatch.setattr(TD3BC, "learn", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(error, match=message):
-        quick(**{"algorithm": "TD3BC", **arguments})
+        quick(**{"algorithm": "TD3BC", "preset": None, **arguments})
 
 
 def test_without_optuna(monkeypatch: pytest.MonkeyPatch) -> None:

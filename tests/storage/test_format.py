@@ -21,7 +21,10 @@ def test_every_format_loads_acts_and_learns_on(version: int, name: str) -> None:
     agent = diffagents.load(folder / f"{name}.zip", device="cpu", verbose=0)
     expected = json.loads((folder / "actions.json").read_text())[name]
     np.testing.assert_allclose(agent.predict(OBS, deterministic=True)[0], expected, rtol=1e-5, atol=1e-5)
-    agent.learn(toy_data(), stages=(agent.POLICY_STAGE,))
+    stored = artifact.read(folder / f"{name}.zip").config
+    for one in (agent, agent.clone(), agent.learn(toy_data(), stages=(agent.POLICY_STAGE,))):  # no preset is mixed in
+        assert (one.preset, one.policy_kwargs) == (stored["preset"], stored["policy_kwargs"]) == (None, one.policy_kwargs)
+        assert one.config == type(agent).Config(**stored["knobs"])
 
 
 def test_every_older_format_has_a_migration_and_a_fixture() -> None:

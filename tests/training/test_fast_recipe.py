@@ -7,17 +7,78 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_agents import NAMES, small
+from small_agents import NAMES, agent_class, small
 from toy import line_data
 
 import diffagents
-from diffagents.config.presets import resolve_preset
+from diffagents.config.presets import load_presets, resolve_preset
 from diffagents.functional import gradient_ascent_loss, returns_to_go, spread_gradient
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.state import training_tensors
 from diffagents.training.updates import Update
 
 DATA = line_data()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_the_default_and_none_is_the_plain_config(name: str) -> None:
+    cls = agent_class(name)
+    default, fast, plain = cls(), cls(preset="fast"), cls(preset=None)
+    assert (default.preset, default.config, default.policy_kwargs) == ("fast", fast.config, fast.policy_kwargs)
+    block = load_presets(default.presets_name())["fast"]
+    values = {key: value for key, value in block.items() if key not in ("source", "policy_kwargs")}
+    assert {key: getattr(default.config, key) for key in values} == values
+    assert (plain.preset, plain.config, plain.policy_kwargs) == (None, cls.Config(), {})
+    assert cls(learning_rate=0.0123).config == dataclasses.replace(fast.config, learning_rate=0.0123)
+
+
+def test_an_algorithm_without_presets_has_none() -> None:
+    class Mine(diffagents.SRPO):
+        """As if it derived from Agent in a user's script."""
+
+        @classmethod
+        def presets_name(cls) -> str:
+            return "__main__"
+
+    assert (Mine().preset, Mine().config) == (None, diffagents.SRPO.Config())
+    with pytest.raises(ValueError, match="there are no presets for '__main__'"):
+        Mine(preset="auto")
+
+
+def test_what_contradicts_it_says_so() -> None:
+    with pytest.raises(
+        ValueError, match=r"'policy' needs precondition=True.*; preset='fast' set the other value: .*preset=None"
+    ):
+        diffagents.SRPO(precondition=False)
+    with pytest.raises(ValueError, match="beta=-1 must be positive") as caught:
+        diffagents.SRPO(beta=-1)
+    assert "preset" not in str(caught.value)
+    assert not diffagents.SRPO(preset=None, precondition=False).config.precondition
+
+
+def test_it_is_announced_in_a_word_and_a_row_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    small("TD3BC", verbose=1).learn(DATA)
+    assert [line for line in capsys.readouterr().out.splitlines() if "preset" in line] == ["preset 'fast' (see .config)"]
+    small("IQL", preset="hopper-medium", verbose=1).learn(DATA)
+    assert "preset 'hopper-medium': hopper-medium; {'reward_transform': 'iql_locomotion'" in capsys.readouterr().out
+    small("TD3BC", preset=None, verbose=1).learn(DATA)
+    assert "preset" not in capsys.readouterr().out
+
+
+def test_an_agent_that_is_saved_keeps_the_recipe_of_its_day(tmp_path: Path) -> None:
+    """As if the block of the file had been another one then: nothing of today's is mixed in, on loading or on learning."""
+    agent: Any = diffagents.SRPO(
+        verbose=0, seed=0, device="cpu", critic_steps=2, behavior_steps=2, policy_steps=2, batch_size=8
+    )
+    agent.config = dataclasses.replace(agent.config, beta=0.07, q_layer_norm=False, behavior_batch_size=8)
+    agent.policy_kwargs = {"net_arch": [8], "behavior_width": 8}  # three blocks, as in the paper
+    agent.set_env("Pendulum-v1")
+    data = line_data(100, act_dim=1)
+    loaded: Any = diffagents.load(agent.save(tmp_path / "new"), verbose=0, device="cpu")
+    for one in (loaded, loaded.clone(), loaded.learn({**data, "actions": 2 * data["actions"]}), loaded.clone()):
+        assert (one.preset, one.config, one.policy_kwargs) == ("fast", agent.config, agent.policy_kwargs)
+        assert len(one.behavior.net.net.blocks) == 3
+    assert set(loaded.explicit) == {"critic_steps", "behavior_steps", "policy_steps", "batch_size"}
 
 
 @pytest.mark.parametrize("share", [0.2, 0.7])  # where one stage is all, in its opening and after it
@@ -64,9 +125,9 @@ def test_a_subclass_elsewhere_shares_the_presets_of_its_algorithm() -> None:
 
 def test_what_builds_on_the_clone_needs_it() -> None:
     with pytest.raises(ValueError, match="bootstrap='policy' needs precondition=True"):
-        diffagents.SRPO(bootstrap="policy")
+        diffagents.SRPO(preset=None, bootstrap="policy")
     with pytest.raises(ValueError, match="constraint='behavior' needs returns_share"):
-        diffagents.DiffCPS(constraint="behavior")
+        diffagents.DiffCPS(preset=None, constraint="behavior")
     agent = small("SRPO", preset="fast")
     with pytest.raises(ValueError, match="which the behaviour stage trains"):
         agent.learn(DATA, stages=("critic",))

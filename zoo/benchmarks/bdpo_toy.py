@@ -97,7 +97,8 @@ def main() -> None:
                 print({name: round(value, 4) for name, value in check(local["self"], rewards).items()}, flush=True)
             return True
 
-        agent = BDPO("MlpPolicy", bandits.Bandit(args.task), seed=seed, **hyperparameters).learn(data, callback=log)
+        agent = BDPO("MlpPolicy", bandits.Bandit(args.task), preset=None, seed=seed, **hyperparameters)
+        agent.learn(data, callback=log)
         results.append({"seed": seed, "seconds": time.perf_counter() - start, **check(agent, rewards)})
         print(json.dumps(results[-1]), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -61,6 +61,7 @@ def main() -> None:
             base = SRPO.load(base_file)
         else:
             base = SRPO(
+                preset=None,
                 seed=seed,
                 critic_steps=args.critic_steps,
                 behavior_steps=args.behavior_steps,

@@ -62,7 +62,7 @@ def make_agent(name: str, data: Transitions, device: str = "cpu", seed: int = 0,
     sizes = {"batch_size": BATCH, "behavior_batch_size": BATCH, "n_support_states": BATCH, "n_critics": 10, "n_samples": 10}
     known = {field.name for field in dataclasses.fields(cls.Config)}
     hyperparameters = {**{key: value for key, value in sizes.items() if key in known}, **hyperparameters}
-    agent = cls(seed=seed, verbose=0, device=device, compile="eager", **hyperparameters)
+    agent = cls(preset=None, seed=seed, verbose=0, device=device, compile="eager", **hyperparameters)
     prepare.adopt(agent, data)
     return agent
 
