@@ -130,7 +130,10 @@ class Agent(ABC):
         try:
             self.config = build_config(self.Config, type(self).__name__, {**values, **hyperparameters})
         except ValueError as error:
-            build_config(self.Config, type(self).__name__, hyperparameters)  # raises if they are wrong by themselves
+            try:
+                build_config(self.Config, type(self).__name__, hyperparameters)
+            except ValueError:  # they are wrong by themselves
+                raise error from None
             raise ValueError(f"{error}; preset={preset!r} set the other value: pass your own, or preset=None") from None
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
         self.tensorboard_log, self.verbose = tensorboard_log, verbose

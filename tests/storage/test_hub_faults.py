@@ -134,7 +134,7 @@ def running(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Hub, Client, np.ndarray]]:
     folder = tmp_path_factory.mktemp(request.param)
-    agent: Any = small("TD3BC", normalize_obs=True).learn(toy_data())
+    agent: Any = small("TD3BC", preset=None, normalize_obs=True).learn(toy_data())
     agent.save(folder / "agent.zip", include_trainer_state=False)
     with Hub(request.param, folder) as hub, client(hub, folder / "home", ["matplotlib"]) as here:
         actions = here(train, folder / "agent.zip")

@@ -345,7 +345,7 @@ def test_uniform_over_both_together() -> None:
 
 @pytest.mark.parametrize(("ratio", "share"), [(0.25, 0.25), (1.0, 1.0), (0.0, 0.0)])
 def test_the_share_is_what_learn_online_trains_on(ratio: float, share: float) -> None:
-    agent, seen = offline("IQL"), []
+    agent, seen = small("IQL", preset=None).learn(data()), []  # observations stay as they are
     loss = agent.critic_loss  # type: ignore[attr-defined]
     old = {tuple(row) for row in data().obs.tolist()}
 
@@ -607,7 +607,7 @@ def test_it_gets_better_online(name: str) -> None:
     if name == "SRPO":
         steps, fast["beta"], fast["policy_kwargs"] = 1800, 0.2, {"net_arch": [32, 32], "behavior_width": 32}
     env = gym.make("InvertedPendulum-v5", max_episode_steps=200)
-    agent = getattr(diffagents, name)(seed=0, verbose=0, device="cpu", **fast).learn(data(), steps)
+    agent = getattr(diffagents, name)(preset=None, seed=0, verbose=0, device="cpu", **fast).learn(data(), steps)
     before = agent.evaluate(env, 10).mean_return
     agent.learn_online(1500, gym.make("InvertedPendulum-v5", max_episode_steps=200), data(), learning_starts=100)
     after = agent.evaluate(env, 10).mean_return
@@ -644,7 +644,7 @@ def test_rewards_that_come_late_are_no_divergence() -> None:
 
 
 def test_only_a_settled_policy_is_changed_slowly() -> None:
-    agent = small("TD3BC").learn_online(20, pendulum(), learning_starts=5)
+    agent = small("TD3BC", preset=None).learn_online(20, pendulum(), learning_starts=5)
     assert float(agent.optimizers["policy"].lr) == pytest.approx(3e-4)
     agent.learn_online(20, learning_starts=5)
     assert float(agent.optimizers["policy"].lr) == pytest.approx(3e-4)
@@ -698,7 +698,7 @@ def test_evaluating_in_the_environment_that_is_learnt_in_is_refused() -> None:
 
 def test_a_stage_that_was_never_trained_is_named() -> None:
     with pytest.raises(ValueError, match="the stage 'behavior' was never trained"):
-        small("SRPO").learn(data(), stages=("critic",)).learn_online(20, pendulum())
+        small("SRPO", preset=None).learn(data(), stages=("critic",)).learn_online(20, pendulum())
 
 
 def test_another_agents_buffer_is_refused_though_the_counts_agree(tmp_path: pathlib.Path) -> None:
