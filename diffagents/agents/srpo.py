@@ -246,8 +246,9 @@ class SRPO(Agent):
             net = PreconditionedDenoiser(net, obs_dim, act_dim, clone_hidden=arch["pi"])
         self.behavior = Behavior(net, act_dim).to(self.device)
         self.policy = TanhPolicy(obs_dim, act_dim, arch["pi"]).to(self.device)
+        trained = self.critic.q.parameters() if c.bootstrap == "policy" else self.critic.trained_parameters()  # [F4]
         self.optimizers = {
-            "critic": Optimizer(self.critic.trained_parameters(), c.learning_rate),
+            "critic": Optimizer(trained, c.learning_rate),
             "behavior": Optimizer(self.behavior.net.parameters(), c.learning_rate, weight_decay=0.01),
             "policy": Optimizer(self.policy.parameters(), c.learning_rate, cosine=True),  # [D6]
         }
@@ -286,16 +287,21 @@ class SRPO(Agent):
     # ---- stage 1: critic -------------------------------------------------------------------------------------------
     def critic_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """IQL's losses: Q is regressed on r + gamma (1 - d) V(s'), Eq. (6) of networks/critics.py; or on Q(s', pi(s')) [F4]."""
-        c, target = self.config, None
-        if c.bootstrap == "policy":
+        c = self.config
+        if c.bootstrap == "policy":  # without V
             with torch.no_grad():
                 next_act = self.policy(batch.next_obs)
-            target = self.critic.policy_target(batch, next_act, c.gamma)
-        return self.critic.loss(batch, c.expectile, c.gamma, target)
+            return self.critic.q_loss(batch, self.critic.policy_target(batch, next_act, c.gamma))
+        return self.critic.loss(batch, c.expectile, c.gamma)
 
     def return_loss(self, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """The same with Q regressed on the returns of the data [F3]."""
-        return self.critic.loss(batch, self.config.expectile, self.config.gamma, batch.extras["returns"])
+        c, returns = self.config, batch.extras["returns"]
+        return (
+            self.critic.q_loss(batch, returns)
+            if c.bootstrap == "policy"
+            else self.critic.loss(batch, c.expectile, c.gamma, returns)
+        )
 
     def follow_critic(self) -> None:
         self.critic.update_target(self.config.tau)

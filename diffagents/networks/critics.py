@@ -74,10 +74,22 @@ class IQLCritic(nn.Module):
                 q_target = td_target(batch.rew, batch.done, self.v(batch.next_obs).squeeze(-1), gamma)
         v = self.v(batch.obs).squeeze(-1)
         v_loss = expectile_loss(v_target - v, expectile)  # Eq. (5)
-        q = self.q(act_obs)  # (2, B)
-        q_loss = (q - q_target).square().mean()  # Eq. (6)
-        metrics = {"v_loss": v_loss.detach(), "q_loss": q_loss.detach(), "q": q.detach().mean(), "v": v.detach().mean()}
-        return v_loss + q_loss, metrics
+        q_loss, metrics = self.q_loss(batch, q_target)
+        return v_loss + q_loss, {"v_loss": v_loss.detach(), **metrics, "v": v.detach().mean()}
+
+    def q_loss(self, batch: Batch, q_target: Tensor) -> tuple[Tensor, Metrics]:
+        """L_Q alone, Eq. (6) with another target, for a Q that needs no V.
+
+        Args:
+            batch: Transitions.
+            q_target: What Q regresses on, (B,).
+
+        Returns:
+            The loss, a scalar, and the metrics `q_loss` and `q`.
+        """
+        q = self.q(torch.cat([batch.act, batch.obs], -1))  # (2, B)
+        loss = (q - q_target).square().mean()
+        return loss, {"q_loss": loss.detach(), "q": q.detach().mean()}
 
     @torch.no_grad()
     def policy_target(self, batch: Batch, next_act: Tensor, gamma: float) -> Tensor:

@@ -110,8 +110,9 @@ def test_without_it_every_piece_is_off() -> None:
     for name in NAMES:
         config = dataclasses.asdict(type(small(name)).Config())
         off: dict[str, Any] = {
-            "precondition": False, "return_temperature": None, "returns_share": 0.0, "q_norm": "value", "cosine": False,
-            "deterministic_backup": False, "bootstrap": "expectile", "constraint": "data",
+            "precondition": False, "return_temperature": None, "returns_share": 0.0, "cosine": False,
+            "q_norm": "none" if name == "BDPO" else "value", "deterministic_backup": False, "bootstrap": "expectile",
+            "constraint": "data",
         }  # fmt: skip
         assert {key: config[key] for key in off.keys() & config.keys()} == {key: off[key] for key in off.keys() & config.keys()}
 
