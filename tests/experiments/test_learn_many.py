@@ -350,7 +350,9 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     graphs: list[Any] = []
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
-    together, alone = ([shallow(name, preset=None, seed=k, compile="eager", **varied(name, k)) for k in range(2)] for _ in range(2))
+    together, alone = (
+        [shallow(name, preset=None, seed=k, compile="eager", **varied(name, k)) for k in range(2)] for _ in range(2)
+    )
     together[0].compile = "compiled"
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="compiling failed")
