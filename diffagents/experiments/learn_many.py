@@ -34,6 +34,8 @@ from diffagents.types import Batch, Metrics
 
 SWITCHES = ("dropout", "gamma")
 """Hyperparameters whose value 0 changes the computation: without dropout masks, and in BDPO without paths at the next state."""
+SHARED = ("return_temperature", "returns_share")
+"""Hyperparameters of all members together: how batches are drawn, and when Q changes from returns to TD targets."""
 PREFIX = "hyperparameter."  # of the names of hyperparameters' tensors, which stand among those of the networks
 
 
@@ -137,7 +139,7 @@ def _check_alike(agents: Sequence[Agent]) -> None:
                 raise ValueError(f"the agents differ in {name}: {getattr(first, name)!r} and {getattr(agent, name)!r}")
         for field in dataclasses.fields(agent.config):
             one, other = getattr(first.config, field.name), getattr(agent.config, field.name)
-            if one != other and not (isinstance(one, float) and isinstance(other, float)):
+            if one != other and (field.name in SHARED or not (isinstance(one, float) and isinstance(other, float))):
                 raise ValueError(
                     f"the agents differ in {field.name}: {one!r} and {other!r}; only numbers that are no sizes may differ, "
                     "and seeds: train the rest in another call"

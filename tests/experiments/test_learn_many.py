@@ -87,9 +87,10 @@ def same(a: Agent, b: Agent, rtol: float = 1e-5, leave_out: tuple[str, ...] = ()
 def test_each_member_ends_as_its_single_run(name: str, vary: bool) -> None:
     gamma = {"gamma": 0.99} if name == "BDPO" else {}  # has a test of its own
     n = 3 if name in ("SRPO", "DiffusionQL") else 2
-    together = members(name, n, vary=vary, **gamma)
+    given: dict[str, Any] = {"vary": vary, "preset": None if vary else "fast", **gamma}  # varied around the plain values
+    together = members(name, n, **given)
     assert learn_many(together, DATA) == together
-    alone = [agent.learn(DATA) for agent in members(name, n, vary=vary, **gamma)]
+    alone = [agent.learn(DATA) for agent in members(name, n, **given)]
     for a, b in zip(together, alone, strict=True):
         same(a, b, leave_out=("q",) if name == "SfBC" else ())  # has a test of its own
     for a, b in itertools.pairwise(alone):
@@ -215,11 +216,13 @@ def test_every_member_has_its_schedule() -> None:
         (lambda: [small("IQL"), small("AWR")], "trains agents of one class, not IQL and AWR"),
         (lambda: [small("IQL")] * 2, "the same agent is in the list twice: make one for each seed or setting"),
         (lambda: [small("IQL"), small("IQL", batch_size=8)], "the agents differ in batch_size: 16 and 8"),
-        (lambda: [small("IQL"), small("IQL", reward_transform="none")], "the agents differ in reward_transform: 'auto' and 'n"),
+        (lambda: [small("IQL"), small("IQL", reward_transform="none")], "differ in reward_transform: 'unit_returns'"),
         (lambda: [small("IQL"), small("IQL", deterministic_policy=True)], "differ in deterministic_policy: False and True"),
         (lambda: [small("DiffusionQL"), small("DiffusionQL", max_grad_norm=None)], "differ in max_grad_norm: 5.0 and None"),
         (lambda: [small("IQL"), small("IQL", policy_kwargs={"net_arch": [8]})], "differ in policy_kwargs: .*16, 16.* and .*8"),
-        (lambda: [small("IQL"), small("IQL", preset="auto")], "the agents differ in preset: None and 'auto'"),
+        (lambda: [small("IQL"), small("IQL", preset="auto")], "the agents differ in preset: 'fast' and 'auto'"),
+        (lambda: [small("IQL"), small("IQL", returns_share=0.2)], "the agents differ in returns_share: 0.4 and 0.2"),
+        (lambda: [small("IQL"), small("IQL", return_temperature=0.2)], "the agents differ in return_temperature: 0.1 and 0.2"),
         (lambda: [small("IQL"), small("IQL", train_steps=5)], "the agents differ in train_steps: 12 and 5"),
         (lambda: [small("IQL", dropout=0.1), small("IQL", dropout=0.0)], "the agents differ in dropout: 0.1 and 0.0"),
         (lambda: [small("IQL", dropout=0.0), small("IQL", dropout=0.1)], "the agents differ in dropout: 0.0 and 0.1"),
@@ -347,7 +350,9 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     graphs: list[Any] = []
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
-    together, alone = ([shallow(name, seed=k, compile="eager", **varied(name, k)) for k in range(2)] for _ in range(2))
+    together, alone = (
+        [shallow(name, preset=None, seed=k, compile="eager", **varied(name, k)) for k in range(2)] for _ in range(2)
+    )
     together[0].compile = "compiled"
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="compiling failed")

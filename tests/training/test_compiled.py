@@ -130,7 +130,7 @@ def test_the_traced_program_is_the_eager_one_and_nothing_is_baked_in(name: str, 
             moved = agrees(graph, inputs, update, args[0])
             assert not torch.allclose(before, moved, rtol=1e-3), "the same gradient: nothing would be seen"
             agrees(graph, [*inputs[: len(tensors)], *pytree.tree_leaves(args[1])], update, args[1])
-    assert n_parts == {"BC": 1, "DiffusionBC": 1}.get(name, {"QGPO": 3, "SfBC": 3, "SRPO": 3, "BDPO": 4}.get(name, 2))
+    assert n_parts == {"BC": 1, "DiffusionBC": 1, "AWR": 2, "QGPO": 3, "SfBC": 3, "IDQL": 3, "IQL": 3, "BDPO": 5}.get(name, 4)
 
 
 def agrees(graph: Any, inputs: list[torch.Tensor], update: Any, args: Any) -> torch.Tensor:
