@@ -305,8 +305,13 @@ class Agent(ABC):
         return self
 
     # ---- acting ----------------------------------------------------------------------------------------------------
+    @property
+    def acts_deterministically(self) -> bool:
+        """How the policy is meant to act: the hyperparameter `deterministic`; True if the algorithm has none to choose."""
+        return bool(getattr(self.config, "deterministic", True))
+
     def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False, **choice: Any
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool | None = None, **choice: Any
     ) -> tuple[np.ndarray, Any]:
         """The policy's action for one observation or a batch, with SB3's signature.
 
@@ -316,7 +321,8 @@ class Agent(ABC):
             observation: As the environment returns it: an array or a dict of arrays, one observation or a batch.
             state: Returned unchanged.
             episode_start: Ignored.
-            deterministic: Act without randomness: the action depends on the observation only.
+            deterministic: True acts without randomness: the action depends on the observation only. False samples, if the
+                policy can. None acts as the policy is meant to, by its hyperparameter `deterministic`.
             choice: Hyperparameters of CHOICE to override in this call, e.g. n_candidates=10.
 
         Returns:
@@ -330,6 +336,8 @@ class Agent(ABC):
         if self.spec is None or self.state.policy_missing:
             stages = f', stages=("{self.POLICY_STAGE}",)' if self.state.policy_missing else ""
             raise RuntimeError(f"this {type(self).__name__} has no policy yet: train it with learn(data{stages})")
+        if deterministic is None:
+            deterministic = self.acts_deterministically
         config = self.config if not choice else choose(type(self).__name__, self.config, self.CHOICE, choice)
         if not choice and type(observation) is np.ndarray and self.device.type == "cpu":
             policy = self.point_policy(deterministic)
@@ -396,14 +404,16 @@ class Agent(ABC):
                 triggers a warning.
             n_episodes: Number of episodes.
             choice: Passed to `predict` at every step, e.g. {"n_candidates": 10}.
-            kwargs: As in `diffagents.evaluate`.
+            kwargs: As in `diffagents.evaluate`; by default the policy acts as it is meant to.
 
         Raises:
             ValueError: No environment is known, or `learn_online` is acting in it.
         """
         policy: Any = self
         if choice:
-            policy = types.SimpleNamespace(predict=functools.partial(self.predict, **choice))
+            policy = types.SimpleNamespace(
+                predict=functools.partial(self.predict, **choice), acts_deterministically=self.acts_deterministically
+            )
         stored = (self.dataset_info or {}).get("env_spec")
         if env is not None and stored is not None:
             warn_of_another_env(env, stored, kwargs.get("env_kwargs"))
@@ -415,6 +425,8 @@ class Agent(ABC):
 
     def export(self, path: str | pathlib.Path, format: str = "onnx", **choice: Any) -> pathlib.Path:
         """Write the deterministic policy as one file that runs without diffagents; see `deploy.export.export`.
+
+        A policy that is meant to sample its actions acts differently there, which causes a warning.
 
         Args:
             path: The file; without a suffix it gets .onnx or .pt2.

@@ -34,7 +34,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SfBC": {"n_support_states": 2000, "policy_kwargs": {"behavior_width": 128}},
     "IDQL": {"policy_kwargs": {"behavior_width": 128}, "batch_size": 256},
 }
-BY_MEAN = ("IQL", "AWR")  # their deterministic action is the Gaussian's mean, as their papers evaluate
 
 
 def main() -> None:
@@ -78,7 +77,7 @@ def main() -> None:
             start = time.perf_counter()
             agent.learn(data, total_timesteps=args.steps)
             seconds = time.perf_counter() - start
-            result = diffagents.evaluate(agent, env, args.episodes, n_envs=args.episodes, deterministic=name in BY_MEAN)
+            result = diffagents.evaluate(agent, env, args.episodes, n_envs=args.episodes)  # sampled or not as in the papers
             print(f"== {name}, seed {seed}: {result}; {seconds:.0f} s", flush=True)
             runs.append(settings | {"seconds": seconds, "stages": agent.stage_steps, "result": result.to_json()})
             info = {key: data.info[key] for key in ("id", "n_steps", "n_episodes", "mean_return", "sha256")}

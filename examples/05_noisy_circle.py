@@ -47,7 +47,7 @@ def main() -> None:
         settings |= {"preset": None, "seed": args.seed, "verbose": 0}  # the papers' algorithms
         agent = getattr(diffagents, name)("MlpPolicy", bandits.Bandit("circle"), **settings)
         agent.learn(data, total_timesteps=args.steps)
-        actions = agent.predict(observations)[0]
+        actions = agent.predict(observations, deterministic=False)[0]
         found = bandits.measure(actions, xy)
         title = f"on {found['jaccard']:.2f}, around {found['coverage']:.2f}"
         radius = np.linalg.norm(actions, axis=1)

@@ -14,6 +14,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from small_agents import small
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CheckpointCallback,
@@ -201,6 +202,25 @@ def test_predict_shapes_and_units(pendulum_agent: SRPO) -> None:
     agent = SRPO("MlpPolicy", "Pendulum-v1", **SMALL)
     torch.nn.init.constant_(agent.policy.net[-1].bias, 100.0)  # tanh at its limit: the space's bound, 2 Nm
     assert agent.predict(np.zeros(3))[0].tolist() == [2.0]
+
+
+def test_an_agent_is_evaluated_as_it_is_meant_to_act() -> None:
+    """With a choice for this evaluation too; SB3's own evaluation asks for deterministic actions unless told None."""
+    env = make_vec_env("Pendulum-v1")
+    for meant in (True, False):
+        agent: Any = small("DiffusionQL", preset=None, env="Pendulum-v1", deterministic=meant)
+        told: list[bool] = []
+        draw = agent.draw_act
+        agent.draw_act = lambda n, deterministic, *rest: (told.append(deterministic), draw(n, deterministic, *rest))[1]  # noqa: B023
+        for choice in (None, {"n_candidates": 2}):
+            assert agent.evaluate("Pendulum-v1", 1, choice=choice).deterministic == meant
+            assert agent.evaluate("Pendulum-v1", 1, choice=choice, deterministic=not meant).deterministic != meant
+            assert told == [meant] * 200 + [not meant] * 200
+            told.clear()
+        for asked, expected in ((None, meant), (True, True)):
+            evaluate_policy(agent, env, 1, deterministic=asked)  # type: ignore[arg-type]
+            assert set(told) == {expected}
+            told.clear()
 
 
 def test_evaluating_never_changes_training() -> None:

@@ -136,6 +136,52 @@ def test_actions(agent: Agent) -> None:
     assert torch.equal(before, agent.generator.get_state())
 
 
+BY_THE_PAPER = {"IQL": True, "AWR": True}  # the mean of the Gaussian; diffusion policies sample
+
+
+def acts(agent: Agent, **how: Any) -> np.ndarray:
+    """Actions of an agent for Pendulum whose generator is as at the beginning."""
+    agent.predict_generator.manual_seed(0)
+    return agent.predict(np.ones((8, 3), np.float32), **how)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_policy_that_can_sample_stores_how_it_is_meant_to_act(name: str) -> None:
+    """By the recipe without randomness, by the paper as in its evaluation; `deterministic=` is the word for it."""
+    cls = agent_class(name)
+    samples = cls.draw_act is not Agent.draw_act
+    assert ("deterministic" in fields(name)) == samples and "deterministic" not in cls.CHOICE
+    assert cls().acts_deterministically
+    if samples:
+        assert cls.Config().deterministic == cls(preset=None).acts_deterministically == BY_THE_PAPER.get(name, False)
+        for value in (True, False):
+            assert cls(deterministic=value).acts_deterministically == value
+    else:
+        assert cls(preset=None).acts_deterministically
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("preset", ["fast", None])
+def test_predict_acts_as_the_policy_is_meant_to(preset: str | None, name: str, tmp_path: pathlib.Path) -> None:
+    """And so does what `save` wrote and what `load` is told to act otherwise."""
+    agent: Any = small(name, preset=preset, env="Pendulum-v1")
+    choices = {value: acts(agent, deterministic=value) for value in (True, False)}
+    samples = "deterministic" in fields(name)
+    assert np.array_equal(choices[True], choices[False]) != samples
+    for meant in (agent.acts_deterministically, *((True, False) if samples else ())):
+        one = agent.clone(**{"deterministic": meant} if samples else {})
+        loaded = diffagents.load(one.save(tmp_path / f"{meant}"), verbose=0)
+        for each in (one, loaded):
+            assert each.acts_deterministically == meant
+            assert np.array_equal(acts(each), choices[meant])
+            assert np.array_equal(acts(each, deterministic=True), choices[True])
+            assert np.array_equal(acts(each, deterministic=False), choices[False])
+        if samples:
+            assert one.explicit["deterministic"] == loaded.explicit["deterministic"] == meant
+            other = type(agent).load(tmp_path / f"{meant}", deterministic=not meant, verbose=0)
+            assert np.array_equal(acts(other), choices[not meant])
+
+
 @every
 def test_choices_at_predict_time(agent: Agent) -> None:
     """What CHOICE names is accepted, checked, and forgotten after the call; anything else is refused by name."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
-from diffagents.config.recipe import COSINE, RETURN_TEMPERATURE
+from diffagents.config.recipe import COSINE, DETERMINISTIC, RETURN_TEMPERATURE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
@@ -63,6 +63,7 @@ class AWRConfig(Hyperparameters):
     td_lambda: float = hyperparameter(
         0.95, "Lambda of the returns: 1 relies on the returns of the data, 0 on the critic.", at_least=0, at_most=1
     )
+    deterministic: bool = hyperparameter(True, DETERMINISTIC)
     gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
     learning_rate: float = hyperparameter(3e-4, "Learning rate of the critic and of the policy.", above=0)
     batch_size: int = hyperparameter(256, "Number of transitions in a batch.", at_least=1, at_most=MOST)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
-from diffagents.config.recipe import COSINE, PRECONDITION
+from diffagents.config.recipe import COSINE, DETERMINISTIC, PRECONDITION
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.diffusion.chain import SOLVERS, check_solver
@@ -72,6 +72,7 @@ class DiffusionBCConfig(Hyperparameters):
     solver_steps: int | None = hyperparameter(
         None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
     )
+    deterministic: bool = hyperparameter(False, DETERMINISTIC)
     reward_transform: str = hyperparameter(
         "none",
         'Transform of the rewards, of which "auto" chooses one from the data. '

@@ -50,6 +50,7 @@ from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
 from diffagents.config.recipe import (
     COSINE,
+    DETERMINISTIC,
     DETERMINISTIC_BACKUP,
     PRECONDITION,
     Q_LAYER_NORM,
@@ -130,6 +131,7 @@ class DiffusionQLConfig(Hyperparameters):
     solver_steps: int | None = hyperparameter(
         None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
     )
+    deterministic: bool = hyperparameter(False, DETERMINISTIC)
     online_learning_rate: float = hyperparameter(3e-5, "Learning rate of the policy in `learn_online`, constant [O4].", above=0)
     online_noise: float = hyperparameter(
         0.1, "Standard deviation of the exploration noise in `learn_online`, for actions in [-1, 1] [O3].", at_least=0

@@ -48,7 +48,7 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
-from diffagents.config.recipe import PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
+from diffagents.config.recipe import DETERMINISTIC, PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.diffusion.chain import SOLVERS, check_solver
 from diffagents.functional import SELECT, eps_loss, polyak_update_, select_action
@@ -119,6 +119,7 @@ class IDQLConfig(Hyperparameters):
     solver_steps: int | None = hyperparameter(
         None, "Network evaluations for each sampled action, at most n_diffusion_steps. None: all of them.", at_least=1
     )
+    deterministic: bool = hyperparameter(False, DETERMINISTIC)
     reward_transform: str = hyperparameter(
         "auto",
         'Transform of the rewards, of which "auto" chooses one from the data. '

@@ -41,7 +41,7 @@ from torch import Tensor
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
-from diffagents.config.recipe import Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
+from diffagents.config.recipe import DETERMINISTIC, Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.networks.critics import IQLCritic
 from diffagents.networks.mlp import GaussianPolicy, TanhPolicy, dropout_masks
@@ -73,6 +73,7 @@ class IQLConfig(Hyperparameters):
         0.0, "Dropout rate in the hidden layers of the policy during training [D3].", at_least=0, below=1
     )
     deterministic_policy: bool = hyperparameter(False, "Whether the policy is deterministic and fitted by squared error [D2].")
+    deterministic: bool = hyperparameter(True, DETERMINISTIC)
     gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
     tau: float = hyperparameter(
         0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1

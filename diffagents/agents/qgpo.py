@@ -52,7 +52,7 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
-from diffagents.config.recipe import COSINE, PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE
+from diffagents.config.recipe import COSINE, DETERMINISTIC, PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
@@ -100,6 +100,7 @@ class QGPOConfig(Hyperparameters):
         1.0, "Scale s_g of the guidance when acting: 0 recovers the behaviour policy [D6].", at_least=0
     )
     solver_steps: int = hyperparameter(15, "Network evaluations for each sampled action.", at_least=1, at_most=1000)
+    deterministic: bool = hyperparameter(False, DETERMINISTIC)
     gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
     tau: float = hyperparameter(
         0.005, "Soft update (Polyak) coefficient of the target network of Q, at every critic update.", above=0, at_most=1

@@ -48,7 +48,7 @@ from torch.nn import functional as F
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, N_FIXED, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
-from diffagents.config.recipe import COSINE, PRECONDITION, RETURN_TEMPERATURE
+from diffagents.config.recipe import COSINE, DETERMINISTIC, PRECONDITION, RETURN_TEMPERATURE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.replay_buffer import Mixture
 from diffagents.data.sampler import Sampler
@@ -93,6 +93,7 @@ class SfBCConfig(Hyperparameters):
         1, "Number of resampled candidates that are averaged to the action, at most all of them. Locomotion: 4.", at_least=1
     )
     solver_steps: int = hyperparameter(15, "Network evaluations for each sampled action.", at_least=1, at_most=1000)
+    deterministic: bool = hyperparameter(False, DETERMINISTIC)
     gamma: float = hyperparameter(0.99, "Discount factor of future rewards.", at_least=0, below=1)
     learning_rate: float = hyperparameter(1e-4, "Learning rate of the behaviour model.", above=0)
     critic_learning_rate: float = hyperparameter(1e-3, "Learning rate of the critic.", above=0)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffagents.cli.options import DEVICE_HELP, add_policy, env_arguments, environment, policy, preset, say, value
+from diffagents.cli.options import DEVICE_HELP, add_how, add_policy, env_arguments, environment, policy, preset, say, value
 from diffagents.errors import one_line
 from diffagents.registry import AGENTS
 
@@ -62,7 +62,7 @@ def add_commands(command: Command) -> None:
         help="Exploration noise: gaussian:S adds noise with standard deviation S, in units of the actions; "
         "uniform:P replaces an action by a random one with probability P.",
     )
-    one.add_argument("--deterministic", action="store_true", help="Use deterministic actions. Default: sample them.")
+    add_how(one)
     one.add_argument("--seed", type=int, default=0, help="Seed of the episodes and the noise. Default: 0.")
     one.add_argument("--root", type=Path, metavar="FOLDER", help="Folder of all datasets. Default: $MINARI_DATASETS_PATH.")
 

@@ -31,7 +31,15 @@ def add_episodes(parser: argparse.ArgumentParser, episodes: int = 10) -> None:
     """Add the options for the episodes that a policy plays; `episodes` is their default number."""
     parser.add_argument("--episodes", type=int, default=episodes, metavar="N", help=f"Number of episodes. Default: {episodes}.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the first episode. Default: 0.")
-    parser.add_argument("--sampled", action="store_true", help="Sample the actions. Default: deterministic actions.")
+    add_how(parser)
+
+
+def add_how(parser: argparse.ArgumentParser) -> None:
+    """Add --sampled and --deterministic, for how a policy acts; without them `deterministic` is None, as it is meant to act."""
+    group, default = parser.add_mutually_exclusive_group(), "Default: as the policy is meant to act."
+    group.add_argument("--sampled", dest="deterministic", action="store_false", help=f"Sample the actions. {default}")
+    group.add_argument("--deterministic", action="store_true", help=f"Act without randomness. {default}")
+    parser.set_defaults(deterministic=None)
 
 
 def add_hub(parser: argparse.ArgumentParser) -> None:

@@ -69,7 +69,7 @@ def eval_(args: argparse.Namespace) -> None:
         args.env,
         args.episodes,
         seed=args.seed,
-        deterministic=not args.sampled,
+        deterministic=args.deterministic,
         n_envs=args.n_envs,
         env_kwargs=env_arguments(args) or None,
     )
@@ -84,7 +84,7 @@ def enjoy(args: argparse.Namespace) -> None:
     agent = policy(args)
     env = environment(args, agent)
     if args.video is not None:
-        settings: dict[str, Any] = {"seed": args.seed, "deterministic": not args.sampled, "env_kwargs": env_arguments(args)}
+        settings: dict[str, Any] = {"seed": args.seed, "deterministic": args.deterministic, "env_kwargs": env_arguments(args)}
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             path = record_video(agent, env, args.video, **settings)
@@ -93,7 +93,7 @@ def enjoy(args: argparse.Namespace) -> None:
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise ValueError("no screen is available: pass --video FILE.mp4")
     with contextlib.closing(make_env(env, render_mode="human", **env_arguments(args))) as window:
-        print(agent.evaluate(window, args.episodes, seed=args.seed, deterministic=not args.sampled))
+        print(agent.evaluate(window, args.episodes, seed=args.seed, deterministic=args.deterministic))
 
 
 def push(args: argparse.Namespace) -> None:

@@ -1,10 +1,11 @@
-"""Descriptions of the hyperparameters of the fast recipe, which many algorithms share.
+"""Descriptions of hyperparameters that many algorithms share: those of the fast recipe, and `deterministic`.
 
 The recipe is the block `fast` of zoo/<algorithm>.yml, one setting for all datasets. In a plain `Config` each piece of it is
 off, so that `preset=None` and `preset="paper"` are the paper's algorithm.
 """
 
 COSINE = "Whether learning rates fall to 0 on a cosine over the stage."
+DETERMINISTIC = "Whether `predict` and `evaluate` act without randomness unless the call says otherwise."
 DETERMINISTIC_BACKUP = "Whether the targets of Q take the policy's action without noise, the one that acts, not its samples."
 PRECONDITION = "Whether noise is predicted as a correction to that of a Gaussian around a clone, which is trained with it."
 Q_LAYER_NORM = "Whether Q has LayerNorm in its hidden layers."

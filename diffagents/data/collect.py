@@ -27,7 +27,7 @@ from diffagents.config.checks import whole_number
 from diffagents.data.minari import minari_root
 from diffagents.envs.make import env_id_of, make_env, without_monitor
 from diffagents.errors import one_line
-from diffagents.evaluation.episodes import check_actions, check_spaces, stack, succeeded
+from diffagents.evaluation.episodes import check_actions, check_spaces, is_meant_deterministic, stack, succeeded
 from diffagents.evaluation.evaluate import Evaluation
 from diffagents.types import Spec
 
@@ -49,7 +49,7 @@ def collect(
     *,
     seed: int = 0,
     noise: str | None = None,
-    deterministic: bool = False,
+    deterministic: bool | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
     root: str | os.PathLike[str] | None = None,
     algorithm_name: str | None = None,
@@ -80,7 +80,8 @@ def collect(
             the same seed gives the same data. Other generators that a policy may have are not seeded.
         noise: None; "gaussian:S" adds noise of standard deviation S, in the units of the action, to each of its numbers;
             "uniform:P" replaces an action by a uniform one with probability P.
-        deterministic: Passed to `predict`; False lets the policy sample its actions.
+        deterministic: Passed to `predict`; False lets the policy sample its actions. None: an agent acts as it is meant to, by
+            its hyperparameter `deterministic`; any other policy samples, which is the default of SB3's `predict`.
         env_kwargs: Keyword arguments of the environment; for an id or a stored spec only.
         root: Folder of all datasets. Default: $MINARI_DATASETS_PATH, else Minari's own.
         algorithm_name: For the metadata. Default: the class of the policy.
@@ -102,6 +103,8 @@ def collect(
     n_steps = whole_number("n_steps", n_steps, 1, " of environment steps")
     seed = whole_number("seed", seed, 0)
     _check_policy(policy)
+    if deterministic is None:
+        deterministic = is_meant_deterministic(policy, other=False)
     perturb = _noise(noise)
     place = _new_place(dataset_id, root)
     with _opened(env, env_kwargs) as (world, env_spec):

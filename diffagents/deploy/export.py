@@ -47,13 +47,16 @@ def export(
 ) -> pathlib.Path:
     """Write what `learner.predict(obs, deterministic=True, **choice)` computes as one file, all or nothing.
 
+    It acts differently from `learner.predict(obs)` if the policy is meant to sample its actions (`deterministic=False` in its
+    configuration, as in the papers of diffusion policies); this causes a warning.
+
     It takes seconds; for QGPO and SfBC with many solver steps a minute or more. The file runs with
 
         onnxruntime.InferenceSession("policy.onnx").run(["action"], {"obs": obs})[0]
         torch.export.load("policy.pt2").module()(obs)
 
     Args:
-        learner: The agent, on any device; it is not changed. An untrained one causes a warning.
+        learner: The agent, on any device; it is not changed. An untrained one, or one that samples, causes a warning.
         path: The file; without a suffix it gets .onnx or .pt2.
         format: "onnx" (needs `pip install "diffagents[export]"`) or "torch_export".
         deterministic: Only True: a file has no random generator.
@@ -320,6 +323,12 @@ def _check(learner: Learner, path: str | os.PathLike[str], format: str, determin
         )
     if learner.state.pristine:
         warnings.warn(f"this {name} has not been trained: the file will contain a random policy", stacklevel=3)
+    if not learner.acts_deterministically:
+        warnings.warn(
+            f"this {name} is meant to sample its actions, but a file has no random generator: the exported policy acts as "
+            "predict(obs, deterministic=True), which may score differently",
+            stacklevel=3,
+        )
     return target
 
 

@@ -168,6 +168,16 @@ class SB3:
         return Step(obs, np.asarray(rew, np.float64), ended, ended, np.ones(self.n, bool), infos)
 
 
+def is_meant_deterministic(policy: Any, other: bool = True) -> bool:
+    """Whether a policy is meant to act without randomness.
+
+    Args:
+        policy: Any policy; our agents have the attribute `acts_deterministically`.
+        other: The answer for a policy without that attribute.
+    """
+    return bool(getattr(policy, "acts_deterministically", other))
+
+
 def stack(items: Sequence[Any]) -> Any:
     """Observations of n environments as one batch: arrays (n, ...), in dicts or tuples where the observation is one."""
     if isinstance(items[0], Mapping):

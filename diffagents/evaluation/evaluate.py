@@ -14,7 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from diffagents.envs.make import env_id_of, is_sb3, make_env
 from diffagents.evaluation.d4rl import D4RL_REFERENCE, d4rl_score, normalized_scores, reference_name
-from diffagents.evaluation.episodes import SB3, Policy, Single, Vector, check_spaces, play
+from diffagents.evaluation.episodes import SB3, Policy, Single, Vector, check_spaces, is_meant_deterministic, play
 from diffagents.evaluation.statistics import bootstrap
 
 
@@ -28,7 +28,7 @@ class Evaluation:
         successes: Whether each episode succeeded at any step; None if the environment never reports it.
         env_id: Id of the environment; None if it has none.
         seed: As passed to `evaluate`.
-        deterministic: As passed to `predict`.
+        deterministic: As passed to `predict` in each step.
     """
 
     returns: tuple[float, ...]
@@ -106,7 +106,7 @@ def evaluate(
     n_episodes: int = 10,
     *,
     seed: int | None = 0,
-    deterministic: bool = True,
+    deterministic: bool | None = None,
     n_envs: int = 1,
     env_kwargs: Mapping[str, Any] | None = None,
 ) -> Evaluation:
@@ -128,7 +128,9 @@ def evaluate(
         seed: For an id, a stored spec or a single Env, episode k is reset with seed + k, for every `n_envs`. For a VectorEnv
             or an SB3 VecEnv, sub-environment i is first reset with seed + i and then continues without a seed. None: no seeds.
             The same call gives the same numbers if the policy depends on nothing else.
-        deterministic: Passed to `predict`; False lets the policy draw from its own generator.
+        deterministic: Passed to `predict`; False lets the policy draw from its own generator. None: as the policy is meant to
+            act, which an agent knows by its hyperparameter `deterministic`; any other policy acts deterministically, as in
+            SB3's `evaluate_policy`. The result says which of the two it was.
         n_envs: How many environments to step together; for an id or a stored spec only.
         env_kwargs: Keyword arguments of the environment; for an id or a stored spec only.
 
@@ -145,6 +147,8 @@ def evaluate(
         raise ValueError(f"n_episodes and n_envs must be at least 1, not {n_episodes} and {n_envs}")
     if not callable(getattr(policy, "predict", None)):
         raise TypeError(f"the policy, a {type(policy).__name__}, has no predict(obs, ...)")
+    if deterministic is None:
+        deterministic = is_meant_deterministic(policy)
     by_name = isinstance(env, str | EnvSpec)
     if not by_name and n_envs != 1:
         raise ValueError(

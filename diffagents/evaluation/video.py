@@ -14,7 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from diffagents.envs.make import make_env
 from diffagents.errors import one_line
-from diffagents.evaluation.episodes import Policy, check_actions, check_spaces, stack
+from diffagents.evaluation.episodes import Policy, check_actions, check_spaces, is_meant_deterministic, stack
 
 
 def record_video(
@@ -24,7 +24,7 @@ def record_video(
     *,
     seed: int | None = 0,
     max_steps: int = 1000,
-    deterministic: bool = True,
+    deterministic: bool | None = None,
     fps: int | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
 ) -> pathlib.Path | None:
@@ -39,7 +39,7 @@ def record_video(
         path: The file to write; must end in .mp4. Missing folders are made, an existing file is replaced.
         seed: Seed of the reset.
         max_steps: Where to stop an episode that is longer.
-        deterministic: Passed to `predict`.
+        deterministic: As in `evaluate`: None acts as the policy is meant to.
         fps: Frames per second, one frame per step. Default: the speed of the simulation (`metadata["render_fps"]`) with about
             30 frames per second, for which steps are left out (of Hopper's 125 per second, every fourth is kept).
         env_kwargs: Keyword arguments of the environment; for an id or a stored spec only.
@@ -48,6 +48,8 @@ def record_video(
         The path, or None if there is no video.
     """
     path = pathlib.Path(path)
+    if deterministic is None:
+        deterministic = is_meant_deterministic(policy)
     try:
         if path.suffix != ".mp4":
             raise ValueError(f"the file must end in .mp4, not {path.name!r}")

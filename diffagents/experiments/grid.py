@@ -67,7 +67,7 @@ class RunSpec:
         points: number of evaluations, evenly spaced over the stage that makes the policy; the last of them is the evaluation of
             the last policy.
         point_episodes: episodes of each evaluation before the last, the first of the same resets.
-        deterministic: whether the policy acts deterministically in evaluations.
+        deterministic: whether the policy acts deterministically in evaluations. Default: as it is meant to act.
         label: distinguishes two settings of one algorithm on one dataset.
     """
 
@@ -80,7 +80,7 @@ class RunSpec:
     episodes: int = 20
     points: int = 5
     point_episodes: int = 5
-    deterministic: bool = True
+    deterministic: bool | None = None
     label: str = ""
 
     @property
@@ -95,6 +95,8 @@ class RunSpec:
     def name(self) -> str:
         """Name of the run's folder: cell, seed and a hash of all fields."""
         fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "label" or value}
+        # Runs keep the names that they had while the default was true.
+        fields["deterministic"] = {None: True, True: "always", False: False}[self.deterministic]
         text = json.dumps(fields, sort_keys=True, default=list)
         return f"{self.cell}-seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -191,7 +193,7 @@ def _check(spec: RunSpec, where: str) -> None:
             raise ValueError(f"{where}: {name} must be a whole number of at least {least}, not {value!r}")
     if spec.point_episodes > spec.episodes:
         raise ValueError(f"{where}: point_episodes={spec.point_episodes} must not exceed episodes={spec.episodes}")
-    for name, kind in (("deterministic", bool), ("env", str | None), ("label", str)):
+    for name, kind in (("deterministic", bool | None), ("env", str | None), ("label", str)):
         if not isinstance(getattr(spec, name), kind):
             raise ValueError(f"{where}: {name} has an invalid value: {getattr(spec, name)!r}")
 
@@ -204,6 +206,15 @@ def _class(algorithm: str) -> Any:
 def _new_agent(spec: RunSpec, device: str) -> "Agent":
     cls = _class(spec.algorithm)
     agent: Agent = cls(env=spec.env, seed=spec.seed, device=device, verbose=0, **spec.settings)
+    return agent
+
+
+def _resumed(spec: RunSpec, checkpoint: Path, device: str) -> "Agent":
+    """The agent of a run that was interrupted, meant to act as a new one: checkpoints of earlier versions do not say how."""
+    agent: Agent = _class(spec.algorithm).load(checkpoint, device=device, verbose=0)
+    meant = _new_agent(dataclasses.replace(spec, env=None), "cpu").acts_deterministically
+    if agent.acts_deterministically != meant:
+        agent.config = dataclasses.replace(agent.config, deterministic=meant)
     return agent
 
 
@@ -256,8 +267,7 @@ def _run(spec: RunSpec, folder: Path, device: str, command: str | None) -> dict[
     from diffagents.data.load import load_dataset
 
     checkpoint, version = folder / CHECKPOINT, commit()
-    cls = _class(spec.algorithm)
-    agent: Agent = cls.load(checkpoint, device=device, verbose=0) if checkpoint.exists() else _new_agent(spec, device)
+    agent = _resumed(spec, checkpoint, device) if checkpoint.exists() else _new_agent(spec, device)
     data = load_dataset(spec.dataset, env=spec.env, obs_keys=agent.obs_keys, verbose=0)
     if agent.dataset_info is not None and agent.dataset_info["sha256"] != data.info["sha256"]:
         raise ValueError(f"{spec.dataset} is not the dataset of {checkpoint}: delete that file to start again")
@@ -320,7 +330,7 @@ def evaluate_as(spec: RunSpec, policy: Any, env: Any, n_episodes: int) -> Evalua
     """Evaluate a policy like every run of a grid: resets seeded 1000, 1001, ..., up to ten environments in parallel.
 
     Args:
-        spec: the run; it decides whether the policy acts deterministically.
+        spec: the run; it decides whether the policy acts deterministically, unless that is left to the policy.
         policy: an agent, or any object with SB3's `predict`.
         env: environment, or its id.
         n_episodes: number of episodes.

@@ -98,7 +98,8 @@ def cells_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in sorted(runs, key=lambda run: (run["cell"], run["spec"]["seed"])):
         cells[run["cell"]].append(run)
     for cell, members in cells.items():
-        without_seed = [{"label": "", **run["spec"], "seed": None} for run in members]
+        acted = [{"deterministic": run["last"]["deterministic"]} for run in members]  # what None in a spec came to
+        without_seed = [{"label": "", **run["spec"], "seed": None, **how} for run, how in zip(members, acted, strict=True)]
         if any(spec != without_seed[0] for spec in without_seed) or len({run["data"]["sha256"] for run in members}) > 1:
             raise ValueError(
                 f"the runs of {cell} differ in more than their seeds: keep only runs with the same settings and data"

@@ -221,7 +221,7 @@ def select(
     for k, row in enumerate(rows[: top if n_episodes else 0]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about action bounds: training has warned already
-            played = evaluate(policies[row.name], where, n_episodes, seed=seed)
+            played = evaluate(policies[row.name], where, n_episodes, seed=seed, deterministic=True)
         rows[k] = dataclasses.replace(row, evaluation=played)
     n_played = sum(len(row.evaluation.returns) for row in rows if row.evaluation is not None)
     return Selection(

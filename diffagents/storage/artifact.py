@@ -36,6 +36,9 @@ LIBRARY, FORMAT = "diffagents", 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Format n -> a function that converts a config of format n to format n + 1. `read` applies them, oldest first."""
 
+SAMPLERS = ("AWR", "BDPO", "DiffCPS", "DiffusionBC", "DiffusionQL", "IDQL", "IQL", "QGPO", "SfBC")
+"""Algorithms whose older files lack the hyperparameter `deterministic`: their `predict` samples unless it is told otherwise."""
+
 CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
 TENSOR_FILES = {name: f"{name}.safetensors" for name in ("model", "learner", "optimizer")}
 MAX_BYTES = {CONFIG: 1 << 20, TRAINER_STATE: 1 << 26, **dict.fromkeys(TENSOR_FILES.values(), 1 << 32)}
@@ -339,6 +342,8 @@ def _read_config(found: Path) -> dict[str, Any]:
         raise ArtifactError(f"{found} has no {TENSOR_FILES['model']}: {_CURES['model']}")
     for old in range(version, FORMAT):
         config = {**MIGRATIONS[old](config), "format": old + 1}
+    if config["algorithm"] in SAMPLERS and isinstance(config.get("knobs"), dict):
+        config["knobs"] = {**config["knobs"], "deterministic": config["knobs"].get("deterministic", False)}
     return config
 
 

@@ -57,7 +57,7 @@ def make_card(
         f"---\n{front}---\n{MARK}\n",
         f"# {_plain(algorithm)}{f' on {_plain(env)}' if env else ''}\n",
         _score(results),
-        _use(algorithm, name, env, env == data_env(config)),
+        _use(algorithm, name, env, env == data_env(config), _how(config, results)),
         *(["![Curves of the training](curves.png)\n"] if "curves.png" in pictures else []),
         *(['<video src="replay.mp4" controls loop></video>\n'] if "replay.mp4" in pictures else []),
         _table("Data", _data_rows(config)),
@@ -132,15 +132,22 @@ def _score(results: Mapping[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _use(algorithm: str, name: str, env: str | None, stored: bool) -> str:
-    """How to load the policy. stored: whether `env` comes with the dataset, so that `evaluate` finds it."""
+def _how(config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+    """The argument with which the policy acts as in its evaluation; empty if it is meant to act so."""
+    meant = (config.get("knobs") or {}).get("deterministic")  # absent if the algorithm leaves no choice
+    evaluated = (results or {}).get("is_deterministic", meant)
+    return "" if meant is None or evaluated == meant else f", deterministic={bool(evaluated)}"
+
+
+def _use(algorithm: str, name: str, env: str | None, stored: bool, how: str) -> str:
+    """How to load the policy. stored: whether `env` comes with the dataset, so that `evaluate` finds it; how: see `_how`."""
     where = "" if env is not None and stored else f"{json.dumps(env) if env else 'env'}, "
-    loop = f"print(agent.evaluate({where}n_episodes=10))"
+    loop = f"print(agent.evaluate({where}n_episodes=10{how}))"
     return f"""```python
 from diffagents import {algorithm}  # pip install diffagents
 
 agent = {algorithm}.from_pretrained({json.dumps(name)})
-action, _ = agent.predict(obs, deterministic=True)  # one observation of the environment, or a batch
+action, _ = agent.predict(obs{how})  # one observation of the environment, or a batch
 {loop}
 ```
 

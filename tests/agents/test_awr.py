@@ -159,7 +159,7 @@ def test_one_gaussian_on_a_ring_falls_into_its_centre() -> None:
     ).learn(data)
     mean = agent.predict(np.zeros(1), deterministic=True)[0]
     assert np.linalg.norm(mean) < 0.1, mean
-    samples = agent.predict(np.zeros((2000, 1)))[0]
+    samples = agent.predict(np.zeros((2000, 1)), deterministic=False)[0]
     assert (np.linalg.norm(samples, axis=-1) < 0.5).mean() > 0.2  # no action of the data is there
     assert samples.std(0) == pytest.approx(0.8 / 2**0.5, abs=0.1)
 
@@ -208,6 +208,7 @@ def test_every_option_changes_the_result() -> None:
         "device": "cpu",
     }
     other: dict[str, Any] = {
+        "deterministic": False,
         "cosine": True,
         "return_temperature": 0.1,
         "temperature": 0.5,

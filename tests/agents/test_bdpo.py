@@ -280,6 +280,7 @@ def test_every_option_changes_the_result() -> None:
     }
     base["max_grad_norm"] = 0.1
     other: dict[str, Any] = {
+        "deterministic": True,
         "deterministic_backup": True,
         "cosine": True,
         "precondition": True,

@@ -154,6 +154,7 @@ def test_every_option_changes_the_result() -> None:
         "policy_freq": 1,
     }
     other: dict[str, Any] = {
+        "deterministic": True,
         "deterministic_backup": True,
         "cosine": True,
         "precondition": True,

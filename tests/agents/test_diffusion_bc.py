@@ -123,6 +123,7 @@ def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives another policy; all but what is made of rewards."""
     base: dict[str, Any] = {"preset": None, "behavior_steps": 10, "batch_size": 16, "verbose": 0, "seed": 0, "device": "cpu"}
     other: dict[str, Any] = {
+        "deterministic": True,
         "cosine": True,
         "precondition": True,
         "n_diffusion_steps": 4,

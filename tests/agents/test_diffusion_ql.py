@@ -158,6 +158,7 @@ def test_official_checkpoint_of_another_kind_is_refused(tmp_path: pathlib.Path) 
 def test_every_option_changes_the_result() -> None:
     base: dict[str, Any] = {**SMALL, "ema_start": 1, "ema_every": 1, "tau": 0.1, "max_grad_norm": 0.1}
     other: dict[str, Any] = {
+        "deterministic": True,
         "deterministic_backup": True,
         "cosine": True,
         "precondition": True,

@@ -314,6 +314,7 @@ def test_every_option_changes_the_result() -> None:
         "device": "cpu",
     }
     other: dict[str, Any] = {
+        "deterministic": True,
         "precondition": True,
         "return_temperature": 0.1,
         "returns_share": 0.5,

@@ -63,7 +63,7 @@ def test_deterministic_policy_minimises_the_weighted_squared_error() -> None:
         expected = (weight * (torch.tanh(agent.policy.net(batch.obs)) - batch.act).square().sum(-1)).mean()
     torch.testing.assert_close(agent.policy_loss(batch, {})[0].detach(), expected)
     obs = batch.obs.numpy()
-    assert np.array_equal(agent.predict(obs)[0], agent.predict(obs, deterministic=True)[0])
+    assert np.array_equal(agent.predict(obs, deterministic=False)[0], agent.predict(obs, deterministic=True)[0])
 
 
 def test_sigma_counts_within_its_bounds() -> None:
@@ -182,7 +182,8 @@ def test_learns_the_best_action_of_the_data(deterministic_policy: bool) -> None:
         errors.append(float(np.abs(agent.predict(obs, deterministic=True)[0] - 0.5).mean()))
     assert errors[1] < 0.12 and errors[0] > 0.4, errors
     if isinstance(agent.policy, GaussianPolicy):  # samples are N(mean, sigma), whose middle the clamping leaves alone
-        samples, mean = agent.predict(np.repeat(obs[:1], 5000, 0))[0], agent.predict(obs[:1], deterministic=True)[0]
+        samples = agent.predict(np.repeat(obs[:1], 5000, 0), deterministic=False)[0]
+        mean = agent.predict(obs[:1])[0]
         np.testing.assert_allclose(np.median(samples, 0), mean[0], atol=0.05)
         below = (samples < mean) & (samples > mean - agent.policy.log_std.detach().exp().numpy())
         np.testing.assert_allclose(below.mean(0), 0.341, atol=0.03)
@@ -200,6 +201,7 @@ def test_every_option_changes_the_result() -> None:
         "device": "cpu",
     }
     other: dict[str, Any] = {
+        "deterministic": False,
         "return_temperature": 0.1,
         "returns_share": 0.5,
         "q_layer_norm": True,

@@ -306,6 +306,7 @@ def test_bad_knobs() -> None:
 def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives another policy."""
     other: dict[str, Any] = {
+        "deterministic": True,
         "cosine": True,
         "precondition": True,
         "return_temperature": 0.1,

@@ -277,6 +277,7 @@ def test_bad_knobs() -> None:
 def test_every_option_changes_the_result() -> None:
     """No knob is decoration: each alternative value gives other critics or other actions."""
     other: dict[str, Any] = {
+        "deterministic": True,
         "cosine": True,
         "precondition": True,
         "return_temperature": 0.1,
@@ -309,6 +310,6 @@ def test_every_option_changes_the_result() -> None:
     results = {name: result(**{name: value}) for name, value in other.items()} | {"default": result()}
     for (a, x), (b, y) in itertools.combinations(results.items(), 2):
         assert not np.array_equal(x, y), f"{a} and {b} give the same agent"
-    for name in ("n_candidates", "temperature", "average_top"):  # these act on the choice alone
+    for name in ("n_candidates", "temperature", "average_top", "deterministic"):  # these act on the choice alone
         assert results[name][-1] == results["default"][-1] and math.isfinite(results[name][-1])
     assert set(other) == offline_knobs("SfBC")

@@ -237,6 +237,31 @@ def test_eval_prints_a_line_or_json_and_reads_the_policy_from_a_pipe(
     assert json.loads(capsys.readouterr().out)["mean_return"] > expected.mean_return
 
 
+@pytest.mark.parametrize("meant", [True, False])
+def test_a_policy_acts_as_it_is_meant_to_unless_a_flag_says_otherwise(
+    meant: bool, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import diffagents.data.collect as collecting
+    import diffagents.evaluation.video as video
+
+    told: list[bool | None] = []
+    for module, name in ((video, "record_video"), (collecting, "collect")):
+        monkeypatch.setattr(module, name, lambda *_, **settings: told.append(settings["deterministic"]))
+    folder = small("DiffusionQL", preset=None, env="Pendulum-v1", deterministic=meant).save_pretrained(here / "policy")
+    for flag, asked in (("", None), ("--sampled", False), ("--deterministic", True)):
+        assert main.main(shlex.split(f"eval {folder} --env Pendulum-v1 --episodes 1 --json {flag}")) == 0
+        how = meant if asked is None else asked
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["deterministic"] is how
+        assert main.main(shlex.split(f"enjoy {folder} --env Pendulum-v1 --video a.mp4 {flag}")) == 0
+        assert main.main(shlex.split(f"collect {folder} --env Pendulum-v1 --id a/b-v0 {flag}")) == 0
+        assert told == [asked, asked]
+        told.clear()
+    for command in ("eval x", "enjoy x", "collect x --id a/b-v0"):
+        with pytest.raises(SystemExit):
+            main.main(shlex.split(f"{command} --sampled --deterministic"))
+        assert "not allowed with argument" in capsys.readouterr().err
+
+
 def test_list_in_a_pipe_that_closes(here: Path) -> None:
     command = f"{sys.executable} -m diffagents list; echo code $? >&2"
     done = subprocess.run(["bash", "-c", f"({command}) | head -c 1"], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -180,6 +180,19 @@ def test_actions_are_those_of_the_policy(kind: str, request: pytest.FixtureReque
         assert np.abs(flat("test/drawn-v0") - flat("test/mean-v0"))[0] > 1e-3
 
 
+@pytest.mark.parametrize(("meant", "expected"), [(None, False), (True, True), (False, False)])
+def test_a_policy_acts_as_it_is_meant_to_unless_told_otherwise(meant: bool | None, expected: bool, root: Path) -> None:
+    """One that does not say how samples, the default of SB3's `predict`."""
+    policy = Recurrent()
+    if meant is not None:
+        policy.acts_deterministically = meant  # type: ignore[attr-defined]
+    for number, asked in enumerate((None, True, False)):
+        how = expected if asked is None else asked
+        collect(policy, "Counter-v0", 20, f"test/how{number}-v0", deterministic=asked)
+        assert set(flat(f"test/how{number}-v0")[:, 1]) == {float(how)}
+        assert ("deterministic actions" in metadata(root, f"test/how{number}-v0")["description"]) == how
+
+
 def test_actions_are_stored_as_they_were_executed() -> None:
     collect(lambda obs: np.array([0.25, 100.0]), "Counter-v0", 30, "test/wild-v0")
     assert flat("test/wild-v0").tolist() == [[0.25, 3.0]] * 30
@@ -298,7 +311,7 @@ def test_where_the_data_come_from(root: Path, trained: Any) -> None:
     collect(trained, "Pendulum-v1", 60, "test/agent-v0", seed=7, noise="gaussian:0.1", author="me", description="for a test.")
     facts = metadata(root, "test/agent-v0")
     assert facts["algorithm_name"] == "TD3BC" and facts["author"] == ["me"]
-    who = "TD3BC from me/pendulum (commit 01234567) trained on test/warm-up-v0, actions drawn by itself"
+    who = "TD3BC from me/pendulum (commit 01234567) trained on test/warm-up-v0, deterministic actions"
     assert facts["description"] == f"for a test. {who}, noise gaussian:0.1, seed 7"
     assert facts["collection"] == {"policy": who, "noise": "gaussian:0.1", "seed": 7, "success_rate": None}
     assert json.loads(facts["env_spec"])["id"] == "Pendulum-v1" and "ref_min_score" not in facts

@@ -304,6 +304,19 @@ def test_an_untrained_policy_is_warned_of(tmp_path: pathlib.Path) -> None:
         export(small("TD3BC", env=stub_env(Spec(BOX, UNEQUAL))), tmp_path / "policy", "torch_export")
 
 
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", ["DiffusionBC", "IQL"])
+def test_a_policy_that_is_meant_to_sample_is_warned_of(name: str, tmp_path: pathlib.Path) -> None:
+    for meant in (False, True):
+        agent = acting(name, deterministic=meant)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(AssertionError, match="work had begun"):
+                agent.export(tmp_path / "policy", "torch_export")
+        told = [one for one in caught if "is meant to sample its actions" in str(one.message)]
+        assert len(told) == (not meant) and all(one.category is UserWarning for one in told)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_policy_that_was_traced_wrongly_is_not_written(format: str, tmp_path: pathlib.Path) -> None:
     """One that counts its calls, for instance: the file would hold the count of the day."""

@@ -178,6 +178,33 @@ class Counter:
         return np.zeros((len(obs), 1), np.float32), (count + 1,)
 
 
+class Listening(Steer):
+    """Notes how it is told to act, and may say how it is meant to, as our agents do."""
+
+    def __init__(self, meant: bool | None = None) -> None:
+        self.told: set[Any] = set()
+        if meant is not None:
+            self.acts_deterministically = meant
+
+    def predict(self, obs: Any, /, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> Any:
+        self.told.add(deterministic)
+        return super().predict(obs)
+
+
+@pytest.mark.parametrize(("meant", "expected"), [(None, True), (True, True), (False, False)])
+def test_a_policy_acts_as_it_is_meant_to_unless_told_otherwise(meant: bool | None, expected: bool, tmp_path: Path) -> None:
+    """One that does not say how is deterministic, as in SB3's `evaluate_policy`. The result says which it was."""
+    for asked in (None, True, False):
+        policy, how = Listening(meant), expected if asked is None else asked
+        assert evaluate(policy, TOY, 1, deterministic=asked).deterministic is how and policy.told == {how}
+        frames = Listening(meant)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing here can render, perhaps
+            record_video(frames, TOY, tmp_path / "a.mp4", deterministic=asked)
+        assert frames.told in ({how}, set())
+    assert evaluate(Listening(meant), TOY, 1).deterministic is expected
+
+
 @pytest.mark.parametrize("kind", [*AutoresetMode, "sb3", "single"])
 def test_state_and_episode_start_follow_the_episodes(kind: Any) -> None:
     policy = Counter()

@@ -104,6 +104,13 @@ def test_everything_that_decides_a_result_is_in_the_name() -> None:
     assert spec().name == spec().name and spec(seed=3).cell == spec().cell
 
 
+def test_runs_keep_the_names_that_they_had() -> None:
+    """Of the time when deterministic=True was the default; one that asks for it is another run now."""
+    assert RunSpec("IQL", "a/b-v0", 0).name == "iql-a-b-v0-seed0-6f2f5377"
+    assert RunSpec("IQL", "a/b-v0", 0, deterministic=False).name == "iql-a-b-v0-seed0-98e4838a"
+    assert len({RunSpec("IQL", "a/b-v0", 0, deterministic=how).name for how in (None, True, False)}) == 3
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -159,6 +166,21 @@ def test_a_run_leaves_its_results_and_a_policy_that_acts_so(tmp_path: Path) -> N
     card = json.loads((folder / "policy" / "results.json").read_text())
     assert card["mean_reward"] == found["last"]["mean_return"] and card["n_eval_episodes"] == 3
     assert grid.status(spec(), tmp_path)["state"] == "done" and not (folder / "progress.json").exists()
+
+
+@pytest.mark.parametrize("meant", [True, False])
+def test_a_run_is_evaluated_as_its_policy_is_meant_to_act(meant: bool, tmp_path: Path) -> None:
+    """Also where it resumes from a checkpoint that did not store it yet; `deterministic:` in the grid has precedence."""
+    settings = {"preset": "fast" if meant else None, "behavior_steps": 4, "batch_size": 8, "policy_kwargs": {"net_arch": [8]}}
+    one = spec("DiffusionBC", settings=settings, episodes=1, points=0, point_episodes=1)
+    found = grid.run_one(one, tmp_path / "whole")
+    assert found["spec"]["deterministic"] is None and found["last"]["deterministic"] is meant
+    agent = diffagents.load(tmp_path / "whole" / one.name / "policy", verbose=0)
+    assert agent.acts_deterministically is meant
+    other = dataclasses.replace(one, deterministic=not meant)
+    assert grid.evaluate_as(other, agent, "Reacher-v5", 1).deterministic is not meant
+    agent.clone(deterministic=not meant).save(tmp_path / "checkpoint.zip")
+    assert grid._resumed(one, tmp_path / "checkpoint.zip", "cpu").acts_deterministically is meant
 
 
 def test_a_finished_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +368,7 @@ def run(algorithm: str, seed: int, mean: float, *, dataset: str = "a/one-v0", be
     """What results.json holds; scores are a tenth of returns. best: the score of the first of two evaluations on the way."""
     one, first = RunSpec(algorithm, dataset, seed), best if best is not None else mean
     curve = [{"num_timesteps": at, "mean_return": 10 * x, "score": x} for at, x in ((5, first), (9, mean))]
-    last = {"mean_return": 10 * mean, "score": mean, "success_rate": None, "mean_length": 5.0}
+    last = {"mean_return": 10 * mean, "score": mean, "success_rate": None, "mean_length": 5.0, "deterministic": True}
     made = {"name": one.name, "cell": one.cell, "spec": dataclasses.asdict(one), "last": last, "curve": curve}
     made |= {"data": {"sha256": "x", "mean_return": 300.0, "score": 30.0}, "stage_steps": {"train": 9}, "seconds": 60.0}
     return made | {"machine": "m", "commit": "c"} | changes
@@ -381,6 +403,13 @@ def test_runs_of_different_settings_are_no_cell() -> None:
     other["spec"]["settings"] = {"beta": 1.0}
     with pytest.raises(ValueError, match="more than their seeds"):
         report.cells_of([one, other])
+    other = run("IQL", 1, 2.0)
+    other["last"]["deterministic"] = False
+    with pytest.raises(ValueError, match="more than their seeds"):
+        report.cells_of([one, other])
+    earlier = run("IQL", 1, 2.0)
+    earlier["spec"]["deterministic"] = True  # the default of earlier versions, which came to the same
+    assert report.cells_of([one, earlier]) == {one["cell"]: [one, earlier]}
     with pytest.raises(ValueError, match="same seed"):
         report.cells_of([one, run("IQL", 0, 3.0)])
     with pytest.raises(ValueError, match="more than their seeds"):

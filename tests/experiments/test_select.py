@@ -399,6 +399,14 @@ def test_episodes_are_played_by_the_top_only_counted_and_decide() -> None:
     assert json.loads(json.dumps(found.to_json()))["n_env_episodes"] == 4
 
 
+def test_the_policy_that_was_estimated_is_the_one_that_plays() -> None:
+    """The deterministic one, though it is meant to sample: `Constant` insists on that."""
+    policy = Constant([0.1, 0.1])
+    policy.acts_deterministically = False  # type: ignore[attr-defined]
+    found = select({"it": policy}, load_dataset(line_data()), fqe_steps=5, env=Target(), n_episodes=1, verbose=0)
+    assert found["it"].evaluation is not None and found["it"].evaluation.deterministic
+
+
 def test_a_policy_of_stable_baselines3() -> None:
     sb3 = pytest.importorskip("stable_baselines3")
     model = sb3.TD3("MlpPolicy", Target(), policy_kwargs={"net_arch": [8]}, buffer_size=10, device="cpu", seed=0)
