@@ -215,6 +215,7 @@ def test_every_option_changes_the_result() -> None:
         "return_temperature": 0.1,
         "returns_share": 0.5,
         "q_layer_norm": True,
+        "cosine": True,
         "beta": 0.5,
         "expectile": 0.9,
         "gamma": 0.5,
