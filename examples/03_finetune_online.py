@@ -47,7 +47,7 @@ def main() -> None:
     scores: list[tuple[int, float]] = []
 
     def log() -> None:
-        result = agent.evaluate(n_episodes=args.episodes, n_envs=args.episodes)
+        result = agent.evaluate(n_episodes=args.episodes, n_envs=args.episodes, deterministic=True)
         scores.append((agent.n_env_steps, result.mean_return))
         print(f"after {agent.n_env_steps:,} environment steps: {result}", flush=True)
 

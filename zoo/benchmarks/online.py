@@ -92,7 +92,7 @@ class Curve:
     def log(self, policy: Any, env_steps: int) -> None:
         """Evaluate the policy."""
         n = self.args.episodes
-        result = evaluate(policy, self.env, n, seed=1000, n_envs=n)
+        result = evaluate(policy, self.env, n, seed=1000, n_envs=n, deterministic=True)
         keys = ("mean_return", "std_return", "score", "mean_length", "success_rate")
         self.rows.append({"env_steps": env_steps, **{key: getattr(result, key) for key in keys}})
         print(f"{self.name} at {env_steps:>6,}: {result}", flush=True)

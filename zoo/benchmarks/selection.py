@@ -78,7 +78,7 @@ def play(policies: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[s
     found = {}
     for path, policy in policies.items():
         start = time.perf_counter()
-        played = policy.evaluate(n_episodes=args.episodes, seed=args.seed)
+        played = policy.evaluate(n_episodes=args.episodes, seed=args.seed, deterministic=True)  # as in `select`
         low, high = played.interval
         found[path] = {"mean_return": played.mean_return, "low": low, "high": high}
         print(
