@@ -40,8 +40,8 @@ Fast recipe (`preset="fast"`, one setting for all datasets; our design, off in a
   [F5] `q_grad_norm="spread"`: dQ/da in units of sqrt(v), the spread of the data's actions around the clone, bounded in every
        state (`functional.spread_gradient`). A Gaussian mu has its optimum at m + beta v dQ/da, so that beta becomes a distance
        from mu in standard deviations of the data's actions, whatever the scale of rewards and however narrow the data.
-  [F6] `cosine`: the learning rates of critic and behaviour model fall to 0, too. At a constant rate the last clone is one
-       of many, some of which fall.
+  [F6] `cosine`: the learning rate of the behaviour stage falls to 0, too. At a constant rate the last clone is one of many,
+       some of which fall.
 Critic stage: Q regresses on r + gamma (1 - d) V(s'), V on an expectile of Qbar(s, a): networks/critics.py, Eq. (5), (6). The
 official code also trains an IQL policy, for monitoring only; we do not.
 """
@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from diffagents.agent import Agent
 from diffagents.config.checks import MOST, net_arch
 from diffagents.config.hyperparameters import Hyperparameters, hyperparameter
-from diffagents.config.recipe import COSINE, PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
+from diffagents.config.recipe import PRECONDITION, Q_LAYER_NORM, RETURN_TEMPERATURE, RETURNS_SHARE
 from diffagents.data.normalize import REWARD_TRANSFORMS
 from diffagents.data.sampler import Sampler
 from diffagents.diffusion.sde import dpm_solve, dpm_solver_steps, vp_alpha_sigma
@@ -126,7 +126,7 @@ class SRPOConfig(Hyperparameters):
         "which is then the clone of the behaviour stage, trained before the critic [F4].",
         choices=BOOTSTRAPS,
     )
-    cosine: bool = hyperparameter(False, COSINE)
+    cosine: bool = hyperparameter(False, "Whether the learning rate of the behaviour stage falls to 0 on a cosine [F6].")
     precondition: bool = hyperparameter(False, PRECONDITION)
     return_temperature: float | None = hyperparameter(None, RETURN_TEMPERATURE, above=0)
     returns_share: float = hyperparameter(0.0, RETURNS_SHARE, at_least=0, at_most=1)
@@ -251,8 +251,8 @@ class SRPO(Agent):
         self.policy = TanhPolicy(obs_dim, act_dim, arch["pi"]).to(self.device)
         trained = self.critic.q.parameters() if c.bootstrap == "policy" else self.critic.trained_parameters()  # [F4]
         self.optimizers = {
-            "critic": Optimizer(trained, c.learning_rate, cosine=c.cosine),  # [F6]
-            "behavior": Optimizer(self.behavior.net.parameters(), c.learning_rate, cosine=c.cosine, weight_decay=0.01),
+            "critic": Optimizer(trained, c.learning_rate),
+            "behavior": Optimizer(self.behavior.net.parameters(), c.learning_rate, cosine=c.cosine, weight_decay=0.01),  # [F6]
             "policy": Optimizer(self.policy.parameters(), c.learning_rate, cosine=True),  # [D6]
         }
 
