@@ -170,7 +170,7 @@ def test_tensorboard(tmp_path: pathlib.Path) -> None:
     SRPO(**SMALL, tensorboard_log=str(tmp_path)).learn(DATA, tb_log_name="run")
     events = EventAccumulator(str(tmp_path / "run_1"))
     events.Reload()
-    assert {"critic/v_loss", "behavior/behavior_loss", "policy/q_grad_norm"} <= set(events.Tags()["scalars"])
+    assert {"critic/q_loss", "behavior/behavior_loss", "policy/q_grad_norm"} <= set(events.Tags()["scalars"])
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])

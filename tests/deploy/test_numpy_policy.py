@@ -233,7 +233,7 @@ def test_dict_observations_take_the_slow_path() -> None:
 def test_random_actions_are_not_numpys(name: str) -> None:
     agent = acting(name)
     slow = Slow(agent)
-    one, two = agent.predict(raw(3))[0], agent.predict(raw(3))[0]
+    one, two = (agent.predict(raw(3), deterministic=False)[0] for _ in range(2))
     assert slow.calls == 2 and not np.array_equal(one, two)
 
 
