@@ -13,6 +13,9 @@ from diffagents.types import Batch, Metrics
 
 SELECT = ("softmax", "argmax", "first")
 """The values of `select` that `select_action` knows."""
+LEAST_GAIN = 0.02
+"""The change of a value, for a change of the action by the spread of the data's actions, below which `spread_gradient` follows
+the value less. It is in units of the value: with the reward transform "unit_returns", of the standard deviation of the returns."""
 
 
 def td_target(rew: Tensor, done: Tensor, next_value: Tensor, gamma: float, floor: Tensor | None = None) -> Tensor:
@@ -168,10 +171,13 @@ def spread_gradient(gradient: Tensor, var: Tensor) -> Tensor:
     In coordinates a = m + sqrt(v) u, in which the actions of the data have unit variance, the gradient is divided by its root
     mean square r over batch and dimensions, and each row by sqrt(1 + its own mean square): rows of usual size keep about their
     size, and none exceeds 1. So a step k of it moves no action by more than k standard deviations of the data's actions,
-    whatever the scale of the value and the width of the data; and a state where the value is steep, which is often where it
-    is wrong, counts no more than the others.
+    however steep the value and however narrow the data; and a state where the value is steep, which is often where it is
+    wrong, counts no more than the others.
 
-        u = sqrt(v) g / r,    step = sqrt(v) u / sqrt(1 + mean_a u^2)
+        u = sqrt(v) g / sqrt(r^2 + c^2),    step = sqrt(v) u / sqrt(1 + mean_a u^2),    c = LEAST_GAIN
+
+    Where the whole batch promises little, steps are short: near the actions of an expert the gain is small, and what a critic
+    learns of it is the reward of the next few steps, which is no guide. On halfcheetah medium-expert such steps ruin the gait.
 
     Args:
         gradient: g = dQ/da, (B, A).
@@ -181,7 +187,7 @@ def spread_gradient(gradient: Tensor, var: Tensor) -> Tensor:
         (B, A).
     """
     u = var.sqrt() * gradient
-    u = u / (u.square().mean().sqrt() + 1e-8)
+    u = u / (u.square().mean() + LEAST_GAIN**2).sqrt()
     return var.sqrt() * u / (1.0 + u.square().mean(-1, keepdim=True)).sqrt()
 
 

@@ -120,7 +120,7 @@ def test_q_grad_norm_in_the_spread_of_the_data() -> None:
         agent.critic.target_mean = lambda obs, act: -70.0 * (act - BEST).square().sum(-1)  # type: ignore[method-assign]
         agent.behavior.net.log_var.data = var.log()  # type: ignore[union-attr]
         gradients.append(gradient(agent, 0.4, 1000))
-    g = torch.full((2,), -2.0 * (0.4 - BEST))
+    g = torch.full((2,), -140.0 * (0.4 - BEST))
     expected = spread_gradient(g.expand(2, 2), var)[0]  # the same in every row
     torch.testing.assert_close(gradients[0] - gradients[1], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="q_grad_norm='spread' needs precondition=True"):

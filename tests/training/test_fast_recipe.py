@@ -12,7 +12,7 @@ from toy import line_data
 
 import diffagents
 from diffagents.config.presets import load_presets, resolve_preset
-from diffagents.functional import gradient_ascent_loss, returns_to_go, spread_gradient
+from diffagents.functional import LEAST_GAIN, gradient_ascent_loss, returns_to_go, spread_gradient
 from diffagents.training.plan import Plan, opening_steps
 from diffagents.training.state import training_tensors
 from diffagents.training.updates import Update
@@ -183,13 +183,13 @@ def test_returns_go_on_after_a_time_out_and_end_at_a_termination() -> None:
     torch.testing.assert_close(cut, torch.tensor([6.0, 2.0, 2.0, 2.0]))
 
 
-def test_the_ascent_does_not_depend_on_the_scale_of_q() -> None:
+def test_the_ascent_does_not_depend_on_the_scale_of_a_steep_q() -> None:
     gradient, act, var = torch.randn(8, 2), torch.randn(8, 2, requires_grad=True), torch.tensor([0.25, 0.5])
 
     def ascent(k: float) -> torch.Tensor:
         return torch.autograd.grad(gradient_ascent_loss(lambda a: (k * gradient * a).sum(-1), act, var), act)[0]
 
-    torch.testing.assert_close(ascent(1.0), ascent(10.0))
+    torch.testing.assert_close(ascent(10.0), ascent(100.0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(ascent(1.0), -spread_gradient(gradient, var) / 16)
 
 
@@ -200,10 +200,16 @@ def test_steps_are_measured_in_the_spread_of_the_data_and_bounded() -> None:
     gradient[0] *= 1000.0
     step = spread_gradient(gradient, var) / var.sqrt()
     u = var.sqrt() * gradient
-    u = u / u.square().mean().sqrt()
+    u = u / (u.square().mean() + LEAST_GAIN**2).sqrt()
     size = u.square().mean(-1, keepdim=True)
     torch.testing.assert_close(step, u / (1.0 + size).sqrt())
     assert 0.99 < step[0].square().mean().sqrt() < 1.0 and step.square().mean(-1).max() < 1.0
+
+
+def test_a_value_that_promises_little_is_followed_little() -> None:
+    """With gradients much below LEAST_GAIN, the step is v g / LEAST_GAIN, whatever its size among the others."""
+    gradient, var = 1e-3 * LEAST_GAIN * torch.randn(500, 3), torch.tensor([0.01, 0.2, 1.0])
+    torch.testing.assert_close(spread_gradient(gradient, var), var * gradient / LEAST_GAIN, rtol=1e-4, atol=0.0)
 
 
 def test_unit_returns_have_standard_deviation_one() -> None:
