@@ -2,7 +2,11 @@
 
 import dataclasses
 import importlib
+import itertools
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 import diffagents
 from diffagents.agent import Agent
@@ -25,6 +29,9 @@ _SMALL: dict[str, Any] = {
     "n_support_states": 50,
 }
 
+BRIEF: dict[str, Any] = {"preset": None, "batch_size": 16, "verbose": 0, "seed": 0, "device": "cpu"}
+"""Arguments of an agent of the paper's algorithm, to which a test adds numbers of steps."""
+
 
 def agent_class(name: str) -> type[Agent]:
     return getattr(importlib.import_module(diffagents.AGENTS[name]), name)  # type: ignore[no-any-return]
@@ -38,6 +45,12 @@ def fields(name: str) -> dict[str, Any]:
 def offline_knobs(name: str) -> set[str]:
     """The knobs that `learn` reads: all but those of `learn_online`."""
     return {knob for knob in fields(name) if "online" not in knob}
+
+
+def assert_all_differ(results: Mapping[Any, np.ndarray]) -> None:
+    """No two of the results, by the knob that was changed for each, are equal: every knob does something."""
+    for (a, x), (b, y) in itertools.combinations(results.items(), 2):
+        assert not np.array_equal(x, y), f"{a} and {b} give the same"
 
 
 def small(name: str, **knobs: Any) -> Agent:

@@ -1,13 +1,12 @@
 """DiffCPS: the multiplier's steps and bounds, the period of the policy, its options and the authors' checkpoint files."""
 
-import itertools
 import pathlib
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_agents import offline_knobs
+from small_agents import assert_all_differ, offline_knobs
 from test_diffusion_ql import official_files
 from toy import line_data
 
@@ -191,8 +190,7 @@ def test_every_option_changes_the_result() -> None:
     results["lambda_min"] = run({**base, "target_kl": 50.0, "lambda_min": 0.9})
     results["q_norm"] = run({**base, "precondition": True, "q_norm": "spread"})
     results["default"] = run(base)
-    for (a, x), (b, y) in itertools.combinations(results.items(), 2):
-        assert not np.array_equal(x, y), f"{a} and {b} give the same"
+    assert_all_differ(results)
     assert {*other, "q_norm", "n_backup_samples", "constraint", "lambda_min", "solver_steps"} == offline_knobs("DiffCPS")
 
 

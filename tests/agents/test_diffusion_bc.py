@@ -1,13 +1,12 @@
 """DiffusionBC against closed forms, and the distribution that it copies."""
 
-import itertools
 import pathlib
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_agents import offline_knobs, update
+from small_agents import assert_all_differ, offline_knobs, update
 from torch import Tensor, nn
 from toy import line_data
 
@@ -136,8 +135,7 @@ def test_every_option_changes_the_result() -> None:
     }
     results = {name: DiffusionBC(**{**base, name: value}).learn(line_data()).predict(OBS)[0] for name, value in other.items()}
     results["default"] = DiffusionBC(**base).learn(line_data()).predict(OBS)[0]
-    for (a, x), (b, y) in itertools.combinations(results.items(), 2):
-        assert not np.array_equal(x, y), f"{a} and {b} give the same policy"
+    assert_all_differ(results)
     same = DiffusionBC(**base, reward_transform="normalize").learn(line_data()).predict(OBS)[0]
     assert np.array_equal(same, results["default"])
     assert {*other, "reward_transform", "solver_steps"} == offline_knobs("DiffusionBC")

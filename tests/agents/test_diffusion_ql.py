@@ -1,6 +1,5 @@
 """Diffusion-QL against closed forms, its options, and the authors' checkpoint files."""
 
-import itertools
 import pathlib
 import warnings
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_agents import offline_knobs
+from small_agents import assert_all_differ, offline_knobs
 from toy import line_data
 
 from diffagents import DiffusionQL
@@ -189,8 +188,7 @@ def test_every_option_changes_the_result() -> None:
     results["n_backup_samples"] = run({**base, "max_q_backup": True, "n_backup_samples": 2})
     results["q_norm"] = run({**base, "precondition": True, "q_norm": "spread"})
     results["default"] = run(base)
-    for (a, x), (b, y) in itertools.combinations(results.items(), 2):
-        assert not np.array_equal(x, y), f"{a} and {b} give the same"
+    assert_all_differ(results)
     assert {*other, "q_norm", "n_backup_samples", "solver_steps"} == offline_knobs("DiffusionQL")
 
 

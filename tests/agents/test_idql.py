@@ -1,13 +1,12 @@
 """IDQL against closed forms, the ways of choosing an action, and what it learns from one-step choices."""
 
-import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_agents import offline_knobs, update
+from small_agents import assert_all_differ, offline_knobs, update
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy import line_data
@@ -345,6 +344,5 @@ def test_every_option_changes_the_result() -> None:
         with torch.inference_mode():
             q = agent.critic.q_target(torch.zeros(1, 5)).numpy().ravel()
         results[name, value] = np.concatenate([agent.predict(obs)[0].ravel(), q])
-    for (a, x), (b, y) in itertools.combinations(results.items(), 2):
-        assert not np.array_equal(x, y), f"{a} and {b} give the same agent"
+    assert_all_differ(results)
     assert {*other, "solver_steps"} == offline_knobs("IDQL")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small_agents import offline_knobs
+from small_agents import assert_all_differ, offline_knobs
 from torch import Tensor, nn
 from toy import line_data
 
@@ -308,8 +308,7 @@ def test_every_option_changes_the_result() -> None:
         return np.append(agent.predict(np.ones((8, 3), np.float32))[0].reshape(-1), q)
 
     results = {name: result(**{name: value}) for name, value in other.items()} | {"default": result()}
-    for (a, x), (b, y) in itertools.combinations(results.items(), 2):
-        assert not np.array_equal(x, y), f"{a} and {b} give the same agent"
+    assert_all_differ(results)
     for name in ("n_candidates", "temperature", "average_top", "deterministic"):  # these act on the choice alone
         assert results[name][-1] == results["default"][-1] and math.isfinite(results[name][-1])
     assert set(other) == offline_knobs("SfBC")
