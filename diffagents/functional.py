@@ -14,8 +14,8 @@ from diffagents.types import Batch, Metrics
 SELECT = ("softmax", "argmax", "first")
 """The values of `select` that `select_action` knows."""
 LEAST_GAIN = 0.02
-"""`spread_gradient` follows a value less that changes by less than this when the action moves by the spread of the data's actions.
-Its unit is that of the value: with the reward transform "unit_returns", the standard deviation of the returns."""
+"""`spread_gradient` follows a value less if it changes by less than this when the action moves by the spread of the data's
+actions. Its unit is that of the value: with the reward transform "unit_returns", the standard deviation of the returns."""
 
 
 def td_target(rew: Tensor, done: Tensor, next_value: Tensor, gamma: float, floor: Tensor | None = None) -> Tensor:
