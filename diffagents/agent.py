@@ -9,6 +9,7 @@ import functools
 import pathlib
 import secrets
 import types
+import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -44,6 +45,28 @@ if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.vec_env import VecEnv
+
+    class_method = classmethod
+else:
+
+    class class_method(classmethod):
+        """A class method that warns when it is called on an instance, where people throw its result away."""
+
+        def __get__(self, instance: Any, owner: Any = None) -> Callable[..., Any]:
+            method = super().__get__(instance, owner)
+            if instance is None:
+                return method
+
+            @functools.wraps(method)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                warnings.warn(
+                    f"{method.__name__} returns a new agent and leaves this one as it is: "
+                    f"write agent = {type(instance).__name__}.{method.__name__}(...)",
+                    stacklevel=2,
+                )
+                return method(*args, **kwargs)
+
+            return call
 
 
 class Agent(ABC):
@@ -453,7 +476,7 @@ class Agent(ABC):
         """
         return artifact.write(path, *checkpoint.pack(self, include_trainer_state))
 
-    @classmethod
+    @class_method
     def load(
         cls,
         path: str | pathlib.Path,
@@ -608,7 +631,7 @@ class Agent(ABC):
             license=license,
         )
 
-    @classmethod
+    @class_method
     def from_pretrained(
         cls,
         repo_id_or_folder: str | pathlib.Path,

@@ -131,7 +131,7 @@ def push_folder(
     from diffagents.storage import hub
     from diffagents.storage.publish import renew_card
 
-    path = Path(folder)
+    path = Path(folder).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(
             f"there is no folder {path}: push one that save_pretrained wrote, or load a .zip and push the agent"

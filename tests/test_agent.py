@@ -416,6 +416,45 @@ def test_seeds_of_clones_and_loaded_agents_count(tmp_path: pathlib.Path) -> None
     assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
+def test_loading_on_an_instance_warns_that_it_changes_nothing(tmp_path: pathlib.Path) -> None:
+    """SB3's trap: `model.load(path)` throws its result away. On the class there is nothing to warn of."""
+    agent = SRPO(**SMALL).learn(DATA)
+    agent.save(tmp_path / "a")
+    agent.save_pretrained(tmp_path / "b")
+    other = SRPO(verbose=0)
+    for load, path in ((other.load, "a"), (other.from_pretrained, "b")):
+        with pytest.warns(UserWarning, match=r"returns a new agent and leaves this one as it is: write agent = SRPO\."):
+            assert load(tmp_path / path, verbose=0).num_timesteps == agent.num_timesteps
+    with pytest.raises(RuntimeError, match="no policy yet"):
+        other.predict(np.zeros(3, np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SRPO.load(tmp_path / "a", verbose=0)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every path that is written or read; and no folder called ~ appears."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    agent = SRPO(**SMALL, env="Pendulum-v1", tensorboard_log="~/logs").learn(PENDULUM)
+    assert agent.save("~/kept") == home / "kept.zip"
+    assert SRPO.load("~/kept", verbose=0).num_timesteps == agent.num_timesteps
+    agent.save_pretrained("~/folder")
+    (home / "folder" / "README.md").write_text("written by hand")
+    agent.save_pretrained("~/folder")
+    assert (home / "folder" / "README.md").read_text() == "written by hand"
+    assert diffagents.load("~/folder", verbose=0).num_timesteps == agent.num_timesteps
+    assert agent.export("~/policy", format="torch_export").parent == home
+    with pytest.raises(FileNotFoundError, match=str(home / "missing")):
+        SRPO.from_official("~/missing", "~/missing")
+    agent.learn_online(20, learning_starts=20)
+    agent.load_replay_buffer(agent.save_replay_buffer("~/buffer"))
+    made = sorted(path.name for path in home.iterdir())
+    assert made == ["buffer.safetensors", "folder", "kept.zip", "logs", "policy.pt2"] and not list(here.iterdir())
+
+
 def test_fitted_transforms_cannot_be_changed_later(tmp_path: pathlib.Path) -> None:
     agent = SRPO(**SMALL).learn(DATA)
     path = agent.save(tmp_path / "a")

@@ -334,7 +334,7 @@ class Mixture:
 
 def file_of(path: str | PathLike[str]) -> Path:
     """The file of a replay buffer: `path` with the suffix `.safetensors`, also for the `.pkl` of SB3's CheckpointCallback."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix == ".safetensors":
         return path
     return path.with_suffix(".safetensors") if path.suffix == ".pkl" else path.with_name(path.name + ".safetensors")

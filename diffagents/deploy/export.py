@@ -303,7 +303,7 @@ def _check(learner: Learner, path: str | os.PathLike[str], format: str, determin
     if learner.spec is None or learner.state.policy_missing:
         stages = f', stages=("{learner.POLICY_STAGE}",)' if learner.state.policy_missing else ""
         raise RuntimeError(f"this {name} has no policy to export yet: train it with learn(data{stages}), or load one")
-    target = pathlib.Path(path)
+    target = pathlib.Path(path).expanduser()
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder: pass the name of a file, e.g. {target / ('policy' + SUFFIXES[format])}")
     if target.suffix in set(SUFFIXES.values()) - {SUFFIXES[format]}:

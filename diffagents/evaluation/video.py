@@ -47,7 +47,7 @@ def record_video(
     Returns:
         The path, or None if there is no video.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     if deterministic is None:
         deterministic = is_meant_deterministic(policy)
     try:

@@ -84,7 +84,10 @@ def run_with_ray(
     ray.init(address=address, include_dashboard=False, log_to_driver=False, **elsewhere)
     try:
         remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(run_one)
-        place, how = str(Path(root).resolve()), {"device": device, "threads": threads, "command": provenance.command_line()}
+        place, how = (
+            str(Path(root).expanduser().resolve()),
+            {"device": device, "threads": threads, "command": provenance.command_line()},
+        )
         running = {remote.remote(spec, place, **how): spec for spec in specs}
         while running:
             ready, _ = ray.wait(list(running), timeout=1.0)

@@ -117,7 +117,7 @@ def read_grid(path: str | Path) -> list[RunSpec]:
     import yaml
 
     try:
-        grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        grid = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(grid, dict) or not isinstance(grid.get("runs"), list):
@@ -243,7 +243,7 @@ def run_one(
         Busy: if another process is working on the run.
         Exception: whatever training or evaluation raises; its traceback is written to error.txt.
     """
-    folder = Path(root) / spec.name
+    folder = Path(root).expanduser() / spec.name
     if (folder / RESULTS).exists():
         return artifact.read_json(folder, RESULTS)
     if threads is not None:
@@ -412,7 +412,7 @@ def status(spec: RunSpec, root: str | Path) -> dict[str, Any]:
         "state": "done", "failed", "running", "interrupted" or "waiting"; and, as far as they are known, "step", "total",
         "stage", "last" (the newest mean return), "score" (the same on the D4RL scale) and "seconds".
     """
-    folder = Path(root) / spec.name
+    folder = Path(root).expanduser() / spec.name
     if (folder / RESULTS).exists():
         results = artifact.read_json(folder, RESULTS)
         return {

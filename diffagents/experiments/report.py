@@ -30,7 +30,7 @@ def read_runs(root: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if a file was written by another version of the library.
     """
-    found = sorted(Path(root).glob(f"*/{RESULTS}"))
+    found = sorted(Path(root).expanduser().glob(f"*/{RESULTS}"))
     runs = [artifact.read_json(path.parent, RESULTS) for path in found]
     for path, run in zip(found, runs, strict=True):
         if not {"name", "cell", "spec", "last", "curve", "data", "stage_steps", "seconds", "machine", "commit"} <= set(run):
@@ -54,7 +54,7 @@ def write_report(
     Returns:
         The path of the README.md.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     cells = cells_of(runs)
     (folder / "results.csv").write_text(as_csv(runs), encoding="utf-8")

@@ -91,7 +91,7 @@ def write(
         OSError: The disk is full, permission is denied, ...; what was there before is unchanged.
     """
     files = _encode(config, tensors, trainer_state)
-    target = Path(path)
+    target = Path(path).expanduser()
     as_folder = folder or target.is_dir()
     if not as_folder and target.suffix != ".zip":
         target = target.with_name(target.name + ".zip")
@@ -301,7 +301,7 @@ def read(path: str | os.PathLike[str], origin: HubCommit | None = None, files: C
         FileNotFoundError: There is nothing at `path`.
         ArtifactError: It is not an artifact, or it is damaged or from a newer version.
     """
-    given = Path(path)
+    given = Path(path).expanduser()
     other = given.with_suffix("") if given.suffix == ".zip" else Path(f"{given}.zip")
     found = next((place for place in (given, other) if place.exists()), None)
     if found is None:

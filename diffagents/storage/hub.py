@@ -171,7 +171,7 @@ def find_artifact(
         HubError: The download failed.
         ArtifactError: It is not an artifact, or it is damaged or from a newer version.
     """
-    path = Path(where)
+    path = Path(where).expanduser()
     if path.exists() or Path(f"{path}.zip").exists():
         if revision is not None:
             raise ValueError(
@@ -248,7 +248,7 @@ def pull(
         HubError: The download failed.
         ArtifactError: The repository does not contain an artifact.
     """
-    target = Path(folder) if folder is not None else None
+    target = Path(folder).expanduser() if folder is not None else None
     if target is not None and target.exists():
         raise FileExistsError(f"{target} exists already: choose a new folder")
     origin = resolve(repo_id, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)

@@ -159,7 +159,7 @@ def read_checkpoint(source: Checkpoint, what: str) -> dict[str, Tensor]:
         ValueError: It is not a state dict of tensors.
     """
     if isinstance(source, (str, pathlib.Path)):
-        path = pathlib.Path(source)
+        path = pathlib.Path(source).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"there is no official {what} checkpoint at {path}: check the path")
         try:

@@ -137,7 +137,7 @@ def _hand_written(text: bytes | None) -> bytes | None:
 
 def _readme(folder: str | Path) -> bytes | None:
     """The README.md of a folder; None if it has none."""
-    path = Path(folder) / "README.md"
+    path = Path(folder).expanduser() / "README.md"
     return path.read_bytes() if path.is_file() else None
 
 

@@ -5,6 +5,7 @@ training from arrays without a callback does not pay for the import.
 """
 
 import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 from diffagents.training.provenance import note_evaluation
@@ -65,7 +66,8 @@ def make_logger(learner: Learner, name: str, reset_num_timesteps: bool) -> "Logg
 
     if learner.tensorboard_log is not None and importlib.util.find_spec("tensorboard") is None:
         raise ImportError('tensorboard_log needs tensorboard: pip install "diffagents[tensorboard]"')
-    logger = configure_logger(int(learner.verbose >= 2), learner.tensorboard_log, name, reset_num_timesteps)
+    folder = None if learner.tensorboard_log is None else os.path.expanduser(learner.tensorboard_log)
+    logger = configure_logger(int(learner.verbose >= 2), folder, name, reset_num_timesteps)
     return with_history(logger, learner)
 
 
