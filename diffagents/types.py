@@ -194,10 +194,11 @@ class Spec:
         return (2.0 * (flat - low) / (high - low) - 1.0).astype(np.float32)
 
     def unscale_action(self, act: np.ndarray) -> np.ndarray:
-        """Scale actions from [-1, 1], (B, A), to the environment's units, (B, *shape), clipped and in the space's dtype."""
+        """Scale actions from [-1, 1], (B, A), to the environment's units, (B, *shape), clipped; integers are rounded."""
         low, high = self._bounds()
         action = low + (np.clip(act, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
-        return np.clip(action, low, high).reshape(-1, *self.action_space.shape).astype(self.action_space.dtype)
+        action = np.clip(action, low, high).reshape(-1, *self.action_space.shape)
+        return (np.rint(action) if self.action_space.dtype.kind in "iu" else action).astype(self.action_space.dtype)
 
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
         return self.action_space.low.reshape(-1), self.action_space.high.reshape(-1)
@@ -267,7 +268,7 @@ def space_from_json(data: Any, where: str = "space") -> spaces.Space[Any]:
 def _check_box(space: spaces.Space[Any], name: str) -> None:
     if not isinstance(space, spaces.Box):
         raise ValueError(f"{name} {space} is not a Box; choose other obs_keys, or wrap the environment (FlattenObservation)")
-    if space.dtype == np.uint8 or len(space.shape) > 2:
+    if len(space.shape) > 2 or (space.dtype == np.uint8 and len(space.shape) == 2):
         raise ValueError(f"{name} {space} looks like an image, but only vectors are supported; encode it as a vector first")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from diffagents.data.load import load_dataset
 from diffagents.types import Spec, space_from_json, space_to_json
 
 third = np.float32(1) / np.float32(3)
@@ -129,6 +130,31 @@ def test_actions_are_scaled_both_ways() -> None:
     np.testing.assert_allclose(spec.unscale_action(act), action)
     assert spec.unscale_action(np.array([[5.0, -5.0]])).tolist() == [[2.0, 0.0]]  # never outside the space
     assert spec.unscale_action(act).dtype == np.float32
+
+
+def test_whole_actions_are_the_nearest_ones() -> None:
+    """Each of 0 to 10 is taken over its part of [-1, 1]; truncation would take 10 at 1 only."""
+    spec = Spec(spaces.Box(-1, 1, (2,)), spaces.Box(0, 10, (1,), np.int64))
+    actions = spec.unscale_action(np.linspace(-1, 1, 2001, dtype=np.float32)[:, None])
+    counts = np.bincount(actions.reshape(-1))
+    assert actions.dtype == np.int64 and len(counts) == 11
+    assert counts.min() == counts[0] == counts[10] == 100 and counts[1:10].max() <= 201
+
+
+def test_a_vector_of_switches_is_no_image() -> None:
+    """Tables of 0 and 1 come as uint8, as pictures do."""
+    Spec(spaces.Box(0, 1, (6,), np.uint8), spaces.Box(-1, 1, (2,)))
+    data = {
+        "observations": np.eye(6, dtype=np.uint8)[np.arange(40) % 6],
+        "actions": np.linspace(-1, 1, 80).reshape(40, 2),
+        "rewards": np.arange(40.0),
+        "terminations": np.zeros(40, bool),
+        "truncations": np.arange(40) % 5 == 4,
+    }
+    assert load_dataset(data, cache=False).obs.shape == (32, 6)
+    for shape in ((6, 6), (6, 6, 3)):
+        with pytest.raises(ValueError, match="looks like an image"):
+            Spec(spaces.Box(0, 255, shape, np.uint8), spaces.Box(-1, 1, (2,)))
 
 
 def test_dict_observations_are_concatenated_in_order() -> None:

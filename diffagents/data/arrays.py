@@ -3,14 +3,14 @@
 There is one rule for the next observation. Where it is recorded (T + 1 observations per episode, or `next_observations`), every
 row is kept. Where it is not, it is the next row of the same episode, and the last row of an episode is dropped unless it
 terminated (then the next observation is masked anyway). Terminations mask the bootstrap, truncations never do; at a row with
-both flags the episode terminated.
+both flags the episode terminated. Recorded next observations are compared with the rows that follow, see `_follow_next_obs`.
 
 Shapes: N steps, E episodes, T steps of one episode, S flat observation, A flat action.
 """
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,19 +68,25 @@ def from_arrays(
     ends[-1] = True
     if breaks is not None:
         ends[breaks] = True
-    unknown = np.zeros(n, bool)
+    action, rew = np.array(columns.action.reshape(n, -1), np.float32), np.array(columns.rew, np.float32)  # copies
+    extra = np.zeros(n, bool)
+    notes: list[str] = []
     if next_obs is None:
         unknown = ends
         next_obs = np.empty_like(obs)
         next_obs[:-1] = obs[1:]
         next_obs[ends] = obs[ends]
-    last = np.flatnonzero(ends)
-    whole = flagged[last]
+    else:
+        next_obs = _masked_next_obs(obs, next_obs, terminated)
+        resumes = breaks is not None  # SB3 resets the environment when learn() is called again
+        unknown, extra, notes = _follow_next_obs(obs, rew, next_obs, terminated, truncated, ends, resumes)
+    keep = ~extra
+    last = np.flatnonzero(ends[keep])
+    whole = flagged[keep][last]
     if cut is not None:
-        whole[np.searchsorted(last, cut)] = False
-    action, rew = np.array(columns.action.reshape(n, -1), np.float32), np.array(columns.rew, np.float32)  # copies
-    rows = _Rows(obs, action, rew, next_obs, terminated, unknown)
-    return _assemble(rows, last + 1, whole, spec, info, bounds_from_data)
+        whole[np.searchsorted(last, (np.cumsum(keep) - 1)[cut])] = False
+    rows = _Rows(*(array if keep.all() else array[keep] for array in (obs, action, rew, next_obs, terminated, unknown)))
+    return _assemble(rows, last + 1, whole, spec, info, bounds_from_data, notes)
 
 
 def from_episodes(
@@ -214,11 +220,18 @@ class _Rows(NamedTuple):
 
 
 def _assemble(
-    rows: _Rows, ends: np.ndarray, whole: np.ndarray, spec: Spec, info: Mapping[str, Any], bounds_from_data: bool
+    rows: _Rows,
+    ends: np.ndarray,
+    whole: np.ndarray,
+    spec: Spec,
+    info: Mapping[str, Any],
+    bounds_from_data: bool,
+    notes: Sequence[str] = (),
 ) -> Transitions:
     """Check the values, drop the rows whose next observation is needed but unknown, and describe the result.
 
     `ends` (E,) are one past the last row of each episode; `whole` (E,) is False for episodes that were cut.
+    `notes` are warnings.
     """
     obs, action, rew, next_obs, terminated, unknown = rows
     lengths = np.diff(ends, prepend=0)
@@ -260,7 +273,7 @@ def _assemble(
         "obs_keys": list(spec.obs_keys) if spec.obs_keys is not None else None,
         "bounds_from_data": bounds_from_data,
         "sha256": data.fingerprint(),
-        "warnings": check.advise(data.obs, data.rew, data.done, len(ends)),
+        "warnings": [*notes, *check.advise(data.obs, data.rew, data.done, len(ends))],
     }
     data.info = {"env_spec": None, "ref_min_score": None, "ref_max_score": None, **info, **facts}
     return data
@@ -271,7 +284,7 @@ def _guess_spec(observations: Any, actions: Any, keys: Keys) -> Spec:
 
     def box(name: str, value: Any) -> spaces.Box:
         array = check.rows(name, value, None)
-        if array.dtype == np.uint8:  # Spec recognises images by this dtype and rejects them
+        if array.dtype == np.uint8 and array.ndim > 2:  # Spec recognises images by this dtype and rejects them
             return spaces.Box(0, 255, array.shape[1:], np.uint8)
         return spaces.Box(-np.inf, np.inf, array.shape[1:], np.float32)
 
@@ -291,6 +304,68 @@ def _bounds_of(action: np.ndarray, space: spaces.Box) -> spaces.Box:
     constant = low == high  # the bounds of a Box must differ; any width will do
     low, high = np.where(constant, low - 1, low), np.where(constant, high + 1, high)
     return spaces.Box(low.reshape(space.shape), high.reshape(space.shape), dtype=np.float32)
+
+
+def _masked_next_obs(obs: np.ndarray, next_obs: np.ndarray, terminated: np.ndarray) -> np.ndarray:
+    """The next observations (N, S), made finite where the episode terminated: there they are not used, and may not be known."""
+    missing = terminated & ~np.isfinite(next_obs).all(axis=1)
+    return np.where(missing[:, None], obs, next_obs) if missing.any() else next_obs
+
+
+def _follow_next_obs(
+    obs: np.ndarray,
+    rew: np.ndarray,
+    next_obs: np.ndarray,
+    terminated: np.ndarray,
+    truncated: np.ndarray,
+    ends: np.ndarray,
+    resumes: bool,
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Compare the next observations (N, S) with the rows that follow, and add the ends that no flag marks to `ends` (N,) bool.
+
+    An episode ends where the next row does not begin at the next observation. At a flagged end it must not begin there. If it
+    nearly always does, then either the recording is shifted, and the next observation of a time-out belongs to another episode;
+    or there are rows from the last observation of an episode to the first of the next, as vector environments make them at a
+    reset. Such rows have no reward. Where both may be true, both are treated. `resumes`: ends without a flag are no surprise.
+
+    Returns:
+        Which next observations are wrong, (N,) bool; which rows are no transitions, (N,) bool; and warnings.
+    """
+    n = len(obs)
+    unknown, extra, notes = np.zeros(n, bool), np.zeros(n, bool), []
+    follows = (next_obs[:-1] == obs[1:]).all(axis=1)
+    known = np.isfinite(next_obs[:-1]).all(axis=1) & np.isfinite(obs[1:]).all(axis=1)  # what is not is refused later
+    broken = np.flatnonzero(~follows & known & ~ends[:-1])
+    ends[broken] = True
+    if broken.size and not resumes:
+        notes.append(
+            f"{broken.size} rows lead to other observations than the next row has, and no flag ends an episode there (first "
+            f"row {broken[0]}): it ends there as at a time-out; if the observations differ by rounding or noise only, leave "
+            "next_observations out"
+        )
+    flagged = (terminated | truncated)[:-1]
+    moved = flagged & (obs[1:] != obs[:-1]).any(axis=1)
+    if moved.sum() < 2 or follows[moved].mean() < 0.9:
+        return unknown, extra, notes
+    after = np.flatnonzero(flagged & follows) + 1
+    others = np.ones(n, bool)
+    others[after] = False
+    resets = not rew[after].any()
+    certain = (rew[others] == 0).mean() ** len(after) < 0.01 if others.any() else False
+    if resets:
+        extra[after] = True
+        notes.append(
+            f"{len(after)} rows lead from the last observation of an episode to the first of the next one "
+            f"(first row {after[0]}), as vector environments record them at a reset: they are left out"
+        )
+    if not (resets and certain) and truncated.any():
+        unknown = truncated & np.append(follows, True)
+        notes.append(
+            f"the next_observations of {int(unknown.sum())} time-outs are the observations of the row after them "
+            f"(first row {int(np.argmax(unknown))}), where another episode begins: these rows are left out, because where they "
+            "led was not recorded"
+        )
+    return unknown, extra, notes
 
 
 def _infer_truncations(

@@ -16,6 +16,9 @@ from diffagents.data import validation as check
 from diffagents.data.transitions import Transitions
 from diffagents.errors import one_line
 
+RULES = 2
+"""Raised when reading the same source gives another dataset than before."""
+
 
 def stamp_of(files: Iterable[Path]) -> str:
     """A hash that changes with the name, size or modification time of any of the files, in any order."""
@@ -38,6 +41,7 @@ def cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: Ca
     Returns:
         The dataset.
     """
+    stamp = {**stamp, "rules": RULES}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     slug = re.sub(r"[^-\w]+", "-", name)
     try:

@@ -260,10 +260,7 @@ def episode_columns(named: Mapping[str, Any], spec: Spec, i: int) -> Columns:
     lengths = {name: len(array) for name, array in zip(names, columns[1:5], strict=True) if array is not None}
     n = _equal_lengths(lengths, f"the arrays of episode {i}")
     if "next_observations" in named:
-        raise ValueError(
-            f"episode {i} has next_observations, which belong to flat arrays: an episode of {n} actions has {n + 1} "
-            "observations instead; leave them out, or pass flat arrays"
-        )
+        columns = columns._replace(obs=_with_last(columns.obs, named["next_observations"], n, spec, i))
     ends = columns.terminated if columns.truncated is None else columns.terminated | columns.truncated
     early = np.flatnonzero(ends[:-1])
     if early.size:
@@ -386,6 +383,23 @@ def advise(obs: Tensor, rew: Tensor, done: Tensor, n_episodes: int) -> list[str]
         where = f"observation dimension {int(std.argmax())} has a std of {float(std.max()):.3g}"
         advice.append(f"{where}: consider normalize_obs=True")
     return advice
+
+
+def _with_last(obs: np.ndarray, next_observations: Any, n: int, spec: Spec, i: int) -> np.ndarray:
+    """The n + 1 observations of episode i, of which n are in `obs`, from its n next observations."""
+    next_obs = observations("next_observations", next_observations, obs_shapes(spec))
+    if len(next_obs) != n or len(obs) not in (n, n + 1):
+        raise ValueError(
+            f"episode {i} has {len(obs)} observations and {len(next_obs)} next_observations for {n} actions: pass {n} of each, "
+            f"or {n + 1} observations alone"
+        )
+    wrong = np.flatnonzero((next_obs[: len(obs) - 1] != obs[1:]).any(axis=1))
+    if wrong.size:
+        raise ValueError(
+            f"episode {i}: the next observation of step {wrong[0]} is not the observation of step {wrong[0] + 1}; "
+            "end the episode there, or leave next_observations out"
+        )
+    return np.concatenate([obs[:n], next_obs[-1:]])
 
 
 def _place(row: int, ends: np.ndarray, lengths: np.ndarray) -> str:

@@ -144,7 +144,7 @@ class ExportedPolicy(nn.Module):
         act = self.actor.act(self.actor.obs_normalizer(obs), noise, self.config).clamp(-1.0, 1.0)
         action = self.low + (act + 1.0) * 0.5 * (self.high - self.low)
         action = torch.minimum(torch.maximum(action, self.low), self.high)
-        return action.trunc() if self.whole else action
+        return action.round() if self.whole else action
 
 
 # ---- tracing -------------------------------------------------------------------------------------------------------

@@ -103,4 +103,5 @@ class NumpyPolicy:
             return None
         h += 1.0
         action = self._low + h * self._half
-        return np.minimum(np.maximum(action, self._low), self._high).reshape(self._action_shape).astype(self._dtype, copy=False)
+        action = np.minimum(np.maximum(action, self._low), self._high).reshape(self._action_shape)
+        return (action if self._dtype.kind == "f" else np.rint(action)).astype(self._dtype, copy=False)

@@ -140,7 +140,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
     "NaN in an action": (lambda t: put("actions", 3, np.nan), {}, ValueError, r"actions contains .* row 3 .*; drop"),
     "too large for float32": (lambda t: put("observations", (4, 0), 1e300), {}, ValueError, r"observations .* row 4 .*drop"),
     "NaN in a next observation": (lambda t: but(next_observations=np.full((N, 3), np.nan)), {}, ValueError,
-                                  r"next_observations contains .* in 20 of 20 rows, first at row 0 .*; drop"),
+                                  r"next_observations contains .* in 19 of 20 rows, first at row 0 .*; drop"),
     "NaN in the last observation of an episode": (
         lambda t: [good_episode() | {"observations": np.r_[good()["observations"][:10], np.full((1, 3), np.nan)]}], {},
         ValueError, r"next_observations contains .* row 9 \(episode 0, step 9\); drop"),
@@ -201,7 +201,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
         r"episode 0 continues after step 0 of 10, where truncations is true.*; cut it"),
     "an episode with next observations": (
         lambda t: [good_episode() | {"next_observations": np.ones((10, 3))}], {}, ValueError,
-        r"episode 0 has next_observations, which belong to flat arrays.* has 11 observations instead; leave them out"),
+        r"episode 0: the next observation of step 0 is not the observation of step 1; end the episode there, or leave"),
     # empty
     "no steps": (lambda t: {key: value[:0] for key, value in good().items()}, {}, ValueError, r"are empty \(0 steps\), .*; check"),
     "no episodes": (lambda t: [], {}, ValueError, r"arrays is empty \(no episode\), .*; check"),
