@@ -34,7 +34,8 @@ class Spec:
     """The observations and actions of a policy, and their conversion to and from flat arrays.
 
     Args:
-        observation_space: A Box, or a Dict whose keys in `obs_keys` are Boxes; vectors only, no images.
+        observation_space: A Box, or a Dict whose keys in `obs_keys` are Boxes, of which the other keys are left out; vectors
+            only, no images.
         action_space: A Box with finite bounds.
         obs_keys: The keys of a Dict observation that are concatenated, in order; None for a Box observation.
 
@@ -78,6 +79,9 @@ class Spec:
             if key not in self.observation_space.spaces:
                 raise ValueError(f"obs_keys names {key!r}, but the observation has {list(self.observation_space.spaces)}")
             _check_box(self.observation_space.spaces[key], f"observation {key!r}")
+        if len(self.observation_space.spaces) > len(self.obs_keys):  # the others are not read, and may be of any kind
+            parts = OrderedDict((key, self.observation_space.spaces[key]) for key in self.obs_keys)
+            object.__setattr__(self, "observation_space", spaces.Dict(parts))
 
     @classmethod
     def from_spaces(

@@ -25,7 +25,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from diffagents.config.checks import whole_number
 from diffagents.data.minari import minari_root
-from diffagents.envs.make import env_id_of, make_env, without_monitor
+from diffagents.envs.make import env_id_of, make_env, scalar_reward, without_monitor
 from diffagents.errors import one_line
 from diffagents.evaluation.episodes import check_actions, check_spaces, is_meant_deterministic, stack, succeeded
 from diffagents.evaluation.evaluate import Evaluation
@@ -358,13 +358,14 @@ def _play(
         over = False
         while not over:
             action = perturb(act(obs, not rows["actions"]), space, rng)
-            action = np.clip(action, space.low, space.high).astype(space.dtype)  # type: ignore[attr-defined]
+            action = np.clip(action, space.low, space.high)  # type: ignore[attr-defined]
+            action = (np.rint(action) if np.issubdtype(space.dtype, np.integer) else action).astype(space.dtype)
             # A copy, because an environment may change its argument.
             obs, reward, terminated, truncated, info = env.step(action.copy())
             n_steps -= 1
             over = bool(terminated or truncated or n_steps == 0)
             rows["observations"].append(_copied(obs, stored))
-            for name, value in zip(_COLUMNS, (action, reward, terminated, truncated), strict=True):
+            for name, value in zip(_COLUMNS, (action, scalar_reward(reward), terminated, truncated), strict=True):
                 rows[name].append(value)
             success = succeeded(info, success)
         observations = rows.pop("observations")

@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from diffagents.errors import one_line
+from diffagents.errors import one_line, short
 
 _NOT_THE_TASK = {"render_mode", "num_envs", "vectorization_mode"}  # keyword arguments of a window and of `gymnasium.make_vec`
 _PUSHT = "gym_pusht/"
@@ -68,6 +69,18 @@ def env_id_of(env: Any) -> str | None:
         return _read_spec(env)[0] if env.lstrip().startswith("{") else env
     spec = spec_of(env)
     return None if spec is None else str(spec.id)
+
+
+def scalar_reward(reward: Any) -> float:
+    """The reward of a step as a number. Environments may return an array with one entry.
+
+    Raises:
+        ValueError: It is not one number.
+    """
+    array = np.asarray(reward)
+    if array.size != 1 or array.dtype.kind not in "fiub":
+        raise ValueError(f"the environment returned the reward {short(repr(reward))}: it must be one number")
+    return float(array.reshape(-1)[0])
 
 
 def spec_of(env: Any) -> EnvSpec | None:

@@ -4,9 +4,14 @@ SB3 is imported only inside the functions that use it, so that training from arr
 """
 
 import warnings
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from diffagents.envs.make import make_env
+import gymnasium
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+
+from diffagents.envs.make import make_env, scalar_reward
 from diffagents.types import Spec
 
 if TYPE_CHECKING:
@@ -27,11 +32,13 @@ def as_vec_env(env: Any) -> "VecEnv":
         ValueError: If the id is unknown; see `make_env`.
         ImportError: If a package is missing; see `make_env`.
     """
-    import gymnasium
     from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
     if isinstance(env, VecEnv):
+        base = env.unwrapped
+        if isinstance(base, DummyVecEnv):
+            base.envs = [one if isinstance(one, PlainEnv) else PlainEnv(one) for one in base.envs]
         return env
     if isinstance(env, gymnasium.vector.VectorEnv):
         raise TypeError(
@@ -42,9 +49,43 @@ def as_vec_env(env: Any) -> "VecEnv":
         env = make_env(env)
     if not isinstance(env, gymnasium.Env):
         raise TypeError(f"env must be an environment id, a gymnasium.Env or an SB3 VecEnv, not {type(env).__name__}")
-    if not isinstance(env, Monitor):
-        env = Monitor(env)
-    return DummyVecEnv([lambda: env])
+    plain = PlainEnv(env) if isinstance(env, Monitor) else Monitor(PlainEnv(env))
+    return DummyVecEnv([lambda: plain])
+
+
+class PlainEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """An environment in the form that SB3's VecEnvs need.
+
+    Its observations are copies, because a VecEnv keeps the last one of an episode across the reset, in which some environments
+    write into the same array. Parts without a shape, such as texts, are left out, because a VecEnv reserves memory for each.
+    Rewards are numbers.
+    """
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env)
+        space = env.observation_space
+        if isinstance(space, gymnasium.spaces.Dict) and any(part.shape is None for part in space.values()):
+            self.observation_space = gymnasium.spaces.Dict(
+                OrderedDict((key, part) for key, part in space.items() if part.shape is not None)
+            )
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        """The spec of the environment itself: nobody needs this wrapper to make it again."""
+        return self.env.spec
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._own(obs), info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self._own(obs), scalar_reward(reward), terminated, truncated, info
+
+    def _own(self, obs: Any) -> Any:
+        if isinstance(self.observation_space, gymnasium.spaces.Dict):
+            return {key: np.array(obs[key]) for key in self.observation_space}
+        return np.array(obs)
 
 
 def stub_env(spec: Spec) -> "VecEnv":
@@ -53,7 +94,6 @@ def stub_env(spec: Spec) -> "VecEnv":
     SB3's EvalCallback and progress bar require some training VecEnv, and warn unless it is a DummyVecEnv. Its `reset` and
     `step` raise RuntimeError.
     """
-    import gymnasium
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     class SpacesOnly(gymnasium.Env[Any, Any]):

@@ -14,6 +14,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
+from diffagents.envs.make import scalar_reward
+
 MAX_EPISODE_STEPS = 100_000
 """An episode longer than this stops the evaluation: the environment has no time limit and would never end."""
 
@@ -82,7 +84,7 @@ class Single:
         infos: list[Mapping[str, Any]] = [{}] * self.n
         for i in np.flatnonzero(left).tolist():
             self.last[i], reward, terminated, truncated, infos[i] = self.envs[i].step(actions[i])
-            rew[i], ended[i] = float(reward), terminated or truncated
+            rew[i], ended[i] = scalar_reward(reward), terminated or truncated
             if ended[i] and left[i] > 1:
                 self.last[i] = self._reset(i)
         return Step(stack(self.last), rew, ended, ended, left > 0, infos)

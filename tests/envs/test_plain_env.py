@@ -1,0 +1,110 @@
+"""Environments as people write them: arrays that are reused, rewards of shape (1,), observations with texts and switches."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+import diffagents
+from diffagents import TD3BC
+from diffagents.envs.make import scalar_reward
+
+TINY: dict[str, Any] = {"seed": 0, "verbose": 0, "device": "cpu", "policy_kwargs": {"net_arch": [16]}, "batch_size": 8}
+KINDS = {
+    "direction": spaces.Discrete(4),
+    "flags": spaces.MultiBinary(3),
+    "mask": spaces.Box(0, 1, (2,), bool),
+    "mission": spaces.Text(20),
+}
+
+
+class Counter(gymnasium.Env[Any, Any]):
+    """Observes (which environment, episode, step) in one array, which it goes on writing into."""
+
+    observation_space, action_space = spaces.Box(-1e3, 1e3, (3,)), spaces.Box(0, 4, (1,))
+
+    def __init__(self, which: int, length: int) -> None:
+        self.which, self.length, self.episode, self.seen = which, length, -1, np.zeros(3, np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.episode += 1
+        self.seen[:] = self.which, self.episode, 0
+        return self.seen, {}
+
+    def step(self, action: Any) -> Any:
+        self.seen[2] += 1
+        return self.seen, self.seen[2:].copy(), False, self.seen[2] == self.length, {}  # a reward of shape (1,)
+
+
+class Parts(gymnasium.Env[Any, Any]):
+    """Observes a vector and something that no agent reads."""
+
+    action_space = spaces.Box(-1, 1, (2,))
+
+    def __init__(self, name: str) -> None:
+        self.observation_space = spaces.Dict({name: KINDS[name], "observation": spaces.Box(-1, 1, (3,))})
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.t = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        return self.observation_space.sample(), np.abs(action[:1]), False, self.t == 5, {}  # a reward of shape (1,)
+
+
+def parts_data() -> dict[str, Any]:
+    rng, n = np.random.default_rng(0), 40
+    return {
+        "observations": {"observation": rng.uniform(-1, 1, (n, 3))},
+        "actions": rng.uniform(-1, 1, (n, 2)),
+        "rewards": rng.normal(size=n),
+        "terminations": np.zeros(n, bool),
+        "truncations": np.arange(n) % 5 == 4,
+    }
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_environment_may_reuse_its_array(ours: bool) -> None:
+    """The last observation of an episode is where it led, although the reset has written into the same array."""
+    env: Any = Counter(2, 4) if ours else DummyVecEnv([lambda i=i: Counter(i, (5, 1, 4)[i]) for i in range(3)])  # type: ignore[misc]
+    agent = TD3BC(env=env, **TINY).learn_online(60, learning_starts=58)
+    assert agent.replay_buffer is not None
+    rows = agent.replay_buffer.matrix[: len(agent.replay_buffer)].numpy()
+    obs, rew, done, next_obs = rows[:, :3], rows[:, 4], rows[:, 5], rows[:, 6:]
+    scale = agent.obs_normalizer.std.numpy()
+    np.testing.assert_allclose(next_obs[:, :2], obs[:, :2], atol=1e-5)  # the same episode
+    np.testing.assert_allclose((next_obs[:, 2] - obs[:, 2]) * scale[2], 1.0, rtol=1e-4)
+    assert len(rows) == 60 and not done.any() and len(set(rew.tolist())) == (4 if ours else 5)
+
+
+def test_a_reward_may_be_an_array_with_one_number() -> None:
+    env = Parts("flags")
+    agent = TD3BC(obs_keys=("observation",), **TINY).learn(parts_data(), 4)
+    assert 0.0 <= agent.evaluate(env, n_episodes=2).returns[0] <= 5.0
+    agent.learn_online(12, env=env, learning_starts=8)
+    for bad in (np.ones(2), "1", None, np.array([]), [1.0, 2.0]):
+        with pytest.raises(ValueError, match="it must be one number"):
+            scalar_reward(bad)
+    assert scalar_reward(np.array([[2]])) == scalar_reward(np.float64(2)) == 2.0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_parts_of_an_observation_that_are_not_read_may_be_anything(name: str, tmp_path: Path) -> None:
+    env = Parts(name)
+    agent = TD3BC(env=env, obs_keys=("observation",), **TINY).learn(parts_data(), 5)
+    returns = agent.evaluate(env, n_episodes=2).returns
+    agent.save_pretrained(tmp_path / "folder")
+    for path in (agent.save(tmp_path / "a"), tmp_path / "folder"):
+        loaded = diffagents.load(path, verbose=0)
+        assert list(loaded.observation_space) == ["observation"]
+        assert loaded.evaluate(env, n_episodes=2).returns == returns
+    agent.clone().learn_online(12, env=env, learning_starts=8)
