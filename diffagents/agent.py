@@ -12,6 +12,7 @@ import types
 import warnings
 import zlib
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -170,6 +171,8 @@ class Agent(ABC):
         self.has_training_networks = True  # False: loaded without learner.safetensors, to act only
         self.env: VecEnv | None = None
         self.sb3_logger: Logger | None = None
+        self.ep_info_buffer: deque[dict[str, Any]] = deque(maxlen=100)  # of the last episodes of `learn_online`, as in SB3
+        self.ep_success_buffer: deque[bool] = deque(maxlen=100)
         self._stub: VecEnv | None = None
         self._numpy_path = NumpyPath()
         self._compiled: dict[Any, Compiled] = {}  # by number of observations, deterministic, config
@@ -818,6 +821,34 @@ class Agent(ABC):
     @num_timesteps.setter
     def num_timesteps(self, value: int) -> None:
         self.state.num_timesteps = value
+
+    @property
+    def _total_timesteps(self) -> int:
+        """Value of `num_timesteps` at the end of the running `learn` or `learn_online`. Callbacks of SB3 read it."""
+        run, plan = self.state.online, self.state.plan
+        if self.state.exploring and run is not None:
+            return self.num_timesteps + run.total - run.done
+        return self.num_timesteps + (0 if plan is None else plan.remaining)
+
+    @property
+    def _current_progress_remaining(self) -> float:
+        """Share of the running `learn` that is left, from 1 to 0. Callbacks of SB3 read it."""
+        return 1.0 - self.num_timesteps / max(1, self._total_timesteps)
+
+    @property
+    def _n_updates(self) -> int:
+        return self.n_updates
+
+    @property
+    def _episode_num(self) -> int:
+        return 0 if self.state.online is None else self.state.online.n_episodes
+
+    def __getattr__(self, name: str) -> Any:
+        """A hyperparameter, as SB3's models have them: `agent.gamma`, `agent.learning_rate`."""
+        config = self.__dict__.get("config")
+        if config is not None and name in type(config).__dataclass_fields__:
+            return getattr(config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def n_env_steps(self) -> int:

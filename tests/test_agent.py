@@ -116,6 +116,33 @@ def test_callbacks_all_together(tmp_path: pathlib.Path) -> None:
     assert np.array_equal(SRPO.load(tmp_path / "step_30_steps.zip").predict(obs)[0], agent.predict(obs)[0])
 
 
+def test_callbacks_find_what_they_read_of_sb3s_models() -> None:
+    """The attributes of self.model in SB3's documentation: HParamCallback's, the buffer of episodes, the progress."""
+    progress: list[tuple[int, float]] = []
+    read: dict[str, Any] = {}
+
+    class Read(BaseCallback):
+        def _on_step(self) -> bool:
+            model: Any = self.model
+            progress.append((model._total_timesteps, model._current_progress_remaining))
+            for name in ("learning_rate", "gamma", "tau", "batch_size", "_n_updates", "_episode_num", "ep_info_buffer"):
+                read[name] = getattr(model, name)
+            return True
+
+    agent = SRPO(**SMALL, env=make_vec_env("Pendulum-v1", env_kwargs={"max_episode_steps": 5})).learn(PENDULUM, callback=Read())
+    assert [total for total, _ in progress] == [30] * 30
+    assert [left for _, left in progress] == pytest.approx([1 - (i + 1) / 30 for i in range(30)])
+    assert read["gamma"] == agent.config.gamma == 0.99 and read["learning_rate"] == agent.config.learning_rate
+    assert read["batch_size"] == agent.config.batch_size and read["tau"] == agent.config.tau and not read["ep_info_buffer"]
+    progress.clear()
+    agent.learn_online(12, learning_starts=8, callback=Read())
+    assert {total for total, _ in progress} == {42} and progress[-1][1] == 0.0
+    assert [episode["l"] for episode in agent.ep_info_buffer] == [5, 5] and read["_episode_num"] == 2
+    assert agent.replay_buffer is not None and agent.replay_buffer.size() == 12 and 30 < read["_n_updates"] <= agent.n_updates
+    with pytest.raises(AttributeError, match="'SRPO' object has no attribute 'learning_rates'"):
+        agent.learning_rates  # noqa: B018
+
+
 def test_without_an_environment_callbacks_still_work(tmp_path: pathlib.Path) -> None:
     """EvalCallback and the progress bar insist on a training VecEnv: `get_env` gives a stand-in."""
     agent = SRPO(**SMALL).learn(

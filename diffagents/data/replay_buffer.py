@@ -56,6 +56,10 @@ class Replay:
     def __len__(self) -> int:
         return min(self.n_added, self.capacity)
 
+    def size(self) -> int:
+        """Number of transitions stored now. Callbacks of SB3 call it."""
+        return len(self)
+
     @property
     def device(self) -> torch.device:
         """The training device."""

@@ -114,6 +114,10 @@ class Rollout:
         self.lengths += 1
         for i in np.flatnonzero(dones).tolist():
             self.finished.append((float(self.returns[i]), int(self.lengths[i])))
+            if "episode" in infos[i]:
+                self.learner.ep_info_buffer.append(infos[i]["episode"])
+            if "is_success" in infos[i]:
+                self.learner.ep_success_buffer.append(infos[i]["is_success"])
             self.returns[i], self.lengths[i] = 0.0, 0
         self.run.n_episodes += int(dones.sum())
         if self.n == 1:

@@ -6,6 +6,7 @@ attribute.
 
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +130,8 @@ class Learner(Protocol):
     replay_buffer: Replay | None
     env: "VecEnv | None"
     sb3_logger: "Logger | None"
+    ep_info_buffer: deque[dict[str, Any]]
+    ep_success_buffer: deque[bool]
 
     def __init__(self, policy: str = ..., env: Any = ..., **settings: Any) -> None: ...
     @classmethod
