@@ -438,7 +438,9 @@ class Agent(ABC):
         policy: Any = self
         if choice:
             policy = types.SimpleNamespace(
-                predict=functools.partial(self.predict, **choice), acts_deterministically=self.acts_deterministically
+                predict=functools.partial(self.predict, **choice),
+                acts_deterministically=self.acts_deterministically,
+                dataset_info=self.dataset_info,
             )
         stored = (self.dataset_info or {}).get("env_spec")
         if env is not None and stored is not None:

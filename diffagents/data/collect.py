@@ -25,7 +25,13 @@ from gymnasium.envs.registration import EnvSpec
 
 from diffagents.config.checks import whole_number
 from diffagents.data.minari import minari_root
-from diffagents.envs.make import env_id_of, make_env, scalar_reward, without_monitor
+from diffagents.envs.make import (
+    env_id_of,
+    make_env,
+    scalar_reward,
+    warn_of_normalized_observations,
+    without_monitor,
+)
 from diffagents.errors import one_line
 from diffagents.evaluation.episodes import check_actions, check_spaces, is_meant_deterministic, stack, succeeded
 from diffagents.evaluation.evaluate import Evaluation
@@ -109,6 +115,7 @@ def collect(
     place = _new_place(dataset_id, root)
     with _opened(env, env_kwargs) as (world, env_spec):
         check_spaces(policy, world.observation_space, world.action_space)
+        warn_of_normalized_observations(policy, world)
         started = time.perf_counter()
         with _seeded(policy, seed):
             act = _actor(policy, deterministic, world.action_space)

@@ -137,6 +137,33 @@ def warn_of_another_env(env: Any, stored: str, env_kwargs: Mapping[str, Any] | N
         )
 
 
+def warn_of_normalized_observations(policy: Any, env: Any) -> None:
+    """Warn if an agent that learned from data acts where a wrapper normalises the observations: it would see other units.
+
+    Args:
+        policy: An agent; nothing is known of other policies.
+        env: A Gymnasium Env or VectorEnv, or an SB3 VecEnv.
+    """
+    info, wrapper = getattr(policy, "dataset_info", None), _observation_normalizer(env)
+    if info is None or wrapper is None or wrapper in str(info.get("env_spec")):
+        return
+    warnings.warn(
+        f"the environment is inside a {wrapper}, but the agent learned from other data: unless these were recorded through "
+        "such a wrapper, it sees observations in other units than it knows; leave the wrapper out",
+        stacklevel=3,
+    )
+
+
+def _observation_normalizer(env: Any) -> str | None:
+    """The name of a wrapper that normalises the observations of `env`, or of the first environment in a VecEnv; or None."""
+    while env is not None:
+        name = type(env).__name__
+        if name == "NormalizeObservation" or (name == "VecNormalize" and env.norm_obs):
+            return name
+        env = getattr(env, "env", None) or getattr(env, "venv", None) or next(iter(getattr(env, "envs", None) or ()), None)
+    return None
+
+
 def prefer_egl() -> bool:
     """Let MuJoCo render without a screen by setting MUJOCO_GL=egl, if that works.
 

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from diffagents.envs.make import env_id_of, is_sb3, make_env
+from diffagents.envs.make import env_id_of, is_sb3, make_env, warn_of_normalized_observations
 from diffagents.evaluation.d4rl import D4RL_REFERENCE, d4rl_score, normalized_scores, reference_name
 from diffagents.evaluation.episodes import SB3, Policy, Single, Vector, check_spaces, is_meant_deterministic, play
 from diffagents.evaluation.statistics import bootstrap
@@ -169,6 +169,7 @@ def evaluate(
                 adapter = SB3(env, cleanup)
             else:
                 adapter = Vector(env) if isinstance(env, gym.vector.VectorEnv) else Single([env])
+            warn_of_normalized_observations(policy, env)
         check_spaces(policy, adapter.observation_space, adapter.action_space)
         episodes = play(policy, adapter, n_episodes, seed, deterministic)
         env_id = env_id_of(envs[0] if by_name else env)

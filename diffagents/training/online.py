@@ -19,7 +19,7 @@ from diffagents.data.load import load_dataset
 from diffagents.data.normalize import fit_reward_transform
 from diffagents.data.replay_buffer import Mixture, Replay
 from diffagents.data.sampler import Sampler
-from diffagents.envs.make import env_id_of
+from diffagents.envs.make import env_id_of, warn_of_normalized_observations
 from diffagents.errors import TrainingDiverged
 from diffagents.functional import lambda_returns
 from diffagents.training import provenance
@@ -113,6 +113,7 @@ def accept(
             "the environment is inside a VecNormalize, which would change the observations and rewards that the agent was "
             "trained on: pass it without; the agent keeps its own normaliser and reward transform"
         )
+    warn_of_normalized_observations(state, learner.env)
     if state.reward_transform is None:
         _start_without_data(learner)
     run = _make_run(learner, total, settings, None if data is None else str(data.info["sha256"]))

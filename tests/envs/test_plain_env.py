@@ -1,5 +1,6 @@
 """Environments as people write them: arrays that are reused, rewards of shape (1,), observations with texts and switches."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import diffagents
 from diffagents import TD3BC
@@ -95,6 +96,31 @@ def test_a_reward_may_be_an_array_with_one_number() -> None:
         with pytest.raises(ValueError, match="it must be one number"):
             scalar_reward(bad)
     assert scalar_reward(np.array([[2]])) == scalar_reward(np.float64(2)) == 2.0
+
+
+def test_observations_in_other_units_are_noticed() -> None:
+    """An agent knows the units of its data; a normalising wrapper shows it others."""
+    rng, n = np.random.default_rng(0), 200
+    data = {
+        "observations": rng.normal(size=(n, 3)),
+        "actions": rng.uniform(-2, 2, (n, 1)),
+        "rewards": rng.normal(size=n),
+        "terminations": np.zeros(n, bool),
+        "truncations": np.arange(n) % 50 == 49,
+    }
+    agent = TD3BC(env="Pendulum-v1", **TINY).learn(data, 4)
+    inside = gymnasium.wrappers.NormalizeObservation(gymnasium.make("Pendulum-v1"))
+    vector = gymnasium.wrappers.vector.NormalizeObservation(gymnasium.make_vec("Pendulum-v1", num_envs=2))
+    sb3 = VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]))
+    for env, name in ((inside, "NormalizeObservation"), (vector, "NormalizeObservation"), (sb3, "VecNormalize")):
+        with pytest.warns(UserWarning, match=f"inside a {name}, .* it sees observations in other units than it knows"):
+            agent.evaluate(env, n_episodes=1)
+    with pytest.warns(UserWarning, match="inside a NormalizeObservation"):
+        agent.clone().learn_online(10, env=inside, learning_starts=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*inside a")
+        agent.evaluate(VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]), norm_obs=False), n_episodes=1)
+        TD3BC(env=inside, **TINY).learn_online(10, learning_starts=8)  # it learns in these units
 
 
 @pytest.mark.parametrize("name", KINDS)
