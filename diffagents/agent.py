@@ -6,6 +6,7 @@ the packages data, training, storage, deploy and evaluation.
 
 import copy
 import functools
+import io
 import pathlib
 import secrets
 import types
@@ -523,6 +524,24 @@ class Agent(ABC):
         other.env, other.state.online = self.env, None
         return other
 
+    # ---- copies and processes --------------------------------------------------------------------------------------
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        other = memo[id(self)] = object.__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as one block of bytes. Tensors that are sent to a process one by one share memory with it, which fails where
+        several are views of the same, and would let one process change the agent of another."""
+        block = io.BytesIO()
+        torch.save(self.__dict__, block)
+        return _unpickled, (type(self), block.getvalue())
+
     def save_replay_buffer(self, path: str | pathlib.Path) -> pathlib.Path:
         """Save the replay buffer as safetensors; together with `save`, this allows resuming `learn_online`.
 
@@ -898,3 +917,10 @@ class Agent(ABC):
         package = f"{__package__}.agents."
         modules = [base.__module__ for base in cls.__mro__ if base.__module__.startswith(package)]
         return (modules or [cls.__module__])[0].rpartition(".")[2]
+
+
+def _unpickled(cls: type[Agent], block: bytes) -> Agent:
+    """The agent whose `__reduce__` made `block`."""
+    agent = object.__new__(cls)
+    agent.__dict__.update(torch.load(io.BytesIO(block), weights_only=False))
+    return agent
