@@ -71,6 +71,7 @@ def from_arrays(
     action, rew = np.array(columns.action.reshape(n, -1), np.float32), np.array(columns.rew, np.float32)  # copies
     extra = np.zeros(n, bool)
     notes: list[str] = []
+    rounded = check.rounding(named["observations"])
     if next_obs is None:
         unknown = ends
         next_obs = np.empty_like(obs)
@@ -86,7 +87,7 @@ def from_arrays(
     if cut is not None:
         whole[np.searchsorted(last, (np.cumsum(keep) - 1)[cut])] = False
     rows = _Rows(*(array if keep.all() else array[keep] for array in (obs, action, rew, next_obs, terminated, unknown)))
-    return _assemble(rows, last + 1, whole, spec, info, bounds_from_data, notes)
+    return _assemble(rows, last + 1, whole, spec, info, bounds_from_data, notes if rounded is None else [*notes, rounded])
 
 
 def from_episodes(
@@ -116,11 +117,12 @@ def from_episodes(
     terminated, unknown = np.zeros(n_steps, bool), np.zeros(n_steps, bool)
     ends: list[int] = []
     whole: list[bool] = []
-    row = 0
+    row, rounded = 0, None
     for i, episode in enumerate(episodes):
         named = check.our_names(episode, f"episode {i}")
         spec = spec or _guess_spec(named["observations"], named["actions"], keys)
         if i == 0:
+            rounded = check.rounding(named["observations"])
             obs, next_obs = (np.empty((n_steps, spec.obs_dim), np.float32) for _ in range(2))
             action = np.empty((n_steps, spec.act_dim), np.float32)
             rew = np.empty(n_steps, np.float32)
@@ -144,7 +146,8 @@ def from_episodes(
             "their last transition is dropped unless it terminated"
         )
     rows = _Rows(*(array[:row] for array in (obs, action, rew, next_obs, terminated, unknown)))
-    return _assemble(rows, np.asarray(ends), np.asarray(whole), spec, info, bounds_from_data)
+    notes = [] if rounded is None else [rounded]
+    return _assemble(rows, np.asarray(ends), np.asarray(whole), spec, info, bounds_from_data, notes)
 
 
 def from_replay_buffer(buffer: Any, keys: Keys, env_spec: EnvSpec | None) -> Transitions:

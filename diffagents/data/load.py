@@ -25,6 +25,16 @@ _ARRAYS = {
     "observations", "actions", "rewards", "terminations", "truncations", "next_observations", "episode_ends", "dones", "masks",
 }  # fmt: skip
 _FILES = (".npz", ".hdf5", ".h5")
+_FOREIGN = {
+    ".parquet": "read it with pandas.read_parquet(path) and pass a dict of arrays",
+    ".csv": "read it with pandas.read_csv(path) and pass a dict of arrays",
+    ".zarr": "open it with zarr.open(path) and pass a dict of its arrays",
+    ".pt": "read it with torch.load(path, weights_only=True) and pass what it contains, a dict of arrays",
+    ".pth": "read it with torch.load(path, weights_only=True) and pass what it contains, a dict of arrays",
+    ".pkl": "a pickle can run code when it is opened: if you trust it, open it with pickle.load and pass what it contains",
+    ".pickle": "a pickle can run code when it is opened: if you trust it, open it with pickle.load and pass what it contains",
+}
+"""How to get from other kinds of files to something that can be read, by suffix."""
 _ACCEPTED = (
     "a Minari id, a MinariDataset, a dict of arrays, a list of episode dicts, a path to .npz or .hdf5, "
     "an SB3 ReplayBuffer, or Transitions"
@@ -112,6 +122,8 @@ def load_dataset(
 def _read(source: Any, keys: Keys, env_spec: EnvSpec | None, download: bool, cache: bool) -> Transitions:
     """Hand `source` to the reader of its kind."""
     limit = env_spec.max_episode_steps if env_spec is not None else None
+    if isinstance(source, str | Path) and (way := _FOREIGN.get(Path(source).suffix.lower())):
+        raise ValueError(f"{source} is no file that can be read here, which are .npz and .hdf5: {way}")
     if isinstance(source, Path) or (isinstance(source, str) and source.lower().endswith(_FILES)):
         return _read_file(Path(source).expanduser(), keys, limit, cache)
     if isinstance(source, str):
@@ -212,11 +224,17 @@ def _read_file(path: Path, keys: Keys, limit: int | None, cache: bool) -> Transi
         return from_arrays(_npz_arrays(path), keys, limit, info)
     if path.suffix.lower() not in (".hdf5", ".h5"):
         raise ValueError(f"{path} ends in {path.suffix!r}; only .npz, .hdf5 and .h5 files can be read")
+
+    def read() -> Transitions:
+        episodes = _robomimic_episodes(path, keys)
+        if episodes is None:
+            return from_arrays(_hdf5_arrays(path), keys, limit, info)
+        return from_episodes(episodes, sum(len(episode["actions"]) for episode in episodes), keys, None, info)
+
     if not cache:
-        return from_arrays(_hdf5_arrays(path), keys, limit, info)
+        return read()
     key = {"path": str(path.resolve()), "obs_keys": keys, "limit": limit}
-    stamp = {"files": stamp_of([path])}
-    return cached(path.stem, key, stamp, lambda: from_arrays(_hdf5_arrays(path), keys, limit, info))
+    return cached(path.stem, key, {"files": stamp_of([path])}, read)
 
 
 def _npz_arrays(path: Path) -> dict[str, Any]:
@@ -236,6 +254,55 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
         remedy = "write it with numpy.savez, from plain arrays only"
         raise ValueError(f"{path} cannot be read as .npz ({one_line(error)}); {remedy}") from None
     return arrays
+
+
+def _robomimic_episodes(path: Path, keys: Keys) -> list[dict[str, Any]] | None:
+    """The demonstrations `data/demo_0`, ... of a robomimic file, with `obs`, `next_obs`, `actions`, `rewards`, `dones`.
+
+    Its `dones` mark successes, the ends of demonstrations, or both, as the file was made. Here a demonstration terminates if
+    its last step is done and has a reward; else it is cut there.
+
+    Args:
+        path: The file.
+        keys: Which observations to read; None: all.
+
+    Returns:
+        The episodes, or None if the file has another layout.
+
+    Raises:
+        ValueError: A demonstration is incomplete.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            group = file.get("data")
+            names = [name for name in group if name.startswith("demo_")] if isinstance(group, h5py.Group) else []
+            episodes: list[dict[str, Any]] = []
+            for name in sorted(names, key=lambda name: (len(name), name)):
+                demo = group[name]
+                missing = [part for part in ("obs", "next_obs", "actions", "rewards", "dones") if part not in demo]
+                if missing:
+                    raise ValueError(f"data/{name} lacks {missing}: make the file with robomimic's dataset_states_to_obs.py")
+                absent = [key for key in keys or () if key not in demo["obs"]]
+                if absent:
+                    raise ValueError(f"data/{name}/obs lacks the keys {absent}; it has {list(demo['obs'])}")
+                obs, next_obs = ({key: demo[part][key][()] for key in keys or demo["obs"]} for part in ("obs", "next_obs"))
+                rewards = demo["rewards"][()]
+                last = np.arange(len(rewards)) == len(rewards) - 1
+                succeeded = bool(demo["dones"][-1]) and rewards[-1] > 0
+                episodes.append(
+                    {
+                        "observations": {key: np.concatenate([obs[key], next_obs[key][-1:]]) for key in obs},
+                        "actions": demo["actions"][()],
+                        "rewards": rewards,
+                        "terminations": last & succeeded,
+                        "truncations": last & (not succeeded),
+                    }
+                )
+            return episodes or None
+    except (OSError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as an HDF5 file: {one_line(error)}") from None
 
 
 def _hdf5_arrays(path: Path) -> dict[str, Any]:

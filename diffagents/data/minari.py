@@ -28,6 +28,24 @@ def minari_root() -> Path:
     return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
 
 
+def _minari_of_d4rl(name: str) -> str | None:
+    """The Minari set of the same task as a D4RL set such as hopper-medium-v2; None if there is none, or for another name."""
+    task, _, level = re.sub(r"-v\d+$", "", name).partition("-")
+    if task in ("hopper", "halfcheetah", "walker2d", "ant"):
+        found = {"medium": "medium", "expert": "expert"}.get(level)
+        return found and f"mujoco/{task}/{found}-v0"
+    if task in ("pen", "door", "hammer", "relocate"):
+        return f"D4RL/{task}/{level}-v2" if level in ("human", "cloned", "expert") else None
+    if task == "kitchen":
+        return f"D4RL/kitchen/{level}-v2" if level in ("complete", "partial", "mixed") else None
+    if task in ("antmaze", "maze2d"):
+        known = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+        if task == "antmaze":
+            return f"D4RL/antmaze/{level}-v1" if level in known else None
+        return f"D4RL/pointmaze/{level}-v2" if level in ("open", "umaze", "medium", "large") else None
+    return None
+
+
 def find_minari(source: str, download: bool) -> Path:
     """Find a Minari dataset on this machine, or download it.
 
@@ -56,6 +74,11 @@ def find_minari(source: str, download: bool) -> Path:
     path = root / identity / "data"
     if (path / "metadata.json").is_file():
         return path
+    if relative := _minari_of_d4rl(identity):
+        raise FileNotFoundError(
+            f"{identity!r} is a name of D4RL; Minari has data of the same task, collected anew, as {relative!r}: pass that, or "
+            "the path of D4RL's .hdf5 file"
+        )
     if not download:
         raise FileNotFoundError(
             f"there is no Minari set {identity!r} in {root}; pass download=True, or set MINARI_DATASETS_PATH to another folder"

@@ -158,6 +158,32 @@ def observations(name: str, value: Any, shapes: Shapes) -> np.ndarray:
     return np.concatenate([_flat(part) for part in parts.values()], axis=1, dtype=np.float32)
 
 
+def rounding(observations: Any) -> str | None:
+    """A warning if float32 rounds away what observations in double precision differ by; None if not.
+
+    Args:
+        observations: An array (N, ...), or a dict of such arrays.
+    """
+    parts = observations.items() if isinstance(observations, Mapping) else [("", observations)]
+    for key, part in parts:
+        array = np.asarray(part)
+        if array.dtype.itemsize < 4 or array.dtype == np.float32 or array.dtype.kind not in "iuf" or len(array) < 2:
+            continue
+        sample = _flat(array[:: max(1, len(array) // 10_000)]).astype(np.float64)
+        high = np.abs(sample).max(axis=0, initial=0.0)
+        step = np.spacing(np.where(high < 3e38, high, 0.0).astype(np.float32)).astype(np.float64)
+        lost = np.flatnonzero((step > 1e-3 * sample.std(axis=0)) & (np.ptp(sample, axis=0) > 0))
+        if lost.size:
+            i = int(lost[0])
+            name = f"observation {key!r} " if key else "observation "
+            return (
+                f"{name}dimension {i} reaches {high[i]:.4g}, where float32, in which data are stored, has steps of "
+                f"{step[i]:.2g}, but a standard deviation of {sample[:, i].std():.2g} only: subtract a constant, such as the "
+                "mean, first"
+            )
+    return None
+
+
 def _flat(array: np.ndarray) -> np.ndarray:
     """(N, ...) -> (N, product of the rest)."""
     return array.reshape(len(array), math.prod(array.shape[1:]))  # not -1: the array may be empty
