@@ -34,9 +34,11 @@ def main() -> None:
         "--root", type=pathlib.Path, default=ROOT / ".data" / "zoo", help="Folder of runs, the --root of `diffagents bench`."
     )
     parser.add_argument(
-        "--max-mb", type=float, default=4.0, help="Largest size of a policy folder with its learner, in MB. Default: 4."
+        "--max-mb", type=float, default=2.5, help="Largest size of a policy folder with its learner, in MB. Default: 2.5."
     )
-    parser.add_argument("--prune", action="store_true", help="Delete results and policies that are not in the grid.")
+    parser.add_argument(
+        "--prune", action="store_true", help="Delete results that are not in the grid, and policies without results."
+    )
     args = parser.parse_args()
 
     specs = {spec.name: spec for spec in grid.read_grid(args.grid)}
@@ -44,14 +46,15 @@ def main() -> None:
     for path in args.root.glob(f"*/{grid.RESULTS}"):
         if path.parent.name in specs:
             shutil.copyfile(path, RUNS / f"{path.parent.name}.json")
-    others = [path for path in sorted(RUNS.glob("*.json")) if path.stem not in specs]
-    cells_kept = {spec.cell for spec in specs.values()}
-    others += [path.parent for path in sorted((ROOT / "zoo").glob("*/config.json")) if path.parent.name not in cells_kept]
+    stored = {path: json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))}
+    runs = [run for path, run in stored.items() if path.stem in specs]
+    others = [path for path in stored if path.stem not in specs]
+    kept = {run["cell"] for run in runs}
+    others += [path.parent for path in sorted((ROOT / "zoo").glob("*/config.json")) if path.parent.name not in kept]
     for path in others if args.prune else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if others and not args.prune:
-        print(f"not in this grid, and left alone without --prune: {', '.join(path.name for path in others)}")
-    runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json")) if path.stem in specs]
+        print(f"without results of this grid, and left alone without --prune: {', '.join(path.name for path in others)}")
     wrong = [cell for cell, members in report.cells_of(runs).items() if not ship(cell, members, args)]
     if wrong:
         sys.exit(f"no policy of the median seed for {', '.join(wrong)} in {args.root} or zoo/: the tables would not match")
