@@ -34,7 +34,7 @@ def main() -> None:
         "--root", type=pathlib.Path, default=ROOT / ".data" / "zoo", help="Folder of runs, the --root of `diffagents bench`."
     )
     parser.add_argument(
-        "--max-mb", type=float, default=2.5, help="Largest size of a policy folder with its learner, in MB. Default: 2.5."
+        "--max-mb", type=float, default=3.0, help="Largest size of a policy folder with its learner, in MB. Default: 3."
     )
     parser.add_argument(
         "--prune", action="store_true", help="Delete results that are not in the grid, and policies without results."
