@@ -1,9 +1,11 @@
 """Next observations are compared with the rows that follow: ends without a flag, shifted recordings, rows of a reset."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import gymnasium
+import h5py
 import numpy as np
 import pytest
 from stable_baselines3 import SAC
@@ -128,3 +130,59 @@ def test_episodes_may_have_next_observations() -> None:
         load_dataset([short])
     with pytest.raises(ValueError, match="the next observation of step 9 is not the observation of step 10"):
         load_dataset([{**flat, "truncations": np.zeros(len(ROWS), bool)}])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_episodes_come_back_however_they_are_recorded(seed: int, tmp_path: Path) -> None:
+    """Random episodes, some of whose time-outs nobody marked: rows, ends, returns and counts are theirs in every form."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 9, rng.integers(3, 9))
+    dies = rng.random(len(lengths)) < 0.4
+    dies[0] = False
+    episodes = []
+    for n, dead in zip(lengths, dies, strict=True):
+        last = np.arange(n) == n - 1
+        episodes.append(
+            {
+                "observations": rng.normal(size=(n + 1, 3)).astype(np.float32),
+                "actions": rng.uniform(-1, 1, (n, 2)).astype(np.float32),
+                "rewards": rng.normal(size=n),
+                "terminations": last & dead,
+                "truncations": last & ~dead,
+            }
+        )
+    rest = ("actions", "rewards", "terminations", "truncations")
+    flat = {name: np.concatenate([episode[name] for episode in episodes]) for name in rest}
+    flat["observations"] = np.concatenate([episode["observations"][:-1] for episode in episodes])
+    flat["next_observations"] = np.concatenate([episode["observations"][1:] for episode in episodes])
+    marked = flat["truncations"] & (rng.random(len(flat["rewards"])) < 0.5)
+    d4rl = {"terminations": "terminals", "truncations": "timeouts"}
+    np.savez(tmp_path / "a.npz", **flat)
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        for name, value in flat.items():
+            file[d4rl.get(name, name)] = value
+    with_next = [{**e, "observations": e["observations"][:-1], "next_observations": e["observations"][1:]} for e in episodes]
+    forms = {
+        "episodes": episodes,
+        "episodes with next observations": with_next,
+        "flat": flat,
+        "flat without some marks": {**flat, "truncations": marked},
+        "flat without time-outs": {name: value for name, value in flat.items() if name != "truncations"},
+        "npz": tmp_path / "a.npz",
+        "hdf5": tmp_path / "a.hdf5",
+    }
+    for form, recorded in forms.items():
+        data, _ = said(recorded, cache=False) if form == "hdf5" else said(recorded)
+        assert data.episode_lengths.tolist() == lengths.tolist() and data.info["n_episodes"] == len(lengths), form
+        assert data.episode_ends.tolist() == np.cumsum(lengths).tolist(), form
+        np.testing.assert_allclose(
+            data.episode_returns, [e["rewards"].sum() for e in episodes], rtol=1e-5, atol=1e-6, err_msg=form
+        )
+        for ours, theirs in (
+            ("obs", "observations"),
+            ("next_obs", "next_observations"),
+            ("action", "actions"),
+            ("rew", "rewards"),
+        ):
+            np.testing.assert_array_equal(getattr(data, ours), flat[theirs].astype(np.float32), err_msg=f"{form}: {ours}")
+        np.testing.assert_array_equal(data.done, flat["terminations"], err_msg=form)
