@@ -54,6 +54,7 @@ class Spec:
                 f"action space {self.action_space} is not a Box: diffusion agents need continuous actions; "
                 "wrap the environment, or choose an algorithm for discrete actions"
             )
+        _check_dtype(self.action_space, "action space")
         low, high = self.action_space.low, self.action_space.high
         if not (np.all(np.isfinite(low)) and np.all(np.isfinite(high)) and np.all(low < high)):
             raise ValueError(
@@ -269,9 +270,17 @@ def space_from_json(data: Any, where: str = "space") -> spaces.Space[Any]:
         raise ValueError(f"{where} is not a Box or Dict of Boxes ({ascii(str(error))[1:-1][:80]})") from None
 
 
+def _check_dtype(space: spaces.Box, name: str) -> None:
+    if str(space.dtype) not in _BOX_DTYPES:
+        raise ValueError(
+            f"{name} {space} is a Box of {space.dtype}, which cannot be stored; wrap the environment to make it float32"
+        )
+
+
 def _check_box(space: spaces.Space[Any], name: str) -> None:
     if not isinstance(space, spaces.Box):
         raise ValueError(f"{name} {space} is not a Box; choose other obs_keys, or wrap the environment (FlattenObservation)")
+    _check_dtype(space, name)
     if len(space.shape) > 2 or (space.dtype == np.uint8 and len(space.shape) == 2):
         raise ValueError(f"{name} {space} looks like an image, but only vectors are supported; encode it as a vector first")
 

@@ -293,8 +293,9 @@ def _guess_spec(observations: Any, actions: Any, keys: Keys) -> Spec:
 
     space: spaces.Space[Any]
     if isinstance(observations, Mapping):
-        # pairs, because gymnasium sorts the keys of a plain dict
-        space = spaces.Dict(OrderedDict((key, box(f"observations/{key}", value)) for key, value in observations.items()))
+        # pairs, because gymnasium sorts the keys of a plain dict; parts that are not chosen may have any form
+        read = {key: value for key, value in observations.items() if keys is None or key in keys} or observations
+        space = spaces.Dict(OrderedDict((key, box(f"observations/{key}", value)) for key, value in read.items()))
     else:
         space = box("observations", observations)
     shape = check.actions("actions", actions, None).shape[1:]

@@ -64,10 +64,10 @@ class PlainEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: Any) -> None:
         super().__init__(env)
         space = env.observation_space
-        if isinstance(space, gymnasium.spaces.Dict) and any(part.shape is None for part in space.values()):
-            self.observation_space = gymnasium.spaces.Dict(
-                OrderedDict((key, part) for key, part in space.items() if part.shape is not None)
-            )
+        if isinstance(space, gymnasium.spaces.Dict):
+            parts = OrderedDict((key, part) for key, part in space.items() if part.shape is not None)
+            if parts and len(parts) < len(space.spaces):
+                self.observation_space = gymnasium.spaces.Dict(parts)
 
     @property
     def spec(self) -> EnvSpec | None:  # type: ignore[override]

@@ -1,0 +1,124 @@
+"""Every verb on every kind of space that `learn` accepts: what works at the start works at the end, too."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import CheckpointCallback
+
+import diffagents
+from diffagents import TD3BC
+from diffagents.types import Spec
+
+VECTOR, BOUNDED = spaces.Box(-np.inf, np.inf, (3,)), spaces.Box(-1.0, 1.0, (2,))
+OBSERVATIONS: dict[str, spaces.Space[Any]] = {
+    "float32": VECTOR,
+    "float64": spaces.Box(-np.inf, np.inf, (3,), np.float64),
+    "float16": spaces.Box(-1, 1, (3,), np.float16),
+    "matrix": spaces.Box(-1, 1, (2, 3)),
+    "int64": spaces.Box(-5, 5, (3,), np.int64),
+    "int8": spaces.Box(0, 1, (3,), np.int8),
+    "uint8": spaces.Box(0, 255, (3,), np.uint8),
+    "bool": spaces.Box(0, 1, (3,), bool),
+    "dict": spaces.Dict({"b": spaces.Box(-1, 1, (2,)), "a": spaces.Box(-1, 1, (1,), np.float64)}),
+    "dict with others": spaces.Dict(
+        {"observation": VECTOR, "achieved_goal": VECTOR, "desired_goal": VECTOR, "n": spaces.Discrete(3)}
+    ),
+    "flags": spaces.MultiBinary(3),
+    "direction": spaces.Discrete(4),
+    "picture": spaces.Box(0, 255, (8, 8, 3), np.uint8),
+    "nested dict": spaces.Dict({"inner": spaces.Dict({"a": VECTOR})}),
+}
+ACTIONS: dict[str, spaces.Space[Any]] = {
+    "float32": BOUNDED,
+    "float64": spaces.Box(-2.0, 3.0, (2,), np.float64),
+    "matrix": spaces.Box(-1, 1, (2, 2)),
+    "int64": spaces.Box(0, 10, (2,), np.int64),
+    "uint8": spaces.Box(0, 255, (1,), np.uint8),
+    "different bounds": spaces.Box(np.array([-1, 0], np.float32), np.array([1, 9], np.float32)),
+    "unbounded": spaces.Box(-np.inf, np.inf, (2,)),
+    "discrete": spaces.Discrete(3),
+}
+CASES = [(name, "float32") for name in OBSERVATIONS] + [("float32", name) for name in ACTIONS if name != "float32"]
+
+
+class World(gymnasium.Env[Any, Any]):
+    """Episodes of five steps with random observations."""
+
+    def __init__(self, observation: str, action: str) -> None:
+        self.observation_space, self.action_space = OBSERVATIONS[observation], ACTIONS[action]
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.t = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.t += 1
+        return self.observation_space.sample(), float(np.sum(action)), False, self.t == 5, {}
+
+
+def recorded(env: World, n: int = 40) -> dict[str, Any]:
+    rows = [env.observation_space.sample() for _ in range(n)]
+    obs = {key: np.stack([row[key] for row in rows]) for key in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
+    return {
+        "observations": obs,
+        "actions": np.stack([env.action_space.sample() for _ in range(n)]).astype(np.float32),
+        "rewards": np.arange(float(n)),
+        "terminations": np.zeros(n, bool),
+        "truncations": np.arange(n) % 5 == 4,
+    }
+
+
+def accepted(env: World) -> bool:
+    try:
+        Spec.from_spaces(env.observation_space, env.action_space)
+    except ValueError:
+        return False
+    return True
+
+
+def test_the_table_has_both_kinds() -> None:
+    refused = {case for case in CASES if not accepted(World(*case))}
+    assert refused == {
+        *((name, "float32") for name in ("bool", "flags", "direction", "picture", "nested dict")),
+        *(("float32", name) for name in ("unbounded", "discrete")),
+    }
+
+
+@pytest.mark.parametrize(("observation", "action"), CASES)
+def test_every_verb_on_every_space(observation: str, action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A space is refused before any work; if it is accepted, everything that can be done with an agent works."""
+    monkeypatch.chdir(tmp_path)
+    env = World(observation, action)
+    settings: dict[str, Any] = {"env": env, "seed": 0, "verbose": 0, "device": "cpu", "batch_size": 8}
+    if not accepted(env):
+        with pytest.raises((ValueError, NotImplementedError), match=r"Box|image|bounds|[Nn]ested"):
+            TD3BC(**settings)
+        return
+    agent = TD3BC(policy_kwargs={"net_arch": [8]}, **settings)
+    agent.learn(recorded(env), 6, callback=CheckpointCallback(3, str(tmp_path), "step"))
+        recorded(env), 6, callback=CheckpointCallback(3, str(tmp_path), "step")
+    )
+    obs, _ = env.reset(seed=1)
+    act = agent.predict(obs)[0]
+    assert env.action_space.contains(act)
+    agent.save_pretrained(tmp_path / "folder", include_trainer_state=True)
+    exported = agent.export(tmp_path / "policy", format="torch_export")
+    loaded = [diffagents.load(path, verbose=0) for path in (agent.save(tmp_path / "a"), tmp_path / "folder", "step_6_steps")]
+    returns = agent.evaluate(env, n_episodes=2).returns
+    for other in (*loaded, agent.clone()):
+        np.testing.assert_array_equal(other.predict(obs)[0], act)
+        assert other.evaluate(env, n_episodes=2).returns == returns
+        assert other.predict(obs)[0].dtype == env.action_space.dtype
+    agent.learn_online(12, learning_starts=8)
+    agent.load_replay_buffer(agent.save_replay_buffer(tmp_path / "buffer"))
+    agent.learn_online(12, learning_starts=8)
+    diffagents.load(agent.save(tmp_path / "b"), env=env, verbose=0).learn_online(8, learning_starts=4)
+    assert exported.is_file()
