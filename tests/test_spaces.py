@@ -104,8 +104,6 @@ def test_every_verb_on_every_space(observation: str, action: str, tmp_path: Path
         return
     agent = TD3BC(policy_kwargs={"net_arch": [8]}, **settings)
     agent.learn(recorded(env), 6, callback=CheckpointCallback(3, str(tmp_path), "step"))
-        recorded(env), 6, callback=CheckpointCallback(3, str(tmp_path), "step")
-    )
     obs, _ = env.reset(seed=1)
     act = agent.predict(obs)[0]
     assert env.action_space.contains(act)
