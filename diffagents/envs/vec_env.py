@@ -69,6 +69,13 @@ class PlainEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             if parts and len(parts) < len(space.spaces):
                 self.observation_space = gymnasium.spaces.Dict(parts)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set attributes of the environment itself, as `VecEnv.set_attr` does without this wrapper."""
+        if name.startswith("_") or name in ("env", "observation_space", "action_space", "metadata"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.env, name, value)
+
     @property
     def spec(self) -> EnvSpec | None:  # type: ignore[override]
         """The spec of the environment itself: nobody needs this wrapper to make it again."""

@@ -87,6 +87,16 @@ def test_an_environment_may_reuse_its_array(ours: bool) -> None:
     assert len(rows) == 60 and not done.any() and len(set(rew.tolist())) == (4 if ours else 5)
 
 
+def test_attributes_still_reach_the_environment() -> None:
+    """Curricula set them by `VecEnv.set_attr`, in the VecEnv that the agent was given."""
+    env = DummyVecEnv([lambda: Counter(0, 4)])
+    agent = TD3BC(env=env, **TINY)
+    env.set_attr("length", 2)
+    assert env.get_attr("length") == [2] and env.envs[0].unwrapped.length == 2
+    agent.learn_online(12, learning_starts=11)
+    assert env.envs[0].unwrapped.episode >= 5
+
+
 def test_a_reward_may_be_an_array_with_one_number() -> None:
     env = Parts("flags")
     agent = TD3BC(obs_keys=("observation",), **TINY).learn(parts_data(), 4)
