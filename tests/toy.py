@@ -6,16 +6,18 @@ import numpy as np
 
 
 def line_data(n: int = 400, obs_dim: int = 3, act_dim: int = 2, seed: int = 0, horizon: int = 10) -> dict[str, Any]:
-    """Random walks of `horizon` steps, actions in [-1, 1], reward highest at action = 0.5; every third episode terminates."""
+    """Random episodes of `horizon` steps; the reward is highest at action = 0.5, and every third episode terminates."""
     rng = np.random.default_rng(seed)
     action = rng.uniform(-1, 1, (n, act_dim)).astype(np.float32)
     end = np.arange(n) % horizon == horizon - 1
     dies = end & (np.arange(n) // horizon % 3 == 0)
+    obs, next_obs = rng.normal(size=(2, n, obs_dim)).astype(np.float32)
+    next_obs[:-1] = np.where(end[:-1, None], next_obs[:-1], obs[1:])
     return {
-        "observations": rng.normal(size=(n, obs_dim)).astype(np.float32),
+        "observations": obs,
         "actions": action,
         "rewards": (-((action - 0.5) ** 2).sum(-1)).astype(np.float32),
-        "next_observations": rng.normal(size=(n, obs_dim)).astype(np.float32),
+        "next_observations": next_obs,
         "terminations": dies,
         "truncations": end & ~dies,
     }
