@@ -294,7 +294,7 @@ def _guess_spec(observations: Any, actions: Any, keys: Keys) -> Spec:
     space: spaces.Space[Any]
     if isinstance(observations, Mapping):
         # pairs, because gymnasium sorts the keys of a plain dict; parts that are not chosen may have any form
-        read = {key: value for key, value in observations.items() if keys is None or key in keys} or observations
+        read = observations if keys is None or not set(keys) <= set(observations) else {key: observations[key] for key in keys}
         space = spaces.Dict(OrderedDict((key, box(f"observations/{key}", value)) for key, value in read.items()))
     else:
         space = box("observations", observations)
