@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import CheckpointCallback
+from toy import RandomEnv
 
 import diffagents
 from diffagents import TD3BC
@@ -45,26 +45,11 @@ ACTIONS: dict[str, spaces.Space[Any]] = {
 CASES = [(name, "float32") for name in OBSERVATIONS] + [("float32", name) for name in ACTIONS if name != "float32"]
 
 
-class World(gymnasium.Env[Any, Any]):
-    """Episodes of five steps with random observations."""
-
-    def __init__(self, observation: str, action: str) -> None:
-        self.observation_space, self.action_space = OBSERVATIONS[observation], ACTIONS[action]
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        if seed is not None:
-            self.observation_space.seed(seed)
-        self.t = 0
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> Any:
-        assert self.action_space.contains(action), (action, self.action_space)
-        self.t += 1
-        return self.observation_space.sample(), float(np.sum(action)), False, self.t == 5, {}
+def world(observation: str, action: str) -> RandomEnv:
+    return RandomEnv(OBSERVATIONS[observation], ACTIONS[action])
 
 
-def recorded(env: World, n: int = 40) -> dict[str, Any]:
+def recorded(env: RandomEnv, n: int = 40) -> dict[str, Any]:
     rows = [env.observation_space.sample() for _ in range(n)]
     obs = {key: np.stack([row[key] for row in rows]) for key in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
     return {
@@ -76,7 +61,7 @@ def recorded(env: World, n: int = 40) -> dict[str, Any]:
     }
 
 
-def accepted(env: World) -> bool:
+def accepted(env: RandomEnv) -> bool:
     try:
         Spec.from_spaces(env.observation_space, env.action_space)
     except ValueError:
@@ -85,7 +70,7 @@ def accepted(env: World) -> bool:
 
 
 def test_the_table_has_both_kinds() -> None:
-    refused = {case for case in CASES if not accepted(World(*case))}
+    refused = {case for case in CASES if not accepted(world(*case))}
     assert refused == {
         *((name, "float32") for name in ("bool", "flags", "direction", "picture", "nested dict")),
         *(("float32", name) for name in ("unbounded", "discrete")),
@@ -96,7 +81,7 @@ def test_the_table_has_both_kinds() -> None:
 def test_every_verb_on_every_space(observation: str, action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A space is refused before any work; if it is accepted, everything that can be done with an agent works."""
     monkeypatch.chdir(tmp_path)
-    env = World(observation, action)
+    env = world(observation, action)
     settings: dict[str, Any] = {"env": env, "seed": 0, "verbose": 0, "device": "cpu", "batch_size": 8}
     if not accepted(env):
         with pytest.raises((ValueError, NotImplementedError), match=r"Box|image|bounds|[Nn]ested"):

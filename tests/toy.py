@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import gymnasium
 import numpy as np
 
 
@@ -21,3 +22,25 @@ def line_data(n: int = 400, obs_dim: int = 3, act_dim: int = 2, seed: int = 0, h
         "terminations": dies,
         "truncations": end & ~dies,
     }
+
+
+class RandomEnv(gymnasium.Env[Any, Any]):
+    """Episodes of five steps with random observations; the reward is a number or an array, whatever `reward` returns."""
+
+    def __init__(self, observation_space: Any, action_space: Any) -> None:
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reward(self, action: Any) -> Any:
+        return float(np.sum(action))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.t = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.t += 1
+        return self.observation_space.sample(), self.reward(action), False, self.t == 5, {}

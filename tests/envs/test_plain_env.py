@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from toy import RandomEnv
 
 import diffagents
 from diffagents import TD3BC
@@ -42,24 +43,14 @@ class Counter(gymnasium.Env[Any, Any]):
         return self.seen, self.seen[2:].copy(), False, self.seen[2] == self.length, {}  # a reward of shape (1,)
 
 
-class Parts(gymnasium.Env[Any, Any]):
+class Parts(RandomEnv):
     """Observes a vector and something that no agent reads."""
 
-    action_space = spaces.Box(-1, 1, (2,))
-
     def __init__(self, name: str) -> None:
-        self.observation_space = spaces.Dict({name: KINDS[name], "observation": spaces.Box(-1, 1, (3,))})
+        super().__init__(spaces.Dict({name: KINDS[name], "observation": spaces.Box(-1, 1, (3,))}), spaces.Box(-1, 1, (2,)))
 
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        if seed is not None:
-            self.observation_space.seed(seed)
-        self.t = 0
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> Any:
-        self.t += 1
-        return self.observation_space.sample(), np.abs(action[:1]), False, self.t == 5, {}  # a reward of shape (1,)
+    def reward(self, action: Any) -> Any:
+        return np.abs(action[:1])  # of shape (1,)
 
 
 def parts_data() -> dict[str, Any]:
