@@ -202,11 +202,15 @@ class Spec:
         """Scale actions from [-1, 1], (B, A), to the environment's units, (B, *shape), clipped; integers are rounded."""
         low, high = self._bounds()
         action = low + (np.clip(act, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
-        action = np.clip(action, low, high).reshape(-1, *self.action_space.shape)
-        return (np.rint(action) if self.action_space.dtype.kind in "iu" else action).astype(self.action_space.dtype)
+        return in_dtype(np.clip(action, low, high).reshape(-1, *self.action_space.shape), self.action_space.dtype)
 
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
         return self.action_space.low.reshape(-1), self.action_space.high.reshape(-1)
+
+
+def in_dtype(action: np.ndarray, dtype: Any) -> np.ndarray:
+    """Actions in the dtype of a space: rounded to the nearest integers for integers."""
+    return (np.rint(action) if np.dtype(dtype).kind in "iu" else action).astype(dtype, copy=False)
 
 
 _BOX_DTYPES = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint32", "uint16", "uint8"}

@@ -70,8 +70,7 @@ def from_arrays(
         ends[breaks] = True
     action, rew = np.array(columns.action.reshape(n, -1), np.float32), np.array(columns.rew, np.float32)  # copies
     extra = np.zeros(n, bool)
-    notes: list[str] = []
-    rounded = check.rounding(named["observations"])
+    notes = check.rounding(named["observations"], check.obs_shapes(spec))
     if next_obs is None:
         unknown = ends
         next_obs = np.empty_like(obs)
@@ -80,14 +79,15 @@ def from_arrays(
     else:
         next_obs = _masked_next_obs(obs, next_obs, terminated)
         resumes = breaks is not None  # SB3 resets the environment when learn() is called again
-        unknown, extra, notes = _follow_next_obs(obs, rew, next_obs, terminated, truncated, ends, resumes)
+        unknown, extra, found = _follow_next_obs(obs, rew, next_obs, terminated, truncated, ends, resumes)
+        notes = found + notes
     keep = ~extra
     last = np.flatnonzero(ends[keep])
     whole = flagged[keep][last]
     if cut is not None:
         whole[np.searchsorted(last, (np.cumsum(keep) - 1)[cut])] = False
     rows = _Rows(*(array if keep.all() else array[keep] for array in (obs, action, rew, next_obs, terminated, unknown)))
-    return _assemble(rows, last + 1, whole, spec, info, bounds_from_data, notes if rounded is None else [*notes, rounded])
+    return _assemble(rows, last + 1, whole, spec, info, bounds_from_data, notes)
 
 
 def from_episodes(
@@ -117,16 +117,17 @@ def from_episodes(
     terminated, unknown = np.zeros(n_steps, bool), np.zeros(n_steps, bool)
     ends: list[int] = []
     whole: list[bool] = []
-    row, rounded = 0, None
+    row, notes = 0, []
     for i, episode in enumerate(episodes):
         named = check.our_names(episode, f"episode {i}")
         spec = spec or _guess_spec(named["observations"], named["actions"], keys)
         if i == 0:
-            rounded = check.rounding(named["observations"])
             obs, next_obs = (np.empty((n_steps, spec.obs_dim), np.float32) for _ in range(2))
             action = np.empty((n_steps, spec.act_dim), np.float32)
             rew = np.empty(n_steps, np.float32)
         columns = check.episode_columns(named, spec, i)
+        if i == 0:
+            notes = check.rounding(named["observations"], check.obs_shapes(spec))
         n = len(columns.action)
         if row + n > n_steps:
             raise ValueError(f"{info['id']} has more steps than the {n_steps} of its metadata.json; make the dataset again")
@@ -146,7 +147,6 @@ def from_episodes(
             "their last transition is dropped unless it terminated"
         )
     rows = _Rows(*(array[:row] for array in (obs, action, rew, next_obs, terminated, unknown)))
-    notes = [] if rounded is None else [rounded]
     return _assemble(rows, np.asarray(ends), np.asarray(whole), spec, info, bounds_from_data, notes)
 
 
@@ -312,8 +312,16 @@ def _bounds_of(action: np.ndarray, space: spaces.Box) -> spaces.Box:
 
 def _masked_next_obs(obs: np.ndarray, next_obs: np.ndarray, terminated: np.ndarray) -> np.ndarray:
     """The next observations (N, S), made finite where the episode terminated: there they are not used, and may not be known."""
-    missing = terminated & ~np.isfinite(next_obs).all(axis=1)
-    return np.where(missing[:, None], obs, next_obs) if missing.any() else next_obs
+    last = np.flatnonzero(terminated)
+    missing = last[~np.isfinite(next_obs[last]).all(axis=1)]
+    next_obs[missing] = obs[missing]
+    return next_obs
+
+
+def _follows(obs: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
+    """Whether the next row begins at a row's next observation, for all rows but the last, (N - 1,) bool."""
+    same: np.ndarray = (next_obs[:-1] == obs[1:]).all(axis=1)
+    return same
 
 
 def _follow_next_obs(
@@ -337,9 +345,10 @@ def _follow_next_obs(
     """
     n = len(obs)
     unknown, extra, notes = np.zeros(n, bool), np.zeros(n, bool), []
-    follows = (next_obs[:-1] == obs[1:]).all(axis=1)
-    known = np.isfinite(next_obs[:-1]).all(axis=1) & np.isfinite(obs[1:]).all(axis=1)  # what is not is refused later
-    broken = np.flatnonzero(~follows & known & ~ends[:-1])
+    follows = _follows(obs, next_obs)
+    broken = np.flatnonzero(~follows & ~ends[:-1])
+    # What is not finite is refused later.
+    broken = broken[np.isfinite(next_obs[broken]).all(axis=1) & np.isfinite(obs[broken + 1]).all(axis=1)]
     ends[broken] = True
     if broken.size and not resumes:
         notes.append(
@@ -348,8 +357,9 @@ def _follow_next_obs(
             "next_observations out"
         )
     flagged = (terminated | truncated)[:-1]
-    moved = flagged & (obs[1:] != obs[:-1]).any(axis=1)
-    if moved.sum() < 2 or follows[moved].mean() < 0.9:
+    stops = np.flatnonzero(flagged)
+    moved = stops[(obs[stops + 1] != obs[stops]).any(axis=1)]
+    if moved.size < 2 or follows[moved].mean() < 0.9:
         return unknown, extra, notes
     after = np.flatnonzero(flagged & follows) + 1
     others = np.ones(n, bool)
@@ -389,7 +399,7 @@ def _infer_truncations(
             )
         truncated[stops - 1] = True
     elif next_obs is not None:
-        truncated[:-1] = (next_obs[:-1] != obs[1:]).any(axis=1)
+        truncated[:-1] = ~_follows(obs, next_obs)
     elif limit is not None:
         start = 0
         for stop in (*(np.flatnonzero(terminated) + 1), n):

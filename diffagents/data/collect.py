@@ -35,7 +35,7 @@ from diffagents.envs.make import (
 from diffagents.errors import one_line
 from diffagents.evaluation.episodes import check_actions, check_spaces, is_meant_deterministic, stack, succeeded
 from diffagents.evaluation.evaluate import Evaluation
-from diffagents.types import Spec
+from diffagents.types import Spec, in_dtype
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -115,7 +115,7 @@ def collect(
     place = _new_place(dataset_id, root)
     with _opened(env, env_kwargs) as (world, env_spec):
         check_spaces(policy, world.observation_space, world.action_space)
-        warn_of_normalized_observations(policy, world)
+        warn_of_normalized_observations(getattr(policy, "dataset_info", None), world)
         started = time.perf_counter()
         with _seeded(policy, seed):
             act = _actor(policy, deterministic, world.action_space)
@@ -365,8 +365,7 @@ def _play(
         over = False
         while not over:
             action = perturb(act(obs, not rows["actions"]), space, rng)
-            action = np.clip(action, space.low, space.high)  # type: ignore[attr-defined]
-            action = (np.rint(action) if np.issubdtype(space.dtype, np.integer) else action).astype(space.dtype)
+            action = in_dtype(np.clip(action, space.low, space.high), space.dtype)  # type: ignore[attr-defined]
             # A copy, because an environment may change its argument.
             obs, reward, terminated, truncated, info = env.step(action.copy())
             n_steps -= 1

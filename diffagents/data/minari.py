@@ -28,22 +28,26 @@ def minari_root() -> Path:
     return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
 
 
+_RELATIVES = (
+    (("hopper", "halfcheetah", "walker2d", "ant"), ("medium", "expert"), "mujoco/{task}/{level}-v0"),
+    (("pen", "door", "hammer", "relocate"), ("human", "cloned", "expert"), "D4RL/{task}/{level}-v2"),
+    (("kitchen",), ("complete", "partial", "mixed"), "D4RL/kitchen/{level}-v2"),
+    (("maze2d",), ("open", "umaze", "medium", "large"), "D4RL/pointmaze/{level}-v2"),
+    (
+        ("antmaze",),
+        ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"),
+        "D4RL/antmaze/{level}-v1",
+    ),
+)
+"""Tasks and levels of D4RL, and the name of Minari's set of the same task."""
+
+
 def _minari_of_d4rl(name: str) -> str | None:
     """The Minari set of the same task as a D4RL set such as hopper-medium-v2; None if there is none, or for another name."""
     task, _, level = re.sub(r"-v\d+$", "", name).partition("-")
-    if task in ("hopper", "halfcheetah", "walker2d", "ant"):
-        found = {"medium": "medium", "expert": "expert"}.get(level)
-        return found and f"mujoco/{task}/{found}-v0"
-    if task in ("pen", "door", "hammer", "relocate"):
-        return f"D4RL/{task}/{level}-v2" if level in ("human", "cloned", "expert") else None
-    if task == "kitchen":
-        return f"D4RL/kitchen/{level}-v2" if level in ("complete", "partial", "mixed") else None
-    if task in ("antmaze", "maze2d"):
-        known = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
-        if task == "antmaze":
-            return f"D4RL/antmaze/{level}-v1" if level in known else None
-        return f"D4RL/pointmaze/{level}-v2" if level in ("open", "umaze", "medium", "large") else None
-    return None
+    found = (form for tasks, levels, form in _RELATIVES if task in tasks and level in levels)
+    form = next(found, None)
+    return None if form is None else form.format(task=task, level=level)
 
 
 def find_minari(source: str, download: bool) -> Path:

@@ -158,15 +158,18 @@ def observations(name: str, value: Any, shapes: Shapes) -> np.ndarray:
     return np.concatenate([_flat(part) for part in parts.values()], axis=1, dtype=np.float32)
 
 
-def rounding(observations: Any) -> str | None:
-    """A warning if float32 rounds away what observations in double precision differ by; None if not.
+def rounding(value: Any, shapes: Shapes) -> list[str]:
+    """A warning if float32 rounds away what observations in double precision differ by.
 
     Args:
-        observations: An array (N, ...), or a dict of such arrays.
+        value: Observations that `observations` has accepted.
+        shapes: The shapes of the parts that are read, from `obs_shapes`.
+
+    Returns:
+        At most one warning, about the first such dimension.
     """
-    parts = observations.items() if isinstance(observations, Mapping) else [("", observations)]
-    for key, part in parts:
-        array = np.asarray(part)
+    for key in shapes:
+        array = numeric("observations", value if key is None else value[key])
         if array.dtype.itemsize < 4 or array.dtype == np.float32 or array.dtype.kind not in "iuf" or len(array) < 2:
             continue
         sample = _flat(array[:: max(1, len(array) // 10_000)]).astype(np.float64)
@@ -176,12 +179,12 @@ def rounding(observations: Any) -> str | None:
         if lost.size:
             i = int(lost[0])
             name = f"observation {key!r} " if key else "observation "
-            return (
+            return [
                 f"{name}dimension {i} reaches {high[i]:.4g}, where float32, in which data are stored, has steps of "
                 f"{step[i]:.2g}, but a standard deviation of {sample[:, i].std():.2g} only: subtract a constant, such as the "
                 "mean, first"
-            )
-    return None
+            ]
+    return []
 
 
 def _flat(array: np.ndarray) -> np.ndarray:

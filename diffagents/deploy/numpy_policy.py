@@ -9,7 +9,7 @@ from torch import nn
 from diffagents.data.normalize import ObsNormalizer
 from diffagents.networks.mlp import TanhPolicy
 from diffagents.torch_internals import tensor_place
-from diffagents.types import Spec
+from diffagents.types import Spec, in_dtype
 
 _MOST = 1e18
 """The most that a normalised observation may hold on the fast path."""
@@ -103,5 +103,4 @@ class NumpyPolicy:
             return None
         h += 1.0
         action = self._low + h * self._half
-        action = np.minimum(np.maximum(action, self._low), self._high).reshape(self._action_shape)
-        return (action if self._dtype.kind == "f" else np.rint(action)).astype(self._dtype, copy=False)
+        return in_dtype(np.minimum(np.maximum(action, self._low), self._high).reshape(self._action_shape), self._dtype)

@@ -137,15 +137,15 @@ def warn_of_another_env(env: Any, stored: str, env_kwargs: Mapping[str, Any] | N
         )
 
 
-def warn_of_normalized_observations(policy: Any, env: Any) -> None:
+def warn_of_normalized_observations(dataset_info: Mapping[str, Any] | None, env: Any) -> None:
     """Warn if an agent that learned from data acts where a wrapper normalises the observations: it would see other units.
 
     Args:
-        policy: An agent; nothing is known of other policies.
+        dataset_info: `Agent.dataset_info`; None if it has not learned yet, or for policies of which nothing is known.
         env: A Gymnasium Env or VectorEnv, or an SB3 VecEnv.
     """
-    info, wrapper = getattr(policy, "dataset_info", None), _observation_normalizer(env)
-    if info is None or wrapper is None or wrapper in str(info.get("env_spec")):
+    wrapper = _observation_normalizer(env)
+    if dataset_info is None or wrapper is None or wrapper in str(dataset_info.get("env_spec")):
         return
     warnings.warn(
         f"the environment is inside a {wrapper}, but the agent learned from other data: unless these were recorded through "

@@ -169,7 +169,7 @@ def evaluate(
                 adapter = SB3(env, cleanup)
             else:
                 adapter = Vector(env) if isinstance(env, gym.vector.VectorEnv) else Single([env])
-            warn_of_normalized_observations(policy, env)
+            warn_of_normalized_observations(getattr(policy, "dataset_info", None), env)
         check_spaces(policy, adapter.observation_space, adapter.action_space)
         episodes = play(policy, adapter, n_episodes, seed, deterministic)
         env_id = env_id_of(envs[0] if by_name else env)

@@ -113,7 +113,7 @@ def accept(
             "the environment is inside a VecNormalize, which would change the observations and rewards that the agent was "
             "trained on: pass it without; the agent keeps its own normaliser and reward transform"
         )
-    warn_of_normalized_observations(state, learner.env)
+    warn_of_normalized_observations(state.dataset_info, learner.env)
     if state.reward_transform is None:
         _start_without_data(learner)
     run = _make_run(learner, total, settings, None if data is None else str(data.info["sha256"]))

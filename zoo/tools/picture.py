@@ -1,6 +1,6 @@
 """Draw policies of the zoo in their environments: one row per policy, with frames of its first episode.
 
-python zoo/tools/picture.py srpo-hopper-medium-expert-v0 diffusionbc-pusht-human-v0 ...     # writes docs/images/zoo.png
+python zoo/tools/picture.py srpo-hopper-medium-replay-v0 diffusionql-halfcheetah-medium-expert-v0 ...  # docs/images/zoo.png
 """
 
 import argparse
