@@ -199,6 +199,33 @@ def test_actions_are_stored_as_they_were_executed() -> None:
     assert set(flat("test/wild-v0", "rewards").tolist()) == {3.25}
 
 
+class Whole(Counter):
+    """Integer actions, and rewards of shape (1,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space = spaces.Box(0, 10, (2,), np.int64)  # type: ignore[assignment]
+
+    def step(self, action: Any) -> Any:
+        obs, reward, *rest = super().step(action)
+        return obs, np.array([reward]), *rest
+
+
+gym.register("Whole-v0", "test_collect:Whole", max_episode_steps=20, disable_env_checker=True)
+
+
+def test_integers_are_rounded_and_a_reward_may_be_an_array() -> None:
+    collect(lambda obs: np.array([0.6, 9.4]), "Whole-v0", 30, "test/whole-v0")
+    assert flat("test/whole-v0").tolist() == [[1, 9]] * 30
+    assert flat("test/whole-v0", "rewards").tolist() == [10.0] * 30
+
+
+def test_an_agent_in_a_wrapper_that_normalises_is_noticed(trained: Any) -> None:
+    env = gym.wrappers.NormalizeObservation(gym.make("Pendulum-v1"))
+    with pytest.warns(UserWarning, match="inside a NormalizeObservation"):
+        collect(trained, env, 10, "test/normalised-v0")
+
+
 def test_observations_are_copies() -> None:
     collect(nothing, "Counter-v0", 10, "test/count-v0")
     (episode,) = episodes_of("test/count-v0")
