@@ -14,6 +14,26 @@ import numpy as np
 Cell = tuple[int, int]  # (row, column) of a maze
 
 
+class Portable:
+    """A policy whose actions are rounded to four decimals, so that the same seed gives the same data on other processors.
+
+    The last bits of a matrix product or an exponential depend on the instructions that a processor has, and in a chaotic
+    system such as a walking robot they decide where it is a second later.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    def reset(self) -> None:
+        """Reset the policy, if it has something to reset, before every episode."""
+        if hasattr(self.policy, "reset"):
+            self.policy.reset()
+
+    def __call__(self, obs: Any) -> np.ndarray:
+        """The policy's action, rounded."""
+        return np.round(self.policy(obs), 4)
+
+
 class Network:
     """A multilayer perceptron with Gaussian noise of its own, as its authors trained it; one observation at a time."""
 
@@ -21,8 +41,9 @@ class Network:
         with np.load(path) as file:
             arrays: dict[str, Any] = {name: file[name] for name in file.files}
         n = sum(name[0] == "W" and name[1:].isdigit() for name in arrays)
-        self.weights = [np.ascontiguousarray(arrays[f"W{i}"], np.float32) for i in range(n)]  # (out, in) each
-        self.biases = [np.asarray(arrays[f"b{i}"], np.float32) for i in range(n)]
+        # In double precision, so that processors differ by much less than `Portable` rounds away.
+        self.weights = [np.ascontiguousarray(arrays[f"W{i}"], np.float64) for i in range(n)]  # (out, in) each
+        self.biases = [np.asarray(arrays[f"b{i}"], np.float64) for i in range(n)]
         self.arrays, self.rng, self.n_inputs = arrays, rng, self.weights[0].shape[1]
         self.relu, self.squash = str(arrays["act"]) == "relu", bool(arrays["squash"])
 
@@ -46,7 +67,7 @@ class Network:
         arrays, x = self.arrays, obs
         if "mean" in arrays:  # the observation normaliser that it was trained with
             x = np.clip((x - arrays["mean"]) / arrays["std"], -float(arrays["clip"]), float(arrays["clip"]))
-        x = x.astype(np.float32)
+        x = x.astype(np.float64)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             x = weight @ x + bias
             x = np.maximum(x, 0) if self.relu else np.tanh(x)

@@ -7,7 +7,8 @@ They follow D4RL's design (an intermediate policy = medium, a mixture of snapsho
 expert, both one after the other = medium-expert), in the physics of Gymnasium's v5 environments and with published policies
 (policies/README.md). They are not D4RL's data: its published tables give an orientation, not a target.
 
-The same seed gives the same data. On one thread 100,000 steps take about 10 s in MuJoCo, 6 s in PointMaze, 45 s in AntMaze.
+The same seed gives the same data on every x86-64 processor with FMA instructions (see `Portable` in behavior_policies.py). On
+one thread 100,000 steps take about 25 s in MuJoCo, 6 s in PointMaze, 45 s in AntMaze.
 Needs gymnasium-robotics: pip install "diffagents[robotics]".
 """
 
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: the networks are small
 
 import numpy as np
-from behavior_policies import AntWaypoints, Network, Snapshots, Waypoints
+from behavior_policies import AntWaypoints, Network, Portable, Snapshots, Waypoints
 
 from diffagents.data.collect import collect, summary, write_dataset
 from diffagents.data.minari import read_episodes
@@ -92,7 +93,7 @@ def make(name: str, recipe: Recipe, n_steps: int, seed: int, root: Path) -> None
     with closing(make_env(recipe.env, **({"continuing_task": False} if "Maze" in recipe.env else {}))) as env:
         who = recipe.policy or "shortest path and PD control"
         what = {"algorithm_name": who, "description": f"{who} of zoo/recipes in {recipe.env}"}
-        policy = make_policy(recipe, env, seed)
+        policy = Portable(make_policy(recipe, env, seed))
         collect(policy, env, n_steps, NAMESPACE + name, seed=seed, noise=recipe.noise, root=root, verbose=1, **what, **CREDITS)
 
 
