@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffagents.errors import ArtifactError, HubError, TrainingDiverged
     from diffagents.evaluation.evaluate import Evaluation, evaluate
     from diffagents.evaluation.video import record_video
+    from diffagents.experiments.describe import DatasetReport, describe
     from diffagents.experiments.learn_many import learn_many
     from diffagents.experiments.select import Selection, select
     from diffagents.experiments.tune import TuningReport, tune
@@ -37,6 +38,8 @@ _LAZY = {
     "ArtifactError": "diffagents.errors",
     "HubError": "diffagents.errors",
     "TrainingDiverged": "diffagents.errors",
+    "describe": "diffagents.experiments.describe",
+    "DatasetReport": "diffagents.experiments.describe",
     "learn_many": "diffagents.experiments.learn_many",
     "collect": "diffagents.data.collect",
     "select": "diffagents.experiments.select",
@@ -56,6 +59,7 @@ __all__ = [
     "SRPO",
     "TD3BC",
     "ArtifactError",
+    "DatasetReport",
     "DiffCPS",
     "DiffusionBC",
     "DiffusionQL",
@@ -66,6 +70,7 @@ __all__ = [
     "TrainingDiverged",
     "TuningReport",
     "collect",
+    "describe",
     "evaluate",
     "learn_many",
     "load",

@@ -1,4 +1,4 @@
-"""Commands for data and experiments: bench, collect, select and tune. Each is a thin layer over one call of the library.
+"""Commands for data and experiments: bench, collect, data, select and tune. Each is a thin layer over one call of the library.
 
 Their docstrings are the texts of --help.
 """
@@ -65,6 +65,14 @@ def add_commands(command: Command) -> None:
     add_how(one)
     one.add_argument("--seed", type=int, default=0, help="Seed of the episodes and the noise. Default: 0.")
     one.add_argument("--root", type=Path, metavar="FOLDER", help="Folder of all datasets. Default: $MINARI_DATASETS_PATH.")
+
+    one = command(data, "diffagents data mujoco/hopper/medium-v0 --html hopper.html")
+    one.add_argument("dataset", metavar="DATASET", help="As for train.")
+    one.add_argument("--env", metavar="ID", help="Environment that provides the exact spaces, for bare arrays.")
+    one.add_argument("--obs-keys", nargs="+", metavar="KEY", help="Parts of a Dict observation. Default: as for train.")
+    one.add_argument("--html", type=Path, metavar="FILE.html", help="Also write a page with pictures to this file.")
+    one.add_argument("--json", action="store_true", help="Print the measurements as one line of JSON.")
+    one.add_argument("--quick", action="store_true", help="Leave out the clone and the timing, which take some seconds.")
 
     one = command(select, "diffagents push $(diffagents select runs/zoo/*/policy --dataset mujoco/hopper/medium-v0) me/hopper")
     one.add_argument("policies", nargs="+", metavar="POLICY", help="Folders, .zip files or Hub ids.")
@@ -247,6 +255,26 @@ def collect(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         collecting.collect(agent, environment(args, agent), args.steps, args.id, verbose=1, **settings)
     print(args.id)
+
+
+def data(args: argparse.Namespace) -> None:
+    """Say what is in a dataset, what looks wrong in it, and how to begin with it.
+
+    Data that cannot be used are described array by array; the exit code is 1 then.
+    """
+    from diffagents.experiments import describe as describing
+
+    with contextlib.redirect_stdout(sys.stderr):
+        report = describing.describe(args.dataset, **_options(args, "env", "obs_keys", "quick"))
+    if args.html is not None:
+        page = args.html.expanduser()
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(report.to_html(), encoding="utf-8")
+    print(json.dumps(report.to_json()) if args.json else report)
+    if args.html is not None:
+        say(f"wrote {args.html}")
+    if report.refused is not None:
+        raise ValueError(report.refused)
 
 
 def select(args: argparse.Namespace) -> None:

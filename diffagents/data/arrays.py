@@ -276,7 +276,7 @@ def _assemble(
         "obs_keys": list(spec.obs_keys) if spec.obs_keys is not None else None,
         "bounds_from_data": bounds_from_data,
         "sha256": data.fingerprint(),
-        "warnings": [*notes, *check.advise(data.obs, data.rew, data.done, len(ends))],
+        "warnings": [*notes, *check.advise(data.obs, data.rew, data.done, data.episode_lengths)],
     }
     data.info = {"env_spec": None, "ref_min_score": None, "ref_max_score": None, **info, **facts}
     return data

@@ -390,21 +390,28 @@ def within_bounds(action: Tensor, spec: Spec, ends: Tensor, lengths: Tensor, cli
     return action.clamp(low, high)
 
 
-def advise(obs: Tensor, rew: Tensor, done: Tensor, n_episodes: int) -> list[str]:
+def advise(obs: Tensor, rew: Tensor, done: Tensor, lengths: Tensor) -> list[str]:
     """Warnings about valid but suspicious data.
 
     Args:
         obs: (N, S).
         rew: (N,).
         done: (N,).
-        n_episodes: Number of episodes.
+        lengths: Steps of each episode as recorded, (E,).
 
     Returns:
         The warnings, one line each.
     """
-    advice = []
+    advice, n_episodes = [], len(lengths)
     if bool(rew.min() == rew.max()) and not bool(done.any()):
         advice.append(f"the reward is always {float(rew[0]):g} and no episode terminates: only behaviour cloning is meaningful")
+    # The last episode may have been stopped by the end of the recording.
+    n_terminated, usual = int(done.sum()), int(lengths[0])
+    if n_terminated > 1 and n_terminated >= n_episodes - 1 and usual > 1 and bool((lengths[: n_episodes - 1] == usual).all()):
+        advice.append(
+            f"{n_terminated} episodes terminate, all after exactly {usual} steps: if that is a time limit, pass these flags as "
+            "truncations, and zeros as terminations"
+        )
     if n_episodes == 1:
         advice.append("the data contain one episode: if there are more, their ends are missing (see truncations)")
     std = obs[:: max(1, len(obs) // 10_000)].std(dim=0, correction=0)  # a sample: only the order of magnitude matters

@@ -1,0 +1,715 @@
+"""`describe`: what is in a dataset, what is wrong with it, and how to begin with it.
+
+Everything is measured on the Transitions that `load_dataset` returns, most of it on all rows, quantiles and pictures on an even
+sample of `SAMPLE` rows. describe_report.py writes the result as text and as a page of HTML.
+
+Shapes: N transitions, E episodes, S flat observation, A flat action.
+"""
+
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from diffagents.data import validation as check
+from diffagents.data.load import load_dataset
+from diffagents.data.minari import find_minari, read_episodes
+from diffagents.data.transitions import Transitions
+from diffagents.errors import one_line
+from diffagents.evaluation.d4rl import d4rl_score
+from diffagents.experiments.describe_report import as_html, as_text, number, percent
+from diffagents.networks.mlp import MLP
+from diffagents.registry import agent_class
+from diffagents.storage.card import data_env
+from diffagents.training import offline, prepare
+
+SAMPLE = 100_000
+"""Rows from which quantiles and pictures are made."""
+SATURATED = 0.01
+"""Distance from a bound, as a share of the width between the bounds, within which an action counts as being at it."""
+OUTLIER = 3.0
+"""How far outside its 1 % and 99 % quantiles a value counts as an outlier, in units of the distance between them."""
+JUMP = 15.0
+"""Rows are jumps if half of the dimensions change by this many times their median change."""
+GLITCH = 8.0
+"""So is a change of one dimension by this many of its standard deviations."""
+TWINS = 0.02
+"""Root mean square difference, in standard deviations, below which two episodes count as nearly the same."""
+MOST_COMPARED = 20_000
+"""Episodes that are compared with each other; of more, an even sample."""
+CLONE_STEPS, CLONE_BATCH = 1000, 256
+FIRST_RUNS, CLONING_RUNS = ("BC", "SRPO"), ("BC", "DiffusionBC")
+"""Algorithms whose first run is timed; the second, where the rewards make no action better than another."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What `describe` found. `str()` gives the text; notebooks show the page.
+
+    Attributes:
+        facts: The measurements, JSON values, by section.
+        findings: What looks wrong or surprising, one sentence each; first what the checks of `load_dataset` say.
+        advice: (topic, sentence) on how to begin, with the reason.
+        refused: Why `load_dataset` refuses the data, or None. If it does, `facts` contains only what the single arrays hold.
+        pictures: Arrays from which `to_html` draws.
+    """
+
+    facts: dict[str, Any]
+    findings: list[str]
+    advice: list[tuple[str, str]]
+    refused: str | None
+    pictures: dict[str, Any]
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def to_html(self) -> str:
+        """The report as one self-contained page: no scripts, nothing to be fetched.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        return as_html(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the pictures, as plain JSON values."""
+        return {"facts": self.facts, "findings": self.findings, "advice": dict(self.advice), "refused": self.refused}
+
+
+def describe(
+    dataset: Any,
+    *,
+    env: Any = None,
+    obs_keys: Sequence[str] | None = None,
+    download: bool = True,
+    cache: bool = True,
+    quick: bool = False,
+) -> DatasetReport:
+    """Measure what is in a dataset: episodes, returns, rewards, observations, actions, duplicates, jumps; and advise.
+
+    Data that `load_dataset` refuses are described too, array by array, with the places of NaN and infinity.
+
+    Args:
+        dataset: Anything that `load_dataset` reads.
+        env: As in `load_dataset`; provides the true bounds of actions for bare arrays.
+        obs_keys: As in `load_dataset`.
+        download: Whether a Minari id may be downloaded.
+        cache: Whether to keep Minari and HDF5 sets as flat files.
+        quick: Whether to leave out the clone, which measures how noisy the actions are, and the timing of a first run.
+
+    Returns:
+        The report: `print(report)`, `report.to_html()`, `report.facts`.
+
+    Raises:
+        FileNotFoundError: There is no such file or Minari set.
+        ConnectionError: A download fails.
+        TypeError: `dataset` is of a wrong kind.
+        ValueError: The data are refused, and there are no arrays that could be described instead.
+    """
+    options: dict[str, Any] = {"env": env, "obs_keys": obs_keys, "download": download, "cache": cache}
+    findings: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            data = load_dataset(dataset, **options)
+        except (ValueError, TypeError) as error:
+            try:
+                data = load_dataset(dataset, **options, clip_actions=True)
+            except (ValueError, TypeError):
+                arrays = _bare_arrays(dataset, download)
+                if not arrays:
+                    raise error from None
+                return DatasetReport({"arrays": [_array(*item) for item in arrays.items()]}, [], [], one_line(error), {})
+            findings.append(one_line(error))
+    findings += [str(warning.message) for warning in caught]
+    return _measure(data, findings, quick)
+
+
+def _measure(data: Transitions, findings: list[str], quick: bool) -> DatasetReport:
+    """The report on valid data; appends to `findings`."""
+    rows = np.unique(np.linspace(0, len(data) - 1, min(len(data), SAMPLE)).astype(np.int64))
+    facts: dict[str, Any] = {
+        "data": {
+            **{key: data.info.get(key) for key in ("id", "kind", "n_steps", "n_episodes", "sha256")},
+            "env_id": data_env({"dataset": data.info}),
+            "n_transitions": len(data),
+            "obs_dim": data.spec.obs_dim,
+            "act_dim": data.spec.act_dim,
+            "obs_keys": data.info.get("obs_keys"),
+            "bounds_from_data": bool(data.info.get("bounds_from_data")),
+        },
+        "episodes": _episodes(data),
+        "returns": _returns(data),
+        "rewards": _rewards(data, rows),
+        "observations": _observations(data, rows),
+        "actions": _actions(data, rows),
+        "duplicates": _duplicates(data),
+        "jumps": _jumps(data, rows),
+    }
+    coverage, places = _coverage(data, rows)
+    facts["coverage"] = coverage
+    if not quick:
+        facts["clone"] = _clone(data)
+        runs = CLONING_RUNS if _only_cloning(facts) else FIRST_RUNS
+        facts["first_run"] = {name: _duration(name, data) for name in runs}
+    findings += _findings(facts)
+    pictures = {
+        "lengths": data.episode_lengths.numpy(),
+        "terminated": _terminated(data),
+        "returns": data.episode_returns.numpy(),
+        "rewards": data.rew.numpy()[rows],
+        "actions": data.action.numpy()[rows],
+        "places": places,
+    }
+    return DatasetReport(facts, list(dict.fromkeys(findings)), _advice(facts), None, pictures)
+
+
+# ---- episodes, returns, rewards ----------------------------------------------------------------------------------------
+
+
+def _terminated(data: Transitions) -> NDArray[np.bool_]:
+    """Whether each episode terminated, (E,)."""
+    ends = data.episode_ends.numpy()
+    has_rows = np.diff(ends, prepend=0) > 0
+    return has_rows & (data.done.numpy()[np.maximum(ends, 1) - 1] == 1)
+
+
+def _episodes(data: Transitions) -> dict[str, Any]:
+    lengths, terminated, whole = data.episode_lengths.numpy(), _terminated(data), data.episode_whole.numpy()
+    return {
+        **_spread(lengths),
+        "n_terminated": int(terminated.sum()),
+        "n_truncated": int((~terminated & whole).sum()),
+        "n_unfinished": int((~terminated & ~whole).sum()),
+        "n_rows_dropped": int(lengths.sum()) - len(data),
+    }
+
+
+def _spread(values: NDArray[Any]) -> dict[str, float]:
+    """Mean, standard deviation and five quantiles."""
+    numbers = np.asarray(values, np.float64)
+    names = ("min", "quarter", "median", "three_quarters", "max")
+    quantiles = np.quantile(numbers, (0, 0.25, 0.5, 0.75, 1))
+    return {"mean": float(numbers.mean()), "std": float(numbers.std()), **dict(zip(names, map(float, quantiles), strict=True))}
+
+
+def _returns(data: Transitions) -> dict[str, Any]:
+    returns, whole = data.episode_returns.numpy().astype(np.float64), data.episode_whole.numpy()
+    judged = np.flatnonzero(whole) if whole.any() else np.arange(len(returns))
+    order = judged[np.argsort(-returns[judged], kind="stable")]
+    best = order[: max(1, len(order) // 10)]
+    lengths = data.episode_lengths.numpy()
+
+    def rows(chosen: NDArray[Any]) -> list[dict[str, Any]]:
+        return [{"episode": int(i), "return": float(returns[i]), "length": int(lengths[i])} for i in chosen]
+
+    env_id = data_env({"dataset": data.info})
+    return {
+        **_spread(returns[judged]),
+        "n": len(judged),
+        "best_tenth": float(returns[best].mean()),
+        "score": d4rl_score(env_id, returns[judged].tolist()),
+        "best": rows(order[:3]),
+        "worst": rows(order[::-1][:3]),
+    }
+
+
+def _rewards(data: Transitions, rows: NDArray[Any]) -> dict[str, Any]:
+    rewards = data.rew.numpy()
+    values, counts = np.unique(rewards[rows], return_counts=True)
+    transforms: dict[str, Any] = {}
+    for name in ("auto", "unit_returns"):
+        fitted = data.fit_reward_transform(name)
+        transforms[name] = fitted.to_json()
+    return {
+        **_spread(rewards),
+        "share_zero": float((rewards == 0).mean()),
+        "n_values": len(values),
+        "commonest": float(values[counts.argmax()]),
+        "share_commonest": float(counts.max() / counts.sum()),
+        "transforms": transforms,
+    }
+
+
+# ---- observations, actions ---------------------------------------------------------------------------------------------
+
+
+def _names(data: Transitions) -> list[str]:
+    """A name for each dimension of the observation, such as `position[0]`, (S,)."""
+    shapes = check.obs_shapes(data.spec)
+    return [f"{key}[{i}]" if key is not None else str(i) for key, shape in shapes.items() for i in range(math.prod(shape))]
+
+
+def _columns(values: NDArray[Any], rows: NDArray[Any]) -> dict[str, Floats]:
+    """Statistics of each dimension of (N, D), (D,) each."""
+    low, median, high = np.quantile(values[rows], (0.01, 0.5, 0.99), axis=0)
+    mean, square = values.mean(0, dtype=np.float64), np.einsum("nd,nd->d", values, values, dtype=np.float64) / len(values)
+    std = values[rows].std(0, dtype=np.float64)  # from the sample: a difference of large squares would lose digits
+    return {
+        "min": values.min(0).astype(np.float64),
+        "low": low,
+        "median": median,
+        "high": high,
+        "max": values.max(0).astype(np.float64),
+        "mean": mean,
+        "std": np.where(square > 0, std, 0.0),
+    }
+
+
+def _observations(data: Transitions, rows: NDArray[Any]) -> list[dict[str, Any]]:
+    obs = data.obs.numpy()
+    found = _columns(obs, rows)
+    margin = OUTLIER * (found["high"] - found["low"])
+    outside = (obs > (found["high"] + margin).astype(np.float32)) | (obs < (found["low"] - margin).astype(np.float32))
+    outliers = outside.sum(0)
+    table = []
+    for i, name in enumerate(_names(data)):
+        row: dict[str, Any] = {"name": name, **{key: float(value[i]) for key, value in found.items()}}
+        row["constant"] = row["min"] == row["max"]
+        row["n_values"] = _few_values(obs[rows, i])
+        # Where 98 % of the values agree, what differs is an event and no outlier.
+        row["n_outliers"] = int(outliers[i]) if margin[i] > 0 else 0
+        table.append(row)
+    return table
+
+
+def _few_values(values: NDArray[Any]) -> int | None:
+    """The number of different values, or None if there are more than ten."""
+    n = len(np.unique(values[:1000]))
+    n = n if n > 10 else len(np.unique(values))
+    return n if n <= 10 else None
+
+
+def _actions(data: Transitions, rows: NDArray[Any]) -> list[dict[str, Any]]:
+    action = data.action.numpy()
+    low, high = (bound.reshape(-1).astype(np.float64) for bound in (data.spec.action_space.low, data.spec.action_space.high))
+    found, width = _columns(action, rows), high - low
+    at_low = (action <= (low + SATURATED * width).astype(np.float32)).mean(0)
+    at_high = (action >= (high - SATURATED * width).astype(np.float32)).mean(0)
+    table = []
+    for i in range(action.shape[1]):
+        row: dict[str, Any] = {"name": str(i), **{key: float(value[i]) for key, value in found.items()}}
+        row |= {"bounds": [float(low[i]), float(high[i])], "at_low": float(at_low[i]), "at_high": float(at_high[i])}
+        row["constant"] = row["std"] < 1e-5 * float(width[i])
+        row["n_values"] = _few_values(action[rows, i])
+        row["used"] = float((found["high"][i] - found["low"][i]) / width[i])
+        table.append(row)
+    return table
+
+
+# ---- duplicates, jumps, coverage ---------------------------------------------------------------------------------------
+
+
+def _duplicates(data: Transitions) -> dict[str, Any]:
+    """Episodes that equal an earlier one, exactly or nearly."""
+    ends = data.episode_ends.numpy()
+    starts = np.concatenate([[0], ends[:-1]])
+    obs, action = data.obs.numpy(), data.action.numpy()
+    seen: dict[bytes, int] = {}
+    pairs = []
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        if start == end:
+            continue
+        digest = hashlib.blake2b(obs[start:end].tobytes() + action[start:end].tobytes(), digest_size=16).digest()
+        if digest in seen:
+            pairs.append([seen[digest], i])
+        seen.setdefault(digest, i)
+    near = _near_twins(obs, action, starts, ends)
+    return {
+        "n_exact": len(pairs),
+        "exact": pairs[:5],
+        "n_near": len(near),
+        "near": near[:5],
+        "n_compared": min(len(ends), MOST_COMPARED),
+    }
+
+
+def _near_twins(obs: NDArray[Any], action: NDArray[Any], starts: NDArray[Any], ends: NDArray[Any]) -> list[list[int]]:
+    """(earlier, later) for each episode that nearly equals an earlier one; exact copies are included.
+
+    Compared are 16 steps, evenly over each episode, of standardised observations and actions, after a random projection to 64
+    numbers, which keeps distances (Johnson and Lindenstrauss 1984).
+    """
+    chosen = np.flatnonzero(ends - starts >= 2)
+    chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_COMPARED)).astype(np.int64))]
+    if len(chosen) < 2:
+        return []
+    steps = starts[chosen, None] + np.round(np.linspace(0, 1, 16) * (ends[chosen] - starts[chosen] - 1)[:, None]).astype(
+        np.int64
+    )
+    at = np.concatenate([obs[steps], action[steps]], -1).astype(np.float32)  # (E, 16, S + A)
+    flat = at.reshape(-1, at.shape[-1])
+    std = flat.std(0)
+    varies = std > 1e-6 * np.abs(flat).max(0)
+    if not varies.any():
+        return []
+    features = ((at - flat.mean(0)) / np.where(varies, std, 1.0))[..., varies].reshape(len(chosen), -1)
+    directions = np.random.default_rng(0).standard_normal((features.shape[1], 64)).astype(np.float32)
+    points = torch.from_numpy(features @ directions / math.sqrt(64 * features.shape[1]))  # squared distance: mean over features
+    pairs = []
+    for first in range(0, len(points), 1024):
+        part = points[first : first + 1024]
+        near = torch.cdist(part, points[: first + len(part)]) < TWINS  # (rows, earlier and themselves)
+        near &= torch.arange(near.shape[1]) < torch.arange(first, first + len(part))[:, None]
+        later = near.any(1).nonzero()[:, 0]
+        pairs += [[int(chosen[near[i].int().argmax()]), int(chosen[first + i])] for i in later.tolist()]
+    return pairs
+
+
+def _jumps(data: Transitions, rows: NDArray[Any]) -> dict[str, Any]:
+    """Transitions inside of episodes over which the observation changes as at no other."""
+    obs, next_obs, done = data.obs.numpy(), data.next_obs.numpy(), data.done.numpy() == 1
+    sample = rows[~done[rows]]
+    changes = np.abs(next_obs[sample] - obs[sample])
+    if len(changes) == 0:
+        return {"n": 0, "first": []}
+    # Each dimension's usual change: the median of those that are not zero, so that sensors that change rarely have one.
+    moving = np.where(changes > 0, changes, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a dimension that never changes
+        usual = np.nanmedian(moving, axis=0)
+    std = obs[sample].std(0, dtype=np.float64)
+    used = np.isfinite(usual) & (usual > 0) & (std > 0)
+    if not used.any():
+        return {"n": 0, "first": []}
+    jumps = []
+    for start in range(0, len(obs), SAMPLE):
+        part = slice(start, start + SAMPLE)
+        change = np.abs(next_obs[part][:, used] - obs[part][:, used])
+        # At least half of the dimensions exceed the limit: cheaper than a median of each row.
+        many = (change > (JUMP * usual[used]).astype(np.float32)).mean(1) >= 0.5
+        one = (change > (GLITCH * std[used]).astype(np.float32)).any(1)
+        jumps.append(start + np.flatnonzero((many | one) & ~done[part]))
+    found = np.concatenate(jumps)
+    ends = data.episode_ends.numpy()
+    first = [(int(np.searchsorted(ends, row, side="right")), int(row)) for row in found[:5]]
+    return {
+        "n": len(found),
+        "first": [{"episode": e, "step": row - (int(ends[e - 1]) if e else 0), "row": row} for e, row in first],
+    }
+
+
+def _coverage(data: Transitions, rows: NDArray[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How many directions the observations vary in, and where the best episodes lie among all.
+
+    Returns:
+        The facts; and the sampled observations on their two principal components, with which of them are of a best episode.
+    """
+    obs = data.obs.numpy()[rows].astype(np.float64)
+    std = obs.std(0)
+    varies = std > 1e-6 * np.maximum(np.abs(obs).max(0), 1e-12)
+    if len(obs) < 3 or not varies.any():
+        return {"n_varying": int(varies.sum()), "n_components": int(varies.sum()), "best_tenth_visits": None}, {}
+    scaled = (obs[:, varies] - obs[:, varies].mean(0)) / std[varies]
+    values, vectors = np.linalg.eigh(scaled.T @ scaled / len(scaled))
+    share = np.cumsum(values[::-1]) / values.sum()
+    components = vectors[:, ::-1][:, :2]
+    points = scaled @ components
+    points = points if points.shape[1] == 2 else np.concatenate([points, np.zeros_like(points)], 1)
+    whole = data.episode_whole.numpy()
+    returns = np.where(whole | ~whole.any(), data.episode_returns.numpy(), -np.inf)
+    best = np.argsort(-returns, kind="stable")[: max(1, len(returns) // 10)]
+    of_best = np.isin(np.searchsorted(data.episode_ends.numpy(), rows, side="right"), best)
+    low, high = np.quantile(points, (0.005, 0.995), axis=0)
+    cell = np.clip((points - low) / np.maximum(high - low, 1e-12) * 20, 0, 19).astype(np.int64)
+    number = cell[:, 0] * 20 + cell[:, 1]
+    facts = {
+        "n_varying": int(varies.sum()),
+        "n_components": int(np.searchsorted(share, 0.95)) + 1,
+        "best_tenth_visits": len(np.unique(number[of_best])) / len(np.unique(number)),
+    }
+    return facts, {"points": points, "of_best": of_best}
+
+
+# ---- a clone, a first run ----------------------------------------------------------------------------------------------
+
+
+def _clone(data: Transitions) -> dict[str, Any]:
+    """Train a small clone for a few seconds; its error on episodes that it did not see says how noisy the actions are."""
+    started = time.perf_counter()
+    n_episodes = len(data.episode_ends)
+    generator = torch.Generator().manual_seed(0)
+    if n_episodes >= 10:
+        held_out = torch.randperm(n_episodes, generator=generator)[: max(1, n_episodes // 10)]
+        test = torch.isin(torch.searchsorted(data.episode_ends, torch.arange(len(data)), right=True), held_out)
+    else:  # too few episodes: the end of each row of tenths
+        test = torch.arange(len(data)) * 10 // max(1, len(data)) == 9
+    rows, others = (~test).nonzero()[:, 0], test.nonzero()[:, 0]
+    if len(rows) == 0 or len(others) == 0:
+        return {"residual": None, "share_unexplained": None, "n_episodes_held_out": 0, "seconds": 0.0}
+    others = others[:: max(1, len(others) // 20_000)]
+    std, mean = torch.std_mean(data.obs[rows[:: max(1, len(rows) // SAMPLE)]], 0, correction=0)
+    std = std + 1e-3
+
+    def inputs(chosen: torch.Tensor) -> torch.Tensor:
+        return ((data.obs[chosen] - mean) / std).clamp(-10, 10)
+
+    def targets(chosen: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(data.spec.scale_action(data.action[chosen].numpy()))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(MLP(data.spec.obs_dim, (256, 256), data.spec.act_dim), nn.Tanh())
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, CLONE_STEPS)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other at such small matrices
+    try:
+        for _ in range(CLONE_STEPS):
+            chosen = rows[torch.randint(len(rows), (CLONE_BATCH,), generator=generator)]
+            loss = nn.functional.mse_loss(net(inputs(chosen)), targets(chosen))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    finally:
+        torch.set_num_threads(n_threads)
+    with torch.no_grad():
+        truth = targets(others)
+        error = (net(inputs(others)) - truth).square().mean(0)
+        unexplained = (error / truth.var(0, correction=0).clamp(min=1e-12)).clamp(max=1.0)
+    total = float((error.sum() / truth.var(0, correction=0).sum().clamp(min=1e-12)).clamp(max=1.0))
+    return {
+        "residual": [float(x) for x in error.sqrt()],  # actions scaled to [-1, 1]
+        "unexplained": [float(x) for x in unexplained],
+        "share_unexplained": total,
+        "n_episodes_held_out": max(1, n_episodes // 10) if n_episodes >= 10 else 0,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _duration(name: str, data: Transitions) -> float:
+    """Seconds that a first run of an algorithm will take here, estimated from a few timed updates as `learn` does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        agent = agent_class(name)(seed=0, verbose=0)
+        plan, accepted = prepare.accept(agent, data, None, True, None)
+        assert plan is not None  # a new agent has everything before it
+        prepare.begin(agent, plan, accepted, True)
+        return sum(offline.estimate(agent, plan, prepare.make_sampler(agent, accepted)).values())
+
+
+# ---- judgement ---------------------------------------------------------------------------------------------------------
+
+
+def _list(names: Sequence[str]) -> str:
+    """Up to eight names for a sentence."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _findings(facts: Mapping[str, Any]) -> list[str]:
+    """What looks wrong or surprising in the measurements."""
+    found = []
+    episodes, obs, actions = facts["episodes"], facts["observations"], facts["actions"]
+    duplicates, jumps = facts["duplicates"], facts["jumps"]
+    if duplicates["n_exact"]:
+        first, second = duplicates["exact"][0]
+        found.append(f"{duplicates['n_exact']} episodes are exact copies of earlier ones (the first: {second} of {first})")
+    near = duplicates["n_near"] - duplicates["n_exact"]
+    if near > 0:
+        pairs = [pair for pair in duplicates["near"] if pair not in duplicates["exact"]]
+        example = f" (such as {pairs[0][1]} and {pairs[0][0]})" if pairs else ""
+        found.append(f"{near} episodes nearly equal earlier ones{example}: the same run, recorded or augmented twice?")
+    if jumps["n"]:
+        place = jumps["first"][0]
+        found.append(
+            f"{jumps['n']} transitions jump: the observation changes as at no other row (first: episode {place['episode']}, "
+            f"step {place['step']}, row {place['row']}): a missing end of an episode, lost rows or a faulty sensor?"
+        )
+    if episodes["n_rows_dropped"]:
+        found.append(
+            f"{episodes['n_rows_dropped']} rows cannot be used, because where they led was not recorded: record the last "
+            "observation of every episode"
+        )
+    outliers = [f"{row['name']} ({row['n_outliers']:,})" for row in obs if row["n_outliers"]]
+    moving = [row for row in actions if not row["constant"]]
+    switches = [f"{row['name']} ({row['n_values']} values)" for row in moving if row["n_values"]]
+    named = {
+        "observation dimensions that never change": [row["name"] for row in obs if row["constant"]],
+        "observation dimensions with outliers, far outside of 98 % of their values": outliers,
+        "action dimensions that never change": [row["name"] for row in actions if row["constant"]],
+        "action dimensions that take few values, between which a policy will also act": switches,
+    }
+    if not facts["data"]["bounds_from_data"]:
+        smooth = [row for row in moving if not row["n_values"]]
+        at_bounds = [row["name"] for row in smooth if row["at_low"] + row["at_high"] > 0.5]
+        named["action dimensions at their bounds in most rows"] = at_bounds
+        named["action dimensions that use less than a tenth of their range"] = [r["name"] for r in smooth if r["used"] < 0.1]
+    return found + [f"{what}: {_list(names)}" for what, names in named.items() if names]
+
+
+def _list(names: Sequence[str]) -> str:
+    """Up to eight names for a sentence."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _only_cloning(facts: Mapping[str, Any]) -> bool:
+    """Whether the rewards make no action better than another."""
+    return bool(facts["rewards"]["min"] == facts["rewards"]["max"] and facts["episodes"]["n_terminated"] == 0)
+
+
+def _advice(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How to begin, with reasons."""
+    advice = [
+        ("reward", _reward_advice(facts)),
+        ("observations", _observation_advice(facts["observations"])),
+        ("algorithm", _algorithm_advice(facts)),
+    ]
+    if facts["data"]["bounds_from_data"]:
+        advice.append(("bounds", "The bounds of the actions are those of the data: pass env= (--env) for the true ones."))
+    if facts["duplicates"]["n_near"] > 0.05 * facts["data"]["n_episodes"]:
+        advice.append(("copies", "Leave them out: they count as often as they occur, and held-out episodes would be known."))
+    if "first_run" in facts:
+        times = ", ".join(f"{name} {_clock(seconds)}" for name, seconds in facts["first_run"].items())
+        advice.append(("first run", f"With the default preset, about, on this machine: {times}."))
+    return advice
+
+
+def _reward_advice(facts: Mapping[str, Any]) -> str:
+    rewards = facts["rewards"]
+    auto, unit = rewards["transforms"]["auto"], rewards["transforms"]["unit_returns"]
+    if _only_cloning(facts):
+        return f"The reward is always {number(rewards['mean'])}: there is nothing to scale."
+    if auto["name"] == "iql_antmaze":
+        return (
+            f"A sparse goal (0, and 1 in {percent(1 - rewards['share_zero'])} of the rows): the default preset learns from "
+            f"r - 1, times {number(unit['scale'])}, so that each step costs; preset=None takes r - 1."
+        )
+    factor = f" (factor {number(auto['scale'])})" if auto["name"] != "none" else ""
+    return (
+        f"Nothing is to be set by hand: the default preset multiplies rewards by {number(unit['scale'])}, after which "
+        f'discounted returns have standard deviation 1; preset=None chooses "{auto["name"]}"{factor}.'
+    )
+
+
+def _observation_advice(observations: Sequence[Mapping[str, Any]]) -> str:
+    stds = [row["std"] for row in observations if not row["constant"]]
+    if not stds:
+        return "No dimension changes: a policy can only learn one action."
+    ratio = max(stds) / max(min(stds), 1e-12)
+    what = f"The largest standard deviation of a dimension is {number(max(stds))}, {number(ratio)} times the smallest: "
+    if ratio > 10 or max(stds) > 50:
+        return what + "keep normalize_obs=True, which the default preset has."
+    return what + "normalising matters little."
+
+
+def _algorithm_advice(facts: Mapping[str, Any]) -> str:
+    returns, noise = facts["returns"], (facts.get("clone") or {}).get("share_unexplained")
+    several = noise is not None and noise > 0.3
+    if _only_cloning(facts):
+        return "Only imitation is possible: " + (
+            f"DiffusionBC, because a clone leaves {percent(noise)} of the actions' variance unexplained, which may be several "
+            "ways to act; and BC to compare with."
+            if several
+            else "BC, and DiffusionBC where one observation allows several actions."
+        )
+    if returns["n"] < 2 or returns["std"] < 0.05 * max(abs(returns["mean"]), 1e-9):
+        return (
+            f"Begin with BC: all episodes return about the same ({number(returns['mean'])} ± {number(returns['std'])}), so "
+            "there is little to choose between. SRPO and DiffusionQL may gain where rewards differ within an episode."
+        )
+    return (
+        f"Begin with SRPO, and BC to compare with: the best tenth of the episodes returns {number(returns['best_tenth'])}, all "
+        f"together {number(returns['mean'])}, so there is something to prefer. Then DiffusionQL and DiffCPS, which take longer."
+    )
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+# ---- data that are refused ---------------------------------------------------------------------------------------------
+
+
+def _bare_arrays(dataset: Any, download: bool) -> dict[str, NDArray[Any]]:
+    """The arrays of a source by name, unchecked; empty if it is of a kind that contains none."""
+    if isinstance(dataset, Mapping):
+        return _flatten(dataset)
+    if isinstance(dataset, (list, tuple)) and dataset and all(isinstance(episode, Mapping) for episode in dataset):
+        return _joined(map(_flatten, dataset))
+    if not isinstance(dataset, str | Path):
+        return {}
+    path = Path(dataset).expanduser()
+    try:
+        if path.suffix.lower() == ".npz" and path.is_file():
+            with np.load(path, allow_pickle=False) as file:
+                return _flatten({name: file[name] for name in file.files})
+        if path.suffix.lower() in (".hdf5", ".h5") and path.is_file():
+            return _hdf5(path)
+        if isinstance(dataset, str):
+            folder = find_minari(dataset, download)
+            n_episodes = json.loads((folder / "metadata.json").read_text())["total_episodes"]
+            return _joined(_flatten(episode) for episode in read_episodes(folder, range(n_episodes)))
+    except Exception:  # the error that the data were refused with says more
+        return {}
+    return {}
+
+
+def _flatten(arrays: Mapping[Any, Any], prefix: str = "") -> dict[str, NDArray[Any]]:
+    """Arrays of real numbers by name; those of an inner mapping as `outer/inner`. What is no such array is left out."""
+    flat: dict[str, NDArray[Any]] = {}
+    for key, value in arrays.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}/")
+            continue
+        try:
+            flat[f"{prefix}{key}"] = check.numeric(str(key), value)
+        except (TypeError, ValueError):
+            continue
+    return flat
+
+
+def _joined(episodes: Iterable[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """The arrays of all episodes, one after the other; names under which shapes differ are left out."""
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for episode in episodes:
+        for name, array in episode.items():
+            parts.setdefault(name, []).append(np.atleast_1d(array))
+    return {name: np.concatenate(found) for name, found in parts.items() if len({array.shape[1:] for array in found}) == 1}
+
+
+def _hdf5(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of numbers in an HDF5 file, by their path."""
+    import h5py
+
+    found: dict[str, NDArray[Any]] = {}
+    with h5py.File(path, "r") as file:
+
+        def visit(name: str, node: Any) -> None:
+            if isinstance(node, h5py.Dataset) and node.dtype.kind in "biuf":
+                found[name] = node[()]
+
+        file.visititems(visit)
+    return found
+
+
+def _array(name: str, array: NDArray[Any]) -> dict[str, Any]:
+    """Shape, range and bad values of one array."""
+    numbers = np.atleast_1d(array)
+    numbers = numbers.reshape(len(numbers), -1)
+    good = np.isfinite(numbers)
+    row: dict[str, Any] = {"name": name, "shape": list(array.shape), "dtype": str(array.dtype), "min": None, "max": None}
+    if good.any():
+        row |= {"min": float(numbers[good].min()), "max": float(numbers[good].max())}
+    bad = ~good
+    row |= {"n_nan": int(np.isnan(numbers).sum()), "n_infinite": int(np.isinf(numbers).sum()), "bad_columns": {}}
+    if bad.any():
+        counts = bad.sum(0)
+        row["bad_columns"] = {int(i): int(counts[i]) for i in np.flatnonzero(counts)[:20]}
+        row["first_bad_row"] = int(np.flatnonzero(bad.any(1))[0])
+    return row
