@@ -16,6 +16,7 @@ from diffagents.data import validation as check
 from diffagents.data.arrays import Keys, from_arrays, from_episodes, from_replay_buffer
 from diffagents.data.cache import cached, stamp_of
 from diffagents.data.minari import find_minari, read_minari
+from diffagents.data.ogbench import MARKS, episodes_of, is_ogbench, made
 from diffagents.data.transitions import Transitions
 from diffagents.envs.make import difference_of_specs, make_env, spec_of, without_monitor
 from diffagents.errors import one_line
@@ -23,6 +24,7 @@ from diffagents.types import Spec
 
 _ARRAYS = {
     "observations", "actions", "rewards", "terminations", "truncations", "next_observations", "episode_ends", "dones", "masks",
+    "valids",
 }  # fmt: skip
 _FILES = (".npz", ".hdf5", ".h5")
 _FOREIGN = {
@@ -64,6 +66,7 @@ def load_dataset(
               Without truncations, the ends of episodes are taken from `episode_ends` (one past each last row), else from breaks
               in `next_observations`, else from the time limit of `env`; without any of these the data are rejected.
             - A list of episode dicts with the same keys, T + 1 observations and T actions each.
+            - OGBench's arrays for one task, with `masks`: an episode terminates where its mask is 0, and is cut at `terminals`.
             - A path to an `.npz` of the same arrays (a dict observation as `observations/key`) or to a D4RL-style `.hdf5`.
             - A Stable-Baselines3 `ReplayBuffer` or `DictReplayBuffer`. Its actions must be scaled to [-1, 1], as SB3's
               off-policy algorithms store them; they are scaled back to the units of its action space.
@@ -133,12 +136,20 @@ def _read(source: Any, keys: Keys, env_spec: EnvSpec | None, download: bool, cac
     if _is_a(source, "stable_baselines3", "ReplayBuffer"):
         return from_replay_buffer(source, keys, env_spec)
     if isinstance(source, Mapping):
-        return from_arrays(source, keys, limit, {"id": "arrays", "kind": "arrays"})
+        return _from_mapping(source, keys, limit, {"id": "arrays", "kind": "arrays"}, "the dataset")
     if isinstance(source, (list, tuple)) and all(isinstance(episode, Mapping) for episode in source):
         named = ((f"episode {i} actions", e["actions"]) for i, e in enumerate(source) if "actions" in e)
         n_steps = sum(len(check.actions(name, actions, None)) for name, actions in named)
         return from_episodes(source, n_steps, keys, None, {"id": "arrays", "kind": "episodes"})
     raise TypeError(f"a dataset cannot be read from {type(source).__name__}; accepted are {_ACCEPTED}")
+
+
+def _from_mapping(arrays: Mapping[str, Any], keys: Keys, limit: int | None, info: dict[str, Any], where: str) -> Transitions:
+    """Read flat arrays, in D4RL's layout and ours or in OGBench's."""
+    if not is_ogbench(arrays):
+        return from_arrays(arrays, keys, limit, info)
+    episodes = episodes_of(arrays, where)
+    return from_episodes(episodes, sum(len(episode["rewards"]) for episode in episodes), keys, None, {**info, "made": made()})
 
 
 def _is_a(source: Any, package: str, name: str) -> bool:
@@ -221,14 +232,14 @@ def _read_file(path: Path, keys: Keys, limit: int | None, cache: bool) -> Transi
         raise FileNotFoundError(f"{path} {what}; pass the path of an .npz or .hdf5 file, or a Minari id")
     info = {"id": path.name, "kind": "npz" if path.suffix.lower() == ".npz" else "hdf5"}
     if path.suffix.lower() == ".npz":
-        return from_arrays(_npz_arrays(path), keys, limit, info)
+        return _from_mapping(_npz_arrays(path), keys, limit, info, str(path))
     if path.suffix.lower() not in (".hdf5", ".h5"):
         raise ValueError(f"{path} ends in {path.suffix!r}; only .npz, .hdf5 and .h5 files can be read")
 
     def read() -> Transitions:
         episodes = _robomimic_episodes(path, keys)
         if episodes is None:
-            return from_arrays(_hdf5_arrays(path), keys, limit, info)
+            return _from_mapping(_hdf5_arrays(path), keys, limit, info, str(path))
         return from_episodes(episodes, sum(len(episode["actions"]) for episode in episodes), keys, None, info)
 
     if not cache:
@@ -244,6 +255,8 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             for name in file.files:
                 head, _, leaf = name.partition("/")
+                if name in MARKS and name not in ("masks", "valids"):
+                    arrays[name] = None  # its name alone tells OGBench's files apart
                 if check.D4RL_NAMES.get(head, head) not in _ARRAYS:
                     continue
                 if leaf:

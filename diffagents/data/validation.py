@@ -221,8 +221,8 @@ def our_names(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     if "masks" in data and "terminals" in data:
         raise ValueError(
-            f"{where} has 'masks' next to 'terminals' (OGBench), where terminals mark every end of an episode; "
-            "pass terminations=1 - masks and truncations=terminals instead"
+            f"{where} has 'masks' next to 'terminals' (OGBench), and other flags of ends: leave those out, or pass "
+            "terminations=1 - masks and truncations=terminals instead"
         )
     if "dones" in data and not {"terminations", "terminals"} & set(data):
         raise ValueError(f"{where} has 'dones', which may be time-outs; pass terminations and truncations instead")
@@ -407,7 +407,7 @@ def advise(obs: Tensor, rew: Tensor, done: Tensor, lengths: Tensor) -> list[str]
         advice.append(f"the reward is always {float(rew[0]):g} and no episode terminates: only behaviour cloning is meaningful")
     # The last episode may have been stopped by the end of the recording.
     n_terminated, usual = int(done.sum()), int(lengths[0])
-    if n_terminated > 1 and n_terminated >= n_episodes - 1 and usual > 1 and bool((lengths[: n_episodes - 1] == usual).all()):
+    if n_terminated >= 5 and n_terminated >= n_episodes - 1 and usual > 1 and bool((lengths[: n_episodes - 1] == usual).all()):
         advice.append(
             f"{n_terminated} episodes terminate, all after exactly {usual} steps: if that is a time limit, pass these flags as "
             "truncations, and zeros as terminations"
