@@ -19,6 +19,7 @@ OBSERVATIONS: dict[str, spaces.Space[Any]] = {
     "float64": spaces.Box(-np.inf, np.inf, (3,), np.float64),
     "float16": spaces.Box(-1, 1, (3,), np.float16),
     "matrix": spaces.Box(-1, 1, (2, 3)),
+    "number": spaces.Box(-1, 1, ()),
     "int64": spaces.Box(-5, 5, (3,), np.int64),
     "int8": spaces.Box(0, 1, (3,), np.int8),
     "uint8": spaces.Box(0, 255, (3,), np.uint8),
@@ -36,6 +37,7 @@ ACTIONS: dict[str, spaces.Space[Any]] = {
     "float32": BOUNDED,
     "float64": spaces.Box(-2.0, 3.0, (2,), np.float64),
     "matrix": spaces.Box(-1, 1, (2, 2)),
+    "number": spaces.Box(-1, 1, ()),
     "int64": spaces.Box(0, 10, (2,), np.int64),
     "uint8": spaces.Box(0, 255, (1,), np.uint8),
     "different bounds": spaces.Box(np.array([-1, 0], np.float32), np.array([1, 9], np.float32)),
@@ -54,7 +56,7 @@ def recorded(env: RandomEnv, n: int = 40) -> dict[str, Any]:
     obs = {key: np.stack([row[key] for row in rows]) for key in rows[0]} if isinstance(rows[0], dict) else np.stack(rows)
     return {
         "observations": obs,
-        "actions": np.stack([env.action_space.sample() for _ in range(n)]).astype(np.float32),
+        "actions": np.stack([env.action_space.sample() for _ in range(n)]),
         "rewards": np.arange(float(n)),
         "terminations": np.zeros(n, bool),
         "truncations": np.arange(n) % 5 == 4,
@@ -105,3 +107,26 @@ def test_every_verb_on_every_space(observation: str, action: str, tmp_path: Path
     agent.learn_online(12, learning_starts=8)
     diffagents.load(agent.save(tmp_path / "b"), env=env, verbose=0).learn_online(8, learning_starts=4)
     assert exported.is_file()
+
+
+@pytest.mark.parametrize(("observation", "action"), [("number", "float32"), ("float32", "number"), ("float32", "int64")])
+@pytest.mark.parametrize("form", ["npz", "episodes"])
+def test_files_and_episodes_of_such_spaces(observation: str, action: str, form: str, tmp_path: Path) -> None:
+    """Numbers without an axis and integer actions are read where env= says that they are meant so."""
+    env = world(observation, action)
+    data = recorded(env)
+    source: Any = [
+        {
+            **{name: value[start : start + 5] for name, value in data.items()},
+            "observations": data["observations"][np.arange(start, start + 6) % 40],
+        }
+        for start in range(0, 40, 5)
+    ]
+    if form == "npz":
+        np.savez(source := tmp_path / "data.npz", **data)
+    read = diffagents.load_dataset(source, env=env)
+    kept = np.arange(40) if form == "episodes" else np.flatnonzero(~data["truncations"])  # without next observations
+    np.testing.assert_allclose(read.action.numpy(), data["actions"][kept].reshape(len(kept), -1), rtol=1e-6)
+    np.testing.assert_allclose(read.obs.numpy(), data["observations"][kept].reshape(len(kept), -1), rtol=1e-6)
+    with pytest.raises((TypeError, ValueError), match=r"integers suggest|for one dimension pass"):
+        diffagents.load_dataset(source)

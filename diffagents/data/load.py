@@ -105,7 +105,7 @@ def load_dataset(
     environment = _describe_env(env, keys) if env is not None else None
     if keys is None and environment is not None:
         keys = environment.spec.obs_keys
-    data = _read(source, keys, environment.env_spec if environment is not None else None, download, cache)
+    data = _read(source, keys, environment, download, cache)
     if environment is not None:
         if difference := _use_environment(data, environment):
             check.warn(difference)
@@ -122,13 +122,16 @@ def load_dataset(
     return data
 
 
-def _read(source: Any, keys: Keys, env_spec: EnvSpec | None, download: bool, cache: bool) -> Transitions:
+def _read(source: Any, keys: Keys, environment: "_Environment | None", download: bool, cache: bool) -> Transitions:
     """Hand `source` to the reader of its kind."""
+    env_spec = environment.env_spec if environment is not None else None
     limit = env_spec.max_episode_steps if env_spec is not None else None
+    # Integer actions and single numbers are accepted only if the environment has such spaces: arrays alone do not tell.
+    spec = environment.spec if environment is not None and check.has_numbers_or_integers(environment.spec) else None
     if isinstance(source, str | Path) and (way := _FOREIGN.get(Path(source).suffix.lower())):
         raise ValueError(f"{source} is no file that can be read here, which are .npz and .hdf5: {way}")
     if isinstance(source, Path) or (isinstance(source, str) and source.lower().endswith(_FILES)):
-        return _read_file(Path(source).expanduser(), keys, limit, cache)
+        return _read_file(Path(source).expanduser(), keys, limit, cache and spec is None, spec)
     if isinstance(source, str):
         return read_minari(find_minari(source, download), keys, cache)
     if _is_a(source, "minari", "MinariDataset"):
@@ -136,20 +139,22 @@ def _read(source: Any, keys: Keys, env_spec: EnvSpec | None, download: bool, cac
     if _is_a(source, "stable_baselines3", "ReplayBuffer"):
         return from_replay_buffer(source, keys, env_spec)
     if isinstance(source, Mapping):
-        return _from_mapping(source, keys, limit, {"id": "arrays", "kind": "arrays"}, "the dataset")
+        return _from_mapping(source, keys, limit, {"id": "arrays", "kind": "arrays"}, "the dataset", spec)
     if isinstance(source, (list, tuple)) and all(isinstance(episode, Mapping) for episode in source):
         named = ((f"episode {i} actions", e["actions"]) for i, e in enumerate(source) if "actions" in e)
-        n_steps = sum(len(check.actions(name, actions, None)) for name, actions in named)
-        return from_episodes(source, n_steps, keys, None, {"id": "arrays", "kind": "episodes"})
+        n_steps = sum(len(np.atleast_1d(check.numeric(name, actions))) for name, actions in named)
+        return from_episodes(source, n_steps, keys, spec, {"id": "arrays", "kind": "episodes"})
     raise TypeError(f"a dataset cannot be read from {type(source).__name__}; accepted are {_ACCEPTED}")
 
 
-def _from_mapping(arrays: Mapping[str, Any], keys: Keys, limit: int | None, info: dict[str, Any], where: str) -> Transitions:
+def _from_mapping(
+    arrays: Mapping[str, Any], keys: Keys, limit: int | None, info: dict[str, Any], where: str, spec: Spec | None
+) -> Transitions:
     """Read flat arrays, in D4RL's layout and ours or in OGBench's."""
     if not is_ogbench(arrays):
-        return from_arrays(arrays, keys, limit, info)
+        return from_arrays(arrays, keys, limit, info, spec)
     episodes = episodes_of(arrays, where)
-    return from_episodes(episodes, sum(len(episode["rewards"]) for episode in episodes), keys, None, {**info, "made": made()})
+    return from_episodes(episodes, sum(len(episode["rewards"]) for episode in episodes), keys, spec, {**info, "made": made()})
 
 
 def _is_a(source: Any, package: str, name: str) -> bool:
@@ -225,22 +230,22 @@ def _env_spec_json(env_spec: EnvSpec | None) -> str | None:
 # ---- files -------------------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path, keys: Keys, limit: int | None, cache: bool) -> Transitions:
+def _read_file(path: Path, keys: Keys, limit: int | None, cache: bool, spec: Spec | None) -> Transitions:
     """Read an .npz or HDF5 file of flat arrays, HDF5 from the cache if it may be used."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; pass the path of an .npz or .hdf5 file, or a Minari id")
     info = {"id": path.name, "kind": "npz" if path.suffix.lower() == ".npz" else "hdf5"}
     if path.suffix.lower() == ".npz":
-        return _from_mapping(_npz_arrays(path), keys, limit, info, str(path))
+        return _from_mapping(_npz_arrays(path), keys, limit, info, str(path), spec)
     if path.suffix.lower() not in (".hdf5", ".h5"):
         raise ValueError(f"{path} ends in {path.suffix!r}; only .npz, .hdf5 and .h5 files can be read")
 
     def read() -> Transitions:
         episodes = _robomimic_episodes(path, keys)
         if episodes is None:
-            return _from_mapping(_hdf5_arrays(path), keys, limit, info, str(path))
-        return from_episodes(episodes, sum(len(episode["actions"]) for episode in episodes), keys, None, info)
+            return _from_mapping(_hdf5_arrays(path), keys, limit, info, str(path), spec)
+        return from_episodes(episodes, sum(len(episode["actions"]) for episode in episodes), keys, spec, info)
 
     if not cache:
         return read()

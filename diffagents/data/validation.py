@@ -104,15 +104,21 @@ def rows(name: str, value: Any, shape: tuple[int, ...] | None) -> np.ndarray:
     return array
 
 
-def actions(name: str, value: Any, shape: tuple[int, ...] | None) -> np.ndarray:
+def actions(name: str, value: Any, space: spaces.Box | None) -> np.ndarray:
     """Continuous actions: as `rows`, and of a floating-point dtype.
 
+    Args:
+        name: What to call the array in messages.
+        value: The actions.
+        space: Their space, which is known to be one of integers if its dtype is; None: not known.
+
     Raises:
-        TypeError: For integers, which suggest discrete actions; and as `numeric`.
+        TypeError: For integers, which suggest discrete actions, unless they are those of the space; and as `numeric`.
         ValueError: As `rows`.
     """
     array = numeric(name, value)
-    if array.dtype.kind != "f":
+    shape = space.shape if space is not None else None
+    if array.dtype.kind != "f" and not (space is not None and space.dtype.kind in "iu" and array.dtype.kind in "iu"):
         raise TypeError(
             f"{name} has dtype {array.dtype}: integers suggest discrete actions, but all agents here need continuous actions; "
             "if they are continuous, convert them with .astype('float32')"
@@ -126,6 +132,11 @@ def obs_shapes(spec: Spec) -> Shapes:
         return {None: spec.observation_space.shape or ()}
     assert isinstance(spec.observation_space, spaces.Dict)  # Spec has checked it
     return {key: spec.observation_space[key].shape or () for key in spec.obs_keys}
+
+
+def has_numbers_or_integers(spec: Spec) -> bool:
+    """Whether an observation or an action is a single number, of shape (), or actions are integers."""
+    return () in obs_shapes(spec).values() or spec.action_space.shape == () or spec.action_space.dtype.kind in "iu"
 
 
 def observations(name: str, value: Any, shapes: Shapes) -> np.ndarray:
@@ -308,7 +319,7 @@ def episode_columns(named: Mapping[str, Any], spec: Spec, i: int) -> Columns:
 
 def _columns(named: Mapping[str, Any], spec: Spec, prefix: str) -> Columns:
     """Check each array but `next_observations`; `prefix` goes before its name in messages."""
-    action = actions(f"{prefix}actions", named["actions"], spec.action_space.shape)
+    action = actions(f"{prefix}actions", named["actions"], spec.action_space)
     obs = observations(f"{prefix}observations", named["observations"], obs_shapes(spec))
     rew = column(f"{prefix}rewards", named["rewards"])
     terminated = flags(f"{prefix}terminations", named["terminations"])
