@@ -47,6 +47,8 @@ TWINS = 0.02
 """Root mean square difference, in standard deviations, below which two episodes count as nearly the same."""
 MOST_COMPARED = 20_000
 """Episodes that are compared with each other; of more, an even sample."""
+FEW = 30_000
+"""Steps below which the advice is to expect little more than imitation."""
 CLONE_STEPS, CLONE_BATCH = 1000, 256
 FIRST_RUNS, CLONING_RUNS = ("BC", "SRPO"), ("BC", "DiffusionBC")
 """Algorithms whose first run is timed; the second, where the rewards make no action better than another."""
@@ -277,6 +279,7 @@ def _observations(data: Transitions, rows: NDArray[Any]) -> list[dict[str, Any]]
     margin = OUTLIER * (found["high"] - found["low"])
     outside = (obs > (found["high"] + margin).astype(np.float32)) | (obs < (found["low"] - margin).astype(np.float32))
     outliers = outside.sum(0)
+    turned = _turns(data, found["max"] - found["min"])
     table = []
     for i, name in enumerate(_names(data)):
         row: dict[str, Any] = {"name": name, **{key: float(value[i]) for key, value in found.items()}}
@@ -284,8 +287,18 @@ def _observations(data: Transitions, rows: NDArray[Any]) -> list[dict[str, Any]]
         row["n_values"] = _few_values(obs[rows, i])
         # Where 98 % of the values agree, what differs is an event and no outlier.
         row["n_outliers"] = int(outliers[i]) if margin[i] > 0 else 0
+        row["n_turns"] = int(turned[i])
         table.append(row)
     return table
+
+
+def _turns(data: Transitions, width: Floats) -> NDArray[np.int64]:
+    """How often each dimension, if it can be an angle in radians, leaps from one end of its range to the other, (S,)."""
+    turns = np.zeros(len(width), np.int64)
+    for i in np.flatnonzero((width > 1.9 * math.pi) & (width < 2.01 * math.pi)):
+        change = (data.next_obs[:, i] - data.obs[:, i]).abs() > 1.8 * math.pi
+        turns[i] = int((change & (data.done == 0)).sum())
+    return turns
 
 
 def _few_values(values: NDArray[Any]) -> int | None:
@@ -542,6 +555,9 @@ def _findings(facts: Mapping[str, Any]) -> list[str]:
     named = {
         "observation dimensions that never change": [row["name"] for row in obs if row["constant"]],
         "observation dimensions with outliers, far outside of 98 % of their values": outliers,
+        "observation dimensions that are angles and leap by a full turn (take sine and cosine)": [
+            f"{row['name']} ({row['n_turns']:,} times)" for row in obs if row["n_turns"]
+        ],
         "action dimensions that never change": [row["name"] for row in actions if row["constant"]],
         "action dimensions that take few values, between which a policy will also act": switches,
     }
@@ -609,6 +625,11 @@ def _observation_advice(observations: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _algorithm_advice(facts: Mapping[str, Any]) -> str:
+    few = facts["data"]["n_steps"] < FEW
+    return _which_algorithm(facts) + (" With so few data, a good clone is hard to beat." if few else "")
+
+
+def _which_algorithm(facts: Mapping[str, Any]) -> str:
     returns, noise = facts["returns"], (facts.get("clone") or {}).get("share_unexplained")
     several = noise is not None and noise > 0.3
     if _only_cloning(facts):

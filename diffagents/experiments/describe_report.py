@@ -70,7 +70,7 @@ def sentences(facts: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def _about_episodes(episodes: Mapping[str, Any]) -> list[str]:
-    ends = [f"terminated: {episodes['n_terminated']:,}", f"cut by a time limit: {episodes['n_truncated']:,}"]
+    ends = [f"terminated: {episodes['n_terminated']:,}", f"cut: {episodes['n_truncated']:,}"]
     if episodes["n_unfinished"]:
         ends.append(f"unfinished: {episodes['n_unfinished']:,}")
     return [f"Length {_range(episodes)}.", f"How they end: {', '.join(ends)}."]
@@ -138,6 +138,7 @@ def observation_table(facts: Mapping[str, Any]) -> Table:
     for row in facts["observations"]:
         notes = ["constant"] if row["constant"] else [f"{row['n_values']} values"] if row["n_values"] else []
         notes += [f"{row['n_outliers']:,} outliers"] if row["n_outliers"] else []
+        notes += ["an angle"] if row["n_turns"] else []
         columns = ("mean", "std", "min", "low", "median", "high", "max")
         rows.append([row["name"], *(number(row[key]) for key in columns), ", ".join(notes)])
     return ["dimension", "mean", "std", "min", "1 %", "median", "99 %", "max", "notes"], rows
@@ -373,7 +374,7 @@ def draw_lengths(report: "DatasetReport") -> "Figure":
     figure, axes = _figure("Lengths of episodes, and how they end")
     lengths, terminated = report.pictures["lengths"], report.pictures["terminated"]
     bins = np.histogram_bin_edges(lengths, bins=40)
-    parts, labels = [lengths[terminated], lengths[~terminated]], ["terminated", "cut or unfinished"]
+    parts, labels = [lengths[terminated], lengths[~terminated]], ["terminated", "cut"]
     axes.hist(parts, bins=bins, stacked=True, color=[BLUE, GREY], label=labels)
     axes.set_xlabel("steps")
     axes.set_ylabel("episodes")

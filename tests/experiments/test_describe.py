@@ -127,6 +127,18 @@ def test_outliers_are_counted_in_their_dimension() -> None:
     assert counts == [2, 0, 0]
 
 
+def test_angles_that_turn_are_named() -> None:
+    episodes = walks()
+    for episode in episodes:  # a wheel
+        episode["observations"][:, 2] = 0.5 * np.arange(len(episode["observations"])) % (2 * np.pi)
+    leaps = [np.diff(episode["observations"][:, 2]) < 0 for episode in episodes]
+    # Where an episode terminated, the next observation does not count.
+    turns = sum(int(leap.sum()) - int(leap[-1] & e["terminations"][-1]) for leap, e in zip(leaps, episodes, strict=True))
+    report = report_of(episodes)
+    assert [row["n_turns"] for row in report.facts["observations"]] == [0, 0, turns]
+    assert any(f"take sine and cosine): 2 ({turns} times)" in finding for finding in report.findings)
+
+
 def test_the_clone_measures_the_share_of_noise() -> None:
     rng = np.random.default_rng(0)
     n = 20_000
