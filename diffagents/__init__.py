@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from diffagents.errors import ArtifactError, HubError, TrainingDiverged
     from diffagents.evaluation.evaluate import Evaluation, evaluate
     from diffagents.evaluation.video import record_video
-    from diffagents.experiments.describe import DatasetReport, describe
+    from diffagents.experiments.describe import describe
+    from diffagents.experiments.describe_report import DatasetReport
     from diffagents.experiments.learn_many import learn_many
     from diffagents.experiments.select import Selection, select
     from diffagents.experiments.tune import TuningReport, tune
@@ -39,7 +40,7 @@ _LAZY = {
     "HubError": "diffagents.errors",
     "TrainingDiverged": "diffagents.errors",
     "describe": "diffagents.experiments.describe",
-    "DatasetReport": "diffagents.experiments.describe",
+    "DatasetReport": "diffagents.experiments.describe_report",
     "learn_many": "diffagents.experiments.learn_many",
     "collect": "diffagents.data.collect",
     "select": "diffagents.experiments.select",

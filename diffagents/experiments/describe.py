@@ -12,7 +12,6 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from diffagents.data.minari import find_minari, read_episodes
 from diffagents.data.transitions import Transitions
 from diffagents.errors import one_line
 from diffagents.evaluation.d4rl import d4rl_score
-from diffagents.experiments.describe_report import as_html, as_text, number, percent
+from diffagents.experiments.describe_report import DatasetReport, number, percent
 from diffagents.networks.mlp import MLP
 from diffagents.registry import agent_class
 from diffagents.storage.card import data_env
@@ -54,43 +53,6 @@ FIRST_RUNS, CLONING_RUNS = ("BC", "SRPO"), ("BC", "DiffusionBC")
 """Algorithms whose first run is timed; the second, where the rewards make no action better than another."""
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class DatasetReport:
-    """What `describe` found. `str()` gives the text; notebooks show the page.
-
-    Attributes:
-        facts: The measurements, JSON values, by section.
-        findings: What looks wrong or surprising, one sentence each; first what the checks of `load_dataset` say.
-        advice: (topic, sentence) on how to begin, with the reason.
-        refused: Why `load_dataset` refuses the data, or None. If it does, `facts` contains only what the single arrays hold.
-        pictures: Arrays from which `to_html` draws.
-    """
-
-    facts: dict[str, Any]
-    findings: list[str]
-    advice: list[tuple[str, str]]
-    refused: str | None
-    pictures: dict[str, Any]
-
-    def __str__(self) -> str:
-        return as_text(self)
-
-    def to_html(self) -> str:
-        """The report as one self-contained page: no scripts, nothing to be fetched.
-
-        Raises:
-            ImportError: If matplotlib is missing.
-        """
-        return as_html(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """All but the pictures, as plain JSON values."""
-        return {"facts": self.facts, "findings": self.findings, "advice": dict(self.advice), "refused": self.refused}
 
 
 def describe(
@@ -138,7 +100,8 @@ def describe(
                     raise error from None
                 return DatasetReport({"arrays": [_array(*item) for item in arrays.items()]}, [], [], one_line(error), {})
             findings.append(one_line(error))
-    findings += [str(warning.message) for warning in caught]
+    prefix = f"{data.info.get('id')}: "
+    findings += [str(warning.message).removeprefix(prefix) for warning in caught]
     return _measure(data, findings, quick)
 
 

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +12,6 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from diffagents.experiments.describe import DatasetReport
 
 MOST_ROWS = 24
 """Dimensions in a table of the text; the page shows `MOST_ROWS_OF_PAGE`."""
@@ -22,6 +21,43 @@ BLUE, ORANGE, GREY = "#2f6db0", "#d9822b", "#9aa5b1"
 
 Table = tuple[list[str], list[list[str]]]
 """Headings and rows."""
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What `describe` found. `str()` gives the text; notebooks show the page.
+
+    Attributes:
+        facts: The measurements, JSON values, by section.
+        findings: What looks wrong or surprising, one sentence each; first what the checks of `load_dataset` say.
+        advice: (topic, sentence) on how to begin, with the reason.
+        refused: Why `load_dataset` refuses the data, or None. If it does, `facts` contains only what the single arrays hold.
+        pictures: Arrays from which `to_html` draws.
+    """
+
+    facts: dict[str, Any]
+    findings: list[str]
+    advice: list[tuple[str, str]]
+    refused: str | None
+    pictures: dict[str, Any]
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def to_html(self) -> str:
+        """The report as one self-contained page: no scripts, nothing to be fetched.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        return as_html(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the pictures, as plain JSON values."""
+        return {"facts": self.facts, "findings": self.findings, "advice": dict(self.advice), "refused": self.refused}
 
 
 def number(value: float | None) -> str:
@@ -179,7 +215,7 @@ def array_table(facts: Mapping[str, Any]) -> Table:
 # ---- text ------------------------------------------------------------------------------------------------------------------
 
 
-def as_text(report: "DatasetReport") -> str:
+def as_text(report: DatasetReport) -> str:
     """The report for a terminal."""
     if report.refused is not None:
         lines = [
@@ -257,7 +293,7 @@ th:first-child, td:first-child, th:last-child, td:last-child { text-align: left;
 """
 
 
-def as_html(report: "DatasetReport") -> str:
+def as_html(report: DatasetReport) -> str:
     """The report as one page.
 
     Raises:
@@ -324,7 +360,7 @@ def _html_table(table: Table) -> str:
 # ---- pictures ----------------------------------------------------------------------------------------------------------------
 
 
-def _pictures(report: "DatasetReport") -> list[str]:
+def _pictures(report: DatasetReport) -> list[str]:
     """The pictures as <img> elements whose data are in the page."""
     try:
         import matplotlib.figure  # noqa: F401
@@ -369,7 +405,7 @@ def _plain(axes: "Axes") -> None:
     axes.yaxis.label.set_size(9)
 
 
-def draw_lengths(report: "DatasetReport") -> "Figure":
+def draw_lengths(report: DatasetReport) -> "Figure":
     """Histogram of lengths, by the kind of end."""
     figure, axes = _figure("Lengths of episodes, and how they end")
     lengths, terminated = report.pictures["lengths"], report.pictures["terminated"]
@@ -382,7 +418,7 @@ def draw_lengths(report: "DatasetReport") -> "Figure":
     return figure
 
 
-def draw_returns(report: "DatasetReport") -> "Figure":
+def draw_returns(report: DatasetReport) -> "Figure":
     """Histogram of returns with their mean and that of the best tenth."""
     figure, axes = _figure("Returns")
     facts = report.facts["returns"]
@@ -395,7 +431,7 @@ def draw_returns(report: "DatasetReport") -> "Figure":
     return figure
 
 
-def draw_order(report: "DatasetReport") -> "Figure":
+def draw_order(report: DatasetReport) -> "Figure":
     """Returns over the number of the episode."""
     figure, axes = _figure("Returns in the order of recording")
     returns = report.pictures["returns"]
@@ -406,7 +442,7 @@ def draw_order(report: "DatasetReport") -> "Figure":
     return figure
 
 
-def draw_rewards(report: "DatasetReport") -> "Figure":
+def draw_rewards(report: DatasetReport) -> "Figure":
     """Histogram of rewards."""
     figure, axes = _figure("Rewards (logarithmic)")
     axes.hist(report.pictures["rewards"], bins=60, color=BLUE, log=True)
@@ -415,7 +451,7 @@ def draw_rewards(report: "DatasetReport") -> "Figure":
     return figure
 
 
-def draw_places(report: "DatasetReport") -> "Figure | None":
+def draw_places(report: DatasetReport) -> "Figure | None":
     """Density of all observations and points of the best episodes on two principal components."""
     places = report.pictures["places"]
     if not places:
@@ -435,7 +471,7 @@ def draw_places(report: "DatasetReport") -> "Figure | None":
     return figure
 
 
-def draw_observations(report: "DatasetReport") -> "Figure":
+def draw_observations(report: DatasetReport) -> "Figure":
     """For each dimension the middle 98 % and the extremes, around the mean, in standard deviations."""
     table = [row for row in report.facts["observations"] if not row["constant"]][:MOST_ROWS_OF_PAGE]
     figure, axes = _figure("Observations: 1 % to 99 %, thin: to the extremes", height=4.0)
@@ -452,7 +488,7 @@ def draw_observations(report: "DatasetReport") -> "Figure":
     return figure
 
 
-def draw_actions(report: "DatasetReport") -> "Figure":
+def draw_actions(report: DatasetReport) -> "Figure":
     """A histogram per dimension, between the bounds."""
     from matplotlib.figure import Figure
 
