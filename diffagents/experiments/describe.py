@@ -450,7 +450,7 @@ def _clone(data: Transitions) -> dict[str, Any]:
             chosen = rows[torch.randint(len(rows), (CLONE_BATCH,), generator=generator)]
             loss = nn.functional.mse_loss(net(inputs(chosen)), targets(chosen))
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     finally:
@@ -481,11 +481,6 @@ def _duration(name: str, data: Transitions) -> float:
 
 
 # ---- judgement ---------------------------------------------------------------------------------------------------------
-
-
-def _list(names: Sequence[str]) -> str:
-    """Up to eight names for a sentence."""
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _findings(facts: Mapping[str, Any]) -> list[str]:
@@ -594,12 +589,11 @@ def _algorithm_advice(facts: Mapping[str, Any]) -> str:
 
 def _which_algorithm(facts: Mapping[str, Any]) -> str:
     returns, noise = facts["returns"], (facts.get("clone") or {}).get("share_unexplained")
-    several = noise is not None and noise > 0.3
     if _only_cloning(facts):
         return "Only imitation is possible: " + (
             f"DiffusionBC, because a clone leaves {percent(noise)} of the actions' variance unexplained, which may be several "
             "ways to act; and BC to compare with."
-            if several
+            if noise is not None and noise > 0.3
             else "BC, and DiffusionBC where one observation allows several actions."
         )
     if returns["n"] < 2 or returns["std"] < 0.05 * max(abs(returns["mean"]), 1e-9):

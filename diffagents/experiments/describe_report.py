@@ -401,15 +401,15 @@ def _figure(title: str, width: float = 5.6, height: float = 3.2) -> "tuple[Figur
 def _plain(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    axes.xaxis.label.set_size(9)
-    axes.yaxis.label.set_size(9)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
 
 
 def draw_lengths(report: DatasetReport) -> "Figure":
     """Histogram of lengths, by the kind of end."""
     figure, axes = _figure("Lengths of episodes, and how they end")
     lengths, terminated = report.pictures["lengths"], report.pictures["terminated"]
-    bins = np.histogram_bin_edges(lengths, bins=40)
+    bins = np.histogram_bin_edges(lengths, bins=40).tolist()
     parts, labels = [lengths[terminated], lengths[~terminated]], ["terminated", "cut"]
     axes.hist(parts, bins=bins, stacked=True, color=[BLUE, GREY], label=labels)
     axes.set_xlabel("steps")
