@@ -22,6 +22,8 @@ from diffagents.data import validation as check
 from diffagents.data.transitions import Transitions
 from diffagents.types import Spec
 
+_ROWS_AT_ONCE = 65_536  # small enough for temporaries to stay in the cache
+
 Keys = tuple[str, ...] | None
 """The parts of a Dict observation, in order; None: not chosen, or the observation is not a Dict."""
 
@@ -320,7 +322,12 @@ def _masked_next_obs(obs: np.ndarray, next_obs: np.ndarray, terminated: np.ndarr
 
 def _follows(obs: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
     """Whether the next row begins at a row's next observation, for all rows but the last, (N - 1,) bool."""
-    same: np.ndarray = (next_obs[:-1] == obs[1:]).all(axis=1)
+    same = np.ones(len(obs) - 1, bool)
+    for start in range(0, len(same), _ROWS_AT_ONCE):
+        end = min(start + _ROWS_AT_ONCE, len(same))
+        # Few numbers differ, and finding these is quicker than a reduction of every row.
+        different = (next_obs[start:end] != obs[start + 1 : end + 1]).ravel().nonzero()[0]
+        same[start + different // obs.shape[1]] = False
     return same
 
 

@@ -112,7 +112,8 @@ def load_dataset(
     elif data.info.get("bounds_from_data"):
         low, high = data.spec.action_space.low, data.spec.action_space.high
         check.warn(f"action bounds [{low.min():.4g}, {high.max():.4g}] are those of the data; pass env= for the true ones")
-    data.action = check.within_bounds(data.action, data.spec, data.episode_ends, data.episode_lengths, clip_actions)
+    if not data.info.get("bounds_from_data"):
+        data.action = check.within_bounds(data.action, data.spec, data.episode_ends, data.episode_lengths, clip_actions)
 
     for advice in data.info["warnings"]:
         check.warn(f"{data.info['id']}: {advice}")
