@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from diffagents.data import hdf5
 from diffagents.data import validation as check
 from diffagents.data.arrays import Keys, from_arrays, from_episodes, from_replay_buffer
 from diffagents.data.cache import cached, stamp_of
@@ -295,25 +296,29 @@ def _robomimic_episodes(path: Path, keys: Keys) -> list[dict[str, Any]] | None:
 
     try:
         with h5py.File(path, "r") as file:
-            group = file.get("data")
-            names = [name for name in group if name.startswith("demo_")] if isinstance(group, h5py.Group) else []
+            # Names are compared in lists of them: h5py's `in` and `get` would follow a link.
+            group = hdf5.node(file, "data") if "data" in list(file) else None
+            if not isinstance(group, h5py.Group):
+                return None
+            names = [name for name in group if name.startswith("demo_")]
             episodes: list[dict[str, Any]] = []
             for name in sorted(names, key=lambda name: (len(name), name)):
-                demo = group[name]
-                missing = [part for part in ("obs", "next_obs", "actions", "rewards", "dones") if part not in demo]
+                demo = hdf5.subgroup(group, name)
+                missing = sorted({"obs", "next_obs", "actions", "rewards", "dones"} - set(demo))
                 if missing:
                     raise ValueError(f"data/{name} lacks {missing}: make the file with robomimic's dataset_states_to_obs.py")
-                absent = [key for key in keys or () if key not in demo["obs"]]
+                before, after = hdf5.subgroup(demo, "obs"), hdf5.subgroup(demo, "next_obs")
+                absent = [key for key in keys or () if key not in list(before)]
                 if absent:
-                    raise ValueError(f"data/{name}/obs lacks the keys {absent}; it has {list(demo['obs'])}")
-                obs, next_obs = ({key: demo[part][key][()] for key in keys or demo["obs"]} for part in ("obs", "next_obs"))
-                rewards = demo["rewards"][()]
+                    raise ValueError(f"data/{name}/obs lacks the keys {absent}; it has {list(before)}")
+                obs, next_obs = ({key: hdf5.read(part, key) for key in keys or before} for part in (before, after))
+                rewards, dones = hdf5.read(demo, "rewards"), hdf5.read(demo, "dones")
                 last = np.arange(len(rewards)) == len(rewards) - 1
-                succeeded = bool(demo["dones"][-1]) and rewards[-1] > 0
+                succeeded = bool(dones[-1]) and rewards[-1] > 0
                 episodes.append(
                     {
                         "observations": {key: np.concatenate([obs[key], next_obs[key][-1:]]) for key in obs},
-                        "actions": demo["actions"][()],
+                        "actions": hdf5.read(demo, "actions"),
                         "rewards": rewards,
                         "terminations": last & succeeded,
                         "truncations": last & (not succeeded),
@@ -330,13 +335,10 @@ def _hdf5_arrays(path: Path) -> dict[str, Any]:
 
     try:
         with h5py.File(path, "r") as file:
-            if "episode_0" in file:
+            if "episode_0" in list(file):
                 raise ValueError("it is a file inside of a Minari set: pass the set's id instead")
-            arrays: dict[str, Any] = {}
-            for name, node in file.items():
-                if check.D4RL_NAMES.get(name, name) in _ARRAYS:
-                    parts = {key: leaf[()] for key, leaf in node.items()} if isinstance(node, h5py.Group) else None
-                    arrays[name] = node[()] if parts is None else parts
-            return arrays
+            names = [name for name in file if check.D4RL_NAMES.get(name, name) in _ARRAYS or name in MARKS]
+            # Of OGBench's marks the names alone are needed.
+            return {name: hdf5.read(file, name) if name in _ARRAYS or name not in MARKS else None for name in names}
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a D4RL-style HDF5 file: {one_line(error)}") from None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from diffagents.data import hdf5
 from diffagents.data.arrays import Keys, from_episodes
 from diffagents.data.cache import cached, stamp_of
 from diffagents.data.transitions import Transitions
@@ -151,20 +152,25 @@ def read_episodes(folder: Path, indices: Iterable[int]) -> Iterator[dict[str, An
     Raises:
         OSError: If the file is damaged.
         KeyError: If an episode is incomplete.
+        ValueError: If an array is not in the file itself.
     """
     import h5py
 
     def read(group: Any, name: bytes) -> Any:
+        hdf5.check_link(group, name, h5py.h5l)
         node = h5py.h5o.open(group, name)
         if isinstance(node, h5py.h5g.GroupID):  # a Dict observation
             return {key.decode(): read(node, key) for key in node}
+        hdf5.check_stored(node, name.decode())
         array = np.empty(node.shape, node.dtype)
         node.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
         return array
 
     with h5py.File(folder / "main_data.hdf5", "r") as file:
         for index in indices:
-            group = h5py.h5g.open(file.id, f"episode_{index}".encode())
+            name = f"episode_{index}".encode()
+            hdf5.check_link(file.id, name, h5py.h5l)
+            group = h5py.h5g.open(file.id, name)
             yield {name: read(group, name.encode()) for name in _COLUMNS}
 
 
@@ -226,6 +232,8 @@ def _read_all(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset: Any)
         episodes = ({name: getattr(episode, name) for name in _COLUMNS} for episode in dataset.iterate_episodes())
     try:
         return from_episodes(episodes, dataset.total_steps, keys, spec, info)
+    except hdf5.ForeignContent as error:
+        raise ValueError(f"Minari set {name!r} in {path} is refused: {error}") from None
     except (OSError, KeyError) as error:
         cause = one_line(error)
         raise OSError(f"Minari set {name!r} in {path} is damaged ({cause}); delete the folder and load it again") from None

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from diffagents.data import hdf5
 from diffagents.data import validation as check
 from diffagents.data.load import load_dataset
 from diffagents.data.minari import find_minari, read_episodes
@@ -668,8 +669,9 @@ def _hdf5(path: Path) -> dict[str, NDArray[Any]]:
     found: dict[str, NDArray[Any]] = {}
     with h5py.File(path, "r") as file:
 
-        def visit(name: str, node: Any) -> None:
+        def visit(name: str, node: Any) -> None:  # follows no links to elsewhere
             if isinstance(node, h5py.Dataset) and node.dtype.kind in "biuf":
+                hdf5.check_stored(node.id, name)
                 found[name] = node[()]
 
         file.visititems(visit)
