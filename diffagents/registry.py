@@ -109,6 +109,8 @@ def push_folder(
 ) -> "CommitInfo":
     """Push a folder that `save_pretrained` wrote, after checking that it loads.
 
+    Only files of a policy are read from it: what else lies there is neither pushed nor copied, and links to elsewhere are
+    refused.
     The folder itself is unchanged. The pushed card names the repository, unless the card was edited and its mark removed.
 
     Args:
@@ -124,7 +126,7 @@ def push_folder(
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ArtifactError: It cannot be loaded.
+        ArtifactError: It cannot be loaded, or a file of it is a link to elsewhere.
         ValueError: Not a valid repository id.
         HubError: No access, no connection, or somebody else pushed meanwhile.
     """
@@ -136,10 +138,13 @@ def push_folder(
         raise FileNotFoundError(
             f"there is no folder {path}: push one that save_pretrained wrote, or load a .zip and push the agent"
         )
+    files = hub.publishable(path)
     agent = load(path, device="cpu", verbose=0)
     repository = hub.Repository.open(repo_id, private=private, revision=revision, token=token)
     message = commit_message or f"{type(agent).__name__} trained with diffagents"
     with tempfile.TemporaryDirectory(prefix="diffagents-push-") as scratch:
-        copy = Path(shutil.copytree(path, Path(scratch) / "policy"))
+        copy = Path(scratch)
+        for file in files:
+            shutil.copyfile(file, copy / file.name)
         renew_card(copy, repo_id)
         return repository.commit(copy, message)

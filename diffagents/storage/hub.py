@@ -8,7 +8,9 @@ push at the same time, the slower one gets an error. The token is passed to hugg
 import contextlib
 import hashlib
 import itertools
+import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -256,16 +258,50 @@ def pull(
     artifact.read(cached, origin)
     if target is None:
         return cached
-    part = target.with_name(f".{target.name}.part")
+    part = target.with_name(f".{target.name}-{secrets.token_hex(6)}.part")
+    part.mkdir(parents=True)  # a name that nobody else has: what is removed below was made here
     try:
-        part.mkdir(parents=True)
         for name in ALL_FILES:
             if (cached / name).exists():
                 shutil.copyfile(cached / name, part / name)
-        part.rename(target)
+        try:
+            part.rename(target)
+        except OSError:
+            if target.exists():
+                raise FileExistsError(f"{target} came into being during the download: choose a new folder") from None
+            raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def publishable(folder: str | Path) -> list[Path]:
+    """The files of a folder that a push may read: those of ALL_FILES, which are regular files of that folder.
+
+    Links are followed inside the folder, and in the Hub's cache, which consists of links, to the blobs beside it.
+
+    Args:
+        folder: A folder that `save_pretrained` wrote, or one in the Hub's cache.
+
+    Raises:
+        ArtifactError: A file is a link to elsewhere, or a pipe or device.
+    """
+    folder = Path(folder)
+    real = folder.resolve()
+    homes = [real]
+    if real.parent.name == "snapshots":
+        homes.append(real.parents[1] / "blobs")
+    files = []
+    for name in ALL_FILES:
+        file = folder / name
+        if not os.path.lexists(file):
+            continue
+        if file.resolve().parent not in homes:
+            raise ArtifactError(f"{file} is a link to a file elsewhere: put the file itself there if it is to be published")
+        if not file.is_file():
+            raise ArtifactError(f"{file} is not a regular file: remove it")
+        files.append(file)
+    return files
 
 
 @dataclass(frozen=True)
@@ -342,7 +378,7 @@ class Repository:
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        present = [name for name in ALL_FILES if (Path(folder) / name).is_file()]
+        present = [file.name for file in publishable(folder)]
         stale = [name for name in ALL_FILES if name in self.files and name not in present]
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder) / name) for name in present),

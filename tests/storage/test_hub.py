@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from write_format_fixture import OBS, toy_data
 import diffagents
 from diffagents import registry
 from diffagents.storage import card
+from diffagents.storage import hub as hub_of_diffagents
 
 MODES = ("xet", "lfs", "inline")
 RESUMED = ("SRPO", "TD3BC")
@@ -427,6 +429,64 @@ def test_a_folder_is_pushed_with_its_card_made_anew(hub: Hub, here: Client, trai
     here(attempt, push_folder, folder, "me/folder").says("ArtifactError", "model.safetensors")
     here(attempt, push_folder, tmp_path / "nothing", "me/folder").says("FileNotFoundError", "nothing")
     assert hub.repository("me/folder").branches["main"] == head
+
+
+@pytest.mark.parametrize("name", ["curves.png", "README.md", "model.safetensors", "learner.safetensors"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_folder_with_something_from_elsewhere_is_not_pushed(
+    name: str, kind: str, hub: Hub, here: Client, trained: Trained, tmp_path: Path
+) -> None:
+    """A stranger's folder may hold a link to a private file, or one to everything."""
+    folder, private = tmp_path / "folder", tmp_path / "id_rsa"
+    diffagents.load(trained.folder / "SRPO-half.zip", **QUIET).save_pretrained(folder)
+    private.write_bytes((folder / name).read_bytes())
+    (folder / name).unlink()
+    os.symlink(private, folder / name) if kind == "link" else os.mkfifo(folder / name)
+    requests = len(hub.log)
+    words = "is a link to a file elsewhere" if kind == "link" else "is not a regular file"
+    here(attempt, push_folder, folder, "me/linked").says("ArtifactError", name, words)
+    assert len(hub.log) == requests
+
+
+def test_what_lies_beside_a_policy_is_not_even_read(hub: Hub, here: Client, trained: Trained, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    diffagents.load(trained.folder / "SRPO-half.zip", **QUIET).save_pretrained(folder)
+    os.symlink(tmp_path, folder / "everything")
+    os.mkfifo(folder / "pipe")  # a copy of the folder would wait here for ever
+    os.rename(folder / "curves.png", folder / "picture")
+    os.symlink("picture", folder / "curves.png")  # inside of the folder
+    here(push_folder, folder, "me/beside")
+    assert hub.files("me/beside").keys() == ARTIFACT | {"README.md", "curves.png", ".gitattributes"}
+    assert hub.files("me/beside")["curves.png"] == (folder / "picture").read_bytes()
+
+
+def pull_and_push(repo_id: str, to: str) -> str:
+    return push_folder(hub_of_diffagents.pull(repo_id), to)
+
+
+def test_a_folder_in_the_cache_of_the_hub_is_pushed(hub: Hub, here: Client, trained: Trained) -> None:
+    """It consists of links, to the blobs beside it."""
+    here(push, trained.folder / "TD3BC.zip", "me/first")
+    here(pull_and_push, "me/first", "me/second")
+    for name in ("config.json", "model.safetensors", "learner.safetensors"):
+        assert hub.files("me/second")[name] == hub.files("me/first")[name]
+
+
+def pull_into(repo_id: str, folder: Path) -> Path:
+    return hub_of_diffagents.pull(repo_id, folder)
+
+
+def test_a_pull_removes_nothing_that_it_did_not_make(hub: Hub, here: Client, trained: Trained, tmp_path: Path) -> None:
+    here(push, trained.folder / "TD3BC.zip", "me/pulled-into")
+    for name in (".policy.part", ".policy-0.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("precious")
+    folder = here(pull_into, "me/pulled-into", tmp_path / "policy")
+    assert diffagents.load(folder, **QUIET) is not None
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".policy")} == {".policy.part", ".policy-0.part"}
+    assert (tmp_path / ".policy.part" / "thesis.txt").read_text() == "precious"
+    here(attempt, pull_into, "me/pulled-into", tmp_path / "policy").says("FileExistsError", "exists already")
+    assert (folder.stat().st_mode & 0o777) == ((tmp_path / ".policy.part").stat().st_mode & 0o777)
 
 
 @pytest.mark.parametrize("way", ["save_pretrained", "push_folder"])
