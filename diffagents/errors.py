@@ -25,3 +25,8 @@ def short(value: object) -> str:
 def one_line(error: BaseException) -> str:
     """The message of an exception with line breaks and repeated spaces removed; its class name if there is no message."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(text: object) -> str:
+    """A text that may contain parts of untrusted files, with control characters (but line breaks and tabs) as `?`."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in str(text))

@@ -27,6 +27,7 @@ from diffagents.cli.options import (
     value,
 )
 from diffagents.cli.policies import enjoy, eval_, list_, pull, push, train
+from diffagents.errors import printable
 from diffagents.registry import AGENTS
 from diffagents.version import __version__
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.run is None:
         parser(words).print_help()
         return 2
-    warnings.showwarning = lambda message, *_, **__: print(f"diffagents: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(f"diffagents: warning: {printable(message)}", file=sys.stderr)
     try:
         args.run(args)
         sys.stdout.flush()

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from diffagents import registry
+from diffagents.errors import printable
 
 if TYPE_CHECKING:
     from diffagents.agent import Agent
@@ -112,5 +113,5 @@ def env_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def say(text: str, code: int = 0) -> int:
     """Print one line to stderr and return the exit code `code`."""
-    print(f"diffagents: {text}", file=sys.stderr)
+    print(f"diffagents: {printable(text)}", file=sys.stderr)
     return code

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffagents.cli.options import env_arguments, environment, hyperparameters, policy, preset, say
-from diffagents.errors import ArtifactError, TrainingDiverged, short
+from diffagents.errors import ArtifactError, TrainingDiverged, printable, short
 from diffagents.registry import AGENTS, agent_class
 
 
@@ -143,7 +143,7 @@ def list_(args: argparse.Namespace) -> None:
         rows = ((name, *sorted(set(tags) & set(AGENTS)), _env_tag(tags)) for name, tags in hub.list_policies(args.where))
     count = 0
     for count, row in enumerate(rows, start=1):  # noqa: B007
-        print("\t".join(str(item) for item in row))
+        print("\t".join(printable(item) for item in row))
     if not count:
         say(f"there is no policy of diffagents in {args.where}")
 

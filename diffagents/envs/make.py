@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import sys
 import warnings
@@ -13,11 +14,13 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from diffagents.errors import one_line, short
+from diffagents.errors import one_line, printable, short
 
 _NOT_THE_TASK = {"render_mode", "num_envs", "vectorization_mode"}  # keyword arguments of a window and of `gymnasium.make_vec`
 _PUSHT = "gym_pusht/"
 _ROBOTICS = ("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen", "Fetch", "HandReach", "HandManipulate")
+_LARGEST, _MOST_VALUES, _MOST_STEPS = 10_000, 10_000, 10_000_000
+"""Bounds of an untrusted spec: of its numbers, of how many values its arguments have, of its time limit."""
 _MONITOR = "stable_baselines3.common.monitor:Monitor"
 
 
@@ -41,13 +44,22 @@ def make_env(env: Any, **kwargs: Any) -> Any:
         ImportError: If a package is missing; the message names the extra to install.
         TypeError: If `env` is none of the above.
     """
+    stored: dict[str, Any] = {}
     if isinstance(env, EnvSpec) or (isinstance(env, str) and env.lstrip().startswith("{")):
         env, stored = _read_spec(env)
-        kwargs = stored | kwargs
     if isinstance(env, str):
         if kwargs.get("render_mode") is not None:
             prefer_egl()
-        return _make(env, kwargs)
+        try:
+            return _make(env, stored | kwargs)
+        except TypeError as error:
+            if not stored:
+                raise
+            names = ", ".join(map(short, stored))
+            raise ValueError(
+                f"environment {env!r} cannot be made with the stored arguments {names} ({printable(one_line(error))}); pass "
+                "env= instead"
+            ) from None
     if not (isinstance(env, gym.Env | gym.vector.VectorEnv) or is_sb3(env)):
         raise TypeError(
             f"env must be an environment id, a stored spec, a Gymnasium Env or VectorEnv, or an SB3 VecEnv, "
@@ -224,7 +236,9 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> Any:
             raise ImportError(f'{env_id} needs MuJoCo: pip install "diffagents[mujoco]" ({one_line(error)})') from None
         else:
             raise
-    raise ValueError(f"unknown environment {env_id!r} ({one_line(cause)}): {remedy}") from None
+    except gym.error.Error as error:  # a malformed id, or one that has been retired
+        cause, remedy = error, "check its spelling, which is [namespace/]name-vN"
+    raise ValueError(f"unknown environment {env_id!r} ({printable(one_line(cause))}): {remedy}") from None
 
 
 def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:
@@ -247,31 +261,46 @@ def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:
         )
     if ":" in env_id:
         raise ValueError(f"the stored environment id {env_id!r} would import a module; if you trust it, pass that id yourself")
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise ValueError(f"the stored environment spec has max_episode_steps={limit!r}; it must be a positive integer or null")
-    # Constructors take paths (xml_file) and ids of other environments (env_id); those of an untrusted file must not be used.
-    for key, text in _strings(kwargs):
-        if any(mark in text for mark in ":/\\"):
+    if limit is not None and (type(limit) is not int or not 1 <= limit <= _MOST_STEPS):
+        raise ValueError(
+            f"the stored environment spec has max_episode_steps={short(str(limit))}; it must be null or a whole number from "
+            f"1 to {_MOST_STEPS:,}"
+        )
+    # Constructors take paths (xml_file), ids of other environments (env_id), and numbers that decide how long a step takes
+    # (frame_skip) or how much memory a picture needs (width): those of an untrusted file must not be used unseen.
+    for n, (key, value) in enumerate(_leaves(kwargs)):
+        doubt = _doubt(value) if n < _MOST_VALUES else "is one of too many values"
+        if doubt:
+            name = short(key)
             raise ValueError(
-                f"the stored environment spec has {key}={text!r}, which looks like a path or a module; "
-                f"if you trust it, pass env={env_id!r} and {key}= yourself"
+                f"the stored environment spec has {name}={short(str(value))!r}, which {doubt}; if you trust it, pass "
+                f"env={env_id!r} and {name}= yourself"
             )
     if wrappers:
-        warnings.warn(f"{env_id} is made without the wrappers {wrappers} of its stored spec", stacklevel=3)
+        warnings.warn(f"{short(env_id)} is made without the wrappers {wrappers} of its stored spec", stacklevel=3)
     kept = {key: value for key, value in kwargs.items() if key not in _NOT_THE_TASK}
     return env_id, kept if limit is None else kept | {"max_episode_steps": limit}
 
 
-def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All strings in nested keyword arguments, with the name of the argument that contains them."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, Mapping):
+def _doubt(value: Any) -> str | None:
+    """Why a value from an untrusted file must not reach a constructor; None if it may."""
+    if isinstance(value, str) and (any(mark in value for mark in ":/\\") or value.startswith((".", "~"))):
+        return "looks like a path or a module"
+    if isinstance(value, int | float) and abs(value) > _LARGEST and not math.isinf(value):
+        return f"is larger than {_LARGEST:,}"
+    return None
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All values in nested keyword arguments, with the name of the argument that contains them."""
+    if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from _strings(item, key or str(name))
+            yield from _leaves(item, key or str(name))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _strings(item, key)
+            yield from _leaves(item, key)
+    else:
+        yield key, value
 
 
 def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:

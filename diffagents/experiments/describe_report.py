@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffagents.errors import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -224,7 +226,7 @@ def as_text(report: DatasetReport) -> str:
             "The arrays as they are:",
             *_aligned(array_table(report.facts)),
         ]
-        return _printable("\n".join(lines))
+        return printable("\n".join(lines))
     data = report.facts["data"]
     lines = [f"{data['id']} ({data['kind']})", f"  {headline(report.facts)}", f"  sha256 {data['sha256']}"]
     lines += ["", "Findings", *([f"  - {finding}" for finding in report.findings] or ["  none"])]
@@ -233,12 +235,7 @@ def as_text(report: DatasetReport) -> str:
         lines += ["", title, *(f"  {sentence}" for sentence in said)]
     for title, table in (("Observations", observation_table(report.facts)), ("Actions", action_table(report.facts))):
         lines += ["", title, *_aligned(table)]
-    return _printable("\n".join(lines))
-
-
-def _printable(text: str) -> str:
-    """`text` without control characters, which names in a stranger's file may contain."""
-    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+    return printable("\n".join(lines))
 
 
 def _aligned(table: Table) -> list[str]:

@@ -108,9 +108,10 @@ def _score(results: Mapping[str, Any] | None) -> str:
     if "mean_reward" in results:
         low, high = results["interval"]
         how = "deterministic actions" if results["is_deterministic"] else "sampled actions"
+        episodes, seed = _plain(results["n_eval_episodes"]), _plain(results["seed"])
         lines.append(
             f"**Return {results['mean_reward']:.2f} ± {results['std_reward']:.2f}** of the last policy: "
-            f"{results['n_eval_episodes']} episodes, {how}, environment seeds from {results['seed']}; 95 % bootstrap interval "
+            f"{episodes} episodes, {how}, environment seeds from {seed}; 95 % bootstrap interval "
             f"of the mean over these episodes {low:.2f} to {high:.2f}. This is one training seed; others may score differently."
         )
         if results.get("normalized_score") is not None:

@@ -426,7 +426,16 @@ def test_a_stored_spec_imports_nothing(evil: Path) -> None:
         ({"kwargs": {"nested": [{"xml_file": "../robot.xml"}]}}, "looks like a path or a module"),
         ({"kwargs": [1]}, "no usable id and kwargs"),
         ({"id": None}, "no usable id and kwargs"),
-        ({"max_episode_steps": -1}, "must be a positive integer"),
+        ({"max_episode_steps": -1}, "must be null or a whole number"),
+        ({"max_episode_steps": 10**30}, "must be null or a whole number"),
+        ({"kwargs": {"xml_file": "~alice"}}, "looks like a path or a module"),
+        ({"kwargs": {"xml_file": ".robot.xml"}}, "looks like a path or a module"),
+        ({"kwargs": {"frame_skip": 10**9}}, r"frame_skip='1000000000', which is larger than 10,000; .* pass env='Pendulum-v1'"),
+        ({"kwargs": {"default_camera_config": {"distance": [-1e300]}}}, "default_camera_config='-1e.300', which is larger"),
+        ({"kwargs": {"maze_map": [[1] * 200] * 200}}, "maze_map='1', which is one of too many values"),
+        ({"kwargs": {"unknown": 1}}, r"cannot be made with the stored arguments unknown\b.*pass env= instead"),
+        ({"kwargs": {"id": "x"}}, r"cannot be made with the stored arguments id\b"),
+        ({"id": "a/b/c"}, r"unknown environment 'a/b/c' \(Malformed environment ID"),
         ({"additional_wrappers": [3]}, "cannot be read"),
     ],
 )
@@ -434,6 +443,23 @@ def test_a_bad_stored_spec_is_refused(evil: Path, changes: dict[str, Any], messa
     with pytest.raises(ValueError, match=message):
         make_env(spec_with(**changes))
     assert not evil.exists()
+
+
+@pytest.mark.parametrize("where", ["id", "key", "wrapper", "unknown"])
+def test_control_characters_of_a_stored_spec_reach_no_message(where: str) -> None:
+    """They could rename the window of a terminal, or hide what was printed before."""
+    escape = "\x1b]0;owned\x07\x1b[2J"
+    changes: dict[str, Any] = {
+        "id": {"id": f"{escape}X-v0"},
+        "key": {"kwargs": {f"{escape}k": "a/b"}},
+        "wrapper": {"id": "Nope-v0", "additional_wrappers": [{"name": escape}]},
+        "unknown": {"kwargs": {f"{escape}k": 1}},
+    }[where]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match=r"environment|spec") as refusal:
+            make_env(spec_with(**changes))
+    assert all(char.isprintable() for text in (refusal.value, *(w.message for w in caught)) for char in str(text))
 
 
 def test_a_spec_object_follows_the_same_rules(evil: Path) -> None:
