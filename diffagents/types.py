@@ -214,7 +214,7 @@ def in_dtype(action: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 _BOX_DTYPES = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint32", "uint16", "uint8"}
-_MAX_BOX_SIZE = 1_000_000  # numbers in a Box that is read from a file, which may be hostile
+_MAX_SPACE_SIZE = 1_000_000  # numbers in all Boxes together of a space that is read from a file, which may be hostile
 
 
 def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
@@ -254,24 +254,48 @@ def space_from_json(data: Any, where: str = "space") -> spaces.Space[Any]:
         ValueError: If `data` is malformed; the message begins with the place.
     """
     try:
-        kind = data["type"]
-        if kind == "Dict":
-            # pairs, because gymnasium sorts the keys of a plain dict
-            return spaces.Dict(OrderedDict((k, space_from_json(v, f"{where}[{k[:40]!a}]")) for k, v in data["spaces"].items()))
-        shape, dtype = tuple(data["shape"]), data["dtype"]
-        if kind != "Box" or dtype not in _BOX_DTYPES:
-            raise ValueError("unknown type or dtype")
-        if math.prod(max(n, 1) for n in shape) > _MAX_BOX_SIZE:
-            raise ValueError("too large")
-        low, high = (
-            np.array(data[key], dtype) if isinstance(data[key], list) else np.full(shape, data[key], dtype)
-            for key in ("low", "high")
-        )
-        return spaces.Box(low, high, shape, np.dtype(dtype).type)
+        _check_size(data, where)
+        return _space_from_json(data, where)
     except Exception as error:  # of many types, from numpy and gymnasium too
         if str(error).startswith(where):
             raise
         raise ValueError(f"{where} is not a Box or Dict of Boxes ({ascii(str(error))[1:-1][:80]})") from None
+
+
+def _check_size(data: Any, where: str) -> None:
+    """Raises ValueError, with the place, for the smallest part of a stored space that is too large."""
+    if isinstance(data, dict) and data.get("type") == "Dict" and isinstance(data.get("spaces"), dict):
+        for key, part in data["spaces"].items():
+            if _size(part) > _MAX_SPACE_SIZE:
+                _check_size(part, f"{where}[{key[:40]!a}]")
+    if _size(data) > _MAX_SPACE_SIZE:
+        raise ValueError(f"{where} is not a Box or Dict of Boxes (too large)")
+
+
+def _size(data: Any) -> int:
+    """How many numbers the bounds of a stored space have; an empty or malformed Box counts as one."""
+    try:
+        if data["type"] == "Dict":
+            return sum(map(_size, data["spaces"].values()))
+        return math.prod(max(n, 1) for n in data["shape"])
+    except Exception:  # what is malformed is refused at its place, later
+        return 1
+
+
+def _space_from_json(data: Any, where: str) -> spaces.Space[Any]:
+    """`space_from_json` of a space that is not too large; errors of any type."""
+    kind = data["type"]
+    if kind == "Dict":
+        # pairs, because gymnasium sorts the keys of a plain dict
+        return spaces.Dict(OrderedDict((k, space_from_json(v, f"{where}[{k[:40]!a}]")) for k, v in data["spaces"].items()))
+    shape, dtype = tuple(data["shape"]), data["dtype"]
+    if kind != "Box" or dtype not in _BOX_DTYPES:
+        raise ValueError("unknown type or dtype")
+    low, high = (
+        np.array(data[key], dtype) if isinstance(data[key], list) else np.full(shape, data[key], dtype)
+        for key in ("low", "high")
+    )
+    return spaces.Box(low, high, shape, np.dtype(dtype).type)
 
 
 def _check_dtype(space: spaces.Box, name: str) -> None:

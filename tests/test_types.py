@@ -1,6 +1,7 @@
 """Spaces and specs: JSON both ways, flat observations, scaled actions."""
 
 import json
+import tracemalloc
 from collections import OrderedDict
 from typing import Any
 
@@ -114,6 +115,22 @@ def test_spaces_nested_without_end_are_refused() -> None:
         deep = {"type": "Dict", "spaces": {"x": deep}}
     with pytest.raises(ValueError, match="not a Box or Dict"):
         space_from_json(deep)
+
+
+def test_boxes_are_counted_together_before_memory_is_taken() -> None:
+    """8,000 Boxes of a megabyte's description would take 128 GB."""
+    big = {"type": "Box", "low": -1, "high": 1, "shape": [1_000_000], "dtype": "float64"}
+    assert space_from_json(big).shape == (1_000_000,)
+    tracemalloc.start()
+    for many in (
+        {f"b{i}": big for i in range(8000)},
+        {"inner": {"type": "Dict", "spaces": {"a": big, "b": BOX}}},
+        {f"b{i}": {**BOX, "shape": [1000]} for i in range(1001)},
+    ):
+        with pytest.raises(ValueError, match="too large"):
+            space_from_json({"type": "Dict", "spaces": many})
+    assert tracemalloc.get_traced_memory()[1] < 30e6
+    tracemalloc.stop()
 
 
 def test_spec_round_trip() -> None:

@@ -159,6 +159,8 @@ def bench(args: argparse.Namespace) -> None:
         return
     failed: list[str] = []
     if not args.report:
+        if modules := grid.imports(chosen):
+            say(f"environments of {args.grid} import {', '.join(modules)}")
         failed = _make(args, chosen, root)
     wanted = {spec.name for spec in specs}
     finished = [run for run in report.read_runs(root) if run["name"] in wanted]

@@ -23,7 +23,7 @@ import re
 import subprocess
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffagents.config.checks import check_choice
+from diffagents.errors import short
 from diffagents.evaluation.d4rl import d4rl_score_of_mean
 from diffagents.evaluation.evaluate import Evaluation, evaluate
 from diffagents.registry import AGENTS, agent_class
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 RESULTS, PROGRESS, ERROR = "results.json", "progress.json", "error.txt"
 CHECKPOINT, POLICY, LOCK = "checkpoint.zip", "policy", ".lock"
 SAVE_EVERY = 60.0  # seconds between checkpoints, the most that a kill or Ctrl-C can lose
+_MOST_VALUES = 100_000
+"""Values of a grid file, aliases written out."""
 _TOP = {"seeds", "settings", "runs", "episodes", "points", "point_episodes", "deterministic"}
 _BLOCK = _TOP - {"runs"} | {"algorithms", "datasets", "steps", "env", "label"}
 
@@ -120,6 +123,10 @@ def read_grid(path: str | Path) -> list[RunSpec]:
         grid = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    if _n_values(grid, {}) > _MOST_VALUES:
+        raise ValueError(f"{path} has more than {_MOST_VALUES:,} values once its aliases are written out")
     if not isinstance(grid, dict) or not isinstance(grid.get("runs"), list):
         raise ValueError(f"{path} must be a mapping with a list `runs:` of blocks")
     _only_known(grid, _TOP, str(path))
@@ -153,6 +160,31 @@ def read_grid(path: str | Path) -> list[RunSpec]:
     return list(specs.values())
 
 
+def _n_values(value: Any, known: dict[int, int]) -> int:
+    """How many values a tree would have if whatever occurs several times, as a YAML alias does, were written out.
+
+    Args:
+        value: The tree.
+        known: Counts by id, of parts that have been counted.
+
+    Raises:
+        ValueError: A part contains itself.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = -1
+        known[id(value)] = 1 + sum(_n_values(item, known) for item in (value.values() if isinstance(value, dict) else value))
+    if known[id(value)] < 0:
+        raise ValueError("an alias in the grid contains itself")
+    return known[id(value)]
+
+
+def imports(specs: Iterable[RunSpec]) -> list[str]:
+    """The modules that making the runs will import, because the id of an environment begins with them, as in `module:Id-v0`."""
+    return sorted({spec.env.partition(":")[0] for spec in specs if spec.env is not None and ":" in spec.env})
+
+
 def _only_known(table: Mapping[str, Any], known: set[str], where: str) -> None:
     if unknown := set(table) - known:
         raise ValueError(f"{where} has the unknown keys {sorted(map(str, unknown))}; valid are {sorted(known)}")
@@ -177,14 +209,16 @@ def _listed(block: Mapping[str, Any], name: str, kind: type, where: str) -> list
     entry = block.get(name)
     values = entry if isinstance(entry, list) else [entry]
     if not values or any(type(value) is not kind for value in values):
-        raise ValueError(f"{where} needs {name}, a {kind.__name__} or a list of them, not {entry!r}")
+        raise ValueError(f"{where} needs {name}, a {kind.__name__} or a list of them, not {short(repr(entry))}")
     return values
 
 
 def _check(spec: RunSpec, where: str) -> None:
-    """Check everything that can be checked without the data."""
+    """Check everything that can be checked without the data, and without importing what the file names."""
+    if not isinstance(spec.env, str | None):
+        raise ValueError(f"{where}: env has an invalid value: {short(repr(spec.env))}")
     try:
-        _new_agent(spec, "cpu")
+        _new_agent(dataclasses.replace(spec, env=None) if imports([spec]) else spec, "cpu")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
     for name, least in (("episodes", 1), ("points", 0), ("point_episodes", 1), ("seed", 0), ("steps", 1)):
@@ -193,9 +227,9 @@ def _check(spec: RunSpec, where: str) -> None:
             raise ValueError(f"{where}: {name} must be a whole number of at least {least}, not {value!r}")
     if spec.point_episodes > spec.episodes:
         raise ValueError(f"{where}: point_episodes={spec.point_episodes} must not exceed episodes={spec.episodes}")
-    for name, kind in (("deterministic", bool | None), ("env", str | None), ("label", str)):
+    for name, kind in (("deterministic", bool | None), ("label", str)):
         if not isinstance(getattr(spec, name), kind):
-            raise ValueError(f"{where}: {name} has an invalid value: {getattr(spec, name)!r}")
+            raise ValueError(f"{where}: {name} has an invalid value: {short(repr(getattr(spec, name)))}")
 
 
 def _class(algorithm: str) -> Any:

@@ -145,6 +145,41 @@ def test_a_bad_grid_is_refused_with_its_place(text: str, said: str, tmp_path: Pa
     assert said in str(error.value)
 
 
+def bomb(depth: int = 9) -> str:
+    """Nested lists of a few hundred bytes, which would be nine to the power of nine numbers if they were written out."""
+    lines = ["x0: &x0 [0, 0, 0, 0, 0, 0, 0, 0, 0]"]
+    lines += [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, depth)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("place", ["seeds: *x8", "label: *x8", "env: *x8", "settings: {IQL: {beta: *x8}}", "unknown: *x8"])
+def test_aliases_that_would_fill_the_memory_are_refused(place: str, tmp_path: Path) -> None:
+    text = f"{bomb()}\nruns:\n  - {{algorithms: IQL, datasets: {REACHER}, {place}}}"
+    with pytest.raises(ValueError, match=r"grid\.yml has more than 100,000 values"):
+        grid.read_grid(grid_file(tmp_path, text))
+
+
+def test_an_alias_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="contains itself"):
+        grid.read_grid(grid_file(tmp_path, "runs: &x [*x]"))
+
+
+def test_looking_at_a_grid_imports_nothing_and_running_says_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "stranger.py").write_text("import pathlib\npathlib.Path('marker').write_text('ran')\n")
+    path = grid_file(
+        tmp_path, f"runs:\n  - {{algorithms: IQL, datasets: {REACHER}, steps: 10, env: 'stranger:Nothing-v0'}}\nepisodes: 5\n"
+    )
+    assert main.main(["bench", str(path), "--status"]) == 0
+    assert not (tmp_path / "marker").exists() and "stranger" not in sys.modules
+    assert main.main(["bench", str(path), "--root", "runs"]) == 1
+    assert (tmp_path / "marker").exists()
+    assert "diffagents: environments of" in (err := capsys.readouterr().err) and "grid.yml import stranger" in err
+    sys.modules.pop("stranger")
+
+
 def test_the_shipped_grids_can_be_read() -> None:
     for path in (ROOT / "zoo" / "grids").glob("*.yml"):
         assert grid.read_grid(path)
