@@ -19,7 +19,7 @@ from diffagents.data.cache import cached, stamp_of
 from diffagents.data.minari import find_minari, read_minari
 from diffagents.data.ogbench import MARKS, episodes_of, is_ogbench, made
 from diffagents.data.transitions import Transitions
-from diffagents.envs.make import difference_of_specs, make_env, spec_of, without_monitor
+from diffagents.envs.make import difference_of_specs, make_env, spec_of, spec_to_store, warn_of_unstored_arguments
 from diffagents.errors import one_line
 from diffagents.types import Spec
 
@@ -85,9 +85,9 @@ def load_dataset(
 
     Returns:
         The data. Their `info` contains JSON values: `id`, `kind`, `n_steps` and `n_episodes` as recorded, `mean_return` and
-        `std_return` of whole episodes, `sha256` of the content, `env_spec` (JSON of a Gymnasium EnvSpec or None; for Minari
-        that of the evaluation environment if recorded), `ref_min_score` and `ref_max_score` (or None), `obs_keys`,
-        `bounds_from_data`, `warnings`.
+        `std_return` of whole episodes, `sha256` of the content, `env_spec` (JSON with id, keyword arguments and time limit of
+        the environment, from which `evaluate` makes it, or None; for Minari that of the evaluation environment if recorded),
+        `ref_min_score` and `ref_max_score` (or None), `obs_keys`, `bounds_from_data`, `warnings`.
 
     Raises:
         TypeError: If `source`, `env` or an array is of a wrong kind.
@@ -209,7 +209,7 @@ def _use_environment(data: Transitions, environment: _Environment) -> str | None
     data.info["bounds_from_data"] = False
     stored = data.info.get("env_spec")
     if stored is None:
-        data.info["env_spec"] = _env_spec_json(environment.env_spec)
+        data.info["env_spec"] = _stored_spec(environment.env_spec)
     if not stored or environment.env_spec is None:
         return None
     difference = difference_of_specs(stored, vars(environment.env_spec))
@@ -221,12 +221,14 @@ def _use_environment(data: Transitions, environment: _Environment) -> str | None
     )
 
 
-def _env_spec_json(env_spec: EnvSpec | None) -> str | None:
-    """The spec as JSON; None if JSON cannot represent its values, so that no file could reproduce the environment."""
-    try:
-        return without_monitor(env_spec).to_json() if env_spec is not None else None
-    except (TypeError, ValueError):
+def _stored_spec(env_spec: EnvSpec | None) -> str | None:
+    """JSON of the spec; None, with a warning, if it may not be stored."""
+    if env_spec is None:
         return None
+    stored, refused = spec_to_store(env_spec)
+    if refused:
+        warn_of_unstored_arguments(env_spec.id, refused)
+    return stored
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------

@@ -5,17 +5,16 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from diffagents.data import hdf5
 from diffagents.data.arrays import Keys, from_episodes
 from diffagents.data.cache import cached, stamp_of
 from diffagents.data.transitions import Transitions
+from diffagents.envs.make import spec_to_store
 from diffagents.errors import one_line
 from diffagents.types import Spec
 
@@ -222,7 +221,7 @@ def _read_all(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset: Any)
         "id": name,
         "kind": "minari",
         "made": {key: str(metadata[key]) for key in _MADE if metadata.get(key)},
-        "env_spec": _clean_env_spec(raw) if raw else None,
+        "env_spec": spec_to_store(json.loads(raw))[0] if raw else None,
         "ref_min_score": metadata.get("ref_min_score"),
         "ref_max_score": metadata.get("ref_max_score"),
     }
@@ -237,9 +236,3 @@ def _read_all(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset: Any)
     except (OSError, KeyError) as error:
         cause = one_line(error)
         raise OSError(f"Minari set {name!r} in {path} is damaged ({cause}); delete the folder and load it again") from None
-
-
-def _clean_env_spec(raw: str) -> str:
-    """The JSON of an EnvSpec without fields that only older Gymnasium versions know."""
-    known = {field.name for field in fields(EnvSpec)}
-    return json.dumps({key: value for key, value in json.loads(raw).items() if key in known})

@@ -4,9 +4,10 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +20,12 @@ from diffagents.errors import one_line, printable, short
 _NOT_THE_TASK = {"render_mode", "num_envs", "vectorization_mode"}  # keyword arguments of a window and of `gymnasium.make_vec`
 _PUSHT = "gym_pusht/"
 _ROBOTICS = ("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen", "Fetch", "HandReach", "HandManipulate")
+_MONITOR = "stable_baselines3.common.monitor:Monitor"
+_SECRET_NAME = re.compile(r"key$|token|secret|passw|auth|credential", re.IGNORECASE)
+_SECRET = re.compile(r"^(sk|hf|ghp|gho|xox\w|glpat|AKIA)[-_A-Z0-9]|[\w+=-]{33,}")
+"""Beginnings of well-known tokens, and words that are too long to be a name."""
 _LARGEST, _MOST_VALUES, _MOST_STEPS = 10_000, 10_000, 10_000_000
 """Bounds of an untrusted spec: of its numbers, of how many values its arguments have, of its time limit."""
-_MONITOR = "stable_baselines3.common.monitor:Monitor"
 
 
 def make_env(env: Any, **kwargs: Any) -> Any:
@@ -111,6 +115,55 @@ def without_monitor(spec: EnvSpec) -> EnvSpec:
     """A copy of `spec` without SB3's Monitor, which only records, so that an environment does not depend on it."""
     wrappers = tuple(wrapper for wrapper in spec.additional_wrappers if wrapper.entry_point != _MONITOR)
     return replace(spec, additional_wrappers=wrappers)
+
+
+def spec_to_store(spec: EnvSpec | Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """What of a spec goes into the file of an agent, which may be published: what rebuilds the environment, and no more.
+
+    These are its id, time limit, keyword arguments and the names of its wrappers. Without one of its arguments it would be
+    another environment: if one may not be stored, because it is no JSON value, looks like a path, or is named or looks like a
+    secret, nothing is.
+
+    Args:
+        spec: The spec, or its fields.
+
+    Returns:
+        JSON that `make_env` takes, or None; and the names of the arguments that may not be stored.
+    """
+    fields = vars(spec) if isinstance(spec, EnvSpec) else spec
+    kwargs = {key: value for key, value in (fields.get("kwargs") or {}).items() if key not in _NOT_THE_TASK}
+    refused = sorted(str(key) for key, value in kwargs.items() if not _may_be_stored(str(key), value))
+    if refused:
+        return None, refused
+    wrappers = [getattr(wrapper, "name", None) or wrapper["name"] for wrapper in fields.get("additional_wrappers") or ()]
+    stored = {
+        "id": fields.get("id"),
+        "max_episode_steps": fields.get("max_episode_steps"),
+        "kwargs": kwargs,
+        "additional_wrappers": [{"name": name} for name in wrappers if name != "Monitor"],  # it only records
+    }
+    return json.dumps(stored), []
+
+
+def warn_of_unstored_arguments(env_id: str, names: Iterable[str]) -> None:
+    """Warn that an environment is not stored with an agent, because of these arguments of it."""
+    warnings.warn(
+        f"{env_id} is not stored with the agent, because its arguments {', '.join(map(short, names))} may hold a path or a "
+        "secret, or are no JSON values: pass env= to evaluate a loaded agent",
+        stacklevel=3,
+    )
+
+
+def _may_be_stored(key: str, value: Any) -> bool:
+    """Whether an argument of an environment is a JSON value that neither names something of this machine nor holds a secret."""
+    if _SECRET_NAME.search(key):
+        return False
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    leaves = [leaf for _, leaf in _leaves(value)]
+    return not any(_doubt(leaf) or (isinstance(leaf, str) and _SECRET.search(leaf)) for leaf in leaves)
 
 
 def difference_of_specs(stored: str, other: Mapping[str, Any]) -> str | None:

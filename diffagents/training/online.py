@@ -5,7 +5,6 @@ callback. Agent and buffer, saved inside the callback or after Ctrl-C, are the w
 uninterrupted one, except for algorithms that prepare extras, which are recomputed.
 """
 
-import json
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from diffagents.data.load import load_dataset
 from diffagents.data.normalize import fit_reward_transform
 from diffagents.data.replay_buffer import Mixture, Replay
 from diffagents.data.sampler import Sampler
-from diffagents.envs.make import env_id_of, warn_of_normalized_observations
+from diffagents.envs.make import env_id_of, spec_to_store, warn_of_normalized_observations, warn_of_unstored_arguments
 from diffagents.errors import TrainingDiverged
 from diffagents.functional import lambda_returns
 from diffagents.training import provenance
@@ -178,12 +177,17 @@ def _start_without_data(learner: Learner) -> None:
 
 
 def _spec_json(env: Any) -> str | None:
+    """JSON of the environment's spec; None if it has none, or one that may not be stored."""
     try:
-        spec = json.loads(env.get_attr("spec")[0].to_json())
-        spec["additional_wrappers"] = [one for one in spec["additional_wrappers"] if one["name"] != "Monitor"]  # as_vec_env's
-        return json.dumps(spec)
-    except Exception:  # no spec, or one that JSON cannot represent
+        spec = env.get_attr("spec")[0]
+    except Exception:  # workers that cannot send their spec
         return None
+    if spec is None:
+        return None
+    stored, refused = spec_to_store(spec)
+    if refused:
+        warn_of_unstored_arguments(spec.id, refused)
+    return stored
 
 
 def _make_run(learner: Learner, total: int | None, settings: OnlineSettings, data: str | None) -> OnlineRun:

@@ -17,6 +17,7 @@ from gymnasium import spaces
 from diffagents.data.load import load_dataset
 from diffagents.data.transitions import Transitions
 from diffagents.data.validation import D4RL_NAMES
+from diffagents.envs.make import make_env
 
 LENGTHS, TERMINATES = (5, 7, 4, 6), (True, False, True, False)
 OBS_SPACE = spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -431,7 +432,7 @@ def test_minari_facts_are_kept_and_the_evaluation_environment_wins() -> None:
     info = load_dataset("test/pendulum-v0").info
     assert (info["id"], info["kind"]) == ("test/pendulum-v0", "minari")
     assert (info["ref_min_score"], info["ref_max_score"]) == (-1500.0, -150.0)
-    assert gymnasium.make(gymnasium.envs.registration.EnvSpec.from_json(info["env_spec"])).unwrapped.g == 5.0
+    assert make_env(info["env_spec"]).unwrapped.g == 5.0
 
 
 # ---- Stable-Baselines3 replay buffers ------------------------------------------------------------------------

@@ -1,0 +1,100 @@
+"""What of an environment goes into the files of an agent, which may be published."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from small_agents import small
+from toy import RandomEnv
+
+import diffagents
+from diffagents.envs.make import make_env, spec_to_store
+
+
+class Robot(RandomEnv):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (2,)))
+        self.arguments = arguments
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    gym.register("StoredRobot-v0", Robot, max_episode_steps=7)
+    yield
+    del gym.registry["StoredRobot-v0"]
+
+
+FINE: dict[str, Any] = {
+    "none": {},
+    "numbers": {"weight": 0.5, "n": 3, "dense": True, "range": (0.7, float("inf")), "nothing": None},
+    "names": {"reward_type": "sparse", "maze_map": [[1, "r"], ["g", 0]]},
+}
+REFUSED: dict[str, Any] = {
+    "path": {"robot": "/home/alice/secret-project/robot.xml"},
+    "nested path": {"config": {"files": ["../robot.xml"]}},
+    "home": {"robot": "~alice"},
+    "named key": {"api_key": "abc"},
+    "named token": {"wandb_token": 3},
+    "password": {"passwd": "x"},
+    "known token": {"x": "sk-proj-abcdefghij"},
+    "other token": {"x": "ghp_16C7e42F292c6912E7710c838347Ae178B4a"},
+    "long word": {"x": "0123456789abcdef0123456789abcdef01234567"},
+    "module": {"x": "evil:Env-v0"},
+    "object": {"x": np.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("arguments", FINE.values(), ids=FINE)
+def test_arguments_that_rebuild_the_environment_are_stored(arguments: dict[str, Any]) -> None:
+    spec = gym.make("StoredRobot-v0", **arguments).spec
+    assert spec is not None
+    stored, refused = spec_to_store(spec)
+    assert stored is not None and not refused
+    assert set(json.loads(stored)) == {"id", "max_episode_steps", "kwargs", "additional_wrappers"}
+    again = make_env(stored)
+    assert again.spec.max_episode_steps == 7
+    assert json.dumps(again.unwrapped.arguments) == json.dumps(arguments)
+
+
+@pytest.mark.parametrize("arguments", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("how", ["learn", "learn_online"])
+def test_others_are_neither_stored_nor_published(arguments: dict[str, Any], how: str, tmp_path: Path) -> None:
+    env = gym.make("StoredRobot-v0", other=1, **arguments)
+    agent = small("TD3BC", env=env)
+    learn = {"learn": lambda: agent.learn(recorded(env), 4), "learn_online": lambda: agent.learn_online(12, learning_starts=8)}
+    with pytest.warns(UserWarning, match=rf"StoredRobot-v0 is not stored .* its arguments {next(iter(arguments))} may hold"):
+        learn[how]()
+    folder = agent.save_pretrained(tmp_path / "policy", include_trainer_state=True)
+    written = "".join(file.read_text(errors="replace") for file in folder.iterdir())
+    assert "StoredRobot" not in written.replace("no dataset: learned online in StoredRobot-v0", "")
+    assert not any(str(value) in written for value in arguments.values() if len(str(value)) > 4)
+    with pytest.raises(ValueError, match="env"):
+        diffagents.load(folder, device="cpu", verbose=0).evaluate(n_episodes=1)
+
+
+def recorded(env: Any) -> list[dict[str, Any]]:
+    obs = [env.reset(seed=0)[0], *(env.step(env.action_space.sample())[0] for _ in range(5))]
+    end = np.arange(5) == 4
+    actions = np.stack([env.action_space.sample() for _ in range(5)])
+    return [
+        {
+            "observations": np.stack(obs),
+            "actions": actions,
+            "rewards": np.ones(5),
+            "terminations": end,
+            "truncations": ~end & end,
+        }
+    ]
+
+
+def test_wrappers_are_named_only() -> None:
+    env = gym.wrappers.TransformObservation(gym.make("Pendulum-v1"), lambda obs: obs, None)
+    assert env.spec is not None
+    stored, _ = spec_to_store(env.spec)
+    assert stored is not None and json.loads(stored)["additional_wrappers"] == [{"name": "TransformObservation"}]
+    with pytest.warns(UserWarning, match="without the wrappers"):
+        make_env(stored)
