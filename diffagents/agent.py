@@ -90,6 +90,8 @@ class Agent(ABC):
             graph; "auto", whichever is expected to be fastest for the length of the run. All agree to float tolerance; what
             cannot be compiled runs eagerly.
         tf32: On a GPU, let matrix products use TF32 during training (about 1e-3 relative; faster).
+        record_command: Whether the command line that trains the agent is stored with it and shown on its card, with `***` for
+            every word that is not known to be harmless.
         hyperparameters: The algorithm's hyperparameters; `help(<Algorithm>)` lists them.
 
     Raises:
@@ -140,6 +142,7 @@ class Agent(ABC):
         device: str | torch.device = "auto",
         compile: str = "auto",
         tf32: bool = True,
+        record_command: bool = False,
         **hyperparameters: Any,
     ) -> None:
         check_arguments(policy, obs_keys, policy_kwargs)
@@ -162,7 +165,7 @@ class Agent(ABC):
             raise ValueError(f"{error}; preset={preset!r} set the other value: pass your own, or preset=None") from None
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
         self.tensorboard_log, self.verbose = tensorboard_log, verbose
-        self.compile, self.tf32 = compile, tf32
+        self.compile, self.tf32, self.record_command = compile, tf32, record_command
         self.device = find_device(device)
         self.set_random_seed(seed)
         self.state = TrainState(stage_steps=dict.fromkeys(self.STAGE_SHARES, 0))
@@ -500,7 +503,8 @@ class Agent(ABC):
             device: As in the constructor.
             custom_objects: Ignored; for SB3 compatibility.
             print_system_info: Ignored; for SB3 compatibility.
-            overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile` or `tf32`.
+            overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile`, `tf32` or
+                `record_command`.
 
         Raises:
             FileNotFoundError: There is nothing at `path`.
@@ -519,7 +523,8 @@ class Agent(ABC):
             hyperparameters: As in `load`.
         """
         config, tensors, state = checkpoint.pack(self, True)
-        overrides = {"verbose": self.verbose, "compile": self.compile, "tf32": self.tf32, **hyperparameters}
+        kept = {name: getattr(self, name) for name in ("verbose", "compile", "tf32", "record_command")}
+        overrides = {**kept, **hyperparameters}
         other = checkpoint.rebuild(type(self), config, tensors, state, self.device, overrides, fresh)
         other.env, other.state.online = self.env, None
         return other

@@ -69,7 +69,8 @@ def load(
         local_files_only: Use the cache only and make no request, as with HF_HUB_OFFLINE=1.
         env: As in `Agent.set_env`; None: no environment.
         device: As in the constructor.
-        overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile` or `tf32`.
+        overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile`, `tf32` or
+            `record_command`.
 
     Returns:
         The agent, of the class that is named in the file.

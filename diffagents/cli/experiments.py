@@ -147,7 +147,6 @@ def bench(args: argparse.Namespace) -> None:
     Finished runs are not repeated and interrupted runs resume. The same command in a second shell shares the work.
     """
     from diffagents.experiments import grid, report
-    from diffagents.training.provenance import plain
 
     specs = grid.read_grid(args.grid)
     chosen = [spec for spec in specs if not args.only or any(text in spec.name for text in args.only)]
@@ -166,7 +165,8 @@ def bench(args: argparse.Namespace) -> None:
     finished = [run for run in report.read_runs(root) if run["name"] in wanted]
     if not finished:
         raise RuntimeError(f"no run of {args.grid} is finished in {root}" + "".join(f"; {text}" for text in failed[:1]))
-    command = f"diffagents bench {shlex.quote(plain(str(args.grid)))} --root {shlex.quote(plain(str(root)))} --only CELL"
+    places = [shlex.quote(place.name if place.is_absolute() else str(place)) for place in (args.grid, root)]
+    command = f"diffagents bench {places[0]} --root {places[1]} --only CELL"
     print(report.write_report(finished, root, specs=specs, command=command, title=args.grid.stem))
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(chosen)} runs failed; the first: {failed[0]}")
@@ -190,7 +190,7 @@ def _make(args: argparse.Namespace, specs: "Sequence[RunSpec]", root: Path) -> l
             text = f"failed: {one_line(error)}"
         say(f"{spec.name}: {text} ({(time.monotonic() - started) / 60:.1f} min)")
 
-    settings = {"device": args.device, "threads": args.threads}
+    settings = {"device": args.device, "threads": args.threads, "grid_name": args.grid.name}
     with _live(specs, root):
         if args.executor == "ray":
             executors.run_with_ray(specs, root, done, cpus=args.cpus, gpus=args.gpus, address=args.address, **settings)

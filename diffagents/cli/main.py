@@ -124,6 +124,11 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     one.add_argument("--progress", action="store_true", help="Show a progress bar.")
     one.add_argument("--tensorboard", metavar="FOLDER", help="Write TensorBoard logs into this folder.")
     one.add_argument("--quiet", action="store_true", help="Print no training log.")
+    one.add_argument(
+        "--record-command",
+        action="store_true",
+        help="Store this command with the policy and show it on its card, without the words that are not known to be harmless.",
+    )
     one.add_argument("--device", default="auto", help=DEVICE_HELP)
     add_hyperparameters(one, algorithm)
 

@@ -30,6 +30,7 @@ def train(args: argparse.Namespace) -> None:
     values = hyperparameters(args)
     cls: Any = agent_class(args.algorithm)
     settings = {"device": args.device, "verbose": int(not args.quiet), "tensorboard_log": args.tensorboard}
+    settings["record_command"] = args.record_command
     chosen = preset(args)
     if args.resume:
         if values or chosen or args.net_arch or args.steps:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from diffagents.experiments.grid import RunSpec, run_one
-from diffagents.training import provenance
 
 _CARRIED = (
     "MINARI_DATASETS_PATH",
@@ -21,7 +20,20 @@ Done = Callable[[RunSpec, BaseException | None], None]
 """Called after each run with the error that it raised, or None."""
 
 
-def run_serially(specs: Sequence[RunSpec], root: str | Path, done: Done, *, device: str, threads: int | None) -> None:
+def _command(grid_name: str | None, spec: RunSpec) -> str | None:
+    """The command that repeats a run, for its card."""
+    return None if grid_name is None else f"diffagents bench {grid_name} --only {spec.name}"
+
+
+def run_serially(
+    specs: Sequence[RunSpec],
+    root: str | Path,
+    done: Done,
+    *,
+    device: str,
+    threads: int | None,
+    grid_name: str | None = None,
+) -> None:
     """Make runs one after the other in this process. A run that fails does not stop the others; Ctrl-C stops all.
 
     Args:
@@ -30,10 +42,11 @@ def run_serially(specs: Sequence[RunSpec], root: str | Path, done: Done, *, devi
         done: called after each run.
         device: where to train: "auto", "cpu", "cuda", ...
         threads: threads of torch. Default: unchanged.
+        grid_name: name of the grid's file, for the cards of the policies.
     """
     for spec in specs:
         try:
-            run_one(spec, root, device=device, threads=threads)
+            run_one(spec, root, device=device, threads=threads, command=_command(grid_name, spec))
         except Exception as error:
             done(spec, error)
         else:
@@ -50,6 +63,7 @@ def run_with_ray(
     cpus: float = 1,
     gpus: float | None = None,
     address: str | None = None,
+    grid_name: str | None = None,
 ) -> None:
     """Make runs in parallel with Ray, on this machine or on a cluster.
 
@@ -64,6 +78,7 @@ def run_with_ray(
         cpus: CPUs reserved for each run.
         gpus: GPUs reserved for each run: 0.25 puts four runs on one GPU, 0 uses the CPU. Default: 1 if there is a GPU.
         address: address of a running Ray cluster. Default: $RAY_ADDRESS, else this machine.
+        grid_name: name of the grid's file, for the cards of the policies.
 
     Raises:
         ImportError: if Ray is not installed.
@@ -86,9 +101,9 @@ def run_with_ray(
         remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(run_one)
         place, how = (
             str(Path(root).expanduser().resolve()),
-            {"device": device, "threads": threads, "command": provenance.command_line()},
+            {"device": device, "threads": threads},
         )
-        running = {remote.remote(spec, place, **how): spec for spec in specs}
+        running = {remote.remote(spec, place, command=_command(grid_name, spec), **how): spec for spec in specs}
         while running:
             ready, _ = ray.wait(list(running), timeout=1.0)
             for reference in ready:

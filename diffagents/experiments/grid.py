@@ -268,7 +268,7 @@ def run_one(
         root: folder of all runs.
         device: where to train: "auto", "cpu", "cuda", ...
         threads: threads of torch, set for the whole process. Default: unchanged.
-        command: the command shown on the policy's card. Default: the command line of this process.
+        command: the command shown on the policy's card. Default: none.
 
     Returns:
         The content of results.json.

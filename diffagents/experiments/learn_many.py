@@ -88,7 +88,7 @@ def learn_many(
         agent.become(candidate)
         state = agent.state
         state.plan, state.num_timesteps, state.history = plan, 0, []
-        state.provenance = provenance.begin(state.provenance, agent.device, reset=True)
+        state.provenance = provenance.begin(state.provenance, agent.device, True, agent.record_command)
     if any(agent.state.data["sha256"] != data.info["sha256"] for agent in members):
         warnings.warn(
             "these data differ from those that the agents first learned from, whose transforms are kept", stacklevel=2

@@ -292,7 +292,7 @@ def _begin(learner: Learner, run: OnlineRun) -> Replay:
                 warnings.warn("buffer_size differs: the replay buffer of the last online run is discarded", stacklevel=4)
             replay = learner.replay_buffer = Replay(learner.obs_dim, learner.act_dim, size or 1_000_000, learner.device)
         replay.cut()
-        state.provenance = provenance.begin(state.provenance, learner.device, reset=False)
+        state.provenance = provenance.begin(state.provenance, learner.device, False, learner.record_command)
     state.online = run
     return replay
 

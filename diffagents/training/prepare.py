@@ -199,5 +199,5 @@ def begin(learner: Learner, plan: Plan, data: Transitions, reset: bool) -> None:
     if new and reset:
         state.num_timesteps, state.n_env_steps, state.online, state.history = 0, 0, None, []
     if new:
-        state.provenance = provenance.begin(state.provenance, learner.device, reset)
+        state.provenance = provenance.begin(state.provenance, learner.device, reset, learner.record_command)
     state.plan = plan

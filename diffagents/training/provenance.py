@@ -1,6 +1,7 @@
 """Records how a policy was made: the commands, the machine, the seconds of training and the evaluations during it.
 
-The record is saved in config.json and shown on the model card. Secrets and private paths are removed from command lines.
+The record is saved in config.json and shown on the model card. Commands are recorded only if an agent is asked to
+(`record_command=True`), and of their words only those that are known to be harmless.
 """
 
 import os
@@ -15,24 +16,29 @@ from typing import Any
 import torch
 
 MAX_EVALUATIONS, MAX_COMMANDS = 1000, 20
-_TOKEN = re.compile(r"\bhf_\w+")
-# A URL, with the password that it may contain, or an IP address.
-_ADDRESS = re.compile(r"\b(?!hf://)[a-z][\w+.-]*://\S*|\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?")
+_HIDDEN = "***"
+_OPTION = re.compile(r"--[a-z][a-z0-9_-]*|-[a-z]", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(\d{1,12}(\.\d{0,12})?|\.\d{1,12})(e[+-]?\d{1,3})?", re.IGNORECASE)
+_ID = re.compile(r"(\w{1,40}[/-]){0,6}\w{1,40}-v\d{1,3}", re.ASCII)
+"""The id of an environment or of a Minari dataset."""
+_WORDS = {"true", "false", "none", "auto", "cpu", "cuda", "fast", "paper", "official_code", "argmax", "softmax", "first"}
+_COMMANDS = {"train", "eval", "enjoy", "push", "pull", "list", "bench", "collect", "data", "select", "tune"}
 
 
-def begin(before: dict[str, Any], device: torch.device, reset: bool) -> dict[str, Any]:
+def begin(before: dict[str, Any], device: torch.device, reset: bool, record_command: bool) -> dict[str, Any]:
     """The record of a run that starts now.
 
     Args:
         before: The agent's record so far.
         device: The device of the training.
         reset: Whether the counters restart, so that only `source` (the Hub repository) is kept of `before`.
+        record_command: Whether to add the command line of this process.
 
     Returns:
-        A new record with the present command and machine.
+        A new record with the machine and, if asked for, the present command.
     """
     kept = {name: value for name, value in before.items() if name == "source" or not reset}
-    commands = [*kept.get("commands", ()), command_line()]
+    commands = [*kept.get("commands", ()), command_line() if record_command else None]
     return {**kept, "commands": [command for command in commands if command][-MAX_COMMANDS:], "machine": machine(device)}
 
 
@@ -90,40 +96,40 @@ def _is_number(value: Any) -> bool:
 
 
 def command_line() -> str | None:
-    """The command that started this process, as typed in the current directory, without secrets and private paths.
+    """The command that started this process, as far as its words are harmless.
+
+    Kept are the names of options, numbers, ids of environments and datasets, a few words such as `auto`, and the commands of
+    diffagents; the other words, which may be paths, names of machines or secrets, become `***`.
 
     Returns:
-        For example `python train.py --seed 1` or, for a package, `python -m diffagents eval runs/a`. None in a notebook or an
+        For example `python train.py --seed 1` or, for a package, `python -m diffagents eval ***`. None in a notebook or an
         interactive interpreter.
     """
     script = sys.argv[0] if sys.argv else ""
     if not script or script == "-c" or "ipykernel" in script or not Path(script).exists():
         return None
+    words = sys.argv[1:]
     if Path(script).name == "__main__.py":
         program = ["python", "-m", Path(script).resolve().parent.name]
     elif script.endswith(".py"):
-        program = ["python", plain(script)]
+        program = ["python", Path(script).name]
     else:
         program = [Path(script).name]
-    return _TOKEN.sub("hf_***", shlex.join([*program, *map(plain, sys.argv[1:])]))
+    shown = []
+    if program[-1] == "diffagents" and words[:1] and words[0] in _COMMANDS:
+        shown, words = [words[0]], words[1:]
+        if shown[0] in ("train", "tune") and words[:1] and re.fullmatch(r"\w{1,12}", words[0]):  # an algorithm
+            shown, words = [*shown, words[0]], words[1:]
+    return shlex.join([*program, *shown]) + "".join(f" {harmless(word)}" for word in words)
 
 
-def plain(argument: str) -> str:
-    """An argument of a command without private data.
-
-    Args:
-        argument: The argument, perhaps `--option=value`.
-
-    Returns:
-        The argument with `***` for addresses; an absolute path is made relative to the current directory, or reduced to its
-        name outside it.
-    """
-    argument = _ADDRESS.sub("***", argument)
-    head, sign, path = argument.rpartition("=")
-    if not os.path.isabs(path):
-        return argument
-    here = Path.cwd()
-    return f"{head}{sign}{Path(path).relative_to(here) if Path(path).is_relative_to(here) else Path(path).name}"
+def harmless(word: str) -> str:
+    """A word of a command line if it is known to be harmless, with `***` for what is not."""
+    option, sign, value = word.partition("=")
+    if sign and word.startswith("-"):
+        return f"{option if _OPTION.fullmatch(option) else _HIDDEN}={harmless(value)}"
+    known = _NUMBER.fullmatch(word) or _ID.fullmatch(word) or _OPTION.fullmatch(word) or word.lower() in _WORDS
+    return word if known else _HIDDEN
 
 
 def machine(device: torch.device) -> str:

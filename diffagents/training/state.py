@@ -114,6 +114,7 @@ class Learner(Protocol):
     device: torch.device
     compile: str
     tf32: bool
+    record_command: bool
     verbose: int
     tensorboard_log: str | None
 
