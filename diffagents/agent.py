@@ -510,7 +510,7 @@ class Agent(ABC):
             FileNotFoundError: There is nothing at `path`.
             ArtifactError: It is not a policy of this class, or it is damaged; the message says what to do.
         """
-        return checkpoint.unpack(cls, artifact.read(path), device, overrides, env)
+        return artifact.retried(lambda: checkpoint.unpack(cls, artifact.read(path), device, overrides, env))
 
     def clone(self, fresh: Sequence[str] = (), **hyperparameters: Any) -> Self:
         """A copy of the agent and its networks, with other hyperparameters.
@@ -692,10 +692,10 @@ class Agent(ABC):
             HubError: No such repository, no access or no connection.
             ArtifactError: Not a policy of this class, damaged, or from a newer version.
         """
-        source = hub.find_artifact(
-            repo_id_or_folder, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        where = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        return artifact.retried(
+            lambda: checkpoint.unpack(cls, hub.find_artifact(repo_id_or_folder, revision, **where), device, overrides, env)
         )
-        return checkpoint.unpack(cls, source, device, overrides, env)
 
     # ---- networks --------------------------------------------------------------------------------------------------
     def networks(self) -> dict[str, nn.Module]:

@@ -80,10 +80,13 @@ def load(
         HubError: No such repository, no access or no connection.
         ArtifactError: It is not a policy of diffagents, or it is damaged or from a newer version; the message says what to do.
     """
-    from diffagents.storage import checkpoint, hub
+    from diffagents.storage import artifact, checkpoint, hub
 
-    source = hub.find_artifact(path, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    return checkpoint.unpack(class_of(source), source, device, overrides, env)
+    def load_once() -> "Agent":
+        source = hub.find_artifact(path, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        return checkpoint.unpack(class_of(source), source, device, overrides, env)
+
+    return artifact.retried(load_once)
 
 
 def class_of(source: "Artifact") -> "type[Agent]":

@@ -18,6 +18,7 @@ ORDER = [
     "version",
     "types",
     "errors",
+    "files",
     "torch_internals",
     "functional",
     "config",

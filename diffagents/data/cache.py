@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from diffagents.data import validation as check
 from diffagents.data.transitions import Transitions
 from diffagents.errors import one_line
+from diffagents.files import clear_leftovers, remove, temporary
 
 RULES = 2
 """Raised when reading the same source gives another dataset than before."""
@@ -52,16 +52,14 @@ def cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: Ca
     with contextlib.suppress(Exception):  # absent, stale, truncated, foreign: in any case it is made again
         return Transitions.load(path, extra=stamp)
     data = read()
-    temporary = None
+    part = temporary(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-        data.save(temporary, extra=stamp)
-        os.replace(temporary, path)
+        clear_leftovers(path)
+        data.save(part, extra=stamp)
+        os.replace(part, path)
     except (OSError, ValueError, SafetensorError) as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        remove(part)
         remedy = "set DIFFAGENTS_CACHE to a folder that can be written, or pass cache=False"
         check.warn(f"{name} is not cached ({one_line(error)}); {remedy}")
     return data

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffagents.data.sampler import Sampler, batch_of
 from diffagents.errors import ArtifactError, short
+from diffagents.files import clear_leftovers, remove, temporary
 from diffagents.types import Batch, Spec
 
 REPLAY_FORMAT = 1
@@ -153,9 +154,14 @@ class Replay:
         if self.running:
             tensors["running"] = torch.from_numpy(np.stack(self.running))
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        save_file(tensors, part, {"diffagents": json.dumps(header)})
-        part.replace(path)
+        clear_leftovers(path)
+        part = temporary(path)
+        try:
+            save_file(tensors, part, {"diffagents": json.dumps(header)})
+            part.replace(path)
+        except BaseException:
+            remove(part)
+            raise
         return path
 
     @classmethod

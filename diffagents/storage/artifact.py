@@ -15,14 +15,13 @@ import errno
 import json
 import math
 import os
-import secrets
 import shutil
 import stat
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from diffagents.errors import AGAIN, ArtifactError, short
+from diffagents.files import clear_leftovers, find_moved, remove, replace_folder, temporary
 from diffagents.training.state import HubCommit, bare
 
 LIBRARY, FORMAT = "diffagents", 1
@@ -48,6 +48,9 @@ MAX_COMPANION_BYTES = 1 << 28
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
 MAX_ZIP_MEMBERS, MAX_ZIP_RATIO = 1000, 100
 
+Stamp = tuple[tuple[int, int, int] | None, ...]
+T = TypeVar("T")
+
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8}
 _TENSOR_DTYPES = _FLOATS | _INTEGERS | {torch.bool}
@@ -57,6 +60,10 @@ _CURES = {
     "learner": "this copy can act but cannot continue learning; load the whole artifact",
     "optimizer": "it was saved without its trainer state, so the run cannot be resumed; start a new one",
 }
+
+
+class Replaced(ArtifactError):
+    """Another process saved while the artifact was being read."""
 
 
 def write(
@@ -99,7 +106,8 @@ def write(
         is_now, needed = ("file", "folder") if as_folder else ("folder", "file")
         raise FileExistsError(f"{target} is a {is_now}, so no {needed} can be written there: choose another name")
     real = Path(os.path.realpath(target))  # the target of a link is replaced, not the link itself
-    temp = real.parent / f".{LIBRARY}-{secrets.token_hex(6)}.tmp"
+    temp = temporary(real)
+    clear_leftovers(real)
     if as_folder:
         _check_replaceable(real)
     try:
@@ -111,8 +119,7 @@ def write(
             _write_zip(files, temp)
             os.replace(temp, real)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(temp) if temp.is_dir() else temp.unlink()
+        remove(temp)
         if isinstance(error, OSError):
             reason = f"{error.strerror or error}: the artifact was not written; an older one is unchanged"
             raise OSError(error.errno or errno.EIO, reason, str(target)) from error
@@ -201,24 +208,21 @@ def _write_zip(files: Mapping[str, bytes], temp: Path) -> None:
 def _write_folder(files: Mapping[str, bytes], temp: Path, real: Path, replaced: Iterable[str]) -> None:
     """Write `files` to the folder `real` through `temp`, keeping its other files except those named in `replaced`."""
     if real.exists():
-        shutil.copytree(real, temp, symlinks=True, ignore=lambda at, _: replaced if Path(at) == real else ())
+        for attempt in range(10):
+            try:
+                shutil.copytree(real, temp, symlinks=True, ignore=lambda at, _: replaced if Path(at) == real else ())
+                break
+            except (shutil.Error, FileNotFoundError):  # another process replaced the folder meanwhile
+                remove(temp)
+                if attempt == 9:
+                    raise
     else:
         temp.mkdir()
     for name, data in files.items():
         (temp / name).write_bytes(data)
         _sync(temp / name)
     _sync(temp)
-    # A folder that is not empty cannot be replaced in one step: the old one is moved away, and back if the new one fails.
-    aside = temp.with_suffix(".old")
-    try:
-        if real.exists():
-            os.replace(real, aside)
-        os.replace(temp, real)
-    except BaseException:
-        if aside.exists() and not real.exists():
-            os.replace(aside, real)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    replace_folder(temp, real)
 
 
 def _sync(path: Path) -> None:
@@ -243,12 +247,14 @@ class Artifact:
         config: The content of config.json, converted to the current format.
         origin: The commit on the Hub that the folder was downloaded from; None for a local artifact.
         files: The files to use; any others in the folder are ignored.
+        stamp: That of the save that `config` is of; None: not to be compared.
     """
 
     path: Path
     config: dict[str, Any]
     origin: HubCommit | None = None
     files: Collection[str] = tuple(MAX_BYTES)
+    stamp: Stamp | None = None
 
     def __str__(self) -> str:
         return str(self.origin or self.path)
@@ -266,7 +272,7 @@ class Artifact:
                 infinity.
         """
         where = f"{self}: {TENSOR_FILES[name]}"
-        with _naming(self.origin, self.path):
+        with _naming(self.origin, self.path), self._of_one_save():
             data = _read_bytes(self.path, TENSOR_FILES[name])
         if data is None:
             raise ArtifactError(f"{where} is missing: {_CURES[name]}")
@@ -285,8 +291,21 @@ class Artifact:
 
     def trainer_state(self) -> dict[str, Any] | None:
         """Read `trainer_state.json`; None if the artifact was saved without it. Raises ArtifactError."""
-        with _naming(self.origin, self.path):
+        with _naming(self.origin, self.path), self._of_one_save():
             return read_json(self.path, TRAINER_STATE) if self.has("trainer_state") else None
+
+    @contextlib.contextmanager
+    def _of_one_save(self) -> Iterator[None]:
+        """Read something within, and raise Replaced if the artifact is no longer the one that `config` was read from."""
+        error: Exception | None = None
+        try:
+            yield
+        except (ArtifactError, OSError) as raised:  # perhaps because it was being replaced
+            error = raised
+        if self.stamp is not None and _stamp(self.path) != self.stamp:
+            raise Replaced(f"{self} was replaced by another save while it was being read: load it again") from None
+        if error is not None:
+            raise error
 
 
 def read(path: str | os.PathLike[str], origin: HubCommit | None = None, files: Collection[str] = tuple(MAX_BYTES)) -> Artifact:
@@ -303,11 +322,36 @@ def read(path: str | os.PathLike[str], origin: HubCommit | None = None, files: C
     """
     given = Path(path).expanduser()
     other = given.with_suffix("") if given.suffix == ".zip" else Path(f"{given}.zip")
-    found = next((place for place in (given, other) if place.exists()), None)
+    found = next((place for place in (given, other) if place.exists()), None) or find_moved(given)
     if found is None:
         raise FileNotFoundError(f"there is no artifact at {given} nor at {other}: check the path")
+    stamp = _stamp(found) if origin is None else None  # a commit of the Hub does not change
     with _naming(origin, found):
-        return Artifact(found, _read_config(found), origin, files)
+        source = Artifact(found, {}, origin, files, stamp)
+        with source._of_one_save():
+            return replace(source, config=_read_config(found))
+
+
+def retried(load: Callable[[], T]) -> T:
+    """The result of `load`, which reads an artifact, begun anew if another process replaces that meanwhile."""
+    for _ in range(50):
+        with contextlib.suppress(Replaced):
+            return load()
+    return load()
+
+
+def _stamp(path: Path) -> Stamp:
+    """What tells one save at a path from the next; None where something is missing."""
+    places = [path / CONFIG, path / TENSOR_FILES["model"]] if path.is_dir() else [path]
+    facts: list[tuple[int, int, int] | None] = []
+    for place in places:
+        try:
+            stat = place.stat()
+        except OSError:
+            facts.append(None)
+        else:
+            facts.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return tuple(facts)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import stable_baselines3
 import torch
 from torch import Tensor, nn
 
+from diffagents import files
 from diffagents.errors import ArtifactError
 from diffagents.storage import artifact, hub
 from diffagents.storage.artifact import read, to_json_safe, write
@@ -259,6 +260,15 @@ def no_replacing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+
+
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Any, target: Any) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files, "_exchange", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
 
 
 def second_replace_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +281,7 @@ def second_replace_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         true_replace(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +292,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("folder", [False, True])
-@pytest.mark.parametrize("fault", [full_on_sync, no_replacing, second_replace_fails, interrupted])
+@pytest.mark.parametrize("fault", [full_on_sync, no_replacing, no_exchange, second_replace_fails, interrupted])
 def test_a_failed_write_leaves_the_old_one_and_nothing_else(
     tmp_path: Path, folder: bool, fault: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
