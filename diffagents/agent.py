@@ -26,7 +26,7 @@ from diffagents.config.checks import check_arguments, check_choice, find_device,
 from diffagents.config.hyperparameters import agent_doc, build_config, choose, signature
 from diffagents.data.load import load_dataset
 from diffagents.data.normalize import ObsNormalizer, RewardTransform
-from diffagents.data.replay_buffer import Replay
+from diffagents.data.replay_buffer import Replay, previous_of
 from diffagents.deploy.compiled_policy import compiled_act
 from diffagents.deploy.numpy_policy import NumpyPath
 from diffagents.envs.make import warn_of_another_env
@@ -473,17 +473,38 @@ class Agent(ABC):
         return export(self, path, format, **choice)
 
     # ---- files and the Hub -----------------------------------------------------------------------------------------
-    def save(self, path: str | pathlib.Path, include_trainer_state: bool = True) -> pathlib.Path:
+    def save(
+        self,
+        path: str | pathlib.Path,
+        include_trainer_state: bool = True,
+        *,
+        replay_buffer: str | pathlib.Path | None = None,
+    ) -> pathlib.Path:
         """Write a `.zip` (added if there is no suffix).
 
         Args:
             path: The file.
             include_trainer_state: Include optimisers, generators and plan, so that `learn` can be resumed bit for bit.
+            replay_buffer: Also save the replay buffer, to this file. At every moment, also after a kill, what lies at the two
+                places belongs together; two calls, of `save` and `save_replay_buffer`, cannot promise that.
 
         Returns:
             The path of the file.
+
+        Raises:
+            RuntimeError: There is no replay buffer.
+            OSError: The disk is full, permission is denied, ...; what was there before is unchanged.
         """
-        return artifact.write(path, *checkpoint.pack(self, include_trainer_state))
+        packed = checkpoint.pack(self, include_trainer_state)
+        if replay_buffer is None:
+            return artifact.write(path, *packed)
+        if self.replay_buffer is None:
+            raise RuntimeError("there is no replay buffer yet: learn_online creates one")
+        before = checkpoint.counters_at(path)
+        buffer = self.replay_buffer.save(replay_buffer, self._replay_fingerprint(), keep=before)
+        written = artifact.write(path, *packed)
+        previous_of(buffer).unlink(missing_ok=True)
+        return written
 
     @class_method
     def load(
@@ -692,7 +713,7 @@ class Agent(ABC):
             HubError: No such repository, no access or no connection.
             ArtifactError: Not a policy of this class, damaged, or from a newer version.
         """
-        where = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         return artifact.retried(
             lambda: checkpoint.unpack(cls, hub.find_artifact(repo_id_or_folder, revision, **where), device, overrides, env)
         )

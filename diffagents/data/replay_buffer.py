@@ -127,12 +127,14 @@ class Replay:
         ends = torch.from_numpy(np.flatnonzero(ended) + 1)
         return Sampler(self._rows[torch.from_numpy(order).to(self.device)], self.obs_dim, self.act_dim, ends)
 
-    def save(self, path: str | PathLike[str], moment: dict[str, int]) -> Path:
+    def save(self, path: str | PathLike[str], moment: dict[str, int], keep: dict[str, int] | None = None) -> Path:
         """Write one safetensors file. The write is atomic.
 
         Args:
             path: The file; its suffix becomes `.safetensors` (see `file_of`). Missing folders are made.
             moment: Counters of the agent, by which `load` recognises that agent and buffer were saved together.
+            keep: Counters of the agent that is on the disk. A buffer of that moment is moved to `previous_of(path)`, where
+                `load` finds it, instead of being overwritten.
 
         Returns:
             The file.
@@ -158,6 +160,8 @@ class Replay:
         part = temporary(path)
         try:
             save_file(tensors, part, {"diffagents": json.dumps(header)})
+            if keep is not None and keep.items() <= moment_of(path).items():
+                path.replace(previous_of(path))
             part.replace(path)
         except BaseException:
             remove(part)
@@ -182,6 +186,8 @@ class Replay:
             ArtifactError: If the file is damaged, or was saved with other spaces or at another moment.
         """
         path = file_of(path)
+        if moment_of(path) != moment and moment_of(previous_of(path)) == moment:
+            path = previous_of(path)  # the agent was not saved any more after this buffer's successor
         if not path.is_file():
             raise FileNotFoundError(
                 f"there is no replay buffer at {path}; pass the path that save_replay_buffer was called with"
@@ -340,6 +346,21 @@ class Mixture:
         )
         old = next(tabled) if self.offline is not None else None
         return Mixture(old, next(tabled, None), self.ratio)
+
+
+def previous_of(path: Path) -> Path:
+    """Where the buffer lies that belongs to the agent on the disk, while a newer one is at `path`."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def moment_of(path: Path) -> dict[str, Any]:
+    """The counters that are stored with a buffer; empty if there is none, or it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            moment = json.loads((file.metadata() or {})["diffagents"])["moment"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return {}
+    return moment if isinstance(moment, dict) else {}
 
 
 def file_of(path: str | PathLike[str]) -> Path:

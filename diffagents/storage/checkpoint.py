@@ -14,6 +14,7 @@ import dataclasses
 import platform
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -94,6 +95,15 @@ def pack(learner: Learner, trainer_state: bool) -> Packed:
     tensors["optimizer"] = optimizer_and_generator_tensors(learner)
     runs = {name: run.to_json() if run else None for name, run in (("plan", state.plan), ("online", state.online))}
     return config, tensors, {**runs, "history": state.history}
+
+
+def counters_at(path: str | Path) -> dict[str, int] | None:
+    """The counters of the agent at a path, as a replay buffer stores them; None if there is no agent."""
+    try:
+        counters = read(path).config["counters"]
+        return {"environment steps": counters["n_env_steps"], "updates": counters["n_updates"]}
+    except (OSError, ArtifactError, KeyError, TypeError):
+        return None
 
 
 def unpack(cls: type[L], source: Artifact, device: str | torch.device, overrides: dict[str, Any], env: Any = None) -> L:

@@ -194,3 +194,43 @@ def test_the_cache_leaves_no_part_behind(tmp_path: Path, monkeypatch: pytest.Mon
     file.write_bytes(b"damaged")
     load_dataset("diffagents/reacher/replay-v0")
     assert list(tmp_path.iterdir()) == [file] and file.stat().st_size > 1000
+
+
+def test_agent_and_replay_buffer_belong_together_whenever_the_process_ends(tmp_path: Path) -> None:
+    """Between the two files a process may be killed, more than once; what is on the disk can always be finished."""
+
+    def stop_at(n: int) -> Callable[[Any, Any], bool]:
+        return lambda local, _: local["self"].n_env_steps < n
+
+    agent = small("TD3BC", env="Pendulum-v1")
+    agent.learn_online(60, learning_starts=8, callback=stop_at(20))
+    place, buffer = tmp_path / "run.zip", tmp_path / "buffer"
+    agent.save(place, replay_buffer=buffer)
+    assert sorted(os.listdir(tmp_path)) == ["buffer.safetensors", "run.zip"]
+    for steps in (30, 40):
+        agent.learn_online(None, callback=stop_at(steps))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(artifact, "write", killed)
+            with pytest.raises(KeyboardInterrupt):
+                agent.save(place, replay_buffer=buffer)
+        loaded = diffagents.load(place, env="Pendulum-v1", device="cpu", verbose=0)
+        loaded.load_replay_buffer(buffer)
+        assert loaded.n_env_steps == 20 == len(loaded.replay_buffer)
+    loaded.learn_online(None)
+    assert loaded.n_env_steps == 60
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Path, "unlink", killed)  # after both have been written
+        with pytest.raises(KeyboardInterrupt):
+            loaded.save(place, replay_buffer=buffer)
+    again = diffagents.load(place, env="Pendulum-v1", device="cpu", verbose=0)
+    again.load_replay_buffer(buffer)
+    assert len(again.replay_buffer) == 60
+    again.save(place, replay_buffer=buffer)
+    assert sorted(os.listdir(tmp_path)) == ["buffer.safetensors", "run.zip"]
+    with pytest.raises(RuntimeError, match="no replay buffer yet"):
+        small("TD3BC", env="Pendulum-v1").save(tmp_path / "other", replay_buffer=buffer)
+    assert not (tmp_path / "other.zip").exists()
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
