@@ -5,12 +5,13 @@ Their docstrings are the texts of --help.
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,17 +267,30 @@ def data(args: argparse.Namespace) -> None:
     """
     from diffagents.experiments import describe as describing
 
+    page = args.html.expanduser() if args.html is not None else None
+    if page is not None:  # before any work
+        if page.is_dir():
+            raise IsADirectoryError(f"--html {page} is a folder: pass the name of a file in it")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError('--html needs matplotlib: pip install "diffagents[plot]"')
+        page.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.nullcontext() if page.exists() else _removed(page), page.open("a"):
+            pass
     with contextlib.redirect_stdout(sys.stderr):
         report = describing.describe(args.dataset, **_options(args, "env", "obs_keys", "quick"))
-    if args.html is not None:
-        page = args.html.expanduser()
-        page.parent.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(report.to_json(), allow_nan=False) if args.json else report, flush=True)
+    if page is not None:
         page.write_text(report.to_html(), encoding="utf-8")
-    print(json.dumps(report.to_json()) if args.json else report)
-    if args.html is not None:
         say(f"wrote {args.html}")
     if report.refused is not None:
         raise ValueError(report.refused)
+
+
+@contextlib.contextmanager
+def _removed(path: Path) -> Iterator[None]:
+    """Remove a file afterwards."""
+    yield
+    path.unlink()
 
 
 def select(args: argparse.Namespace) -> None:

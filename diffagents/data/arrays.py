@@ -245,6 +245,12 @@ def _assemble(
     if bounds_from_data:
         spec = dataclasses.replace(spec, action_space=_bounds_of(action, spec.action_space))
     returns = np.add.reduceat(rew.astype(np.float64), ends - lengths)
+    worst = int(np.abs(returns).argmax())
+    if abs(returns[worst]) > np.finfo(np.float32).max:
+        raise ValueError(
+            f"{info['id']}: the rewards of episode {worst} add up to {returns[worst]:.3g}, more than float32 can hold: divide "
+            "all rewards by a constant"
+        )
     # Where no end is flagged at all, cut episodes cannot be told from whole ones.
     whole = whole.copy() if whole.any() else np.ones_like(whole)
     if len(ends) > 1 and not terminated[-1] and lengths[-1] < lengths.max():

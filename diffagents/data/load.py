@@ -17,7 +17,7 @@ from diffagents.data import validation as check
 from diffagents.data.arrays import Keys, from_arrays, from_episodes, from_replay_buffer
 from diffagents.data.cache import cached, stamp_of
 from diffagents.data.minari import find_minari, read_minari
-from diffagents.data.ogbench import MARKS, episodes_of, is_ogbench, made
+from diffagents.data.ogbench import episodes_of, is_ogbench, made
 from diffagents.data.transitions import Transitions
 from diffagents.envs.make import difference_of_specs, make_env, spec_of, spec_to_store, warn_of_unstored_arguments
 from diffagents.errors import one_line
@@ -264,11 +264,9 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             for name in file.files:
                 head, _, leaf = name.partition("/")
-                if name in MARKS and name not in ("masks", "valids"):
-                    arrays[name] = None  # its name alone tells OGBench's files apart
                 if check.D4RL_NAMES.get(head, head) not in _ARRAYS:
-                    continue
-                if leaf:
+                    arrays[name] = None  # its name alone matters: for OGBench's layout, and for messages
+                elif leaf:
                     arrays.setdefault(head, {})[leaf] = file[name]
                 else:
                     arrays[head] = file[name]
@@ -327,8 +325,10 @@ def _robomimic_episodes(path: Path, keys: Keys) -> list[dict[str, Any]] | None:
                     }
                 )
             return episodes or None
-    except (OSError, KeyError, IndexError, ValueError) as error:
+    except (OSError, KeyError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as an HDF5 file: {one_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
 
 
 def _hdf5_arrays(path: Path) -> dict[str, Any]:
@@ -339,8 +339,8 @@ def _hdf5_arrays(path: Path) -> dict[str, Any]:
         with h5py.File(path, "r") as file:
             if "episode_0" in list(file):
                 raise ValueError("it is a file inside of a Minari set: pass the set's id instead")
-            names = [name for name in file if check.D4RL_NAMES.get(name, name) in _ARRAYS or name in MARKS]
-            # Of OGBench's marks the names alone are needed.
-            return {name: hdf5.read(file, name) if name in _ARRAYS or name not in MARKS else None for name in names}
+            # Of other arrays the names alone matter: for OGBench's layout, and for messages.
+            known = {name for name in file if check.D4RL_NAMES.get(name, name) in _ARRAYS}
+            return {name: hdf5.read(file, name) if name in known else None for name in file}
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a D4RL-style HDF5 file: {one_line(error)}") from None

@@ -80,9 +80,13 @@ def episodes_of(data: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(f"the arrays of {where} disagree in length ({listed}); every array needs one row per step")
+    if len(rew) == 0:
+        raise ValueError(f"{where} is empty (0 steps), so there is nothing to learn from")
     if next_obs is None:
         is_step = columns.get("valids", ~stops)
-        if not len(is_step) or is_step[-1]:
+        if not is_step.any():
+            raise ValueError(f"{where} is empty (0 steps): each of its rows is the last observation of a trajectory")
+        if is_step[-1]:
             raise ValueError(f"{where} ends within a trajectory: its last row must be the last observation of one")
         stops = np.append(~is_step[1:], True)[is_step]
         next_obs = np.roll(obs, -1, axis=0)[is_step]

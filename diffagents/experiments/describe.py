@@ -25,7 +25,7 @@ from diffagents.data import validation as check
 from diffagents.data.load import load_dataset
 from diffagents.data.minari import find_minari, read_episodes
 from diffagents.data.transitions import Transitions
-from diffagents.errors import one_line
+from diffagents.errors import one_line, printable
 from diffagents.evaluation.d4rl import d4rl_score
 from diffagents.experiments.describe_report import DatasetReport, number, percent
 from diffagents.networks.mlp import MLP
@@ -39,10 +39,12 @@ SATURATED = 0.01
 """Distance from a bound, as a share of the width between the bounds, within which an action counts as being at it."""
 OUTLIER = 3.0
 """How far outside its 1 % and 99 % quantiles a value counts as an outlier, in units of the distance between them."""
-JUMP = 15.0
-"""Rows are jumps if half of the dimensions change by this many times their median change."""
-GLITCH = 8.0
-"""So is a change of one dimension by this many of its standard deviations."""
+SMOOTH = 0.5
+"""A dimension is smooth if 99 % of its changes from row to row are smaller than this many of its standard deviations."""
+JUMP = 3.0
+"""A row is a jump if half of the smooth dimensions change by this many times their 99 % quantile of changes."""
+GLITCH = 20.0
+"""So is a change of one dimension by this many times its 99.9 % quantile of changes, and by 3 standard deviations."""
 TWINS = 0.02
 """Root mean square difference, in standard deviations, below which two episodes count as nearly the same."""
 MOST_COMPARED = 20_000
@@ -88,22 +90,34 @@ def describe(
     """
     options: dict[str, Any] = {"env": env, "obs_keys": obs_keys, "download": download, "cache": cache}
     findings: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, np.errstate(all="ignore"):
         warnings.simplefilter("always")
         try:
             data = load_dataset(dataset, **options)
         except (ValueError, TypeError) as error:
-            try:
-                data = load_dataset(dataset, **options, clip_actions=True)
-            except (ValueError, TypeError):
+            clipped = _loaded(dataset, options | {"clip_actions": True})
+            if clipped is None:
                 arrays = _bare_arrays(dataset, download)
-                if not arrays:
+                if (
+                    not arrays or _loaded(dataset, {"download": download, "cache": cache}) is not None
+                ):  # env= or obs_keys= is wrong
                     raise error from None
-                return DatasetReport({"arrays": [_array(*item) for item in arrays.items()]}, [], [], one_line(error), {})
-            findings.append(one_line(error))
-    prefix = f"{data.info.get('id')}: "
-    findings += [str(warning.message).removeprefix(prefix) for warning in caught]
-    return _measure(data, findings, quick)
+                rows = sorted((_array(*item) for item in arrays.items()), key=lambda row: not row["bad_columns"])
+                return DatasetReport({"arrays": rows}, [], [], one_line(error), {})
+            data = clipped
+            findings.append(f"{one_line(error)} (what follows describes the clipped actions)")
+        said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+        prefix = f"{data.info.get('id')}: "
+        findings += [text.removeprefix(prefix) for text in (*said, *data.info.get("warnings", ()))]
+        return _measure(data, findings, quick)
+
+
+def _loaded(dataset: Any, options: dict[str, Any]) -> Transitions | None:
+    """What `load_dataset` returns; None if it refuses the data."""
+    try:
+        return load_dataset(dataset, **options)
+    except (ValueError, TypeError):
+        return None
 
 
 def _measure(data: Transitions, findings: list[str], quick: bool) -> DatasetReport:
@@ -116,7 +130,7 @@ def _measure(data: Transitions, findings: list[str], quick: bool) -> DatasetRepo
             "n_transitions": len(data),
             "obs_dim": data.spec.obs_dim,
             "act_dim": data.spec.act_dim,
-            "obs_keys": data.info.get("obs_keys"),
+            "obs_keys": None if data.spec.obs_keys is None else [printable(key) for key in data.spec.obs_keys],
             "bounds_from_data": bool(data.info.get("bounds_from_data")),
         },
         "episodes": _episodes(data),
@@ -157,8 +171,12 @@ def _terminated(data: Transitions) -> NDArray[np.bool_]:
 
 def _episodes(data: Transitions) -> dict[str, Any]:
     lengths, terminated, whole = data.episode_lengths.numpy(), _terminated(data), data.episode_whole.numpy()
+    values, counts = np.unique(lengths, return_counts=True)
+    usual = int(values[counts.argmax()]) if counts.max() > 0.3 * len(lengths) else None
     return {
         **_spread(lengths),
+        "usual": usual,  # the length of at least three in ten
+        "n_longer": 0 if usual is None else int((lengths > usual).sum()),
         "n_terminated": int(terminated.sum()),
         "n_truncated": int((~terminated & whole).sum()),
         "n_unfinished": int((~terminated & ~whole).sum()),
@@ -180,6 +198,7 @@ def _returns(data: Transitions) -> dict[str, Any]:
     order = judged[np.argsort(-returns[judged], kind="stable")]
     best = order[: max(1, len(order) // 10)]
     lengths = data.episode_lengths.numpy()
+    differ = bool(np.ptp(returns[judged]) > 0)
 
     def rows(chosen: NDArray[Any]) -> list[dict[str, Any]]:
         return [{"episode": int(i), "return": float(returns[i]), "length": int(lengths[i])} for i in chosen]
@@ -190,14 +209,18 @@ def _returns(data: Transitions) -> dict[str, Any]:
         "n": len(judged),
         "best_tenth": float(returns[best].mean()),
         "score": d4rl_score(env_id, returns[judged].tolist()),
-        "best": rows(order[:3]),
-        "worst": rows(order[::-1][:3]),
+        "best": rows(order[:3]) if differ else [],
+        "worst": rows(order[::-1][:3]) if differ else [],
     }
 
 
 def _rewards(data: Transitions, rows: NDArray[Any]) -> dict[str, Any]:
     rewards = data.rew.numpy()
     values, counts = np.unique(rewards[rows], return_counts=True)
+    low, high = np.quantile(rewards[rows].astype(np.float64), (0.01, 0.99))
+    margin = OUTLIER * (high - low)
+    outliers = ((rewards < low - margin) | (rewards > high + margin)).sum() if margin > 0 else 0
+    of_episodes, of_rows = data.episode_returns.double().abs().sum(), data.rew.double().abs().sum()
     transforms: dict[str, Any] = {}
     for name in ("auto", "unit_returns"):
         fitted = data.fit_reward_transform(name)
@@ -205,6 +228,9 @@ def _rewards(data: Transitions, rows: NDArray[Any]) -> dict[str, Any]:
     return {
         **_spread(rewards),
         "share_zero": float((rewards == 0).mean()),
+        "n_outliers": int(outliers),
+        # Whether the rows that were dropped, because where they led is unknown, held all that was rewarded.
+        "only_in_dropped": bool(of_rows == 0 and of_episodes > 0),
         "n_values": len(values),
         "commonest": float(values[counts.argmax()]),
         "share_commonest": float(counts.max() / counts.sum()),
@@ -218,7 +244,11 @@ def _rewards(data: Transitions, rows: NDArray[Any]) -> dict[str, Any]:
 def _names(data: Transitions) -> list[str]:
     """A name for each dimension of the observation, such as `position[0]`, (S,)."""
     shapes = check.obs_shapes(data.spec)
-    return [f"{key}[{i}]" if key is not None else str(i) for key, shape in shapes.items() for i in range(math.prod(shape))]
+    return [
+        f"{printable(key)}[{i}]" if key is not None else str(i)
+        for key, shape in shapes.items()
+        for i in range(math.prod(shape))
+    ]
 
 
 def _columns(values: NDArray[Any], rows: NDArray[Any]) -> dict[str, Floats]:
@@ -240,28 +270,34 @@ def _columns(values: NDArray[Any], rows: NDArray[Any]) -> dict[str, Floats]:
 def _observations(data: Transitions, rows: NDArray[Any]) -> list[dict[str, Any]]:
     obs = data.obs.numpy()
     found = _columns(obs, rows)
-    margin = OUTLIER * (found["high"] - found["low"])
-    outside = (obs > (found["high"] + margin).astype(np.float32)) | (obs < (found["low"] - margin).astype(np.float32))
-    outliers = outside.sum(0)
+    outliers = _outliers(obs, found)
     turned = _turns(data, found["max"] - found["min"])
     table = []
     for i, name in enumerate(_names(data)):
         row: dict[str, Any] = {"name": name, **{key: float(value[i]) for key, value in found.items()}}
         row["constant"] = row["min"] == row["max"]
         row["n_values"] = _few_values(obs[rows, i])
-        # Where 98 % of the values agree, what differs is an event and no outlier.
-        row["n_outliers"] = int(outliers[i]) if margin[i] > 0 else 0
+        row["n_outliers"] = int(outliers[i])
         row["n_turns"] = int(turned[i])
         table.append(row)
     return table
 
 
+def _outliers(values: NDArray[Any], found: Mapping[str, Floats]) -> NDArray[np.int64]:
+    """How many values of each dimension lie far outside of its 1 % and 99 % quantiles, (D,)."""
+    margin = OUTLIER * (found["high"] - found["low"])
+    outside = (values > (found["high"] + margin).astype(np.float32)) | (values < (found["low"] - margin).astype(np.float32))
+    # Where 98 % of the values agree, what differs is an event and no outlier.
+    return np.where(margin > 0, outside.sum(0), 0)
+
+
 def _turns(data: Transitions, width: Floats) -> NDArray[np.int64]:
-    """How often each dimension, if it can be an angle in radians, leaps from one end of its range to the other, (S,)."""
+    """How often each dimension, if it can be an angle, leaps from one end of its range to the other, (S,)."""
     turns = np.zeros(len(width), np.int64)
-    for i in np.flatnonzero((width > 1.9 * math.pi) & (width < 2.01 * math.pi)):
-        change = (data.next_obs[:, i] - data.obs[:, i]).abs() > 1.8 * math.pi
-        turns[i] = int((change & (data.done == 0)).sum())
+    for full in (2 * math.pi, 360.0):
+        for i in np.flatnonzero((width > 0.95 * full) & (width < 1.005 * full)):
+            change = (data.next_obs[:, i] - data.obs[:, i]).abs() > 0.9 * full
+            turns[i] = int((change & (data.done == 0)).sum())
     return turns
 
 
@@ -276,6 +312,7 @@ def _actions(data: Transitions, rows: NDArray[Any]) -> list[dict[str, Any]]:
     action = data.action.numpy()
     low, high = (bound.reshape(-1).astype(np.float64) for bound in (data.spec.action_space.low, data.spec.action_space.high))
     found, width = _columns(action, rows), high - low
+    outliers = _outliers(action, found)
     at_low = (action <= (low + SATURATED * width).astype(np.float32)).mean(0)
     at_high = (action >= (high - SATURATED * width).astype(np.float32)).mean(0)
     table = []
@@ -284,6 +321,7 @@ def _actions(data: Transitions, rows: NDArray[Any]) -> list[dict[str, Any]]:
         row |= {"bounds": [float(low[i]), float(high[i])], "at_low": float(at_low[i]), "at_high": float(at_high[i])}
         row["constant"] = row["std"] < 1e-5 * float(width[i])
         row["n_values"] = _few_values(action[rows, i])
+        row["n_outliers"] = int(outliers[i])
         row["used"] = float((found["high"][i] - found["low"][i]) / width[i])
         table.append(row)
     return table
@@ -293,51 +331,53 @@ def _actions(data: Transitions, rows: NDArray[Any]) -> list[dict[str, Any]]:
 
 
 def _duplicates(data: Transitions) -> dict[str, Any]:
-    """Episodes that equal an earlier one, exactly or nearly."""
+    """Episodes that equal an earlier one, exactly, or nearly in observations and actions."""
     ends = data.episode_ends.numpy()
     starts = np.concatenate([[0], ends[:-1]])
-    obs, action = data.obs.numpy(), data.action.numpy()
+    obs, action, rew = data.obs.numpy(), data.action.numpy(), data.rew.numpy()
     seen: dict[bytes, int] = {}
-    pairs = []
-    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+    pairs, distinct = [], []
+    for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         if start == end:
             continue
-        digest = hashlib.blake2b(obs[start:end].tobytes() + action[start:end].tobytes(), digest_size=16).digest()
+        parts = (array[start:end].tobytes() for array in (obs, action, rew))
+        digest = hashlib.blake2b(b"".join(parts), digest_size=16).digest()
         if digest in seen:
             pairs.append([seen[digest], i])
-        seen.setdefault(digest, i)
-    near = _near_twins(obs, action, starts, ends)
-    return {
-        "n_exact": len(pairs),
-        "exact": pairs[:5],
-        "n_near": len(near),
-        "near": near[:5],
-        "n_compared": min(len(ends), MOST_COMPARED),
-    }
+        else:
+            seen[digest] = i
+            distinct.append(i)
+    compared = np.asarray(distinct)[ends[distinct] - starts[distinct] >= 2]
+    compared = compared[np.unique(np.linspace(0, len(compared) - 1, min(len(compared), MOST_COMPARED)).astype(np.int64))]
+    near = _near_twins(obs, action, starts, ends, compared)
+    return {"n_exact": len(pairs), "exact": pairs[:5], "n_near": len(near), "near": near[:5], "n_compared": len(compared)}
 
 
-def _near_twins(obs: NDArray[Any], action: NDArray[Any], starts: NDArray[Any], ends: NDArray[Any]) -> list[list[int]]:
-    """(earlier, later) for each episode that nearly equals an earlier one; exact copies are included.
+def _near_twins(
+    obs: NDArray[Any], action: NDArray[Any], starts: NDArray[Any], ends: NDArray[Any], chosen: NDArray[Any]
+) -> list[list[int]]:
+    """(earlier, later) for each of the `chosen` episodes that nearly equals an earlier one of them.
 
     Compared are 16 steps, evenly over each episode, of standardised observations and actions, after a random projection to 64
     numbers, which keeps distances (Johnson and Lindenstrauss 1984).
     """
-    chosen = np.flatnonzero(ends - starts >= 2)
-    chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_COMPARED)).astype(np.int64))]
     if len(chosen) < 2:
         return []
     steps = starts[chosen, None] + np.round(np.linspace(0, 1, 16) * (ends[chosen] - starts[chosen] - 1)[:, None]).astype(
         np.int64
     )
-    at = np.concatenate([obs[steps], action[steps]], -1).astype(np.float32)  # (E, 16, S + A)
+    at = np.concatenate([obs[steps], action[steps]], -1).astype(np.float64)  # (E, 16, S + A)
     flat = at.reshape(-1, at.shape[-1])
-    std = flat.std(0)
+    # Of the middle nine tenths, so that one episode that has run away does not make all others look alike.
+    low, median, high = np.quantile(flat, (0.05, 0.5, 0.95), axis=0)
+    std = np.where(high > low, (high - low) / 3.3, flat.std(0))
     varies = std > 1e-6 * np.abs(flat).max(0)
     if not varies.any():
         return []
-    features = ((at - flat.mean(0)) / np.where(varies, std, 1.0))[..., varies].reshape(len(chosen), -1)
-    directions = np.random.default_rng(0).standard_normal((features.shape[1], 64)).astype(np.float32)
-    points = torch.from_numpy(features @ directions / math.sqrt(64 * features.shape[1]))  # squared distance: mean over features
+    features = ((at - median) / np.where(varies, std, 1.0))[..., varies].reshape(len(chosen), -1).clip(-100, 100)
+    directions = np.random.default_rng(0).standard_normal((features.shape[1], 64))
+    scale = math.sqrt(64 * features.shape[1])  # then a squared distance is a mean over features
+    points = torch.from_numpy((features @ directions / scale).astype(np.float32))
     pairs = []
     for first in range(0, len(points), 1024):
         part = points[first : first + 1024]
@@ -349,36 +389,34 @@ def _near_twins(obs: NDArray[Any], action: NDArray[Any], starts: NDArray[Any], e
 
 
 def _jumps(data: Transitions, rows: NDArray[Any]) -> dict[str, Any]:
-    """Transitions inside of episodes over which the observation changes as at no other."""
+    """Transitions over which the observation changes far more than it does otherwise."""
     obs, next_obs, done = data.obs.numpy(), data.next_obs.numpy(), data.done.numpy() == 1
     sample = rows[~done[rows]]
-    changes = np.abs(next_obs[sample] - obs[sample])
-    if len(changes) == 0:
+    if len(sample) < 2:
         return {"n": 0, "first": []}
-    # Each dimension's usual change: the median of those that are not zero, so that sensors that change rarely have one.
-    moving = np.where(changes > 0, changes, np.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a dimension that never changes
-        usual = np.nanmedian(moving, axis=0)
+    changes = np.abs(next_obs[sample] - obs[sample]).astype(np.float64)
     std = obs[sample].std(0, dtype=np.float64)
-    used = np.isfinite(usual) & (usual > 0) & (std > 0)
-    if not used.any():
-        return {"n": 0, "first": []}
+    median, usual, rare = np.quantile(changes, (0.5, 0.99, 0.999), axis=0)
+    turns = _turns(data, np.ptp(obs, axis=0).astype(np.float64)) > 0  # the leaps of an angle are no jumps
+    smooth = (median > 0) & (usual < SMOOTH * std) & ~turns
+    steady = (rare > 0) & ~turns
+    limit, single = (JUMP * usual).astype(np.float32), np.maximum(GLITCH * rare, 3.0 * std).astype(np.float32)
     jumps = []
     for start in range(0, len(obs), SAMPLE):
         part = slice(start, start + SAMPLE)
-        change = np.abs(next_obs[part][:, used] - obs[part][:, used])
-        # At least half of the dimensions exceed the limit: cheaper than a median of each row.
-        many = (change > (JUMP * usual[used]).astype(np.float32)).mean(1) >= 0.5
-        one = (change > (GLITCH * std[used]).astype(np.float32)).any(1)
-        jumps.append(start + np.flatnonzero((many | one) & ~done[part]))
-    found = np.concatenate(jumps)
-    ends = data.episode_ends.numpy()
-    first = [(int(np.searchsorted(ends, row, side="right")), int(row)) for row in found[:5]]
-    return {
-        "n": len(found),
-        "first": [{"episode": e, "step": row - (int(ends[e - 1]) if e else 0), "row": row} for e, row in first],
-    }
+        change = np.abs(next_obs[part] - obs[part])
+        found = (change[:, steady] > single[steady]).any(1)
+        if smooth.any():
+            found |= (change[:, smooth] > limit[smooth]).mean(1) >= 0.5
+        jumps.append(start + np.flatnonzero(found & ~done[part]))
+    found_rows = np.concatenate(jumps)
+    ends, lengths = data.episode_ends.numpy(), data.episode_lengths.numpy()
+    first = []
+    for row in found_rows[:5].tolist():
+        episode = int(np.searchsorted(ends, row, side="right"))
+        step = row - (int(ends[episode - 1]) if episode else 0)
+        first.append({"episode": episode, "step": step, "row": int(lengths[:episode].sum()) + step})  # rows as recorded
+    return {"n": len(found_rows), "first": first}
 
 
 def _coverage(data: Transitions, rows: NDArray[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -404,13 +442,14 @@ def _coverage(data: Transitions, rows: NDArray[Any]) -> tuple[dict[str, Any], di
     of_best = np.isin(np.searchsorted(data.episode_ends.numpy(), rows, side="right"), best)
     low, high = np.quantile(points, (0.005, 0.995), axis=0)
     cell = np.clip((points - low) / np.maximum(high - low, 1e-12) * 20, 0, 19).astype(np.int64)
-    number = cell[:, 0] * 20 + cell[:, 1]
+    place = cell[:, 0] * 20 + cell[:, 1]
+    differ = bool(np.ptp(data.episode_returns.numpy()) > 0)
     facts = {
         "n_varying": int(varies.sum()),
         "n_components": int(np.searchsorted(share, 0.95)) + 1,
-        "best_tenth_visits": len(np.unique(number[of_best])) / len(np.unique(number)),
+        "best_tenth_visits": len(np.unique(place[of_best])) / len(np.unique(place)) if differ else None,
     }
-    return facts, {"points": points, "of_best": of_best}
+    return facts, {"points": points, "of_best": of_best & differ}
 
 
 # ---- a clone, a first run ----------------------------------------------------------------------------------------------
@@ -424,20 +463,19 @@ def _clone(data: Transitions) -> dict[str, Any]:
     if n_episodes >= 10:
         held_out = torch.randperm(n_episodes, generator=generator)[: max(1, n_episodes // 10)]
         test = torch.isin(torch.searchsorted(data.episode_ends, torch.arange(len(data)), right=True), held_out)
-    else:  # too few episodes: the end of each row of tenths
+    else:  # too few episodes: the last tenth of the rows
         test = torch.arange(len(data)) * 10 // max(1, len(data)) == 9
     rows, others = (~test).nonzero()[:, 0], test.nonzero()[:, 0]
     if len(rows) == 0 or len(others) == 0:
         return {"residual": None, "share_unexplained": None, "n_episodes_held_out": 0, "seconds": 0.0}
     others = others[:: max(1, len(others) // 20_000)]
+    if float(targets_of(data, others).var(0, correction=0).sum()) < 1e-10:  # nothing to explain
+        return {"residual": None, "share_unexplained": None, "n_episodes_held_out": 0, "seconds": 0.0}
     std, mean = torch.std_mean(data.obs[rows[:: max(1, len(rows) // SAMPLE)]], 0, correction=0)
     std = std + 1e-3
 
     def inputs(chosen: torch.Tensor) -> torch.Tensor:
         return ((data.obs[chosen] - mean) / std).clamp(-10, 10)
-
-    def targets(chosen: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(data.spec.scale_action(data.action[chosen].numpy()))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -449,7 +487,7 @@ def _clone(data: Transitions) -> dict[str, Any]:
     try:
         for _ in range(CLONE_STEPS):
             chosen = rows[torch.randint(len(rows), (CLONE_BATCH,), generator=generator)]
-            loss = nn.functional.mse_loss(net(inputs(chosen)), targets(chosen))
+            loss = nn.functional.mse_loss(net(inputs(chosen)), targets_of(data, chosen))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -457,7 +495,7 @@ def _clone(data: Transitions) -> dict[str, Any]:
     finally:
         torch.set_num_threads(n_threads)
     with torch.no_grad():
-        truth = targets(others)
+        truth = targets_of(data, others)
         error = (net(inputs(others)) - truth).square().mean(0)
         unexplained = (error / truth.var(0, correction=0).clamp(min=1e-12)).clamp(max=1.0)
     total = float((error.sum() / truth.var(0, correction=0).sum().clamp(min=1e-12)).clamp(max=1.0))
@@ -468,6 +506,11 @@ def _clone(data: Transitions) -> dict[str, Any]:
         "n_episodes_held_out": max(1, n_episodes // 10) if n_episodes >= 10 else 0,
         "seconds": time.perf_counter() - started,
     }
+
+
+def targets_of(data: Transitions, rows: torch.Tensor) -> torch.Tensor:
+    """The actions of some rows, scaled to [-1, 1]."""
+    return torch.from_numpy(data.spec.scale_action(data.action[rows].numpy()))
 
 
 def _duration(name: str, data: Transitions) -> float:
@@ -488,25 +531,42 @@ def _findings(facts: Mapping[str, Any]) -> list[str]:
     """What looks wrong or surprising in the measurements."""
     found = []
     episodes, obs, actions = facts["episodes"], facts["observations"], facts["actions"]
-    duplicates, jumps = facts["duplicates"], facts["jumps"]
+    duplicates, jumps, rewards = facts["duplicates"], facts["jumps"], facts["rewards"]
     if duplicates["n_exact"]:
         first, second = duplicates["exact"][0]
-        found.append(f"{duplicates['n_exact']} episodes are exact copies of earlier ones (the first: {second} of {first})")
-    near = duplicates["n_near"] - duplicates["n_exact"]
-    if near > 0:
-        pairs = [pair for pair in duplicates["near"] if pair not in duplicates["exact"]]
-        example = f" (such as {pairs[0][1]} and {pairs[0][0]})" if pairs else ""
-        found.append(f"{near} episodes nearly equal earlier ones{example}: the same run, recorded or augmented twice?")
+        found.append(f"episodes that are exact copies of earlier ones: {duplicates['n_exact']:,} (first: {second} of {first})")
+    if duplicates["n_near"]:
+        first, second = duplicates["near"][0]
+        found.append(
+            f"episodes that nearly equal earlier ones: {duplicates['n_near']:,} of {duplicates['n_compared']:,} compared "
+            f"(first: {second} and {first}): the same run, recorded or augmented twice?"
+        )
     if jumps["n"]:
         place = jumps["first"][0]
+        where = f"episode {place['episode']}, step {place['step']}, row {place['row']}"
         found.append(
-            f"{jumps['n']} transitions jump: the observation changes as at no other row (first: episode {place['episode']}, "
-            f"step {place['step']}, row {place['row']}): a missing end of an episode, lost rows or a faulty sensor?"
+            f"transitions that jump: {jumps['n']:,} (first: {where}), "
+            "over which the observation changes far more than it does otherwise: a missing end of an episode, lost rows or a "
+            "faulty sensor?"
         )
-    if episodes["n_rows_dropped"]:
+    if episodes["n_longer"]:
         found.append(
-            f"{episodes['n_rows_dropped']} rows cannot be used, because where they led was not recorded: record the last "
-            "observation of every episode"
+            f"episodes of more than {episodes['usual']:,} steps, which many have: {episodes['n_longer']:,}; is an end missing?"
+        )
+    if rewards["only_in_dropped"]:
+        found.append(
+            "every reward but 0 is in a row that cannot be used, because where it led was not recorded: record the last "
+            "observation of every episode, or nothing can be learned from rewards"
+        )
+    elif episodes["n_rows_dropped"]:
+        found.append(
+            f"rows that cannot be used, because where they led was not recorded: {episodes['n_rows_dropped']:,}; record the "
+            "last observation of every episode"
+        )
+    if rewards["n_outliers"]:
+        found.append(
+            f"rewards far outside of 98 % of their values: {rewards['n_outliers']:,} (extremes {number(rewards['min'])} and "
+            f"{number(rewards['max'])}): they decide the scale of all others"
         )
     outliers = [f"{row['name']} ({row['n_outliers']:,})" for row in obs if row["n_outliers"]]
     moving = [row for row in actions if not row["constant"]]
@@ -514,8 +574,14 @@ def _findings(facts: Mapping[str, Any]) -> list[str]:
     named = {
         "observation dimensions that never change": [row["name"] for row in obs if row["constant"]],
         "observation dimensions with outliers, far outside of 98 % of their values": outliers,
+        "observation dimensions whose standard deviation is below 0.001, so that normalising does not show them": [
+            row["name"] for row in obs if not row["constant"] and row["std"] < 1e-3
+        ],
         "observation dimensions that are angles and leap by a full turn (take sine and cosine)": [
             f"{row['name']} ({row['n_turns']:,} times)" for row in obs if row["n_turns"]
+        ],
+        "action dimensions with outliers, far outside of 98 % of their values": [
+            f"{row['name']} ({row['n_outliers']:,})" for row in actions if row["n_outliers"]
         ],
         "action dimensions that never change": [row["name"] for row in actions if row["constant"]],
         "action dimensions that take few values, between which a policy will also act": switches,
@@ -547,7 +613,9 @@ def _advice(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts["data"]["bounds_from_data"]:
         advice.append(("bounds", "The bounds of the actions are those of the data: pass env= (--env) for the true ones."))
-    if facts["duplicates"]["n_near"] > 0.05 * facts["data"]["n_episodes"]:
+    duplicates, n_episodes = facts["duplicates"], facts["data"]["n_episodes"]
+    near = duplicates["n_near"] / max(duplicates["n_compared"], 1) * (n_episodes - duplicates["n_exact"])
+    if duplicates["n_exact"] + near > 0.05 * n_episodes:
         advice.append(("copies", "Leave them out: they count as often as they occur, and held-out episodes would be known."))
     if "first_run" in facts:
         times = ", ".join(f"{name} {_clock(seconds)}" for name, seconds in facts["first_run"].items())
@@ -576,7 +644,7 @@ def _observation_advice(observations: Sequence[Mapping[str, Any]]) -> str:
     stds = [row["std"] for row in observations if not row["constant"]]
     if not stds:
         return "No dimension changes: a policy can only learn one action."
-    ratio = max(stds) / max(min(stds), 1e-12)
+    ratio = max(stds) / max(min(stds), 1e-300)
     what = f"The largest standard deviation of a dimension is {number(max(stds))}, {number(ratio)} times the smallest: "
     if ratio > 10 or max(stds) > 50:
         return what + "keep normalize_obs=True, which the default preset has."
@@ -590,6 +658,7 @@ def _algorithm_advice(facts: Mapping[str, Any]) -> str:
 
 def _which_algorithm(facts: Mapping[str, Any]) -> str:
     returns, noise = facts["returns"], (facts.get("clone") or {}).get("share_unexplained")
+    episodes = facts["episodes"]
     if _only_cloning(facts):
         return "Only imitation is possible: " + (
             f"DiffusionBC, because a clone leaves {percent(noise)} of the actions' variance unexplained, which may be several "
@@ -597,7 +666,15 @@ def _which_algorithm(facts: Mapping[str, Any]) -> str:
             if noise is not None and noise > 0.3
             else "BC, and DiffusionBC where one observation allows several actions."
         )
-    if returns["n"] < 2 or returns["std"] < 0.05 * max(abs(returns["mean"]), 1e-9):
+    if returns["n"] < 2:
+        return "Begin with BC: there is only one episode, and nothing to compare it with."
+    if facts["rewards"]["transforms"]["auto"]["name"] == "iql_antmaze" and episodes["std"] > 0.05 * episodes["mean"]:
+        return (
+            f"Begin with SRPO, and BC to compare with: episodes take between {number(episodes['min'])} and "
+            f"{number(episodes['max'])} steps, so there is something to prefer. Then DiffusionQL and DiffCPS, which take "
+            "longer."
+        )
+    if returns["std"] < 0.05 * max(abs(returns["mean"]), 1e-9):
         return (
             f"Begin with BC: all episodes return about the same ({number(returns['mean'])} ± {number(returns['std'])}), so "
             "there is little to choose between. SRPO and DiffusionQL may gain where rewards differ within an episode."
@@ -621,13 +698,19 @@ def _bare_arrays(dataset: Any, download: bool) -> dict[str, NDArray[Any]]:
         return _flatten(dataset)
     if isinstance(dataset, (list, tuple)) and dataset and all(isinstance(episode, Mapping) for episode in dataset):
         return _joined(map(_flatten, dataset))
+    if hasattr(dataset, "buffer_size") and hasattr(dataset, "observations"):  # a replay buffer
+        n = dataset.buffer_size if dataset.full else dataset.pos
+        parts = ("observations", "next_observations", "actions", "rewards", "dones")
+        return _flatten({name: _rows_of(getattr(dataset, name, None), n) for name in parts})
+    if hasattr(dataset, "iterate_episodes"):  # a MinariDataset
+        return _joined(_flatten({name: getattr(episode, name) for name in EPISODE}) for episode in dataset.iterate_episodes())
     if not isinstance(dataset, str | Path):
         return {}
     path = Path(dataset).expanduser()
     try:
         if path.suffix.lower() == ".npz" and path.is_file():
             with np.load(path, allow_pickle=False) as file:
-                return _flatten({name: file[name] for name in file.files})
+                return _flatten({name: array for name in file.files if (array := _readable(file, name)) is not None})
         if path.suffix.lower() in (".hdf5", ".h5") and path.is_file():
             return _hdf5(path)
         if isinstance(dataset, str):
@@ -637,6 +720,29 @@ def _bare_arrays(dataset: Any, download: bool) -> dict[str, NDArray[Any]]:
     except Exception:  # the error that the data were refused with says more
         return {}
     return {}
+
+
+EPISODE = ("observations", "actions", "rewards", "terminations", "truncations")
+
+
+def _rows_of(value: Any, n: int) -> Any:
+    """The first n rows of an array or of each array of a dict."""
+    return (
+        {key: array[:n] for key, array in value.items()}
+        if isinstance(value, Mapping)
+        else value
+        if value is None
+        else value[:n]
+    )
+
+
+def _readable(file: Any, name: str) -> NDArray[Any] | None:
+    """An array of an .npz; None for one of objects, which would have to be unpickled."""
+    try:
+        array: NDArray[Any] = file[name]
+    except ValueError:
+        return None
+    return array
 
 
 def _flatten(arrays: Mapping[Any, Any], prefix: str = "") -> dict[str, NDArray[Any]]:
@@ -681,7 +787,7 @@ def _hdf5(path: Path) -> dict[str, NDArray[Any]]:
 def _array(name: str, array: NDArray[Any]) -> dict[str, Any]:
     """Shape, range and bad values of one array."""
     numbers = np.atleast_1d(array)
-    numbers = numbers.reshape(len(numbers), -1)
+    numbers = numbers.reshape(len(numbers), math.prod(numbers.shape[1:]))  # not -1: the array may be empty
     good = np.isfinite(numbers)
     row: dict[str, Any] = {"name": name, "shape": list(array.shape), "dtype": str(array.dtype), "min": None, "max": None}
     if good.any():

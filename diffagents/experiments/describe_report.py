@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,12 +121,11 @@ def _about_returns(returns: Mapping[str, Any]) -> list[str]:
     def places(rows: Sequence[Mapping[str, Any]]) -> str:
         return ", ".join(f"episode {row['episode']} ({number(row['return'])} in {row['length']} steps)" for row in rows)
 
-    return [
+    said = [
         f"{_range(returns)}, over {returns['n']:,} whole episodes{score}.",
         f"The best tenth returns {number(returns['best_tenth'])}.",
-        f"Best: {places(returns['best'])}.",
-        f"Worst: {places(returns['worst'])}.",
     ]
+    return said + [f"{name}: {places(returns[name.lower()])}." for name in ("Best", "Worst") if returns[name.lower()]]
 
 
 def _about_rewards(rewards: Mapping[str, Any]) -> list[str]:
@@ -137,10 +137,9 @@ def _about_rewards(rewards: Mapping[str, Any]) -> list[str]:
 
 
 def _about_copies(duplicates: Mapping[str, Any], jumps: Mapping[str, Any]) -> list[str]:
-    near = max(0, duplicates["n_near"] - duplicates["n_exact"])
     return [
-        f"Episodes that are exact copies of earlier ones: {duplicates['n_exact']:,}; that nearly equal one: {near:,} "
-        f"({duplicates['n_compared']:,} compared).",
+        f"Episodes that are exact copies of earlier ones: {duplicates['n_exact']:,}; that nearly equal one: "
+        f"{duplicates['n_near']:,} ({duplicates['n_compared']:,} different ones compared).",
         f"Transitions that jump: {jumps['n']:,}.",
     ]
 
@@ -188,6 +187,7 @@ def action_table(facts: Mapping[str, Any]) -> Table:
     rows = []
     for i, row in enumerate(facts["actions"]):
         note = "constant" if row["constant"] else f"{row['n_values']} values" if row["n_values"] else ""
+        note += f"{', ' if note else ''}{row['n_outliers']:,} outliers" if row["n_outliers"] else ""
         rows.append(
             [
                 row["name"],
@@ -377,7 +377,9 @@ def _pictures(report: DatasetReport) -> list[str]:
         if figure is None:
             continue
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a name in letters that the font lacks
+            figure.savefig(buffer, format="png", dpi=110)
         wide = ' class="wide"' if figure.get_figwidth() > 8 else ""
         data = base64.b64encode(buffer.getvalue()).decode()
         items.append(f'<div{wide}><img alt="{html.escape(title)}" src="data:image/png;base64,{data}"></div>')
@@ -481,7 +483,12 @@ def draw_observations(report: DatasetReport) -> "Figure":
     axes.set_xlabel("dimension")
     axes.set_ylabel("standard deviations from the mean")
     if len(table) <= 40:
-        axes.set_xticks(range(len(table)), [row["name"] for row in table], rotation=90 if len(table) > 12 else 0, fontsize=7)
+        axes.set_xticks(
+            range(len(table)),
+            [row["name"].replace("$", r"\$") for row in table],
+            rotation=90 if len(table) > 12 else 0,
+            fontsize=7,
+        )
     return figure
 
 

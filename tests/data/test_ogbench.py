@@ -88,3 +88,23 @@ def test_d4rls_data_with_a_state_are_not_taken_for_it() -> None:
     d4rl = {name: arrays[name] for name in ("observations", "next_observations", "actions", "rewards", "terminals")}
     data = load_dataset({**d4rl, "timeouts": np.zeros(15), "qpos": np.ones((15, 7))})
     assert data.done.nonzero()[:, 0].tolist() == [5, 9, 14]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("layout", ["regular", "compact", "file"])
+def test_data_without_a_step_are_empty(layout: str, rows: int) -> None:
+    arrays = {name: value[:rows] for name, value in layouts()[layout].items()}
+    if layout == "regular":
+        arrays = {name: value[:0] for name, value in arrays.items()}
+    elif layout == "compact":
+        arrays["valids"] = np.zeros(rows)
+    else:
+        arrays["terminals"] = np.ones(rows)
+    with pytest.raises(ValueError, match=r"is empty \(0 steps\)"):
+        load_dataset(arrays)
+
+
+def test_a_file_with_other_names_says_which_it_has(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", obs=np.ones((3, 2)), act=np.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"lacks observations, actions, rewards.*; it has obs, act"):
+        load_dataset(tmp_path / "x.npz")

@@ -97,26 +97,105 @@ def test_copies_are_found_exact_and_near_and_others_are_not() -> None:
     episodes = walks()
     assert (report_of(episodes).facts["duplicates"]["n_exact"], report_of(episodes).facts["duplicates"]["n_near"]) == (0, 0)
     noisy = {**episodes[7], "observations": episodes[7]["observations"] + [0.001, 0.002, 0.0]}
-    report = report_of([*episodes, episodes[3], noisy])
+    relabelled = {**episodes[9], "rewards": -episodes[9]["rewards"]}  # other data, though the run is the same
+    report = report_of([*episodes, episodes[3], noisy, relabelled])
     duplicates = report.facts["duplicates"]
-    assert duplicates["exact"] == [[3, 20]] and duplicates["near"] == [[3, 20], [7, 21]]
-    assert "1 episodes are exact copies of earlier ones (the first: 20 of 3)" in report.findings
-    assert any("1 episodes nearly equal earlier ones (such as 21 and 7)" in finding for finding in report.findings)
+    assert duplicates["exact"] == [[3, 20]] and duplicates["near"] == [[7, 21], [9, 22]] and duplicates["n_compared"] == 22
+    assert "episodes that are exact copies of earlier ones: 1 (first: 20 of 3)" in report.findings
+    assert any("nearly equal earlier ones: 2 of 22 compared (first: 21 and 7)" in finding for finding in report.findings)
+
+
+def test_one_episode_that_ran_away_does_not_make_others_look_alike() -> None:
+    episodes = walks()
+    episodes[4]["observations"] *= 1e4
+    for episode in episodes:
+        episode["actions"][:] = 0.3
+    assert report_of(episodes).facts["duplicates"]["n_near"] == 0
 
 
 @pytest.mark.parametrize("fault", ["glitch", "join"])
 def test_jumps_are_found_at_their_rows_and_smooth_data_have_none(fault: str) -> None:
     episodes = walks()
+    for episode in episodes:  # smoother than a random walk
+        episode["observations"][:, :2] = np.sin(
+            np.arange(len(episode["observations"]))[:, None] / [40, 30] + episode["rewards"][0]
+        )
     assert report_of(episodes).facts["jumps"]["n"] == 0
     if fault == "glitch":
-        episodes[5]["observations"][12, 1] += 300.0
+        episodes[5]["observations"][12, 1] += 30.0
         expected = [(5, 11), (5, 12)]
     else:  # two episodes recorded as one
-        episodes[5]["observations"][12:, :2] += 60.0
+        episodes[5]["observations"][12:, :2] -= 2.0
         expected = [(5, 11)]
     report = report_of(episodes)
     assert [(place["episode"], place["step"]) for place in report.facts["jumps"]["first"]] == expected
-    assert any("transitions jump" in finding and "episode 5, step 11, row 171" in finding for finding in report.findings)
+    assert any("transitions that jump" in finding and "episode 5, step 11, row 171" in finding for finding in report.findings)
+
+
+def test_rows_of_jumps_are_those_of_the_recording() -> None:
+    """Also where the last row of every episode is left out, because it has no next observation."""
+    arrays = flat(walks())
+    del arrays["next_observations"]
+    rows = np.arange(len(arrays["rewards"]))
+    arrays["observations"] = np.stack([np.sin(rows / 40), np.cos(rows / 30)], 1)
+    arrays["observations"][300:] += 2.0
+    place = report_of(arrays).facts["jumps"]["first"][0]
+    assert place["row"] == 299
+
+
+def test_what_happens_often_is_no_jump() -> None:
+    """Sensors that are mostly still, rare switches, angles, and data in two regimes."""
+    rng = np.random.default_rng(0)
+    episodes = walks(60)
+    start = 0.0
+    for episode in episodes:
+        n = len(episode["observations"])
+        touch = np.where(rng.random(n) < 0.02, rng.exponential(5.0, n), 0.0)
+        switch = (rng.random(n) < 0.004).astype(float)
+        degrees = (start + 7.0 * np.arange(n)) % 360
+        moving = np.cumsum(rng.normal(size=n) * (1e-4 if episode["rewards"][0] % 2 else 0.5))
+        start = degrees[-1]
+        episode["observations"] = np.stack([touch, switch, degrees, moving], 1)
+    report = report_of(episodes)
+    assert report.facts["jumps"]["n"] == 0
+    assert [row["n_turns"] > 0 for row in report.facts["observations"]] == [False, False, True, False]
+
+
+def test_an_episode_that_is_longer_than_most_is_named() -> None:
+    rng = np.random.default_rng(0)
+    assert not any("is an end missing" in finding for finding in report_of([walk(rng, 40) for _ in range(9)]).findings)
+    report = report_of([*(walk(rng, 40) for _ in range(9)), walk(rng, 80)])
+    assert any("episodes of more than 40 steps, which many have: 1" in finding for finding in report.findings)
+
+
+def test_rewards_of_rows_that_cannot_be_used_are_missed() -> None:
+    arrays = flat(walks())
+    del arrays["next_observations"]
+    ends = arrays["terminations"] | arrays["truncations"]
+    arrays["terminations"] = np.zeros_like(ends)
+    arrays["truncations"] = ends
+    arrays["rewards"] = ends.astype(float)  # a goal at the end of each episode
+    findings = "\n".join(report_of(arrays).findings)
+    assert "every reward but 0 is in a row that cannot be used" in findings
+
+
+@pytest.mark.parametrize("what", ["rewards", "actions"])
+def test_one_wrong_number_among_rewards_or_actions_is_found(what: str) -> None:
+    episodes = walks()
+    rng = np.random.default_rng(0)
+    for episode in episodes:
+        episode["rewards"] = rng.normal(size=len(episode["rewards"]))
+    episodes[2][what][5] = 1e6
+    findings = "\n".join(report_of(episodes).findings)
+    assert {"rewards": "rewards far outside of 98 %", "actions": "action dimensions with outliers"}[what] in findings
+
+
+def test_dimensions_that_are_too_small_to_be_normalised_are_named() -> None:
+    episodes = walks()
+    for episode in episodes:
+        episode["observations"][:, :2] *= 1e-8
+    report = report_of(episodes)
+    assert any("standard deviation is below 0.001" in finding and finding.endswith(": 0, 1") for finding in report.findings)
 
 
 def test_outliers_are_counted_in_their_dimension() -> None:
@@ -181,8 +260,15 @@ def test_the_advice_follows_the_rewards() -> None:
     for episode in goal:
         episode["rewards"][-1] = 1.0
     assert "sparse goal" in topics(goal)["reward"]
+    assert "steps, so there is something to prefer" in topics([*goal, *(cut(episode, 20) for episode in goal)])["algorithm"]
+    assert "only one episode" in topics(walks(1))["algorithm"]
     copies = walks() + walks()
-    assert "copies" in topics(copies)
+    assert "copies" in topics(copies) and "copies" not in topics(walks())
+
+
+def cut(episode: Episode, n: int) -> Episode:
+    """The last n steps."""
+    return {name: value[-n - (name == "observations") :] for name, value in episode.items()}
 
 
 def flat(episodes: list[Episode]) -> dict[str, Any]:
@@ -248,6 +334,99 @@ def test_refused_data_are_described_array_by_array(tmp_path: Path) -> None:
     assert rows["rewards"]["first_bad_row"] == 30 + 31 + 32 + 33 + 3
 
 
+@pytest.mark.parametrize("empty", ["dict", "list", "npz", "beside"])
+def test_empty_arrays_do_not_hide_the_reason(empty: str, tmp_path: Path) -> None:
+    arrays = flat(walks())
+    source: Any = {name: value[:0] for name, value in arrays.items()}
+    if empty == "list":
+        source = [{name: value[: int(name == "observations")] for name, value in walks()[0].items()}]
+    elif empty == "npz":
+        np.savez(tmp_path / "x.npz", **source)
+        source = tmp_path / "x.npz"
+    elif empty == "beside":
+        arrays["rewards"][3] = np.nan
+        source = {**arrays, "empty": np.zeros((0, 3))}
+    report = describe(source)
+    assert report.refused is not None and ("empty" in report.refused or "NaN" in report.refused)
+    assert len(str(report).splitlines()) > 4 and report.to_html()
+
+
+def test_bad_arrays_come_first_and_unreadable_ones_are_left_out(tmp_path: Path) -> None:
+    arrays = flat(walks())
+    arrays["rewards"][3] = np.nan
+    many = {f"a{i}": np.zeros(3) for i in range(40)}
+    np.savez(tmp_path / "x.npz", **many, **arrays, infos=np.array([{}, None], dtype=object))
+    report = describe(tmp_path / "x.npz")
+    assert report.facts["arrays"][0]["name"] == "rewards" and "first in row 3" in str(report)
+    assert "infos" not in {row["name"] for row in report.facts["arrays"]}
+
+
+def test_a_replay_buffer_with_nan_is_described() -> None:
+    env = spaces_of(3, 2)
+    buffer = ReplayBuffer(30, env.observation_space, env.action_space, "cpu")
+    for i in range(20):
+        obs = np.full(3, np.nan if i == 11 else float(i), np.float32)
+        buffer.add(obs, obs + 1, np.zeros(2, np.float32), np.array(1.0), np.array([i == 19]), [{}])
+    report = describe(buffer)
+    rows = {row["name"]: row for row in report.facts["arrays"]}
+    assert rows["observations"]["first_bad_row"] == 11 and rows["observations"]["shape"][0] == 20
+
+
+@pytest.mark.parametrize("options", [{"env": "Nope-v0"}, {"obs_keys": ("zz",)}, {"obs_keys": "b"}], ids=str)
+def test_mistakes_of_the_call_are_not_blamed_on_the_data(options: dict[str, Any]) -> None:
+    episodes = [{**episode, "observations": {"b": episode["observations"]}} for episode in walks()]
+    with pytest.raises((ValueError, TypeError)):
+        describe(episodes, **options)
+
+
+def test_transitions_are_judged_like_their_source() -> None:
+    rng = np.random.default_rng(0)
+    episodes = [walk(rng, terminated=True) for _ in range(6)]
+    assert any("all after exactly 40 steps" in finding for finding in describe(diffagents.load_dataset(episodes)).findings)
+
+
+@pytest.mark.parametrize("key", ["$^$", "a_$x^$y", r"$\frac{$", "\ud800", 1, "\u65e5\u672c", "\x07"], ids=ascii)
+def test_any_name_can_be_drawn(key: Any, recwarn: pytest.WarningsRecorder) -> None:
+    report = report_of(
+        [
+            {**episode, "observations": {key: episode["observations"], "q": np.ones((len(episode["rewards"]) + 1, 1))}}
+            for episode in walks()
+        ]
+    )
+    assert report.to_html().count("<img") == 7 and "[0]" in str(report)
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e18, 1e30])
+@pytest.mark.parametrize("what", ["observations", "rewards", "actions"])
+def test_large_and_small_numbers_give_valid_json_and_no_warnings(
+    what: str, scale: float, recwarn: pytest.WarningsRecorder
+) -> None:
+    episodes = walks()
+    for episode in episodes:
+        episode[what] = episode[what] * scale
+    report = describe(episodes, quick=scale != 1e18)
+    json.dumps(report.to_json(), allow_nan=False)
+    assert report.to_html() and not list(recwarn)
+
+
+def test_rewards_that_add_up_to_infinity_are_refused() -> None:
+    episodes = walks()
+    for episode in episodes:
+        episode["rewards"] = np.full_like(episode["rewards"], 1e38)
+    assert "add up to 4.9e+39, more than float32 can hold" in (describe(episodes).refused or "")
+
+
+def test_a_clone_of_constant_actions_says_nothing() -> None:
+    rng = np.random.default_rng(0)
+    episodes = [walk(rng) for _ in range(12)]
+    for episode in episodes:
+        episode["actions"][:] = 0.3
+    report = describe(episodes)
+    assert report.facts["clone"]["share_unexplained"] is None
+    assert dict(report.advice)["algorithm"].startswith("Only imitation is possible: BC,")
+
+
 def test_actions_outside_of_their_bounds_are_a_finding() -> None:
     episodes = walks()
     episodes[0]["actions"][5, 0] = 2.0
@@ -307,6 +486,12 @@ def test_the_command_prints_writes_and_fails_as_documented(
     assert f"<h1>{REACHER}</h1>" in page.read_text()
     assert main.main(["data", REACHER, "--quick", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["facts"]["returns"]["mean"] == pytest.approx(-19.06, abs=0.01)
+    assert main.main(["data", REACHER, "--quick", "--html", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "is a folder" in captured.err and not captured.out
+    assert main.main(["data", "nowhere/nothing-v0", "--html", str(tmp_path / "none.html")]) == 1
+    assert not (tmp_path / "none.html").exists()
+    capsys.readouterr()
     arrays = flat(walks())
     arrays["rewards"][3] = np.nan
     np.savez(tmp_path / "bad.npz", **arrays)
