@@ -35,6 +35,7 @@ from diffagents.envs.make import (
 from diffagents.errors import one_line
 from diffagents.evaluation.episodes import check_actions, check_spaces, is_meant_deterministic, stack, succeeded
 from diffagents.evaluation.evaluate import Evaluation
+from diffagents.files import clear_leftovers, remove, temporary
 from diffagents.types import Spec, in_dtype
 
 if TYPE_CHECKING:
@@ -439,8 +440,10 @@ def _write(
         _, metadata["ref_min_score"], metadata["ref_max_score"] = reference
     namespaces = [place.parents[i] for i in range(dataset_id.count("/"))]
     root = place.parents[len(namespaces)]
-    with tempfile.TemporaryDirectory(dir=root, prefix=".collect-") as hidden:
-        data = Path(hidden) / "set" / "data"
+    clear_leftovers(root / "collect")
+    hidden = temporary(root / "collect")  # a name that Minari ignores
+    try:
+        data = hidden / "set" / "data"
         data.mkdir(parents=True)
         storage = MinariStorage.new(data, stored_space(env.observation_space), env.action_space, env_spec, jpeg_encoding=False)
         storage.update_metadata({"dataset_id": dataset_id, "minari_version": minari.__version__, **metadata})
@@ -450,6 +453,8 @@ def _write(
             if not (namespace / "namespace_metadata.json").exists():
                 (namespace / "namespace_metadata.json").write_text("{}")
         os.rename(data.parent, place)  # fails if another process has made the same dataset meanwhile
+    finally:
+        remove(hidden)
     return minari.MinariDataset(place / "data")
 
 
