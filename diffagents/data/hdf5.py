@@ -31,7 +31,11 @@ def check_link(group: Any, name: bytes, h5l: Any) -> None:
         KeyError: There is no such name.
         ForeignContent: It is a soft or external link.
     """
-    if group.links.get_info(name).type != h5l.TYPE_HARD:
+    try:
+        kind = group.links.get_info(name).type
+    except RuntimeError as error:  # there is no such name, or the file is damaged
+        raise KeyError(f"{name.decode(errors='replace')}: {error}") from None
+    if kind != h5l.TYPE_HARD:
         raise ForeignContent(
             f"{name.decode(errors='replace')!r} is a link, which may lead to another file: copy the array itself"
         )

@@ -20,7 +20,7 @@ from diffagents.data.minari import find_minari, read_minari
 from diffagents.data.ogbench import episodes_of, is_ogbench, made
 from diffagents.data.transitions import Transitions
 from diffagents.envs.make import difference_of_specs, make_env, spec_of, spec_to_store, warn_of_unstored_arguments
-from diffagents.errors import one_line
+from diffagents.errors import one_line, printable
 from diffagents.types import Spec
 
 _ARRAYS = {
@@ -325,10 +325,10 @@ def _robomimic_episodes(path: Path, keys: Keys) -> list[dict[str, Any]] | None:
                     }
                 )
             return episodes or None
-    except (OSError, KeyError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read as an HDF5 file: {one_line(error)}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {one_line(error)}") from None
+    except (OSError, KeyError, IndexError, RuntimeError) as error:  # h5py raises any of these for a damaged file
+        raise ValueError(f"{path} cannot be read as an HDF5 file: {printable(one_line(error))}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {printable(one_line(error))}") from None
 
 
 def _hdf5_arrays(path: Path) -> dict[str, Any]:
@@ -342,5 +342,5 @@ def _hdf5_arrays(path: Path) -> dict[str, Any]:
             # Of other arrays the names alone matter: for OGBench's layout, and for messages.
             known = {name for name in file if check.D4RL_NAMES.get(name, name) in _ARRAYS}
             return {name: hdf5.read(file, name) if name in known else None for name in file}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a D4RL-style HDF5 file: {one_line(error)}") from None
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as a D4RL-style HDF5 file: {printable(one_line(error))}") from None

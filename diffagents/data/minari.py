@@ -15,11 +15,13 @@ from diffagents.data.arrays import Keys, from_episodes
 from diffagents.data.cache import cached, stamp_of
 from diffagents.data.transitions import Transitions
 from diffagents.envs.make import spec_to_store
-from diffagents.errors import one_line
+from diffagents.errors import one_line, printable
 from diffagents.types import Spec
 
 _COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations")
 _MADE = ("algorithm_name", "description", "code_permalink", "author", "minari_version")  # how a Minari set came to be
+_NEEDED = {"dataset_id": str, "minari_version": str, "total_steps": int, "total_episodes": int}
+"""What a set's metadata must have, of which type."""
 _MINARI_ID = re.compile(r"(?:[-\w][-\w/]*[-\w]/)?[-\w]+-v\d+")
 
 
@@ -112,14 +114,17 @@ def read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Tra
     """
     try:
         metadata = json.loads((path / "metadata.json").read_text())
+        for needed, kind in _NEEDED.items():
+            if type(metadata[needed]) is not kind:
+                raise ValueError(f"{needed} is no {kind.__name__}")
         stamp = {
             "minari": metadata["minari_version"],
             "steps": metadata["total_steps"],
             "files": stamp_of(path.rglob("*")),
         }
         n_episodes = metadata["total_episodes"]
-    except (ValueError, KeyError) as error:
-        cause = f"{type(error).__name__}: {one_line(error)}"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        cause = f"{type(error).__name__}: {printable(one_line(error))}"
         raise OSError(f"{path / 'metadata.json'} is damaged ({cause}); delete the folder and load the set again") from None
     chosen = None
     if dataset is not None and not np.array_equal(dataset.episode_indices, np.arange(n_episodes)):
@@ -213,26 +218,42 @@ def _read_all(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset: Any)
     name = metadata["dataset_id"]
     try:
         dataset = dataset if dataset is not None else minari.MinariDataset(path)
-    except ValueError as error:
-        raise ValueError(f"Minari set {name!r} cannot be opened: {one_line(error)}") from None
-    spec = Spec.from_spaces(dataset.observation_space, dataset.action_space, keys)
+        spaces = dataset.observation_space, dataset.action_space
+        n_steps, indices = int(dataset.total_steps), dataset.episode_indices
+    except ImportError:
+        raise
+    except Exception as error:  # of many types, if the metadata are damaged
+        cause = printable(one_line(error))
+        raise ValueError(f"Minari set {name!r} cannot be opened: {cause}; delete {path} and load it again") from None
+    spec = Spec.from_spaces(*spaces, keys)
     raw = metadata.get("eval_env_spec") or metadata.get("env_spec")
     info = {
         "id": name,
         "kind": "minari",
         "made": {key: str(metadata[key]) for key in _MADE if metadata.get(key)},
-        "env_spec": spec_to_store(json.loads(raw))[0] if raw else None,
+        "env_spec": _stored_spec(raw),
         "ref_min_score": metadata.get("ref_min_score"),
         "ref_max_score": metadata.get("ref_max_score"),
     }
+    stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if not 0 <= n_steps <= hdf5.MOST_INFLATED * stored / 4:  # a reward alone has four bytes
+        raise OSError(f"Minari set {name!r} in {path} is damaged: it claims {n_steps:,} steps in {stored:,} bytes")
     if metadata.get("data_format", "hdf5") == "hdf5":
-        episodes = read_episodes(path, dataset.episode_indices)
+        episodes = read_episodes(path, indices)
     else:
         episodes = ({name: getattr(episode, name) for name in _COLUMNS} for episode in dataset.iterate_episodes())
     try:
-        return from_episodes(episodes, dataset.total_steps, keys, spec, info)
+        return from_episodes(episodes, n_steps, keys, spec, info)
     except hdf5.ForeignContent as error:
         raise ValueError(f"Minari set {name!r} in {path} is refused: {error}") from None
-    except (OSError, KeyError) as error:
-        cause = one_line(error)
+    except (OSError, KeyError, RuntimeError) as error:
+        cause = printable(one_line(error))
         raise OSError(f"Minari set {name!r} in {path} is damaged ({cause}); delete the folder and load it again") from None
+
+
+def _stored_spec(raw: Any) -> str | None:
+    """What is kept of the environment's spec in the metadata of a set; None if there is none, or it makes no sense."""
+    try:
+        return spec_to_store(json.loads(raw))[0]
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        return None

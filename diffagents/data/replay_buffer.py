@@ -199,11 +199,12 @@ class Replay:
             number = header.get("format", REPLAY_FORMAT)
             if number != REPLAY_FORMAT:
                 raise ArtifactError(
-                    f"{path} is a replay buffer of format {number}, but this version reads {REPLAY_FORMAT}; use the version of "
-                    "diffagents that saved it"
+                    f"{path} is a replay buffer of format {short(number)}, but this version reads {REPLAY_FORMAT}; use the "
+                    "version of diffagents that saved it"
                 )
             obs_dim, act_dim, capacity = header["sizes"]
             rows, env, ended = tensors["rows"], tensors["env"].numpy(), tensors["ended"].numpy()
+            max_abs_reward = float(header["max_abs_reward"])
             n_added, n = int(header["n_added"]), min(int(header["n_added"]), int(capacity))
             if rows.shape != (n, 2 * obs_dim + act_dim + 2) or len(env) != n or len(ended) != n or rows.dtype != torch.float32:
                 raise ValueError("its sizes disagree")
@@ -225,7 +226,7 @@ class Replay:
             )
         replay = cls(obs_dim, act_dim, int(capacity), device)
         replay._rows, replay._env, replay._ended = rows.to(device), env.copy(), ended.copy()
-        replay.n_added, replay.max_abs_reward = n_added, float(header["max_abs_reward"])
+        replay.n_added, replay.max_abs_reward = n_added, max_abs_reward
         replay.running = list(tensors["running"].numpy()) if "running" in tensors else []
         return replay
 
