@@ -56,8 +56,8 @@ def make_env(env: Any, **kwargs: Any) -> Any:
             prefer_egl()
         try:
             return _make(env, stored | kwargs)
-        except TypeError as error:
-            if not stored:
+        except Exception as error:  # whatever a constructor raises for arguments that it does not know
+            if not stored or isinstance(error, ValueError | ImportError):
                 raise
             names = ", ".join(map(short, stored))
             raise ValueError(
