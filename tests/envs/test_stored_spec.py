@@ -19,6 +19,7 @@ class Robot(RandomEnv):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (2,)))
         self.arguments = arguments
+        assert "fails" not in arguments
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +99,11 @@ def test_wrappers_are_named_only() -> None:
     assert stored is not None and json.loads(stored)["additional_wrappers"] == [{"name": "TransformObservation"}]
     with pytest.warns(UserWarning, match="without the wrappers"):
         make_env(stored)
+
+
+def test_a_constructor_that_fails_is_one_error() -> None:
+    stored = json.dumps({"id": "StoredRobot-v0", "kwargs": {"fails": 1}})
+    with pytest.raises(ValueError, match=r"'StoredRobot-v0' cannot be made with the stored arguments fails \(AssertionError\)"):
+        make_env(stored)
+    with pytest.raises(AssertionError):  # the caller's own arguments are the caller's own mistake
+        make_env("StoredRobot-v0", fails=1)
