@@ -103,7 +103,7 @@ def test_wrappers_are_named_only() -> None:
 
 def test_a_constructor_that_fails_is_one_error() -> None:
     stored = json.dumps({"id": "StoredRobot-v0", "kwargs": {"fails": 1}})
-    with pytest.raises(ValueError, match=r"'StoredRobot-v0' cannot be made with the stored arguments fails \(AssertionError\)"):
+    with pytest.raises(ValueError, match=r"'StoredRobot-v0' cannot be made with the stored arguments fails \("):
         make_env(stored)
     with pytest.raises(AssertionError):  # the caller's own arguments are the caller's own mistake
         make_env("StoredRobot-v0", fails=1)
