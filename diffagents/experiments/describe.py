@@ -98,9 +98,8 @@ def describe(
             clipped = _loaded(dataset, options | {"clip_actions": True})
             if clipped is None:
                 arrays = _bare_arrays(dataset, download)
-                if (
-                    not arrays or _loaded(dataset, {"download": download, "cache": cache}) is not None
-                ):  # env= or obs_keys= is wrong
+                alone = _loaded(dataset, {"download": download, "cache": cache})
+                if not arrays or alone is not None:  # then env= or obs_keys= is what is wrong
                     raise error from None
                 rows = sorted((_array(*item) for item in arrays.items()), key=lambda row: not row["bad_columns"])
                 return DatasetReport({"arrays": rows}, [], [], one_line(error), {})
@@ -469,7 +468,7 @@ def _clone(data: Transitions) -> dict[str, Any]:
     if len(rows) == 0 or len(others) == 0:
         return {"residual": None, "share_unexplained": None, "n_episodes_held_out": 0, "seconds": 0.0}
     others = others[:: max(1, len(others) // 20_000)]
-    if float(targets_of(data, others).var(0, correction=0).sum()) < 1e-10:  # nothing to explain
+    if float(_targets(data, others).var(0, correction=0).sum()) < 1e-10:  # nothing to explain
         return {"residual": None, "share_unexplained": None, "n_episodes_held_out": 0, "seconds": 0.0}
     std, mean = torch.std_mean(data.obs[rows[:: max(1, len(rows) // SAMPLE)]], 0, correction=0)
     std = std + 1e-3
@@ -487,7 +486,7 @@ def _clone(data: Transitions) -> dict[str, Any]:
     try:
         for _ in range(CLONE_STEPS):
             chosen = rows[torch.randint(len(rows), (CLONE_BATCH,), generator=generator)]
-            loss = nn.functional.mse_loss(net(inputs(chosen)), targets_of(data, chosen))
+            loss = nn.functional.mse_loss(net(inputs(chosen)), _targets(data, chosen))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -495,7 +494,7 @@ def _clone(data: Transitions) -> dict[str, Any]:
     finally:
         torch.set_num_threads(n_threads)
     with torch.no_grad():
-        truth = targets_of(data, others)
+        truth = _targets(data, others)
         error = (net(inputs(others)) - truth).square().mean(0)
         unexplained = (error / truth.var(0, correction=0).clamp(min=1e-12)).clamp(max=1.0)
     total = float((error.sum() / truth.var(0, correction=0).sum().clamp(min=1e-12)).clamp(max=1.0))
@@ -508,7 +507,7 @@ def _clone(data: Transitions) -> dict[str, Any]:
     }
 
 
-def targets_of(data: Transitions, rows: torch.Tensor) -> torch.Tensor:
+def _targets(data: Transitions, rows: torch.Tensor) -> torch.Tensor:
     """The actions of some rows, scaled to [-1, 1]."""
     return torch.from_numpy(data.spec.scale_action(data.action[rows].numpy()))
 
