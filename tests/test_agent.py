@@ -670,24 +670,6 @@ def test_official_checkpoint_without_policy(tmp_path: pathlib.Path) -> None:
     assert again.learn(DATA, stages=("policy",)).predict(np.zeros(3, np.float32))[0].shape == (2,)
 
 
-@pytest.mark.parametrize(
-    ("argument", "kept"),
-    [
-        ("postgresql://me:secret@10.1.2.3/db", "***"),
-        ("--storage=sqlite:////home/me/private/x.db", "--storage=***"),
-        ("ray://10.1.2.3:10001", "***"),
-        ("10.1.2.3:6379", "***"),
-        ("hf://farama-minari/mujoco/hopper/medium-v0", "hf://farama-minari/mujoco/hopper/medium-v0"),
-        ("mujoco/hopper/medium-v0", "mujoco/hopper/medium-v0"),
-        ("0.1", "0.1"),
-    ],
-)
-def test_a_card_tells_no_address_and_no_password(argument: str, kept: str) -> None:
-    from diffagents.training import provenance
-
-    assert provenance.plain(argument) == kept
-
-
 class _Raises(BaseCallback):
     def _init_callback(self) -> None:
         raise ValueError("this callback cannot be initialised")

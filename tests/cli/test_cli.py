@@ -91,7 +91,7 @@ def trained(here: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 
 def test_train_prints_its_folder_and_nothing_else_to_stdout(here: Path) -> None:
-    done = run(f"train TD3BC {REACHER} --steps 30 --net-arch 16 16 --eval --episodes 2 --alpha 3", here)
+    done = run(f"train TD3BC {REACHER} --steps 30 --net-arch 16 16 --eval --episodes 2 --alpha 3 --record-command", here)
     assert done.returncode == 0, done.stderr
     folder = here / done.stdout.strip()
     assert folder.name == "td3bc-diffagents-reacher-replay-v0-seed0"
@@ -100,7 +100,7 @@ def test_train_prints_its_folder_and_nothing_else_to_stdout(here: Path) -> None:
     assert type(agent).__name__ == "TD3BC" and agent.config.alpha == 3 and agent.num_timesteps == 30
     results = json.loads((folder / "results.json").read_text())
     assert results["n_eval_episodes"] == 2 and results["env_id"] == "Reacher-v5"
-    assert "python -m diffagents train" in (folder / "README.md").read_text()
+    assert f"python -m diffagents train TD3BC {REACHER} --steps 30" in (folder / "README.md").read_text()
     assert "--alpha 3" in (folder / "README.md").read_text()
 
 
@@ -132,7 +132,7 @@ def test_train_takes_the_fast_preset_unless_told(words: str, preset: str | None,
 
 def test_ctrl_c_keeps_what_there_is_and_resume_ends_where_an_uninterrupted_run_does(here: Path) -> None:
     words = f"train TD3BC {REACHER} --net-arch 16 16 --batch-size 16 --device cpu"
-    command = [sys.executable, "-m", "diffagents", *shlex.split(f"{words} --steps 1500 --out cut")]
+    command = [sys.executable, "-m", "diffagents", *shlex.split(f"{words} --steps 1500 --out cut --record-command")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MINARI_DATASETS_PATH": str(SHIPPED)}
     process = subprocess.Popen(command, cwd=here, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
