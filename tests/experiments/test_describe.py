@@ -115,17 +115,16 @@ def test_one_episode_that_ran_away_does_not_make_others_look_alike() -> None:
 
 @pytest.mark.parametrize("fault", ["glitch", "join"])
 def test_jumps_are_found_at_their_rows_and_smooth_data_have_none(fault: str) -> None:
-    episodes = walks()
+    episodes = walks(60)
     for episode in episodes:  # smoother than a random walk
-        episode["observations"][:, :2] = np.sin(
-            np.arange(len(episode["observations"]))[:, None] / [40, 30] + episode["rewards"][0]
-        )
+        steps = np.arange(len(episode["observations"]))[:, None]
+        episode["observations"] = np.sin(steps / [40, 30, 25, 35, 45] + episode["rewards"][0])
     assert report_of(episodes).facts["jumps"]["n"] == 0
     if fault == "glitch":
         episodes[5]["observations"][12, 1] += 30.0
         expected = [(5, 11), (5, 12)]
     else:  # two episodes recorded as one
-        episodes[5]["observations"][12:, :2] -= 2.0
+        episodes[5]["observations"][12:] -= 2.0
         expected = [(5, 11)]
     report = report_of(episodes)
     assert [(place["episode"], place["step"]) for place in report.facts["jumps"]["first"]] == expected
@@ -215,6 +214,7 @@ def test_angles_that_turn_are_named() -> None:
     turns = sum(int(leap.sum()) - int(leap[-1] & e["terminations"][-1]) for leap, e in zip(leaps, episodes, strict=True))
     report = report_of(episodes)
     assert [row["n_turns"] for row in report.facts["observations"]] == [0, 0, turns]
+    assert report.facts["jumps"]["n"] == 0
     assert any(f"take sine and cosine): 2 ({turns} times)" in finding for finding in report.findings)
 
 
@@ -232,12 +232,15 @@ def test_the_clone_measures_the_share_of_noise() -> None:
         "truncations": np.arange(n) % 100 == 99,
     }
     torch.manual_seed(3)
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    state = torch.get_rng_state()
     report = describe(data)
     assert report.facts["clone"]["share_unexplained"] == pytest.approx(0.25, abs=0.05)
     assert report.facts["clone"]["n_episodes_held_out"] == 20
     assert set(report.facts["first_run"]) == {"BC", "SRPO"} and min(report.facts["first_run"].values()) > 1
-    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == 2
+    torch.set_num_threads(before)
     assert "clone" not in report_of(data).facts and "first_run" not in report_of(data).facts
     json.dumps(report.to_json(), allow_nan=False)
 
