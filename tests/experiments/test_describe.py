@@ -388,6 +388,7 @@ def test_transitions_are_judged_like_their_source() -> None:
     assert any("all after exactly 40 steps" in finding for finding in describe(diffagents.load_dataset(episodes)).findings)
 
 
+@pytest.mark.usefixtures("real_pictures")
 @pytest.mark.parametrize("key", ["$^$", "a_$x^$y", r"$\frac{$", "\ud800", 1, "\u65e5\u672c", "\x07"], ids=ascii)
 def test_any_name_can_be_drawn(key: Any, recwarn: pytest.WarningsRecorder) -> None:
     report = report_of(
@@ -411,6 +412,14 @@ def test_large_and_small_numbers_give_valid_json_and_no_warnings(
     report = describe(episodes, quick=scale != 1e18)
     json.dumps(report.to_json(), allow_nan=False)
     assert report.to_html() and not list(recwarn)
+
+
+@pytest.mark.usefixtures("real_pictures")
+def test_large_numbers_can_be_drawn() -> None:
+    episodes = walks()
+    for episode in episodes:
+        episode.update({name: episode[name] * 1e30 for name in ("observations", "actions", "rewards")})
+    assert report_of(episodes).to_html().count("<img") == 7
 
 
 def test_rewards_that_add_up_to_infinity_are_refused() -> None:
@@ -453,6 +462,7 @@ def test_warnings_of_loading_are_findings_and_are_not_issued(recwarn: pytest.War
     assert not [warning for warning in recwarn if warning.category is UserWarning]
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_the_page_is_self_contained_and_names_cannot_break_it() -> None:
     evil = "<script>alert(1)</script>\x1b[31m"
     episodes = [{**episode, "observations": {evil: episode["observations"]}} for episode in walks()]
@@ -466,6 +476,7 @@ def test_the_page_is_self_contained_and_names_cannot_break_it() -> None:
     assert all(char.isprintable() or char == "\n" for char in text)
 
 
+@pytest.mark.usefixtures("real_pictures")
 @pytest.mark.parametrize("obs_dim", [1, 300])
 def test_one_dimension_and_hundreds_are_shown(obs_dim: int) -> None:
     rng = np.random.default_rng(0)
