@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,8 +274,10 @@ def data(args: argparse.Namespace) -> None:
         if importlib.util.find_spec("matplotlib") is None:
             raise ImportError('--html needs matplotlib: pip install "diffagents[plot]"')
         page.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.nullcontext() if page.exists() else _removed(page), page.open("a"):
-            pass
+        existed = page.exists()
+        page.open("a").close()
+        if not existed:
+            page.unlink()
     with contextlib.redirect_stdout(sys.stderr):
         report = describing.describe(args.dataset, **_options(args, "env", "obs_keys", "quick"))
     print(json.dumps(report.to_json(), allow_nan=False) if args.json else report, flush=True)
@@ -284,13 +286,6 @@ def data(args: argparse.Namespace) -> None:
         say(f"wrote {args.html}")
     if report.refused is not None:
         raise ValueError(report.refused)
-
-
-@contextlib.contextmanager
-def _removed(path: Path) -> Iterator[None]:
-    """Remove a file afterwards."""
-    yield
-    path.unlink()
 
 
 def select(args: argparse.Namespace) -> None:

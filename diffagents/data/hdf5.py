@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 MOST_INFLATED = 1100
-"""How many times its stored bytes an array may have: the most that deflate can compress."""
+"""How many times its stored bytes an array may have: a little more than deflate can compress."""
 UNCHECKED_BYTES = 1 << 26
 """Size of an array up to which this is not asked."""
 
@@ -19,23 +19,24 @@ class ForeignContent(ValueError):
     """A part of the file is not in the file, or claims a size that the file cannot hold; the message names it."""
 
 
-def check_link(group: Any, name: bytes, h5l: Any) -> None:
+def check_link(group: Any, name: bytes) -> None:
     """Check that a name in a group is an object of its own.
 
     Args:
         group: The low-level identifier of the group.
         name: A name in it.
-        h5l: `h5py.h5l`.
 
     Raises:
         KeyError: There is no such name.
         ForeignContent: It is a soft or external link.
     """
+    import h5py
+
     try:
         kind = group.links.get_info(name).type
     except RuntimeError as error:  # there is no such name, or the file is damaged
         raise KeyError(f"{name.decode(errors='replace')}: {error}") from None
-    if kind != h5l.TYPE_HARD:
+    if kind != h5py.h5l.TYPE_HARD:
         raise ForeignContent(
             f"{name.decode(errors='replace')!r} is a link, which may lead to another file: copy the array itself"
         )
@@ -68,9 +69,7 @@ def node(group: Any, name: str) -> Any:
         KeyError: There is no such name.
         ForeignContent: The name is a link.
     """
-    import h5py
-
-    check_link(group.id, name.encode(), h5py.h5l)
+    check_link(group.id, name.encode())
     return group[name]
 
 

@@ -18,7 +18,8 @@ from diffagents.envs.make import spec_to_store
 from diffagents.errors import one_line, printable
 from diffagents.types import Spec
 
-_COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations")
+COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations")
+"""The arrays of an episode that are read."""
 _MADE = ("algorithm_name", "description", "code_permalink", "author", "minari_version")  # how a Minari set came to be
 _NEEDED = {"dataset_id": str, "minari_version": str, "total_steps": int, "total_episodes": int}
 """What a set's metadata must have, of which type."""
@@ -161,7 +162,7 @@ def read_episodes(folder: Path, indices: Iterable[int]) -> Iterator[dict[str, An
     import h5py
 
     def read(group: Any, name: bytes) -> Any:
-        hdf5.check_link(group, name, h5py.h5l)
+        hdf5.check_link(group, name)
         node = h5py.h5o.open(group, name)
         if isinstance(node, h5py.h5g.GroupID):  # a Dict observation
             return {key.decode(): read(node, key) for key in node}
@@ -173,9 +174,9 @@ def read_episodes(folder: Path, indices: Iterable[int]) -> Iterator[dict[str, An
     with h5py.File(folder / "main_data.hdf5", "r") as file:
         for index in indices:
             name = f"episode_{index}".encode()
-            hdf5.check_link(file.id, name, h5py.h5l)
+            hdf5.check_link(file.id, name)
             group = h5py.h5g.open(file.id, name)
-            yield {name: read(group, name.encode()) for name in _COLUMNS}
+            yield {name: read(group, name.encode()) for name in COLUMNS}
 
 
 def _download(identity: str, remote: str | None, path: Path) -> None:
@@ -241,7 +242,7 @@ def _read_all(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset: Any)
     if metadata.get("data_format", "hdf5") == "hdf5":
         episodes = read_episodes(path, indices)
     else:
-        episodes = ({name: getattr(episode, name) for name in _COLUMNS} for episode in dataset.iterate_episodes())
+        episodes = ({name: getattr(episode, name) for name in COLUMNS} for episode in dataset.iterate_episodes())
     try:
         return from_episodes(episodes, n_steps, keys, spec, info)
     except hdf5.ForeignContent as error:

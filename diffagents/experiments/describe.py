@@ -23,11 +23,11 @@ from torch import nn
 from diffagents.data import hdf5
 from diffagents.data import validation as check
 from diffagents.data.load import load_dataset
-from diffagents.data.minari import find_minari, read_episodes
+from diffagents.data.minari import COLUMNS, find_minari, read_episodes
 from diffagents.data.transitions import Transitions
 from diffagents.errors import one_line, printable
 from diffagents.evaluation.d4rl import d4rl_score
-from diffagents.experiments.describe_report import DatasetReport, number, percent
+from diffagents.experiments.describe_report import DatasetReport, evenly, number, percent
 from diffagents.networks.mlp import MLP
 from diffagents.registry import agent_class
 from diffagents.storage.card import data_env
@@ -98,9 +98,9 @@ def describe(
             clipped = _loaded(dataset, options | {"clip_actions": True})
             if clipped is None:
                 arrays = _bare_arrays(dataset, download)
-                alone = _loaded(dataset, {"download": download, "cache": cache})
-                if not arrays or alone is not None:  # then env= or obs_keys= is what is wrong
-                    raise error from None
+                chosen = env is not None or obs_keys is not None
+                if not arrays or (chosen and _loaded(dataset, {"download": download, "cache": cache}) is not None):
+                    raise error from None  # env= or obs_keys= is what is wrong
                 rows = sorted((_array(*item) for item in arrays.items()), key=lambda row: not row["bad_columns"])
                 return DatasetReport({"arrays": rows}, [], [], one_line(error), {})
             data = clipped
@@ -121,7 +121,8 @@ def _loaded(dataset: Any, options: dict[str, Any]) -> Transitions | None:
 
 def _measure(data: Transitions, findings: list[str], quick: bool) -> DatasetReport:
     """The report on valid data; appends to `findings`."""
-    rows = np.unique(np.linspace(0, len(data) - 1, min(len(data), SAMPLE)).astype(np.int64))
+    rows = evenly(len(data), SAMPLE)
+    observations = _observations(data, rows)
     facts: dict[str, Any] = {
         "data": {
             **{key: data.info.get(key) for key in ("id", "kind", "n_steps", "n_episodes", "sha256")},
@@ -135,10 +136,10 @@ def _measure(data: Transitions, findings: list[str], quick: bool) -> DatasetRepo
         "episodes": _episodes(data),
         "returns": _returns(data),
         "rewards": _rewards(data, rows),
-        "observations": _observations(data, rows),
+        "observations": observations,
         "actions": _actions(data, rows),
         "duplicates": _duplicates(data),
-        "jumps": _jumps(data, rows),
+        "jumps": _jumps(data, rows, np.array([row["n_turns"] > 0 for row in observations])),
     }
     coverage, places = _coverage(data, rows)
     facts["coverage"] = coverage
@@ -217,8 +218,7 @@ def _rewards(data: Transitions, rows: NDArray[Any]) -> dict[str, Any]:
     rewards = data.rew.numpy()
     values, counts = np.unique(rewards[rows], return_counts=True)
     low, high = np.quantile(rewards[rows].astype(np.float64), (0.01, 0.99))
-    margin = OUTLIER * (high - low)
-    outliers = ((rewards < low - margin) | (rewards > high + margin)).sum() if margin > 0 else 0
+    outliers = _outliers(rewards[:, None], {"low": np.array([low]), "high": np.array([high])})[0]
     of_episodes, of_rows = data.episode_returns.double().abs().sum(), data.rew.double().abs().sum()
     transforms: dict[str, Any] = {}
     for name in ("auto", "unit_returns"):
@@ -253,16 +253,14 @@ def _names(data: Transitions) -> list[str]:
 def _columns(values: NDArray[Any], rows: NDArray[Any]) -> dict[str, Floats]:
     """Statistics of each dimension of (N, D), (D,) each."""
     low, median, high = np.quantile(values[rows], (0.01, 0.5, 0.99), axis=0)
-    mean, square = values.mean(0, dtype=np.float64), np.einsum("nd,nd->d", values, values, dtype=np.float64) / len(values)
-    std = values[rows].std(0, dtype=np.float64)  # from the sample: a difference of large squares would lose digits
     return {
         "min": values.min(0).astype(np.float64),
         "low": low,
         "median": median,
         "high": high,
         "max": values.max(0).astype(np.float64),
-        "mean": mean,
-        "std": np.where(square > 0, std, 0.0),
+        "mean": values.mean(0, dtype=np.float64),
+        "std": values[rows].std(0, dtype=np.float64),
     }
 
 
@@ -347,7 +345,7 @@ def _duplicates(data: Transitions) -> dict[str, Any]:
             seen[digest] = i
             distinct.append(i)
     compared = np.asarray(distinct)[ends[distinct] - starts[distinct] >= 2]
-    compared = compared[np.unique(np.linspace(0, len(compared) - 1, min(len(compared), MOST_COMPARED)).astype(np.int64))]
+    compared = compared[evenly(len(compared), MOST_COMPARED)]
     near = _near_twins(obs, action, starts, ends, compared)
     return {"n_exact": len(pairs), "exact": pairs[:5], "n_near": len(near), "near": near[:5], "n_compared": len(compared)}
 
@@ -387,8 +385,8 @@ def _near_twins(
     return pairs
 
 
-def _jumps(data: Transitions, rows: NDArray[Any]) -> dict[str, Any]:
-    """Transitions over which the observation changes far more than it does otherwise."""
+def _jumps(data: Transitions, rows: NDArray[Any], turns: NDArray[np.bool_]) -> dict[str, Any]:
+    """Transitions over which the observation changes far more than it does otherwise; angles that turn, (S,), do not count."""
     obs, next_obs, done = data.obs.numpy(), data.next_obs.numpy(), data.done.numpy() == 1
     sample = rows[~done[rows]]
     if len(sample) < 2:
@@ -396,7 +394,6 @@ def _jumps(data: Transitions, rows: NDArray[Any]) -> dict[str, Any]:
     changes = np.abs(next_obs[sample] - obs[sample]).astype(np.float64)
     std = obs[sample].std(0, dtype=np.float64)
     median, usual, rare = np.quantile(changes, (0.5, 0.99, 0.999), axis=0)
-    turns = _turns(data, np.ptp(obs, axis=0).astype(np.float64)) > 0  # the leaps of an angle are no jumps
     smooth = (median > 0) & (usual < SMOOTH * std) & ~turns
     steady = (rare > 0) & ~turns
     limit, single = (JUMP * usual).astype(np.float32), np.maximum(GLITCH * rare, 3.0 * std).astype(np.float32)
@@ -700,9 +697,9 @@ def _bare_arrays(dataset: Any, download: bool) -> dict[str, NDArray[Any]]:
     if hasattr(dataset, "buffer_size") and hasattr(dataset, "observations"):  # a replay buffer
         n = dataset.buffer_size if dataset.full else dataset.pos
         parts = ("observations", "next_observations", "actions", "rewards", "dones")
-        return _flatten({name: _rows_of(getattr(dataset, name, None), n) for name in parts})
+        return _flatten({name: _rows_of(getattr(dataset, name), n) for name in parts if hasattr(dataset, name)})
     if hasattr(dataset, "iterate_episodes"):  # a MinariDataset
-        return _joined(_flatten({name: getattr(episode, name) for name in EPISODE}) for episode in dataset.iterate_episodes())
+        return _joined(_flatten({name: getattr(episode, name) for name in COLUMNS}) for episode in dataset.iterate_episodes())
     if not isinstance(dataset, str | Path):
         return {}
     path = Path(dataset).expanduser()
@@ -721,18 +718,11 @@ def _bare_arrays(dataset: Any, download: bool) -> dict[str, NDArray[Any]]:
     return {}
 
 
-EPISODE = ("observations", "actions", "rewards", "terminations", "truncations")
-
-
 def _rows_of(value: Any, n: int) -> Any:
-    """The first n rows of an array or of each array of a dict."""
-    return (
-        {key: array[:n] for key, array in value.items()}
-        if isinstance(value, Mapping)
-        else value
-        if value is None
-        else value[:n]
-    )
+    """The first n rows of an array, or of each array of a dict."""
+    if isinstance(value, Mapping):
+        return {key: array[:n] for key, array in value.items()}
+    return value[:n]
 
 
 def _readable(file: Any, name: str) -> NDArray[Any] | None:

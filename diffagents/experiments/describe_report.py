@@ -63,6 +63,11 @@ class DatasetReport:
         return {"facts": self.facts, "findings": self.findings, "advice": dict(self.advice), "refused": self.refused}
 
 
+def evenly(n: int, most: int) -> np.ndarray:
+    """Indices of an even sample of at most `most` of n rows, with the first and the last."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
+
+
 def number(value: float | None) -> str:
     """Four significant digits; whole numbers up to a million in full."""
     if value is None:
@@ -434,7 +439,7 @@ def draw_order(report: DatasetReport) -> "Figure":
     """Returns over the number of the episode."""
     figure, axes = _figure("Returns in the order of recording")
     returns = report.pictures["returns"]
-    shown = np.unique(np.linspace(0, len(returns) - 1, min(len(returns), 5000)).astype(np.int64))
+    shown = evenly(len(returns), 5000)
     axes.plot(shown, returns[shown], ".", color=BLUE, markersize=3, alpha=0.7)
     axes.set_xlabel("episode")
     axes.set_ylabel("return")
