@@ -36,14 +36,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def leftovers(target: Path, suffix: str) -> list[Path]:
+def leftovers(target: Path) -> list[Path]:
     """What processes of this machine that no longer exist left beside `target`, newest first.
 
-    Args:
-        target: The place that they were writing to.
-        suffix: ".tmp", or ".old" for a folder that had been moved away.
+    The suffix is ".tmp", or ".old" for a folder that had been moved away.
     """
-    name = re.compile(re.escape(_prefix(target)) + rf"{_MACHINE}-(\d+)-[0-9a-f]{{12}}{re.escape(suffix)}")
+    name = re.compile(re.escape(_prefix(target)) + rf"{_MACHINE}-(\d+)-[0-9a-f]{{12}}\.(tmp|old)")
     found = []
     with contextlib.suppress(OSError):  # a folder that cannot be listed, or that changes meanwhile
         for path in target.parent.iterdir():
@@ -66,11 +64,10 @@ def _is_alive(process: int) -> bool:
 
 def clear_leftovers(target: Path) -> None:
     """Remove what killed processes left beside `target`; if nothing is there, the folder that one moved away returns."""
-    if not os.path.lexists(target):
-        for old in leftovers(target, ".old")[:1]:
+    for path in leftovers(target):
+        if path.suffix == ".old" and not os.path.lexists(target):
             with contextlib.suppress(OSError):
-                os.rename(old, target)
-    for path in [*leftovers(target, ".tmp"), *leftovers(target, ".old")]:
+                os.rename(path, target)
         remove(path)
 
 
@@ -101,7 +98,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 def find_moved(target: Path) -> Path | None:
     """The folder that a process, killed while it replaced `target`, had moved away; None if there is none."""
-    return next(iter(leftovers(target, ".old")), None)
+    return next((path for path in leftovers(target) if path.suffix == ".old"), None)
 
 
 def _exchange(one: Path, other: Path) -> bool:

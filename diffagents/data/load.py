@@ -19,7 +19,7 @@ from diffagents.data.cache import cached, stamp_of
 from diffagents.data.minari import find_minari, read_minari
 from diffagents.data.ogbench import episodes_of, is_ogbench, made
 from diffagents.data.transitions import Transitions
-from diffagents.envs.make import difference_of_specs, make_env, spec_of, spec_to_store, warn_of_unstored_arguments
+from diffagents.envs.make import difference_of_specs, make_env, spec_of, spec_to_store_or_warn
 from diffagents.errors import one_line, printable
 from diffagents.types import Spec
 
@@ -209,7 +209,7 @@ def _use_environment(data: Transitions, environment: _Environment) -> str | None
     data.info["bounds_from_data"] = False
     stored = data.info.get("env_spec")
     if stored is None:
-        data.info["env_spec"] = _stored_spec(environment.env_spec)
+        data.info["env_spec"] = spec_to_store_or_warn(environment.env_spec)
     if not stored or environment.env_spec is None:
         return None
     difference = difference_of_specs(stored, vars(environment.env_spec))
@@ -219,16 +219,6 @@ def _use_environment(data: Transitions, environment: _Environment) -> str | None
         f"{data.info.get('id', 'the data')}: env= is not the environment stored with the dataset ({difference}); "
         "the stored one is kept for evaluation; pass env= there for another"
     )
-
-
-def _stored_spec(env_spec: EnvSpec | None) -> str | None:
-    """JSON of the spec; None, with a warning, if it may not be stored."""
-    if env_spec is None:
-        return None
-    stored, refused = spec_to_store(env_spec)
-    if refused:
-        warn_of_unstored_arguments(env_spec.id, refused)
-    return stored
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------

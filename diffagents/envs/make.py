@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -145,13 +145,18 @@ def spec_to_store(spec: EnvSpec | Mapping[str, Any]) -> tuple[str | None, list[s
     return json.dumps(stored), []
 
 
-def warn_of_unstored_arguments(env_id: str, names: Iterable[str]) -> None:
-    """Warn that an environment is not stored with an agent, because of these arguments of it."""
-    warnings.warn(
-        f"{env_id} is not stored with the agent, because its arguments {', '.join(map(short, names))} may hold a path or a "
-        "secret, or are no JSON values: pass env= to evaluate a loaded agent",
-        stacklevel=3,
-    )
+def spec_to_store_or_warn(spec: EnvSpec | None) -> str | None:
+    """`spec_to_store` of the caller's environment: None if there is no spec, or, with a warning, if it may not be stored."""
+    if spec is None:
+        return None
+    stored, refused = spec_to_store(spec)
+    if refused:
+        warnings.warn(
+            f"{spec.id} is not stored with the agent, because its arguments {', '.join(map(short, refused))} may hold a path "
+            "or a secret, or are no JSON values: pass env= to evaluate a loaded agent",
+            stacklevel=3,
+        )
+    return stored
 
 
 def _may_be_stored(key: str, value: Any) -> bool:

@@ -18,7 +18,7 @@ from diffagents.data.load import load_dataset
 from diffagents.data.normalize import fit_reward_transform
 from diffagents.data.replay_buffer import Mixture, Replay
 from diffagents.data.sampler import Sampler
-from diffagents.envs.make import env_id_of, spec_to_store, warn_of_normalized_observations, warn_of_unstored_arguments
+from diffagents.envs.make import env_id_of, spec_to_store_or_warn, warn_of_normalized_observations
 from diffagents.errors import TrainingDiverged
 from diffagents.functional import lambda_returns
 from diffagents.training import provenance
@@ -182,12 +182,7 @@ def _spec_json(env: Any) -> str | None:
         spec = env.get_attr("spec")[0]
     except Exception:  # workers that cannot send their spec
         return None
-    if spec is None:
-        return None
-    stored, refused = spec_to_store(spec)
-    if refused:
-        warn_of_unstored_arguments(spec.id, refused)
-    return stored
+    return spec_to_store_or_warn(spec)
 
 
 def _make_run(learner: Learner, total: int | None, settings: OnlineSettings, data: str | None) -> OnlineRun:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from toy import RandomEnv
 
 import diffagents
 from diffagents import DatasetReport, describe
@@ -84,13 +85,7 @@ def test_dimensions_that_are_constant_saturated_dead_or_switches_are_named() -> 
 
 def spaces_of(obs_dim: int, act_dim: int) -> Any:
     """An environment of which only the spaces are used."""
-    import gymnasium
-
-    class Empty(gymnasium.Env[Any, Any]):
-        observation_space = spaces.Box(-np.inf, np.inf, (obs_dim,))
-        action_space = spaces.Box(-1, 1, (act_dim,))
-
-    return Empty()
+    return RandomEnv(spaces.Box(-np.inf, np.inf, (obs_dim,)), spaces.Box(-1, 1, (act_dim,)))
 
 
 def test_copies_are_found_exact_and_near_and_others_are_not() -> None:
