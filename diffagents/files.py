@@ -2,7 +2,7 @@
 
 What is to be written is written beside its place first, under a name that nobody else has and that says which process of which
 machine is at work: `.diffagents-<name>-<machine>-<process>-<random>.tmp`. A later writer removes such leftovers of processes
-that no longer exist.
+that no longer exist. A write that fails is an OSError which says what was not written, where, and what to do.
 """
 
 import contextlib
@@ -15,10 +15,18 @@ import re
 import secrets
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_CURES = {
+    errno.ENOSPC: "free some space there, or choose another place",
+    errno.EDQUOT: "free some space there, or choose another place",
+    errno.EACCES: "choose a place that you may write to",
+    errno.EPERM: "choose a place that you may write to",
+    errno.EROFS: "choose a place that you may write to",
+}
 
 
 def temporary(target: Path) -> Path:
@@ -28,6 +36,68 @@ def temporary(target: Path) -> Path:
 
 def _prefix(target: Path) -> str:
     return f".diffagents-{target.name[:80]}-"
+
+
+@contextlib.contextmanager
+def replacing(target: Path, what: str) -> Iterator[Path]:
+    """Write a file or a folder beside its place, which it takes in one step when the block ends without an error.
+
+    Args:
+        target: The place. Missing folders are made; of a link that is replaced which it leads to.
+        what: What is being written, for the error message.
+
+    Yields:
+        The path to write to; nothing is there yet.
+
+    Raises:
+        OSError: The write failed; `target` is as it was.
+    """
+    real = Path(os.path.realpath(target))
+    part = temporary(real)
+    try:
+        with write_errors(what, target):
+            real.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(real)
+            yield part
+            replace_folder(part, real) if part.is_dir() else os.replace(part, real)
+    except BaseException:
+        remove(part)
+        raise
+
+
+@contextlib.contextmanager
+def write_errors(what: str, target: Path) -> Iterator[None]:
+    """Turn what a failed write raises, whichever library wrote, into an OSError with the cause, the place and the cure.
+
+    HDF5 and safetensors report a full disk by exceptions of their own, with the number of the system's error in their text.
+
+    Args:
+        what: What is being written: the subject of "was not written".
+        target: Where to.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = re.search(r"\b(?:os error|errno =) (\d+)", str(error))
+        code = int(text[1]) if text else error.errno if isinstance(error, OSError) else None
+        if code is None:  # no failed write: an error of the caller's input, or one that has been explained already
+            raise
+        cure = f"; {_CURES[code]}" if code in _CURES else ""
+        reason = f"{os.strerror(code)}: {what} was not written; an older one is unchanged{cure}"
+        raise OSError(code, reason, str(target)) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    if os.name == "posix":  # Windows can neither sync a file that is open for reading nor open a folder
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
+                raise
+        finally:
+            os.close(handle)
 
 
 def remove(path: Path) -> None:

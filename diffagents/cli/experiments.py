@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffagents.cli.options import DEVICE_HELP, add_how, add_policy, env_arguments, environment, policy, preset, say, value
 from diffagents.errors import one_line
+from diffagents.files import replacing
 from diffagents.registry import AGENTS
 
 if TYPE_CHECKING:
@@ -282,7 +283,8 @@ def data(args: argparse.Namespace) -> None:
         report = describing.describe(args.dataset, **_options(args, "env", "obs_keys", "quick"))
     print(json.dumps(report.to_json(), allow_nan=False) if args.json else report, flush=True)
     if page is not None:
-        page.write_text(report.to_html(), encoding="utf-8")
+        with replacing(page, "the page") as part:
+            part.write_text(report.to_html(), encoding="utf-8")
         say(f"wrote {args.html}")
     if report.refused is not None:
         raise ValueError(report.refused)

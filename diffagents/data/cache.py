@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from diffagents.data import validation as check
 from diffagents.data.transitions import Transitions
 from diffagents.errors import one_line
-from diffagents.files import clear_leftovers, remove, temporary
+from diffagents.files import replacing
 
 RULES = 2
 """Raised when reading the same source gives another dataset than before."""
@@ -52,14 +52,10 @@ def cached(name: str, key: Mapping[str, Any], stamp: Mapping[str, Any], read: Ca
     with contextlib.suppress(Exception):  # absent, stale, truncated, foreign: in any case it is made again
         return Transitions.load(path, extra=stamp)
     data = read()
-    part = temporary(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(path)
-        data.save(part, extra=stamp)
-        os.replace(part, path)
+        with replacing(path, "the cached dataset") as part:
+            data.save(part, extra=stamp)
     except (OSError, ValueError, SafetensorError) as error:
-        remove(part)
         remedy = "set DIFFAGENTS_CACHE to a folder that can be written, or pass cache=False"
         check.warn(f"{name} is not cached ({one_line(error)}); {remedy}")
     return data

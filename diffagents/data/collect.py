@@ -35,7 +35,7 @@ from diffagents.envs.make import (
 from diffagents.errors import one_line
 from diffagents.evaluation.episodes import check_actions, check_spaces, is_meant_deterministic, stack, succeeded
 from diffagents.evaluation.evaluate import Evaluation
-from diffagents.files import clear_leftovers, remove, temporary
+from diffagents.files import clear_leftovers, remove, temporary, write_errors
 from diffagents.types import Spec, in_dtype
 
 if TYPE_CHECKING:
@@ -442,17 +442,20 @@ def _write(
     root = place.parents[len(namespaces)]
     clear_leftovers(root / "collect")
     hidden = temporary(root / "collect")  # a name that Minari ignores
+    data = hidden / "set" / "data"
     try:
-        data = hidden / "set" / "data"
-        data.mkdir(parents=True)
-        storage = MinariStorage.new(data, stored_space(env.observation_space), env.action_space, env_spec, jpeg_encoding=False)
-        storage.update_metadata({"dataset_id": dataset_id, "minari_version": minari.__version__, **metadata})
-        storage.update_episodes(EpisodeBuffer(id=i, infos={}, **episode) for i, episode in enumerate(episodes))
-        for namespace in namespaces:
-            namespace.mkdir(parents=True, exist_ok=True)
-            if not (namespace / "namespace_metadata.json").exists():
-                (namespace / "namespace_metadata.json").write_text("{}")
-        os.rename(data.parent, place)  # fails if another process has made the same dataset meanwhile
+        with write_errors("the dataset", place):
+            data.mkdir(parents=True)
+            storage = MinariStorage.new(
+                data, stored_space(env.observation_space), env.action_space, env_spec, jpeg_encoding=False
+            )
+            storage.update_metadata({"dataset_id": dataset_id, "minari_version": minari.__version__, **metadata})
+            storage.update_episodes(EpisodeBuffer(id=i, infos={}, **episode) for i, episode in enumerate(episodes))
+            for namespace in namespaces:
+                namespace.mkdir(parents=True, exist_ok=True)
+                if not (namespace / "namespace_metadata.json").exists():
+                    (namespace / "namespace_metadata.json").write_text("{}")
+            os.rename(data.parent, place)  # fails if another process has made the same dataset meanwhile
     finally:
         remove(hidden)
     return minari.MinariDataset(place / "data")

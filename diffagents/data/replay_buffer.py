@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffagents.data.sampler import Sampler, batch_of
 from diffagents.errors import ArtifactError, short
-from diffagents.files import clear_leftovers, remove, temporary
+from diffagents.files import replacing, sync
 from diffagents.types import Batch, Spec
 
 REPLAY_FORMAT = 1
@@ -138,6 +138,9 @@ class Replay:
 
         Returns:
             The file.
+
+        Raises:
+            OSError: The file cannot be written; an older one is unchanged.
         """
         path = file_of(path)
         n = len(self)
@@ -155,17 +158,11 @@ class Replay:
         }
         if self.running:
             tensors["running"] = torch.from_numpy(np.stack(self.running))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(path)
-        part = temporary(path)
-        try:
+        with replacing(path, "the replay buffer") as part:
             save_file(tensors, part, {"diffagents": json.dumps(header)})
+            sync(part)
             if keep is not None and keep.items() <= moment_of(path).items():
-                path.replace(previous_of(path))
-            part.replace(path)
-        except BaseException:
-            remove(part)
-            raise
+                path.resolve().replace(previous_of(path))
         return path
 
     @classmethod

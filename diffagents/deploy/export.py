@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import pathlib
-import secrets
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffagents.config.hyperparameters import choose
+from diffagents.files import replacing
 from diffagents.functional import action_gradient
 from diffagents.torch_internals import trace_without_autograd
 from diffagents.training.provenance import package_version
@@ -78,7 +78,8 @@ def export(
     with _quiet():
         program = _trace(policy)
         content = _onnx_bytes(program, facts) if format == "onnx" else _torch_bytes(program, facts)
-    _write(target, content)
+    with replacing(target, "the exported policy") as part:
+        part.write_bytes(content)
     return target
 
 
@@ -275,18 +276,6 @@ def _torch_bytes(program: "ExportedProgram", facts: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(facts)})
     return buffer.getvalue()
-
-
-def _write(target: pathlib.Path, content: bytes) -> None:
-    """Write a file, replacing an older one in one step."""
-    real = pathlib.Path(os.path.realpath(target))  # the target of a link is replaced, not the link itself
-    temporary = real.parent / f".diffagents-{secrets.token_hex(6)}.tmp"
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, real)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 # ---- checks before any work -----------------------------------------------------------------------------------------------

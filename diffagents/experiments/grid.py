@@ -18,7 +18,6 @@ working on is skipped: the same command may be started in several shells, or on 
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import subprocess
 import time
@@ -34,6 +33,7 @@ from diffagents.config.checks import check_choice
 from diffagents.errors import short
 from diffagents.evaluation.d4rl import d4rl_score_of_mean
 from diffagents.evaluation.evaluate import Evaluation, evaluate
+from diffagents.files import replacing
 from diffagents.registry import AGENTS, agent_class
 from diffagents.storage import artifact
 from diffagents.training import provenance
@@ -413,9 +413,8 @@ def _report_progress(folder: Path, agent: "Agent") -> None:
 
 def _write(path: Path, text: str) -> None:
     """Write a file atomically."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path, path.name) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 
 from diffagents.evaluation.statistics import bootstrap
 from diffagents.experiments.grid import RESULTS, RunSpec
+from diffagents.files import replacing
 from diffagents.storage import artifact
 
 Run = Mapping[str, Any]
@@ -57,7 +58,8 @@ def write_report(
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     cells = cells_of(runs)
-    (folder / "results.csv").write_text(as_csv(runs), encoding="utf-8")
+    with replacing(folder / "results.csv", "the table") as part:
+        part.write_text(as_csv(runs), encoding="utf-8")
     pictures = []
     try:
         if draw_curves(cells, folder / "curves.png"):
@@ -81,7 +83,9 @@ def write_report(
         missing(runs, specs),
     ]
     path = folder / "README.md"
-    path.write_text("\n".join(part for part in parts if part is not None).rstrip() + "\n", encoding="utf-8")
+    text = "\n".join(part for part in parts if part is not None).rstrip() + "\n"
+    with replacing(path, "the report") as part:
+        part.write_text(text, encoding="utf-8")
     return path
 
 
@@ -389,7 +393,8 @@ def draw_curves(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
         axes.tick_params(labelsize=7)
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(8, len(handles)), fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replacing(path, "the picture") as part:
+        figure.savefig(part, format="png", dpi=110)
     return True
 
 
@@ -420,7 +425,8 @@ def draw_iqm(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
     axes.set_xlabel(f"interquartile mean of the D4RL scale over {', '.join(datasets)}", fontsize=7)
     each = f"the first {seeds} seeds of each" if seeds > 1 else "one seed of each: no interval"
     axes.set_title(f"{len(datasets)} datasets, {each}", fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replacing(path, "the picture") as part:
+        figure.savefig(part, format="png", dpi=110)
     return True
 
 

@@ -11,7 +11,6 @@ Writing is atomic: a failure leaves an older artifact unchanged and no temporary
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from diffagents.errors import AGAIN, ArtifactError, short
-from diffagents.files import clear_leftovers, find_moved, remove, replace_folder, temporary
+from diffagents.files import find_moved, remove, replacing, sync
 from diffagents.training.state import HubCommit, bare
 
 LIBRARY, FORMAT = "diffagents", 1
@@ -106,25 +105,15 @@ def write(
         is_now, needed = ("file", "folder") if as_folder else ("folder", "file")
         raise FileExistsError(f"{target} is a {is_now}, so no {needed} can be written there: choose another name")
     real = Path(os.path.realpath(target))  # the target of a link is replaced, not the link itself
-    temp = temporary(real)
-    clear_leftovers(real)
     if as_folder:
         _check_replaceable(real)
-    try:
-        real.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target, "the artifact") as part:
         if as_folder:
             replaced = MAX_BYTES if companions is None else (*MAX_BYTES, *COMPANIONS)
-            _write_folder(files | dict(companions or {}), temp, real, replaced)
+            _write_folder(files | dict(companions or {}), part, real, replaced)
         else:
-            _write_zip(files, temp)
-            os.replace(temp, real)
-    except BaseException as error:
-        remove(temp)
-        if isinstance(error, OSError):
-            reason = f"{error.strerror or error}: the artifact was not written; an older one is unchanged"
-            raise OSError(error.errno or errno.EIO, reason, str(target)) from error
-        raise
-    _sync(real.parent)
+            _write_zip(files, part)
+    sync(real.parent)
     return target
 
 
@@ -196,46 +185,32 @@ def _check_replaceable(folder: Path) -> None:
         raise FileExistsError(f"{folder} contains other files but no artifact: add .zip to the name, or choose a new folder")
 
 
-def _write_zip(files: Mapping[str, bytes], temp: Path) -> None:
-    with zipfile.ZipFile(temp, "x", zipfile.ZIP_STORED) as archive:
+def _write_zip(files: Mapping[str, bytes], part: Path) -> None:
+    with zipfile.ZipFile(part, "x", zipfile.ZIP_STORED) as archive:
         for name, data in files.items():
             info = zipfile.ZipInfo(name)  # with a fixed date: the same state gives the same bytes
             info.external_attr = 0o644 << 16
             archive.writestr(info, data)
-    _sync(temp)
+    sync(part)
 
 
-def _write_folder(files: Mapping[str, bytes], temp: Path, real: Path, replaced: Iterable[str]) -> None:
-    """Write `files` to the folder `real` through `temp`, keeping its other files except those named in `replaced`."""
+def _write_folder(files: Mapping[str, bytes], part: Path, real: Path, replaced: Iterable[str]) -> None:
+    """Write `files` to the folder `part`, with the other files of the folder `real` except those named in `replaced`."""
     if real.exists():
-        for attempt in range(10):
+        for atpartt in range(10):
             try:
-                shutil.copytree(real, temp, symlinks=True, ignore=lambda at, _: replaced if Path(at) == real else ())
+                shutil.copytree(real, part, symlinks=True, ignore=lambda at, _: replaced if Path(at) == real else ())
                 break
             except (shutil.Error, FileNotFoundError):  # another process replaced the folder meanwhile
-                remove(temp)
-                if attempt == 9:
+                remove(part)
+                if atpartt == 9:
                     raise
     else:
-        temp.mkdir()
+        part.mkdir()
     for name, data in files.items():
-        (temp / name).write_bytes(data)
-        _sync(temp / name)
-    _sync(temp)
-    replace_folder(temp, real)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    if os.name == "posix":  # Windows can neither sync a file that is open for reading nor open a folder
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
-                raise
-        finally:
-            os.close(handle)
+        (part / name).write_bytes(data)
+        sync(part / name)
+    sync(part)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The front matter is for the Hub: library, task, and a model-index with the exact
 is for people who want to judge the policy or train it again.
 """
 
+import html
 import io
 import json
 import re
@@ -217,7 +218,7 @@ def _number(value: Any) -> str | None:
 def _plain(value: Any) -> str:
     """A value as text without markup that fits in a table cell: it may come from a stranger's file."""
     text = " ".join(str(value).split())[:500]
-    return re.sub(r"([|<>`*\[\]\\])", r"\\\1", text)
+    return html.escape(re.sub(r"([|`*\[\]\\])", r"\\\1", text), quote=False)
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> bytes | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffagents.errors import ArtifactError, HubError, short
+from diffagents.files import write_errors
 from diffagents.storage import artifact
 from diffagents.storage.artifact import CONFIG, LIBRARY, MAX_BYTES, TENSOR_FILES, TRAINER_STATE, Artifact
 
@@ -259,11 +260,12 @@ def pull(
     if target is None:
         return cached
     part = target.with_name(f".{target.name}-{secrets.token_hex(6)}.part")
-    part.mkdir(parents=True)  # a name that nobody else has: what is removed below was made here
     try:
-        for name in ALL_FILES:
-            if (cached / name).exists():
-                shutil.copyfile(cached / name, part / name)
+        with write_errors("the policy", target):
+            part.mkdir(parents=True)  # a name that nobody else has: what is removed below was made here
+            for name in ALL_FILES:
+                if (cached / name).exists():
+                    shutil.copyfile(cached / name, part / name)
         try:
             part.rename(target)
         except OSError:

@@ -14,6 +14,7 @@ from diffagents import errors
 from diffagents.errors import ArtifactError, HubError, short
 from diffagents.evaluation.evaluate import Evaluation
 from diffagents.evaluation.video import record_video
+from diffagents.files import replacing
 from diffagents.storage import artifact, card, checkpoint, hub
 from diffagents.training.state import Learner
 
@@ -179,7 +180,8 @@ def push_to_hub(
         save_pretrained(learner, folder, name=repo_id, **contents)
         keep = contents.get("eval_env") is not None or bool(contents.get("video"))  # these took time
         if theirs := _hand_written(repository.readme):
-            (folder / "README.md").write_bytes(theirs)
+            with replacing(folder / "README.md", "the model card") as part:
+                part.write_bytes(theirs)
         commit = repository.commit(folder, commit_message or f"{type(learner).__name__} trained with diffagents")
         keep = False
     except HubError as error:
@@ -209,4 +211,5 @@ def renew_card(folder: Path, name: str) -> None:
     stated = re.search(r"^license: (\S+)$", (_readme(folder) or b"").decode(), re.M)
     license, config = stated[1] if stated else "mit", artifact.read(folder).config
     text = _make_card(config, results, name=name, license=license, pictures=pictures)
-    (folder / "README.md").write_text(text)
+    with replacing(folder / "README.md", "the model card") as part:
+        part.write_text(text, encoding="utf-8")
