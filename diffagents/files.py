@@ -23,6 +23,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _CURES = {
     errno.ENOSPC: "free some space there, or choose another place",
     errno.EDQUOT: "free some space there, or choose another place",
+    errno.EFBIG: "free some space there, or choose another place",
     errno.EACCES: "choose a place that you may write to",
     errno.EPERM: "choose a place that you may write to",
     errno.EROFS: "choose a place that you may write to",

@@ -1,7 +1,9 @@
 """`collect`: what lies on disk is what happened in the environment; same seed, same data; or there is nothing at all."""
 
+import errno
 import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -521,6 +523,22 @@ def test_a_file_in_the_place_of_the_folder_is_found_before_the_work(tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         collect(never, "Counter-v0", 10, "test/bad-v0", root=tmp_path / "file")
+
+
+def test_too_little_space_is_found_before_the_work(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And before anything is written: a disk that gets full can make HDF5 crash the process."""
+    free = 99_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))  # type: ignore[attr-defined]
+    with pytest.raises(OSError, match=r"needs about \d+.\d MB, but 0.1 MB are free: free some there") as caught:
+        collect(never, "Counter-v0", 100_000, "test/bad-v0")
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(root / "test" / "bad-v0")
+    collect(nothing, "Counter-v0", 10, "test/good-v0")
+    free = 9_000  # enough for the steps, not for the file
+    with pytest.raises(OSError, match="are free"):
+        collect(nothing, "Counter-v0", 10, "test/bad-v0")
+    assert {path.name for path in root.iterdir()} == {"test"} and [path.name for path in (root / "test").glob("*-v0")] == [
+        "good-v0"
+    ]
 
 
 # ---- what fails later leaves nothing ---------------------------------------------------------------------------------
