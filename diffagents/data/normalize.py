@@ -6,6 +6,7 @@ also to the rewards of online fine-tuning.
 Shapes: N transitions, E episodes, S flat observation.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -99,11 +100,15 @@ class RewardTransform:
             KeyError: If a key is missing.
             OverflowError: If a number is too large for a float.
             TypeError: If `data` or a number is of another type.
-            ValueError: If the name is unknown or a number is malformed.
+            ValueError: If the name is unknown, or a number is malformed or cannot be: not finite, or a scale that is not
+                positive.
         """
         if data["name"] not in REWARD_TRANSFORMS:
             raise ValueError(f"this reward transform is unknown; choose from {', '.join(REWARD_TRANSFORMS)}")
-        return cls(name=data["name"], scale=float(data["scale"]), shift=float(data["shift"]))
+        scale, shift = float(data["scale"]), float(data["shift"])
+        if not (0 < scale < math.inf and math.isfinite(shift)):
+            raise ValueError(f"a reward transform has the scale {scale:g} and the shift {shift:g}")
+        return cls(name=data["name"], scale=scale, shift=shift)
 
 
 def fit_reward_transform(

@@ -46,6 +46,8 @@ AGENT_OVERRIDES = ("seed", "verbose", "tensorboard_log", "compile", "tf32", "rec
 """Arguments of the constructor that may be changed when an agent is loaded; all others are hyperparameters."""
 MAX_NETWORK_BYTES = 1 << 32
 """The largest size of the networks that a file without learner.safetensors may describe."""
+SMALLEST_STD = 1e-8
+"""Far below what any algorithm stores: `ObsNormalizer.fit` adds 0.001, SfBC's critic has at least 0.1."""
 
 
 def pack(learner: Learner, trainer_state: bool) -> Packed:
@@ -258,17 +260,22 @@ def _build(
         pristine=bool(counters["pristine"]),
         policy_missing=bool(counters["policy_missing"]),
     )
-    _check_shapes(learner, spec, tensors)
+    _check_networks(learner, spec, tensors)
     learner.set_up(spec)
     return learner
 
 
-def _check_shapes(learner: Learner, spec: Spec, tensors: dict[str, Tensors]) -> None:
-    """Compare names, shapes and dtypes of the networks before any memory is allocated for them. Raises ArtifactError."""
+def _check_networks(learner: Learner, spec: Spec, tensors: dict[str, Tensors]) -> None:
+    """Check names, shapes, dtypes and divisors of the networks before any memory is allocated. Raises ArtifactError."""
     expected = networks_on_meta(learner, spec)
     for part, names in (("model", ("obs_normalizer", *learner.MODEL)), ("learner", learner.TRAINING_NETWORKS)):
         if part in tensors:
             check_alike(tensors[part], {key: value for key, value in expected.items() if key.partition(".")[0] in names})
+    for key, value in {**tensors["model"], **tensors.get("learner", {})}.items():
+        if key.endswith(".std") and float(value.min()) < SMALLEST_STD:  # everything is divided by it
+            raise ArtifactError(
+                f"{key} contains {float(value.min()):g}, which is no standard deviation (at least {SMALLEST_STD:g}): {AGAIN}"
+            )
     if "learner" not in tensors:  # nothing to compare with: only the size is limited
         n_bytes = sum(value.numel() * value.element_size() for value in expected.values())
         if n_bytes > MAX_NETWORK_BYTES:

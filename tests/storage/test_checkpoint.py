@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import safetensors.torch
 from toy import line_data
 
 from diffagents import SRPO, ArtifactError
@@ -36,6 +37,8 @@ GARBLED: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     "no spec": lambda c, t: c.pop("spec"),
     "spec of another task": lambda c, t: c["spec"]["observation_space"].update(shape=[99], low="-inf", high="inf"),
     "transform garbled": lambda c, t: c.update(reward_transform={"name": "x"}),
+    "transform that cannot be": lambda c, t: c["reward_transform"].update(scale=0.0),
+    "transform without end": lambda c, t: c["reward_transform"].update(shift="inf"),
     "network too wide": lambda c, t: c["policy_kwargs"].update(behavior_width=60_000),
     "too many layers": lambda c, t: c["policy_kwargs"].update(behavior_blocks=100_000),
     "plan a number": lambda c, t: t["plan"].update(lengths=5),
@@ -68,6 +71,17 @@ def test_garbled_json_is_refused(name: str, good: pathlib.Path, tmp_path: pathli
         SRPO.load(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, 1e-40])
+def test_a_normaliser_that_cannot_be_is_refused(std: float, good: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = shutil.copytree(good, tmp_path / "agent")
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["obs_normalizer.std"][0] = std
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"obs_normalizer.std contains .*, which is no standard deviation"):
+        SRPO.load(folder)
 
 
 def test_the_ungarbled_one_loads(agent: SRPO, good: pathlib.Path) -> None:
