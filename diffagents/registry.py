@@ -110,6 +110,7 @@ def push_folder(
     revision: str | None = None,
     commit_message: str | None = None,
     token: str | bool | None = None,
+    verbose: int = 1,
 ) -> "CommitInfo":
     """Push a folder that `save_pretrained` wrote, after checking that it loads.
 
@@ -124,6 +125,7 @@ def push_folder(
         revision: A branch, created if it does not exist.
         commit_message: Message of the commit; None names the algorithm.
         token: None: that of `hf auth login` or HF_TOKEN.
+        verbose: 1 prints what becomes public before it does.
 
     Returns:
         The commit.
@@ -135,7 +137,7 @@ def push_folder(
         HubError: No access, no connection, or somebody else pushed meanwhile.
     """
     from diffagents.storage import hub
-    from diffagents.storage.publish import renew_card
+    from diffagents.storage.publish import renew_card, what_is_published
 
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -151,4 +153,6 @@ def push_folder(
         for file in files:
             shutil.copyfile(file, copy / file.name)
         renew_card(copy, repo_id)
+        if verbose:
+            print(what_is_published(copy, repo_id), flush=True)
         return repository.commit(copy, message)

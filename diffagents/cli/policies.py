@@ -107,20 +107,21 @@ def push(args: argparse.Namespace) -> None:
     if local.is_dir() and not (args.eval or args.video or args.trainer_state):
         from diffagents.registry import push_folder
 
-        print(push_folder(local, args.repo_id, **commit).commit_url)
-        return
-    agent = policy(argparse.Namespace(policy=args.policy))
-    print(
-        agent.push_to_hub(
-            args.repo_id,
-            eval_env=(args.env or True) if args.eval else None,
-            n_eval_episodes=args.episodes,
-            video=args.video,
-            license=args.license,
-            include_trainer_state=args.trainer_state,
-            **commit,
-        ).commit_url
-    )
+        with contextlib.redirect_stdout(sys.stderr):
+            done = push_folder(local, args.repo_id, **commit)
+    else:
+        agent = policy(argparse.Namespace(policy=args.policy))
+        agent.verbose = 1
+        contents = {
+            "eval_env": (args.env or True) if args.eval else None,
+            "n_eval_episodes": args.episodes,
+            "video": args.video,
+            "license": args.license,
+            "include_trainer_state": args.trainer_state,
+        }
+        with contextlib.redirect_stdout(sys.stderr):
+            done = agent.push_to_hub(args.repo_id, **contents, **commit)
+    print(done.commit_url)
 
 
 def pull(args: argparse.Namespace) -> None:

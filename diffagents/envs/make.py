@@ -55,13 +55,16 @@ def make_env(env: Any, **kwargs: Any) -> Any:
         if kwargs.get("render_mode") is not None:
             prefer_egl()
         try:
-            return _make(env, stored | kwargs)
-        except Exception as error:  # whatever a constructor raises for arguments that it does not know
+            made = _make(env, stored | kwargs)
+            if stored.keys() - {"max_episode_steps"}:
+                made.reset(seed=0)  # some arguments are only looked at here
+            return made
+        except Exception as error:  # whatever an environment raises for arguments that it does not know
             if not stored or isinstance(error, ValueError | ImportError):
                 raise
             names = ", ".join(map(short, stored))
             raise ValueError(
-                f"environment {env!r} cannot be made with the stored arguments {names} ({printable(one_line(error))}); pass "
+                f"environment {env!r} does not work with the stored arguments {names} ({printable(one_line(error))}); pass "
                 "env= instead"
             ) from None
     if not (isinstance(env, gym.Env | gym.vector.VectorEnv) or is_sb3(env)):

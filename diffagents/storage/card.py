@@ -24,6 +24,17 @@ def data_env(config: Mapping[str, Any]) -> str | None:
         return None
 
 
+def stored_env(config: Mapping[str, Any]) -> str | None:
+    """The environment in a config's dataset with all that is stored of it, in words; None if there is none."""
+    env = data_env(config)
+    if env is None:
+        return None
+    spec = json.loads(config["dataset"]["env_spec"])
+    kwargs = dict(spec.get("kwargs") or {}) | {"max_episode_steps": spec.get("max_episode_steps")}
+    words = ", ".join(f"{name}={value!r}" for name, value in kwargs.items() if value is not None)
+    return f"{env} with {words}" if words else env
+
+
 def make_card(
     config: Mapping[str, Any],
     results: Mapping[str, Any] | None,
@@ -165,6 +176,7 @@ def _data_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     rows = [
         ("dataset", data.get("id")),
         ("kind", data.get("kind")),
+        ("environment", stored_env(config)),
         *((key.replace("_", " "), made[key]) for key in sorted(made)),
         ("steps, episodes", f"{data.get('n_steps')}, {data.get('n_episodes')}" if data.get("n_steps") else None),
         ("mean return of the episodes", _number(data.get("mean_return")) if data.get("n_steps") else None),

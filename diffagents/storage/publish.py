@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffagents import errors
-from diffagents.errors import ArtifactError, HubError, short
+from diffagents.errors import ArtifactError, HubError, printable, short
 from diffagents.evaluation.evaluate import Evaluation
 from diffagents.evaluation.video import record_video
 from diffagents.files import replacing
@@ -142,6 +142,18 @@ def _readme(folder: str | Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
+def what_is_published(folder: Path, repo_id: str) -> str:
+    """What a push of this folder makes public, in words, to be shown before it: its files, and what users may not expect."""
+    config = artifact.read(folder).config
+    env, commands = card.stored_env(config), (config.get("provenance") or {}).get("commands") or ()
+    parts = [
+        f"publishing to {repo_id}: {', '.join(file.name for file in hub.publishable(folder))}",
+        *([f"environment: {env}"] if env else []),
+        *(f"command: {command}" for command in commands),
+    ]
+    return printable("; ".join(parts))
+
+
 def push_to_hub(
     learner: Learner,
     repo_id: str,
@@ -153,6 +165,8 @@ def push_to_hub(
     **contents: Any,
 ) -> "CommitInfo":
     """Publish the policy as a model repository of the Hugging Face Hub, in one commit.
+
+    With `verbose` of the agent, what becomes public is printed before.
 
     Args:
         learner: The agent. If it was downloaded to act only, its other networks are downloaded now.
@@ -182,6 +196,8 @@ def push_to_hub(
         if theirs := _hand_written(repository.readme):
             with replacing(folder / "README.md", "the model card") as part:
                 part.write_bytes(theirs)
+        if learner.verbose:
+            print(what_is_published(folder, repo_id), flush=True)
         commit = repository.commit(folder, commit_message or f"{type(learner).__name__} trained with diffagents")
         keep = False
     except HubError as error:

@@ -318,7 +318,10 @@ def test_push_pull_list_and_eval_by_a_hub_id(trained: Path, here: Path) -> None:
         assert pushed[1].startswith(hub.url) and "/commit/" in pushed[1]
         card = hub.files("tester/td3bc-reacher")["README.md"].decode()
         assert 'TD3BC.from_pretrained("tester/td3bc-reacher")' in card
+        assert "publishing to tester/td3bc-reacher: config.json, model.safetensors" in pushed[2]
+        assert "environment: Reacher-v5" in pushed[2]
         assert evaluated[0] == 0, evaluated
+        assert "publishing to tester/scored: " in evaluated[2] and evaluated[1].count("\n") == 1
         assert "results.json" in hub.files("tester/scored") and hub.repository("tester/scored").private
         assert pulled[:2] == (0, "copy\n")
         for name in ("model.safetensors", "learner.safetensors"):

@@ -13,6 +13,7 @@ from toy import RandomEnv
 
 import diffagents
 from diffagents.envs.make import make_env, spec_to_store
+from diffagents.storage.publish import what_is_published
 
 
 class Robot(RandomEnv):
@@ -20,6 +21,10 @@ class Robot(RandomEnv):
         super().__init__(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (2,)))
         self.arguments = arguments
         assert "fails" not in arguments
+
+    def reset(self, **how: Any) -> Any:
+        assert "fails_later" not in self.arguments
+        return super().reset(**how)
 
 
 @pytest.fixture(autouse=True)
@@ -101,9 +106,20 @@ def test_wrappers_are_named_only() -> None:
         make_env(stored)
 
 
-def test_a_constructor_that_fails_is_one_error() -> None:
-    stored = json.dumps({"id": "StoredRobot-v0", "kwargs": {"fails": 1}})
-    with pytest.raises(ValueError, match=r"'StoredRobot-v0' cannot be made with the stored arguments fails \("):
+@pytest.mark.parametrize("argument", ["fails", "fails_later"])
+def test_an_environment_that_fails_is_one_error(argument: str) -> None:
+    stored = json.dumps({"id": "StoredRobot-v0", "kwargs": {argument: 1}})
+    with pytest.raises(ValueError, match=rf"'StoredRobot-v0' does not work with the stored arguments {argument} \("):
         make_env(stored)
     with pytest.raises(AssertionError):  # the caller's own arguments are the caller's own mistake
         make_env("StoredRobot-v0", fails=1)
+
+
+def test_what_a_push_publishes_is_said_and_on_the_card(tmp_path: Path) -> None:
+    """With the keyword arguments, of which only the user can tell whether they are harmless."""
+    env = gym.make("StoredRobot-v0", weight=4.5)
+    folder = small("TD3BC", env=env).learn(recorded(env), 4).save_pretrained(tmp_path / "a")
+    said = what_is_published(folder, "me/x")
+    assert said.startswith("publishing to me/x: config.json, model.safetensors, learner.safetensors")
+    assert said.endswith("curves.png; environment: StoredRobot-v0 with weight=4.5, max_episode_steps=7")
+    assert "| environment | StoredRobot-v0 with weight=4.5, max_episode_steps=7 |" in (folder / "README.md").read_text()
