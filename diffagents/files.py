@@ -67,6 +67,19 @@ def replacing(target: Path, what: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def scratch_folder(near: Path) -> Iterator[Path]:
+    """A new folder beside `near`, removed at the end; if this process is killed, by the next one that wants such a folder."""
+    folder = temporary(near)
+    near.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(near)
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        remove(folder)
+
+
+@contextlib.contextmanager
 def write_errors(what: str, target: Path) -> Iterator[None]:
     """Turn what a failed write raises, whichever library wrote, into an OSError with the cause, the place and the cure.
 

@@ -136,6 +136,7 @@ def push_folder(
         ValueError: Not a valid repository id.
         HubError: No access, no connection, or somebody else pushed meanwhile.
     """
+    from diffagents.files import scratch_folder
     from diffagents.storage import hub
     from diffagents.storage.publish import renew_card, what_is_published
 
@@ -148,8 +149,7 @@ def push_folder(
     agent = load(path, device="cpu", verbose=0)
     repository = hub.Repository.open(repo_id, private=private, revision=revision, token=token)
     message = commit_message or f"{type(agent).__name__} trained with diffagents"
-    with tempfile.TemporaryDirectory(prefix="diffagents-push-") as scratch:
-        copy = Path(scratch)
+    with scratch_folder(Path(tempfile.gettempdir()) / "push") as copy:
         for file in files:
             shutil.copyfile(file, copy / file.name)
         renew_card(copy, repo_id)

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from diffagents.envs.make import (
 from diffagents.errors import one_line
 from diffagents.evaluation.episodes import check_actions, check_spaces, is_meant_deterministic, stack, succeeded
 from diffagents.evaluation.evaluate import Evaluation
-from diffagents.files import clear_leftovers, remove, temporary, write_errors
+from diffagents.files import scratch_folder, write_errors
 from diffagents.types import Spec, in_dtype
 
 if TYPE_CHECKING:
@@ -247,8 +246,7 @@ def _new_place(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
     outer = next((up for up in place.parents if up.is_relative_to(folder) and (up / "data").exists()), None)
     if outer is not None:
         raise ValueError(f"{dataset_id!r} would lie inside the dataset {outer}, where Minari never finds it; choose another id")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".collect-"):  # raises now what writing would raise hours later
+    with scratch_folder(folder / "collect"):  # raises now what writing would raise hours later
         return place
 
 
@@ -449,26 +447,19 @@ def _write(
         _, metadata["ref_min_score"], metadata["ref_max_score"] = reference
     namespaces = [place.parents[i] for i in range(dataset_id.count("/"))]
     root = place.parents[len(namespaces)]
-    clear_leftovers(root / "collect")
-    hidden = temporary(root / "collect")  # a name that Minari ignores
     arrays = sum(array.nbytes for episode in episodes for array in _arrays_of(episode))
     _check_free_space(place, arrays + _BYTES_OF_AN_EPISODE * len(episodes))
-    data = hidden / "set" / "data"
-    try:
-        with write_errors("the dataset", place):
-            data.mkdir(parents=True)
-            storage = MinariStorage.new(
-                data, stored_space(env.observation_space), env.action_space, env_spec, jpeg_encoding=False
-            )
-            storage.update_metadata({"dataset_id": dataset_id, "minari_version": minari.__version__, **metadata})
-            storage.update_episodes(EpisodeBuffer(id=i, infos={}, **episode) for i, episode in enumerate(episodes))
-            for namespace in namespaces:
-                namespace.mkdir(parents=True, exist_ok=True)
-                if not (namespace / "namespace_metadata.json").exists():
-                    (namespace / "namespace_metadata.json").write_text("{}")
-            os.rename(data.parent, place)  # fails if another process has made the same dataset meanwhile
-    finally:
-        remove(hidden)
+    with write_errors("the dataset", place), scratch_folder(root / "collect") as hidden:  # a name that Minari ignores
+        data = hidden / "set" / "data"
+        data.mkdir(parents=True)
+        storage = MinariStorage.new(data, stored_space(env.observation_space), env.action_space, env_spec, jpeg_encoding=False)
+        storage.update_metadata({"dataset_id": dataset_id, "minari_version": minari.__version__, **metadata})
+        storage.update_episodes(EpisodeBuffer(id=i, infos={}, **episode) for i, episode in enumerate(episodes))
+        for namespace in namespaces:
+            namespace.mkdir(parents=True, exist_ok=True)
+            if not (namespace / "namespace_metadata.json").exists():
+                (namespace / "namespace_metadata.json").write_text("{}")
+        os.rename(data.parent, place)  # fails if another process has made the same dataset meanwhile
     return minari.MinariDataset(place / "data")
 
 

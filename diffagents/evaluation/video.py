@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 from diffagents.envs.make import make_env
 from diffagents.errors import one_line
 from diffagents.evaluation.episodes import Policy, check_actions, check_spaces, is_meant_deterministic, stack
+from diffagents.files import scratch_folder
 
 
 def record_video(
@@ -62,9 +62,7 @@ def record_video(
             if not isinstance(single, gym.Env) or single.render_mode != "rgb_array":
                 raise ValueError('the environment must be a single one made with render_mode="rgb_array"')
             check_spaces(policy, single.observation_space, single.action_space)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            folder = cleanup.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=".video-"))
-            part = pathlib.Path(folder) / "part.mp4"
+            part = cleanup.enter_context(scratch_folder(path)) / "part.mp4"
             rate = fps or float(single.metadata.get("render_fps") or 30)
             every = 1 if fps else max(1, int(rate // 30))
             _write_mp4(part, _frames(policy, single, seed, max_steps, deterministic, every), rate / every)

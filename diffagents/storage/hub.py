@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffagents.errors import ArtifactError, HubError, short
-from diffagents.files import write_errors
+from diffagents.files import scratch_folder, write_errors
 from diffagents.storage import artifact
 from diffagents.storage.artifact import CONFIG, LIBRARY, MAX_BYTES, TENSOR_FILES, TRAINER_STATE, Artifact
 
@@ -259,21 +258,18 @@ def pull(
     artifact.read(cached, origin)
     if target is None:
         return cached
-    part = target.with_name(f".{target.name}-{secrets.token_hex(6)}.part")
-    try:
-        with write_errors("the policy", target):
-            part.mkdir(parents=True)  # a name that nobody else has: what is removed below was made here
-            for name in ALL_FILES:
-                if (cached / name).exists():
-                    shutil.copyfile(cached / name, part / name)
+    with write_errors("the policy", target), scratch_folder(target) as scratch:
+        part = scratch / "policy"
+        part.mkdir()
+        for name in ALL_FILES:
+            if (cached / name).exists():
+                shutil.copyfile(cached / name, part / name)
         try:
             part.rename(target)
         except OSError:
             if target.exists():
                 raise FileExistsError(f"{target} came into being during the download: choose a new folder") from None
             raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return target
 
 

@@ -3,7 +3,6 @@
 import datetime
 import json
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from diffagents import errors
 from diffagents.errors import ArtifactError, HubError, printable, short
 from diffagents.evaluation.evaluate import Evaluation
 from diffagents.evaluation.video import record_video
-from diffagents.files import replacing
+from diffagents.files import replacing, scratch_folder
 from diffagents.storage import artifact, card, checkpoint, hub
 from diffagents.training.state import Learner
 
@@ -124,8 +123,8 @@ def _video(learner: Learner, eval_env: Any) -> bytes | None:
             stacklevel=4,
         )
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = record_video(learner, env, Path(folder) / "replay.mp4")
+    with scratch_folder(Path(tempfile.gettempdir()) / "video") as folder:
+        path = record_video(learner, env, folder / "replay.mp4")
         return None if path is None else path.read_bytes()
 
 
@@ -188,26 +187,22 @@ def push_to_hub(
     if learner.origin is not None:
         checkpoint.fetch_training_networks(learner)  # otherwise the push would remove it from the repository
     repository = hub.Repository.open(repo_id, private=private, revision=revision, token=token)
-    scratch = Path(tempfile.mkdtemp(prefix="diffagents-push-"))
-    folder, keep = scratch / "policy", False
-    try:
+    with scratch_folder(Path(tempfile.gettempdir()) / "push") as scratch:
+        folder = scratch / "policy"
         save_pretrained(learner, folder, name=repo_id, **contents)
-        keep = contents.get("eval_env") is not None or bool(contents.get("video"))  # these took time
         if theirs := _hand_written(repository.readme):
             with replacing(folder / "README.md", "the model card") as part:
                 part.write_bytes(theirs)
         if learner.verbose:
             print(what_is_published(folder, repo_id), flush=True)
-        commit = repository.commit(folder, commit_message or f"{type(learner).__name__} trained with diffagents")
-        keep = False
-    except HubError as error:
-        if keep:
-            raise HubError(f"{error}. The finished folder is kept: diffagents push {folder} {repo_id}") from error
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return commit
+        try:
+            return repository.commit(folder, commit_message or f"{type(learner).__name__} trained with diffagents")
+        except HubError as error:
+            if contents.get("eval_env") is None and not contents.get("video"):
+                raise
+            kept = Path(tempfile.mkdtemp(prefix="diffagents-push-")) / "policy"  # evaluating it took time
+            folder.rename(kept)
+            raise HubError(f"{error}. The finished folder is kept: diffagents push {kept} {repo_id}") from error
 
 
 def renew_card(folder: Path, name: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -487,6 +488,35 @@ def test_a_pull_removes_nothing_that_it_did_not_make(hub: Hub, here: Client, tra
     assert (tmp_path / ".policy.part" / "thesis.txt").read_text() == "precious"
     here(attempt, pull_into, "me/pulled-into", tmp_path / "policy").says("FileExistsError", "exists already")
     assert (folder.stat().st_mode & 0o777) == ((tmp_path / ".policy.part").stat().st_mode & 0o777)
+
+
+def pull_into_twice(repo_id: str, folder: Path) -> list[Any]:
+    """Two threads, each with its own download."""
+    results: list[Any] = []
+    both = threading.Barrier(2)
+
+    def work() -> None:
+        both.wait()
+        results.append(attempt(hub_of_diffagents.pull, repo_id, folder))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_two_pulls_into_one_folder(hub: Hub, here: Client, trained: Trained, tmp_path: Path) -> None:
+    """One makes it, the other is told, and what is there is whole."""
+    here(push, trained.folder / "TD3BC.zip", "me/raced")
+    for i in range(5):
+        folder = tmp_path / f"policy{i}"
+        results = here(pull_into_twice, "me/raced", folder)
+        (refused,) = [result for result in results if result != folder]
+        refused.says("FileExistsError", "choose a new folder")
+        assert diffagents.load(folder, **QUIET) is not None
+    assert {path.name for path in tmp_path.iterdir()} == {f"policy{i}" for i in range(5)}
 
 
 @pytest.mark.parametrize("way", ["save_pretrained", "push_folder"])

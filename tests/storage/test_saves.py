@@ -2,6 +2,7 @@
 
 import collections
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -234,3 +235,18 @@ def test_agent_and_replay_buffer_belong_together_whenever_the_process_ends(tmp_p
 
 def killed(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_scratch_folder_of_a_killed_process_is_removed_by_the_next(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with files.scratch_folder(tmp_path / "push") as folder:
+            (folder / "large").write_text("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    with files.scratch_folder(tmp_path / "push") as folder:
+        assert list(tmp_path.iterdir()) == [folder] and not list(folder.iterdir())
+        with files.scratch_folder(tmp_path / "push") as other:  # another one at the same time
+            assert folder.exists() and other != folder
+    assert not list(tmp_path.iterdir())
