@@ -5,6 +5,8 @@
 The number of kills of each kind is KILLS (environment variable, default 30).
 """
 
+import contextlib
+import io
 import itertools
 import os
 import random
@@ -25,6 +27,7 @@ from diffagents.data.cache import cached
 from diffagents.data.load import load_dataset
 from diffagents.data.replay_buffer import Replay
 from diffagents.data.transitions import Transitions
+from diffagents.experiments import grid
 from diffagents.storage import artifact
 from diffagents.types import Spec
 
@@ -153,3 +156,38 @@ def left_in(root: Path) -> list[Path]:
     """Temporary files and folders, and what only they hold."""
     marks: tuple[Any, ...] = (".tmp", ".old", ".part", ".previous.safetensors")
     return [path for path in root.rglob("*") if path.name.endswith(marks)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_kills_in_a_run_of_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is taken up again where it was last saved, and ends as an uncut one does."""
+    torch.set_num_threads(1)
+    monkeypatch.setenv("DIFFAGENTS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(Path(__file__).resolve().parents[2] / "examples" / "data"))
+    monkeypatch.setattr(grid, "SAVE_EVERY", 0.0)
+    rng = random.Random(0)
+    settings = {"preset": None, "policy_kwargs": {"net_arch": [8]}, "batch_size": 16, "compile": "eager"}
+    spec = grid.RunSpec("TD3BC", "diffagents/reacher/replay-v0", 0, settings, steps=400, episodes=1, points=1, point_episodes=1)
+    started = time.monotonic()
+    whole = grid.run_one(spec, tmp_path / "whole", device="cpu")
+    took = time.monotonic() - started
+    kills = 0
+    while kills < KILLS and grid.status(spec, tmp_path / "cut")["state"] != "done":
+        child = os.fork()
+        if child == 0:
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    grid.run_one(spec, tmp_path / "cut", device="cpu")
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0.05, 0.5) * took)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+        assert grid.status(spec, tmp_path / "cut")["state"] in ("waiting", "interrupted", "done")
+    cut = grid.run_one(spec, tmp_path / "cut", device="cpu")
+    left = left_in(tmp_path / "cut")
+    with capsys.disabled():
+        print(f"\nrun of a grid: {kills} kills, then finished as an uncut one; {len(left)} leftovers")
+    assert cut["last"]["returns"] == whole["last"]["returns"] and kills > 0 and not left

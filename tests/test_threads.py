@@ -1,0 +1,68 @@
+"""One agent in several threads, as a server or a robot's control loop has it."""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from small_agents import NAMES, small
+from toy import line_data
+
+DATA = line_data(60)
+
+
+def in_threads(jobs: list[Callable[[], None]]) -> list[BaseException]:
+    """Run the jobs at the same time; what they raised."""
+    raised: list[BaseException] = []
+
+    def guarded(job: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                job()
+            except BaseException as error:
+                raised.append(error)
+
+        return run
+
+    threads = [threading.Thread(target=guarded(job)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_predict_in_four_threads(name: str) -> None:
+    """Deterministic actions are those of one thread; drawn ones are within their bounds."""
+    agent = small(name).learn(DATA)
+    obs = np.random.default_rng(0).normal(size=(12, *agent.observation_space.shape)).astype(np.float32)
+    alone = [agent.predict(one, deterministic=True)[0] for one in obs]
+
+    def work() -> None:
+        for one, action in zip(obs, alone, strict=True):
+            np.testing.assert_allclose(agent.predict(one, deterministic=True)[0], action, atol=1e-6)
+            assert agent.action_space.contains(agent.predict(one, deterministic=False)[0])
+
+    assert in_threads([work] * 4) == []
+
+
+@pytest.mark.parametrize("name", ["TD3BC", "SRPO", "DiffusionQL"])
+def test_predict_while_another_thread_learns(name: str) -> None:
+    agent = small(name).learn(DATA)
+    obs = np.zeros((3, *agent.observation_space.shape), np.float32)
+    done = threading.Event()
+
+    def learn() -> None:
+        try:
+            agent.learn(DATA, 60, reset_num_timesteps=False)
+        finally:
+            done.set()
+
+    def act() -> None:
+        while not done.is_set():
+            assert np.isfinite(agent.predict(obs)[0]).all()
+
+    before = agent.num_timesteps
+    assert in_threads([learn, act, act]) == []
+    assert agent.num_timesteps == before + 60
