@@ -1,7 +1,8 @@
 """One agent in several threads, as a server or a robot's control loop has it."""
 
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -15,10 +16,12 @@ DATA = line_data(60)
 def in_threads(jobs: list[Callable[[], None]]) -> list[BaseException]:
     """Run the jobs at the same time; what they raised."""
     raised: list[BaseException] = []
+    together = threading.Barrier(len(jobs))
 
     def guarded(job: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
             try:
+                together.wait()
                 job()
             except BaseException as error:
                 raised.append(error)
@@ -33,6 +36,15 @@ def in_threads(jobs: list[Callable[[], None]]) -> list[BaseException]:
     return raised
 
 
+@pytest.fixture(autouse=True)
+def _often() -> Iterator[None]:
+    """Python changes threads every few lines."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_predict_in_four_threads(name: str) -> None:
     """Deterministic actions are those of one thread; drawn ones are within their bounds."""
@@ -41,7 +53,7 @@ def test_predict_in_four_threads(name: str) -> None:
     alone = [agent.predict(one, deterministic=True)[0] for one in obs]
 
     def work(first: int) -> None:  # each has another observation than the rest
-        for i in np.roll(np.arange(len(obs)), -3 * first):
+        for i in np.roll(np.tile(np.arange(len(obs)), 3), -3 * first):
             np.testing.assert_allclose(agent.predict(obs[i], deterministic=True)[0], alone[i], atol=1e-6)
             assert agent.action_space.contains(agent.predict(obs[i], deterministic=False)[0])
 
