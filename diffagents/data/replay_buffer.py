@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffagents.data.sampler import Sampler, batch_of
 from diffagents.errors import ArtifactError, short
-from diffagents.files import replacing, sync
+from diffagents.files import replacing
 from diffagents.types import Batch, Spec
 
 REPLAY_FORMAT = 1
@@ -160,7 +160,6 @@ class Replay:
             tensors["running"] = torch.from_numpy(np.stack(self.running))
         with replacing(path, "the replay buffer") as part:
             save_file(tensors, part, {"diffagents": json.dumps(header)})
-            sync(part)
             if keep is not None and keep.items() <= moment_of(path).items():
                 path.resolve().replace(previous_of(path))
         return path
