@@ -15,7 +15,7 @@ from gymnasium.envs.registration import EnvSpec
 from diffagents.envs.make import env_id_of, is_sb3, make_env, warn_of_normalized_observations
 from diffagents.evaluation.d4rl import D4RL_REFERENCE, d4rl_score, normalized_scores, reference_name
 from diffagents.evaluation.episodes import SB3, Policy, Single, Vector, check_spaces, is_meant_deterministic, play
-from diffagents.evaluation.statistics import bootstrap
+from diffagents.evaluation.statistics import mean_interval, paired_difference, success_interval
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,12 @@ class Evaluation:
         return float(np.std(self.returns))
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval of `mean_return`, over the episodes; it does not cover the variation of training seeds."""
-        return bootstrap(self.returns)
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of `mean_return` by Student's t over the episodes, None for a single one; see `evaluation.statistics`.
+
+        It does not cover the variation of training seeds.
+        """
+        return mean_interval(self.returns)
 
     @property
     def mean_length(self) -> float:
@@ -64,21 +67,47 @@ class Evaluation:
         return None if self.successes is None else float(np.mean(self.successes))
 
     @property
+    def success_interval(self) -> tuple[float, float] | None:
+        """95 % interval of `success_rate` by Wilson's score, in [0, 1]; None if the environment never reports successes."""
+        return None if self.successes is None else success_interval(self.successes)
+
+    @property
     def score(self) -> float | None:
         """`d4rl_score` of the returns: 0 is D4RL's random policy, 100 its expert; None if there is no reference."""
         return d4rl_score(self.env_id, self.returns)
 
     @property
     def score_interval(self) -> tuple[float, float] | None:
-        """95 % bootstrap interval of `score`, or None."""
+        """`interval` on the scale of `score`, or None."""
         scores = normalized_scores(self.env_id, self.returns)
-        return None if scores is None else bootstrap(scores)
+        return None if scores is None else mean_interval(scores)
 
     @property
     def score_reference(self) -> tuple[str, float, float] | None:
         """The table and row that `score` uses, its return at 0 and its return at 100; or None."""
         name = reference_name(self.env_id)
         return None if name is None else (f"D4RL {name} (mujoco-py)", *D4RL_REFERENCE[name])
+
+    def difference(self, other: "Evaluation") -> tuple[float, tuple[float, float] | None]:
+        """How much higher the mean return is than that of another policy from the same resets.
+
+        Args:
+            other: An evaluation in the same environment, from the same seed, with the same number of episodes.
+
+        Returns:
+            The mean difference, and its 95 % interval by Student's t over the pairs of episodes (None for one pair). It does
+            not cover the variation of training seeds.
+
+        Raises:
+            ValueError: The two did not begin in the same states.
+        """
+        ours, theirs = ((one.env_id, one.seed, len(one.returns)) for one in (self, other))
+        if ours != theirs or self.seed is None:
+            raise ValueError(
+                f"these episodes do not begin in the same states (environment, seed, episodes: {ours} and {theirs}): evaluate "
+                "both policies with the same three"
+            )
+        return paired_difference(self.returns, other.returns)
 
     def to_json(self) -> dict[str, Any]:
         """All attributes and properties as plain JSON values."""
@@ -87,16 +116,15 @@ class Evaluation:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def __str__(self) -> str:
-        low, high = self.interval
         n = len(self.returns)
-        parts = [
-            f"return {self.mean_return:.2f} ± {self.std_return:.2f} ({n} episode{'s' * (n != 1)}; "
-            f"95 % interval of the mean {low:.2f} to {high:.2f})"
-        ]
-        if self.score is not None and self.score_interval is not None:
-            parts.append(f"D4RL scale {self.score:.1f} [{self.score_interval[0]:.1f}, {self.score_interval[1]:.1f}]")
-        if self.success_rate is not None:
-            parts.append(f"success {100 * self.success_rate:.0f} %")
+        mean = "" if self.interval is None else "; 95 % interval of the mean {:.2f} to {:.2f}".format(*self.interval)
+        parts = [f"return {self.mean_return:.2f} ± {self.std_return:.2f} ({n} episode{'s' * (n != 1)}{mean})"]
+        if self.score is not None:
+            scaled = "" if self.score_interval is None else " [{:.1f}, {:.1f}]".format(*self.score_interval)
+            parts.append(f"D4RL scale {self.score:.1f}{scaled}")
+        if self.success_rate is not None and self.success_interval is not None:
+            low, high = self.success_interval
+            parts.append(f"success {100 * self.success_rate:.0f} % [{100 * low:.0f}, {100 * high:.0f}]")
         return f"{self.env_id or 'environment'}: " + "; ".join(parts)
 
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from diffagents.evaluation.statistics import bootstrap
+from diffagents.evaluation.statistics import FEW_SEEDS, iqm_interval, over_seeds
 from diffagents.experiments.grid import RESULTS, RunSpec
 from diffagents.files import replacing
 from diffagents.storage import artifact
 
 Run = Mapping[str, Any]
 """The content of a results.json, as `grid.run_one` returns it."""
-_REPEATS = 2000  # bootstrap samples
 COLUMNS = (
     *("cell", "algorithm", "dataset", "seed", "name", "steps", "last_return", "last_score", "last_success", "last_length"),
     *("best_return", "best_score", "best_at", "data_return", "data_score", "data_sha256", "seconds", "machine", "commit"),
@@ -113,39 +112,6 @@ def cells_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return dict(cells)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over seeds with its 95 % percentile bootstrap interval: (mean, low, high). A single seed has an empty interval."""
-    return float(np.mean(values)), *bootstrap(values)
-
-
-def interquartile_mean(values: Any) -> np.ndarray:
-    """Mean of the middle half along the last axis: a quarter, rounded down, is dropped at each end (Agarwal et al. 2021)."""
-    array = np.sort(np.asarray(values, np.float64), axis=-1)
-    cut = array.shape[-1] // 4
-    return array[..., cut : array.shape[-1] - cut].mean(axis=-1)
-
-
-def iqm_interval(by_task: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Interquartile mean over all runs of all tasks, with its 95 % interval by stratified bootstrap over seeds.
-
-    Args:
-        by_task: one sequence of scores per task, all with the same number of seeds so that tasks have equal weight.
-
-    Returns:
-        (interquartile mean, low, high).
-
-    Raises:
-        ValueError: if the numbers of seeds differ.
-    """
-    rng = np.random.default_rng(0)
-    scores = np.asarray([list(task) for task in by_task], np.float64)  # (tasks, seeds)
-    tasks, seeds = scores.shape
-    picks = rng.integers(0, seeds, (_REPEATS, tasks, seeds))
-    drawn = np.take_along_axis(scores[None], picks, axis=2).reshape(_REPEATS, -1)
-    low, high = np.percentile(interquartile_mean(drawn), (2.5, 97.5))
-    return float(interquartile_mean(scores.reshape(-1))), float(low), float(high)
-
-
 def median_run(members: Sequence[Run]) -> Run:
     """The run with the median last return; of an even number, the lower of the two in the middle."""
     return sorted(members, key=lambda run: run["last"]["mean_return"])[(len(members) - 1) // 2]
@@ -219,10 +185,15 @@ def _units(cells: Mapping[str, Sequence[Run]]) -> dict[str, str]:
     return {dataset: unit_of(run for members in row.values() for run in members) for dataset, row in _by_dataset(cells).items()}
 
 
-def _interval(values: Sequence[float]) -> str:
-    """The mean and, if there are several seeds, its interval."""
-    mean, low, high = mean_interval(values)
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]" if len(values) > 1 else f"{mean:.1f}"
+def _spread(values: Sequence[float]) -> str:
+    """The mean and, if there are several seeds, their range or its interval."""
+    mean, low, high, kind = over_seeds(values)
+    return f"{mean:.1f}" if kind == "value" else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _mean(members: Sequence[Run], unit: str) -> float:
+    """The mean over seeds of the last policies."""
+    return float(np.mean(_lasts(members, unit)))
 
 
 def _lasts(members: Sequence[Run], unit: str) -> list[float]:
@@ -231,29 +202,30 @@ def _lasts(members: Sequence[Run], unit: str) -> list[float]:
 
 
 def overview(cells: Mapping[str, Sequence[Run]]) -> str:
-    """A table with a row per dataset and a column per algorithm: mean over seeds of the last policies, and its interval."""
+    """A table with a row per dataset and a column per algorithm: mean over seeds of the last policies, and their spread."""
     algorithms, units = sorted({_column(members) for members in cells.values()}), _units(cells)
     lines = [
-        "LAST policy of each run: mean over seeds with its 95 % bootstrap interval (of one seed only the value), next to the",
-        "mean of the data's own episodes. On the D4RL scale 0 is D4RL's random policy and 100 its expert, in mujoco-py;",
-        "results from other physics or other data are not comparable with published tables.\n",
+        "LAST policy of each run: mean over seeds, in brackets the range from the lowest seed to the highest (from five seeds",
+        "on the 95 % interval of the mean by Student's t), next to the mean of the data's own episodes. On the D4RL scale 0 is",
+        "D4RL's random policy and 100 its expert, in mujoco-py; results from other physics or other data are not comparable",
+        "with published tables.\n",
         f"| dataset | unit | the data | {' | '.join(algorithms)} |",
         f"|{'---|' * (len(algorithms) + 3)}",
     ]
     for dataset, row in _by_dataset(cells).items():
         unit = units[dataset]
-        means = {name: mean_interval(_lasts(members, unit))[0] for name, members in row.items()}
+        means = {name: _mean(members, unit) for name, members in row.items()}
         entries = [
             "-"
             if name not in row
-            else ("**{}**" if means[name] == max(means.values()) else "{}").format(_interval(_lasts(row[name], unit)))
+            else ("**{}**" if means[name] == max(means.values()) else "{}").format(_spread(_lasts(row[name], unit)))
             + ("" if len(row[name]) > 1 else " (1)")
             for name in algorithms
         ]
         data = value_of(next(iter(row.values()))[0]["data"], unit)
         lines.append(f"| `{dataset}` | {unit} | {data:.1f} | {' | '.join(entries)} |")
     lines += _mean_row(cells, algorithms)
-    return "\n".join([*lines, "", "(1): one seed. -: not run. Bold: the highest mean, regardless of the intervals.\n"])
+    return "\n".join([*lines, "", "(1): one seed. -: not run. Bold: the highest mean, regardless of the spread.\n"])
 
 
 def _mean_row(cells: Mapping[str, Sequence[Run]], algorithms: Sequence[str]) -> list[str]:
@@ -264,7 +236,7 @@ def _mean_row(cells: Mapping[str, Sequence[Run]], algorithms: Sequence[str]) -> 
         return []
     data = np.mean([value_of(next(iter(row.values()))[0]["data"], "D4RL scale") for row in scored.values()])
     entries = [
-        f"{np.mean([mean_interval(_lasts(row[name], 'D4RL scale'))[0] for row in scored.values()]):.1f}"
+        f"{np.mean([_mean(row[name], 'D4RL scale') for row in scored.values()]):.1f}"
         if all(name in row for row in scored.values())
         else "-"
         for name in algorithms
@@ -297,8 +269,8 @@ def details(cells: Mapping[str, Sequence[Run]], command: str) -> str:
         at = ", ".join(f"{row['num_timesteps']:,}" if "num_timesteps" in row else "last" for row in bests)
         minutes = ", ".join(f"{run['seconds'] / 60:.0f}" for run in members)
         lines.append(
-            f"| `{cell}` | {len(members)} | {_interval([run['last']['mean_return'] for run in members])} | {_interval(lasts)} "
-            f"| {by_seed} | {_interval([value_of(row, unit) for row in bests])} | {at} | {steps} | {minutes} "
+            f"| `{cell}` | {len(members)} | {_spread([run['last']['mean_return'] for run in members])} | {_spread(lasts)} "
+            f"| {by_seed} | {_spread([value_of(row, unit) for row in bests])} | {at} | {steps} | {minutes} "
             f"| {_unique(run['machine'] for run in members)} | {_unique(run['commit'] for run in members)} |"
         )
     return "\n".join([*lines, "", f"To repeat a cell:\n\n```sh\n{command}\n```\n"])
@@ -320,10 +292,10 @@ def verdicts(cells: Mapping[str, Sequence[Run]]) -> str:
         if baseline not in row:
             alone.append(f"`{dataset}`")
         for name, members in row.items():
-            mean = mean_interval(_lasts(members, units[dataset]))[0]
+            mean = _mean(members, units[dataset])
             bars = {"the data's mean": value_of(members[0]["data"], units[dataset])}
             if baseline in row and name != baseline:
-                bars[baseline] = mean_interval(_lasts(row[baseline], units[dataset]))[0]
+                bars[baseline] = _mean(row[baseline], units[dataset])
             below = [f"{bar} ({value:.1f})" for bar, value in bars.items() if mean <= value]
             if name != baseline and below:
                 seeds = f"{len(members)} seed{'s' * (len(members) > 1)}"
@@ -375,7 +347,7 @@ def draw_curves(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
         clone = clone_among(row)
         for name, members in row.items():
             if name == clone:
-                level = mean_interval(_lasts(members, unit))[0]
+                level = _mean(members, unit)
                 axes.axhline(level, color="black", linestyle="--", linewidth=1, label=f"{name}, the clone")
                 continue
             curves = [curve_of(run) for run in members if len(run["curve"]) == len(members[0]["curve"])]
@@ -423,7 +395,9 @@ def draw_iqm(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
         axes.plot([middle, middle], [i - 0.3, i + 0.3], color="black")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel(f"interquartile mean of the D4RL scale over {', '.join(datasets)}", fontsize=7)
-    each = f"the first {seeds} seeds of each" if seeds > 1 else "one seed of each: no interval"
+    each = f"the first {seeds} seeds of each, stratified bootstrap interval" if seeds > 1 else "one seed of each: no interval"
+    if 1 < seeds < FEW_SEEDS:
+        each += " (covers less than 90 % with so few)"
     axes.set_title(f"{len(datasets)} datasets, {each}", fontsize=8)
     with replacing(path, "the picture") as part:
         figure.savefig(part, format="png", dpi=110)

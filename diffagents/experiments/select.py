@@ -31,7 +31,7 @@ from diffagents.data.load import load_dataset
 from diffagents.data.normalize import ObsNormalizer, RewardTransform
 from diffagents.data.transitions import Transitions
 from diffagents.evaluation.evaluate import Evaluation, evaluate
-from diffagents.evaluation.statistics import bootstrap
+from diffagents.evaluation.statistics import mean_interval
 from diffagents.experiments.fqe import FQE, FQEConfig, FQEResult, discounted_returns, some_rows
 from diffagents.networks.critics import IQLCritic, ReturnCritic
 from diffagents.networks.mlp import EnsembleMLP
@@ -55,7 +55,7 @@ class Rated:
     Attributes:
         name: name of the policy.
         fqe: estimated discounted return of raw reward.
-        interval: 95 % bootstrap interval of `fqe` over the first states of the data; it does not include the error of the fit.
+        interval: 95 % interval of `fqe` by Student's t over the first states of the data, without the error of the fit.
         fqe_seeds: the estimate of each fit.
         drift: change of `fqe` in the last quarter of the fit.
         off_data: relative distance of its actions to those of the data, see the top of this file.
@@ -307,7 +307,7 @@ def rate(policies: Mapping[str, Any], data: Transitions, fqe: FQE, verbose: int 
     neighbours = _Neighbours(data, rows, fqe.config.seed)
     for k, (name, result, distance) in enumerate(zip(actions, fqe.fit(next_act, start_act), distances, strict=True)):
         values = result.values.double().mean(0).numpy()  # one per first state
-        interval = bootstrap(values)
+        interval = mean_interval(values) or (math.nan, math.nan)  # of a single first state
         off_data = neighbours.off_data(act[k])
         trusted, notes = _judge(result, interval, off_data, fqe.config)
         own = _own_q(policies[name], data, rows, actions[name][-len(rows) :])

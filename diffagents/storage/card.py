@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from diffagents.evaluation.statistics import mean_interval, success_interval
+
 MARK = "<!-- made by diffagents: take this line out to keep your own changes from being overwritten -->"
 """The line by which a generated card is recognised; cards without it are never overwritten."""
 
@@ -58,7 +60,7 @@ def make_card(
         The text of README.md.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: `config` or `results` was not written by this library.
+        KeyError, TypeError, ValueError, AttributeError, ArithmeticError: `config` or `results` was not written by this library.
     """
     import yaml
 
@@ -118,23 +120,29 @@ def _score(results: Mapping[str, Any] | None) -> str:
         return "This policy has not been evaluated.\n"
     lines = []
     if "mean_reward" in results:
-        low, high = results["interval"]
+        interval = mean_interval(results["returns"])
+        mean = "" if interval is None else "; 95 % interval of the mean over these episodes {:.2f} to {:.2f}".format(*interval)
         how = "deterministic actions" if results["is_deterministic"] else "sampled actions"
         episodes, seed = _plain(results["n_eval_episodes"]), _plain(results["seed"])
         lines.append(
             f"**Return {results['mean_reward']:.2f} ± {results['std_reward']:.2f}** of the last policy: "
-            f"{episodes} episodes, {how}, environment seeds from {seed}; 95 % bootstrap interval "
-            f"of the mean over these episodes {low:.2f} to {high:.2f}. This is one training seed; others may score differently."
+            f"{episodes} episodes, {how}, environment seeds from {seed}{mean}. "
+            "This is one training seed; others may score differently."
         )
         if results.get("normalized_score") is not None:
             table, zero, hundred = results["score_reference"]
-            s_low, s_high = results["score_interval"]
+            ends = [] if interval is None else [100 * (end - zero) / (hundred - zero) for end in interval]
+            scaled = " [{:.1f}, {:.1f}]".format(*ends) if ends else ""
             lines.append(
-                f"D4RL normalized score: {results['normalized_score']:.1f} [{s_low:.1f}, {s_high:.1f}] "
+                f"D4RL normalized score: {results['normalized_score']:.1f}{scaled} "
                 f"({_plain(table)}: 0 is a return of {zero:g}, 100 a return of {hundred:g})."
             )
         if results.get("success_rate") is not None:
-            lines.append(f"Success rate: {100 * results['success_rate']:.0f} % of the episodes.")
+            low, high = success_interval(results["successes"])
+            lines.append(
+                f"Success rate: {100 * results['success_rate']:.0f} % of the episodes (95 % interval {100 * low:.0f} to "
+                f"{100 * high:.0f} %)."
+            )
     else:
         lines.append("The last policy has not been evaluated.")
     if best := results.get("best_in_training"):

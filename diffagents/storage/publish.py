@@ -81,7 +81,7 @@ def _make_card(config: Mapping[str, Any], results: Mapping[str, Any] | None, **s
     """`card.make_card`, which trusts its input, for a config and results that may come from a stranger's files."""
     try:
         return card.make_card(config, results, **settings)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ArtifactError(
             f"the model card cannot be made from config.json and results.json ({short(error)}): {errors.AGAIN}"
         ) from None

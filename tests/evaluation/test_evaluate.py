@@ -350,14 +350,16 @@ def test_d4rl_scale_in_closed_form() -> None:
         assert d4rl_score(name, [1.0]) is None
 
 
-def test_the_interval_holds_the_mean_and_is_always_the_same() -> None:
+def test_the_interval_holds_the_mean() -> None:
+    assert Evaluation((3.0,), (1,), env_id="Hopper-v5").interval is None
+    assert "interval" not in str(Evaluation((3.0,), (1,), env_id="Hopper-v5"))
     random = np.random.default_rng(3)
-    for n in (1, 2, 10, 100):
+    for n in (2, 10, 100):
         values = tuple(random.normal(50, 10, n).tolist())
         result = Evaluation(values, (1,) * n, env_id="Hopper-v5")
+        assert result.interval is not None
         low, high = result.interval
         assert low <= result.mean_return <= high
-        assert result.interval == Evaluation(values, (1,) * n).interval
         scale = np.array([d4rl_score("Hopper-v5", [low]), d4rl_score("Hopper-v5", [high])], float)
         np.testing.assert_allclose(np.array(result.score_interval), scale, rtol=1e-6)
     # of 100 normal numbers: about two standard errors to each side
@@ -370,7 +372,7 @@ def test_what_is_printed_and_what_is_stored() -> None:
     assert "\n" not in line
     assert line.startswith("Hopper-v5: return 1500.00 ± 500.00 (2 episodes")
     assert f"D4RL scale {100 * 1520.272305 / 3254.572305:.1f} [" in line
-    assert line.endswith("success 50 %")
+    assert line.endswith("success 50 % [9, 91]")
     stored = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert stored["returns"] == [1000.0, 2000.0]
     assert stored["n_episodes"] == 2
@@ -378,7 +380,7 @@ def test_what_is_printed_and_what_is_stored() -> None:
     assert (stored["success_rate"], stored["seed"], stored["env_id"]) == (0.5, 7, "Hopper-v5")
     assert stored["score_reference"] == ["D4RL Hopper (mujoco-py)", -20.272305, 3234.3]
     plain = str(Evaluation((1.0,), (3,)))
-    assert "1 episode;" in plain
+    assert "(1 episode)" in plain
     assert "D4RL" not in plain
     assert "success" not in plain
 

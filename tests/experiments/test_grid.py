@@ -409,24 +409,6 @@ def run(algorithm: str, seed: int, mean: float, *, dataset: str = "a/one-v0", be
     return made | {"machine": "m", "commit": "c"} | changes
 
 
-def test_interquartile_mean_by_hand() -> None:
-    assert report.interquartile_mean([100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -50.0]) == pytest.approx((2 + 3 + 4 + 5) / 4)
-    assert report.interquartile_mean([1.0, 2.0, 6.0]) == pytest.approx(3.0)  # a quarter of three: nothing is dropped
-    assert report.interquartile_mean([[0.0, 1.0, 2.0, 9.0], [4.0, 4.0, 4.0, 4.0]]).tolist() == [1.5, 4.0]
-
-
-def test_the_interval_redraws_seeds_within_each_task() -> None:
-    middle, low, high = report.iqm_interval([[10.0, 10.0, 10.0], [90.0, 90.0, 90.0]])
-    assert (middle, low, high) == (50.0, 50.0, 50.0)  # redrawn over all six, tasks would change their weight
-    middle, low, high = report.iqm_interval([[0.0, 10.0, 20.0], [80.0, 90.0, 100.0]])
-    assert low < middle < high
-    with pytest.raises(ValueError, match="shape"):
-        report.iqm_interval([[90.0, 90.0, 90.0], [10.0]])  # one task would weigh three times the other
-    assert report.mean_interval([4.0]) == (4.0, 4.0, 4.0)
-    mean, low, high = report.mean_interval([0.0, 3.0, 6.0])
-    assert mean == 3.0 and low == 0.0 and high == 6.0
-
-
 def test_the_median_seed() -> None:
     members = [run("IQL", seed, mean) for seed, mean in enumerate([50.0, 10.0, 30.0])]
     assert report.median_run(members)["spec"]["seed"] == 2

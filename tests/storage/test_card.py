@@ -47,13 +47,12 @@ def test_markup_of_a_strangers_results_does_not_reach_the_card(field: str, tmp_p
     results = {
         "mean_reward": 1.0,
         "std_reward": 1.0,
-        "interval": [0.0, 1.0],
+        "returns": [0.0, 2.0],
         "is_deterministic": True,
         "n_eval_episodes": 10,
         "seed": 0,
         "env_id": "Pendulum-v1",
         "normalized_score": 1.0,
-        "score_interval": [0.0, 1.0],
         "score_reference": ["table", 0.0, 1.0],
     }
     results[field] = evil if field != "score_reference" else [evil, 0.0, 1.0]

@@ -79,7 +79,7 @@ def play(policies: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[s
     for path, policy in policies.items():
         start = time.perf_counter()
         played = policy.evaluate(n_episodes=args.episodes, seed=args.seed, deterministic=True)  # as in `select`
-        low, high = played.interval
+        low, high = played.interval or (played.mean_return, played.mean_return)  # of one episode nothing is known
         found[path] = {"mean_return": played.mean_return, "low": low, "high": high}
         print(
             f"{path}: return {played.mean_return:.1f} [{low:.1f}, {high:.1f}], {time.perf_counter() - start:.0f} s", flush=True
