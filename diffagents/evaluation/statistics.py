@@ -5,6 +5,7 @@
     over training seeds                     `over_seeds`: below five the values' range, called so; from five on Student's t
     two policies on the same resets         `paired_difference`
     algorithms over several tasks           `interquartile_mean`, `iqm_interval` (Agarwal et al. 2021)
+    the best of several policies            `expected_choice`: what choosing by few episodes is worth
 
 What an interval of 95 % covers, by simulation (`python zoo/benchmarks/coverage.py`, 3, 10 and 20 values): Student's t 95 % of
 normal and 96 % of heavy-tailed means (those of a t distribution with 3 degrees of freedom), but less where values are skewed:
@@ -141,3 +142,25 @@ def iqm_interval(by_task: Sequence[Sequence[float]]) -> tuple[float, float, floa
     drawn = np.take_along_axis(scores[None], picks, axis=2).reshape(_REPEATS, -1)
     low, high = np.percentile(interquartile_mean(drawn), (2.5, 97.5))
     return float(interquartile_mean(scores.reshape(-1))), float(low), float(high)
+
+
+def expected_choice(episodes: Sequence[Sequence[float]], n: int) -> float:
+    """The value to be expected of the policy that has the highest mean over n episodes of each.
+
+    Whoever trains k policies (seeds, settings) and takes the best has played k n episodes, and gets less than the best mean
+    that was seen. The idea of a curve over the number of episodes is that of Jackson et al. 2025 (arXiv:2504.11453).
+
+    Args:
+        episodes: The returns of each policy, at least one policy. They stand for all that the policy could get: the n episodes
+            are drawn from them with replacement, and the chosen policy counts with their mean. So for large n the result tends
+            to the highest mean, which is too high by the luck that is in it.
+        n: Episodes of each policy by which it is chosen; 0 chooses at random.
+
+    Returns:
+        The mean over 2000 choices, with a fixed seed.
+    """
+    rng = np.random.default_rng(0)
+    pools = [np.asarray(returns, np.float64) for returns in episodes]
+    seen = np.stack([pool[rng.integers(0, len(pool), (_REPEATS, n))].mean(1) if n else np.zeros(_REPEATS) for pool in pools])
+    best = np.where(seen == seen.max(0), rng.random(seen.shape), -1.0).argmax(0)  # of equal ones any
+    return float(np.array([pool.mean() for pool in pools])[best].mean())

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffagents.evaluation.statistics import FEW_SEEDS, iqm_interval, over_seeds
+from diffagents.evaluation.statistics import FEW_SEEDS, expected_choice, iqm_interval, over_seeds
 from diffagents.experiments.grid import RESULTS, RunSpec
 from diffagents.files import replacing
 from diffagents.storage import artifact
@@ -65,6 +65,8 @@ def write_report(
             pictures.append("![Evaluations while training, by dataset](curves.png)")
         if draw_iqm(cells, folder / "iqm.png"):
             pictures.append("![Interquartile means with their intervals](iqm.png)")
+        if draw_choice(cells, folder / "choice.png"):
+            pictures.append("![Value of the best of the runs, by the number of episodes that chose it](choice.png)")
     except ImportError:
         pictures.append('No pictures: matplotlib is missing (`pip install "diffagents[plot]"`).')
     parts = [
@@ -402,6 +404,58 @@ def draw_iqm(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
     with replacing(path, "the picture") as part:
         figure.savefig(part, format="png", dpi=110)
     return True
+
+
+def draw_choice(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
+    """Draw what the best of an algorithm's runs is worth, by the episodes that were played to choose it.
+
+    One panel per dataset, one line per algorithm over all its runs there, of whatever setting and seed: a table that reports
+    the best setting has spent the episodes on the axis; see `expected_choice`.
+
+    Returns:
+        Whether an algorithm has several runs on a dataset.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    units, pools = _units(cells), defaultdict(lambda: defaultdict(list))  # type: ignore[var-annotated]
+    for members in cells.values():
+        for run in members:
+            pools[run["spec"]["dataset"]][run["spec"]["algorithm"]].append(run)
+    rows = {dataset: {name: pool for name, pool in row.items() if len(pool) > 1} for dataset, row in sorted(pools.items())}
+    rows = {dataset: row for dataset, row in rows.items() if row}
+    if not rows:
+        return False
+    from matplotlib.figure import Figure
+
+    columns, names = min(3, len(rows)), sorted({name for row in rows.values() for name in row})
+    height = -(-len(rows) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * height), layout="constrained")
+    for i, (dataset, row) in enumerate(rows.items()):
+        axes = figure.add_subplot(height, columns, i + 1)
+        for name, pool in row.items():
+            episodes = [_episodes(run, units[dataset]) for run in pool]
+            numbers = [n for n in (0, 1, 2, 3, 5, 10, 20, 50) if n <= min(map(len, episodes))]
+            values = [expected_choice(episodes, n) for n in numbers]
+            label = f"{name} (of {len(pool)})"
+            axes.plot([n * len(pool) for n in numbers], values, marker=".", color=f"C{names.index(name)}", label=label)
+        axes.set_title(dataset, fontsize=9)
+        axes.set_ylabel(f"{units[dataset]} of the chosen policy", fontsize=8)
+        axes.set_xlabel("episodes played to choose the best of an algorithm's runs", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.legend(fontsize=6)
+    with replacing(path, "the picture") as part:
+        figure.savefig(part, format="png", dpi=110)
+    return True
+
+
+def _episodes(run: Run, unit: str) -> list[float]:
+    """The value of each episode of the last policy."""
+    last = run["last"]
+    if unit == "D4RL scale":
+        _, zero, hundred = last["score_reference"]
+        return [100.0 * (value - zero) / (hundred - zero) for value in last["returns"]]
+    return [value * (100.0 if unit == "success %" else 1.0) for value in last["returns"]]
 
 
 def shared_tasks(covered: Mapping[str, set[str]]) -> tuple[list[str], list[str]]:

@@ -9,6 +9,7 @@ from scipy import stats
 
 from diffagents.evaluation.evaluate import Evaluation
 from diffagents.evaluation.statistics import (
+    expected_choice,
     interquartile_mean,
     iqm_interval,
     mean_interval,
@@ -119,3 +120,15 @@ def test_evaluations_are_paired_only_from_the_same_resets() -> None:
     unseeded = Evaluation((4.0, 7.0, 1.0), (1, 1, 1), env_id="Hopper-v5", seed=None)
     with pytest.raises(ValueError, match="do not begin in the same states"):
         unseeded.difference(unseeded)
+
+
+def test_what_choosing_by_few_episodes_is_worth() -> None:
+    assert expected_choice([[0.0] * 9, [1.0] * 9], 0) == pytest.approx(0.5, abs=0.05)
+    assert expected_choice([[0.0] * 9, [1.0] * 9], 1) == 1.0
+    assert expected_choice([[2.0, 4.0]], 1) == 3.0
+    assert expected_choice([[2.0, 2.0], [2.0, 2.0, 2.0]], 3) == 2.0
+    rng = np.random.default_rng(0)
+    pool = [rng.normal(mean, 1, 4000) for mean in (0.0, 1.0)]
+    pool = [(values - values.mean() + mean).tolist() for mean, values in zip((0.0, 1.0), pool, strict=True)]
+    for n in (1, 4):  # the better one wins with probability Phi(sqrt(n / 2))
+        assert expected_choice(pool, n) == pytest.approx(stats.norm.cdf(math.sqrt(n / 2)), abs=0.03)

@@ -404,6 +404,7 @@ def run(algorithm: str, seed: int, mean: float, *, dataset: str = "a/one-v0", be
     one, first = RunSpec(algorithm, dataset, seed), best if best is not None else mean
     curve = [{"num_timesteps": at, "mean_return": 10 * x, "score": x} for at, x in ((5, first), (9, mean))]
     last = {"mean_return": 10 * mean, "score": mean, "success_rate": None, "mean_length": 5.0, "deterministic": True}
+    last |= {"returns": [10 * mean] * 3, "score_reference": ["table", 0.0, 1000.0]}
     made = {"name": one.name, "cell": one.cell, "spec": dataclasses.asdict(one), "last": last, "curve": curve}
     made |= {"data": {"sha256": "x", "mean_return": 300.0, "score": 30.0}, "stage_steps": {"train": 9}, "seconds": 60.0}
     return made | {"machine": "m", "commit": "c"} | changes
@@ -452,7 +453,7 @@ def test_the_report_says_what_there_is_and_what_is_not(tmp_path: Path) -> None:
         ("srpo-a-one-v0", "1", "70.0"),
         ("srpo-a-one-v0", "2", "70.0"),
     ]
-    assert all((path.parent / name).stat().st_size > 5000 for name in ("curves.png", "iqm.png"))
+    assert all((path.parent / name).stat().st_size > 5000 for name in ("curves.png", "iqm.png", "choice.png"))
 
 
 def test_success_and_plain_returns_have_their_units() -> None:
