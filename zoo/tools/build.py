@@ -4,12 +4,14 @@
   python zoo/tools/build.py                                     # afterwards
 
 Copies the policy folder of each cell (the folder that `push_to_hub` uploads), stores the results of all runs in
-zoo/results/zoo/, and writes zoo/README.md, zoo/results.csv, the pictures and the table in README.md from these results.
-Without .data/zoo only the tables and pictures are written. A policy whose folder would exceed --max-mb is stored without
-learner.safetensors: it can act, but not be trained further.
+zoo/results/zoo/, and writes zoo/README.md, zoo/results.csv, the pictures and the table in README.md from these results. The
+statistics of all results and cards are computed anew from the episodes. Without .data/zoo only these, tables and pictures are
+written. A policy whose folder would exceed --max-mb is stored without learner.safetensors: it can act, but not be trained
+further.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -20,6 +22,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from diffagents.evaluation.evaluate import Evaluation  # noqa: E402
 from diffagents.experiments import grid, report  # noqa: E402
 from diffagents.storage import publish  # noqa: E402
 
@@ -47,6 +50,9 @@ def main() -> None:
         if path.parent.name in specs:
             shutil.copyfile(path, RUNS / f"{path.parent.name}.json")
     stored = {path: json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))}
+    for path, run in stored.items():
+        run["last"] = recomputed(run["last"])
+        path.write_text(json.dumps(run, indent=1) + "\n")
     runs = [run for path, run in stored.items() if path.stem in specs]
     others = [path for path in stored if path.stem not in specs]
     kept = {run["cell"] for run in runs}
@@ -56,6 +62,9 @@ def main() -> None:
     if others and not args.prune:
         print(f"without results of this grid, and left alone without --prune: {', '.join(path.name for path in others)}")
     wrong = [cell for cell, members in report.cells_of(runs).items() if not ship(cell, members, args)]
+    for file in sorted((ROOT / "zoo").glob("*/results.json")):
+        file.write_text(json.dumps(recomputed(json.loads(file.read_text())), indent=1) + "\n")
+        publish.renew_card(file.parent, f"zoo/{file.parent.name}")
     if wrong:
         sys.exit(f"no policy of the median seed for {', '.join(wrong)} in {args.root} or zoo/: the tables would not match")
     command = (
@@ -77,6 +86,13 @@ def main() -> None:
     put_into_readme(report.overview(report.cells_of(runs)))
     size = sum(path.stat().st_size for folder in (ROOT / "zoo").glob("*/config.json") for path in folder.parent.iterdir())
     print(f"{len(report.cells_of(runs))} policies, {size / 1e6:.1f} MB")
+
+
+def recomputed(results: dict[str, Any]) -> dict[str, Any]:
+    """The statistics of stored episodes as this version computes them."""
+    names = {field.name for field in dataclasses.fields(Evaluation)} & results.keys()
+    episodes = Evaluation(**{name: tuple(x) if isinstance(x := results[name], list) else x for name in names})
+    return results | {name: x for name, x in episodes.to_json().items() if name in results or name.endswith("interval")}
 
 
 def put_into_readme(table: str) -> None:
@@ -102,7 +118,6 @@ def ship(cell: str, members: list[dict[str, Any]], args: argparse.Namespace) -> 
         if size > args.max_mb:
             (made / "learner.safetensors").unlink(missing_ok=True)
             print(f"{cell}: {size:.1f} MB with its learner, which is left out")
-        publish.renew_card(made, f"zoo/{cell}")
         if target.is_dir():
             shutil.rmtree(target)
         made.rename(target)
