@@ -1,7 +1,10 @@
-"""The fast path of `predict`: a tanh MLP for one observation on a CPU, in numpy, sharing memory with the networks.
+"""The fast path of `predict`: a tanh MLP for one or a few observations on a CPU, in numpy, sharing memory with the networks.
 
-A product of a matrix and one vector takes a few microseconds in numpy but tens of them in torch, because of its overhead.
+A product of a matrix and one vector takes a few microseconds in numpy but tens of them in torch, because of its overhead. For a
+batch the products take as long in both, but what is around them does not.
 """
+
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -11,6 +14,8 @@ from diffagents.networks.mlp import TanhPolicy
 from diffagents.torch_internals import tensor_place
 from diffagents.types import Spec, in_dtype
 
+MOST_ROWS = 1024
+"""Observations in a batch on the fast path; in larger ones nothing but the products counts, for which torch may use threads."""
 _MOST = 1e18
 """The most that a normalised observation may hold on the fast path."""
 
@@ -22,10 +27,10 @@ class NumpyPath:
         self._policy: NumpyPolicy | None = None
 
     def __call__(self, obs: np.ndarray, policy: TanhPolicy, normalizer: ObsNormalizer, spec: Spec) -> np.ndarray | None:
-        """Act on one observation.
+        """Act on one observation or a batch.
 
         Args:
-            obs: The observation, in the environment's units.
+            obs: The observation, in the environment's units, or a batch of them.
             policy: The agent's policy network.
             normalizer: The agent's observation normaliser.
             spec: The agent's spaces.
@@ -40,7 +45,7 @@ class NumpyPath:
 
 
 class NumpyPolicy:
-    """action = unscale(tanh(MLP(normalise(obs)))) for one float observation.
+    """action = unscale(tanh(MLP(normalise(obs)))) for float observations.
 
     The arrays are views of the networks' parameters, so that training, which changes these in place, changes the policy too.
     `current` checks that they are still views of them.
@@ -78,29 +83,37 @@ class NumpyPolicy:
         return all([place[name] is tensor and tensor.data_ptr() == at for place, name, tensor, at in self._watched])
 
     def __call__(self, obs: np.ndarray) -> np.ndarray | None:
-        """Act on one observation.
+        """Act on one observation, or on a small batch.
 
         Args:
-            obs: The observation, in the environment's units.
+            obs: The observation, in the environment's units, or up to MOST_ROWS of them.
 
         Returns:
-            The action, in the environment's units and dtype. None if the fast path does not apply: `obs` is not a float array
-            of exactly the space's shape, or NaN or huge values are involved, which `predict` then reports.
+            The action or actions, in the environment's units and dtype. None if the fast path does not apply: `obs` is no float
+            array of the space's shape or a batch of such, or NaN or huge values are involved, which `predict` then reports.
         """
-        if obs.shape != self._shape or obs.dtype.kind != "f":
+        if obs.dtype.kind != "f":
             return None
-        h = (obs.reshape(-1).astype(np.float32, copy=False) - self._mean) / self._std
-        if not (np.maximum.reduce(h) < _MOST and np.minimum.reduce(h) > -_MOST):
+        if obs.shape == self._shape:
+            batch: tuple[int, ...] = ()
+        elif obs.shape[1:] == self._shape and 0 < len(obs) <= MOST_ROWS:
+            batch = (len(obs),)
+        else:
+            return None
+        h: Any = obs.reshape(*batch, -1)
+        h = (h.astype(np.float32, copy=False) - self._mean) / self._std
+        if not (h.max() < _MOST and h.min() > -_MOST):
             return None
         for weight, bias in self._hidden:
-            h = weight.dot(h)
+            h = weight.dot(h) if h.ndim == 1 else h.dot(weight.T)
             h += bias
             np.maximum(h, 0.0, out=h)
-        h = self._last.dot(h)
+        h = self._last.dot(h) if h.ndim == 1 else h.dot(self._last.T)
         h += self._last_bias
         np.tanh(h, out=h)
-        if (length := h.dot(h)) != length:  # NaN
+        if (total := h.sum()) != total:  # NaN
             return None
         h += 1.0
         action = self._low + h * self._half
-        return in_dtype(np.minimum(np.maximum(action, self._low), self._high).reshape(self._action_shape), self._dtype)
+        action = np.minimum(np.maximum(action, self._low), self._high).reshape(*batch, *self._action_shape)
+        return in_dtype(action, self._dtype)

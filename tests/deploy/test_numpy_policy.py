@@ -12,6 +12,7 @@ from toy import line_data
 
 import diffagents
 from diffagents.agent import Agent
+from diffagents.deploy.numpy_policy import MOST_ROWS
 from diffagents.envs.vec_env import stub_env
 from diffagents.types import Spec
 
@@ -65,7 +66,12 @@ def check(agent: Agent, deterministic: bool, obs: np.ndarray) -> np.ndarray:
     slow = Slow(agent)
     action = agent.predict(obs, deterministic=deterministic)[0]
     assert slow.calls == 0, "not by numpy"
-    expected = agent.predict(obs[None], deterministic=deterministic)[0]
+    batch = agent.predict(np.stack([obs, obs + 1]), deterministic=deterministic)[0]
+    assert slow.calls == 0, "the batch not by numpy"
+    np.testing.assert_allclose(batch[0], action, atol=1e-6, rtol=1e-6)
+    expected = agent.predict(torch.from_numpy(obs.astype(np.float64))[None], deterministic=deterministic)[
+        0
+    ]  # a tensor: by torch
     del agent.act  # type: ignore[method-assign]
     assert slow.calls == 1 and type(action) is np.ndarray
     assert action.shape == expected[0].shape == agent.action_space.shape and action.dtype == expected.dtype
@@ -101,6 +107,26 @@ def test_odd_shapes_and_sizes(normalize: bool) -> None:
         turned = np.asfortranarray(raw(6).reshape(3, 2))
         np.testing.assert_array_equal(check(agent, True, turned), check(agent, True, turned.copy(order="C")))
         check(agent, True, raw(24).reshape(6, 4)[::2, ::2])
+
+
+@cases
+@pytest.mark.parametrize("n", [1, 64, MOST_ROWS, MOST_ROWS + 1])
+def test_batches(case: str, n: int) -> None:
+    """Each row as alone; from a size on by torch. What is wrong in one row is refused as a whole."""
+    name, deterministic, knobs = CASES[case]
+    agent = acting(name, **knobs)
+    obs, slow = raw(3 * n).reshape(n, 3), Slow(agent)
+    actions = agent.predict(obs, deterministic=deterministic)[0]
+    assert slow.calls == (n > MOST_ROWS) and actions.shape == (n, 2) and actions.dtype == agent.action_space.dtype
+    expected = agent.predict(torch.from_numpy(obs), deterministic=deterministic)[0]
+    np.testing.assert_allclose(actions, expected, atol=1e-6, rtol=1e-6)
+    obs[-1, 1] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        agent.predict(obs, deterministic=deterministic)
+    with pytest.raises(ValueError, match="shape"):
+        agent.predict(raw(4 * n).reshape(n, 4), deterministic=deterministic)
+    with pytest.raises(ValueError, match="shape"):
+        agent.predict(np.zeros((n, 1, 3), np.float32), deterministic=deterministic)
 
 
 def test_saturated_actions_are_the_bounds() -> None:
@@ -203,9 +229,8 @@ def test_huge_observations_take_the_slow_path() -> None:
         lambda obs: obs.tolist(),
         lambda obs: torch.from_numpy(obs),
         lambda obs: np.ma.masked_array(obs),
-        lambda obs: obs[None],
     ],
-    ids=["int", "uint8", "list", "tensor", "subclass", "batch"],
+    ids=["int", "uint8", "list", "tensor", "subclass"],
 )
 def test_what_is_no_float_array_takes_the_slow_path_and_agrees(case: str, given: Any) -> None:
     name, deterministic, knobs = CASES[case]
@@ -256,7 +281,7 @@ def test_whole_actions_are_those_of_the_slow_path() -> None:
     for obs in raw(90).reshape(30, 3):
         one = agent.predict(obs, deterministic=True)[0]
         assert slow.calls == 0 and one.dtype == np.int32
-        np.testing.assert_array_equal(one, agent.predict(obs[None], deterministic=True)[0][0])
+        np.testing.assert_array_equal(one, agent.predict(torch.from_numpy(obs)[None], deterministic=True)[0][0])
         slow.calls = 0
 
 
