@@ -1,8 +1,10 @@
 """Replacing a file or a folder in one step, and clearing away what a killed process left behind.
 
 What is to be written is written beside its place first, under a name that nobody else has and that says which process of which
-machine is at work: `.diffagents-<name>-<machine>-<process>-<random>.tmp`. A later writer removes such leftovers of processes
-that no longer exist. A write that fails is an OSError which says what was not written, where, and what to do.
+machine is at work: `.diffagents-<name>-<machine>-<process>-<its start>-<random>.tmp`. A later writer removes such leftovers of
+processes that no longer exist. Of processes that it cannot ask about, those of other machines, containers and earlier starts of
+the system, it removes what is a month old. A write that fails is an OSError which says what was not written, where, and what to
+do.
 """
 
 import contextlib
@@ -14,11 +16,27 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+def _machine() -> str:
+    """What tells apart those whose process numbers mean different processes, in 8 characters.
+
+    The host's name is not enough: containers and machines of a cluster often share one.
+    """
+    facts = [platform.node()]
+    with contextlib.suppress(OSError):
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("".join(facts).encode()).hexdigest()[:8]
+
+
+_MACHINE = _machine()
+_MONTH = 30 * 24 * 3600.0
+_MAX_NAME = 80  # bytes of a file's name that are repeated in the names of what will replace it
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _CURES = {
     errno.ENOSPC: "free some space there, or choose another place",
@@ -32,16 +50,39 @@ _CURES = {
 
 def temporary(target: Path) -> Path:
     """A name beside `target` for what will replace it; nothing exists there yet."""
-    return target.parent / f"{_prefix(target)}{_MACHINE}-{os.getpid()}-{secrets.token_hex(6)}.tmp"
+    process = os.getpid()
+    return target.parent / f"{_prefix(target)}{_MACHINE}-{process}-{_started(process)}-{secrets.token_hex(6)}.tmp"
+
+
+def hidden(target: Path, ending: str) -> Path:
+    """The file beside `target` that this library keeps for it under a name of its own, which users do not choose."""
+    return target.parent / f"{_prefix(target)[:-1]}.{ending}"
 
 
 def _prefix(target: Path) -> str:
-    return f".diffagents-{target.name[:80]}-"
+    """The beginning of the names of what belongs to `target`; long names are cut between characters, and told apart."""
+    name, given = target.name, os.fsencode(target.name)
+    if len(given) > _MAX_NAME:
+        while len(os.fsencode(name)) > _MAX_NAME - 9:
+            name = name[:-1]
+        name += f"~{hashlib.sha256(given).hexdigest()[:8]}"
+    return f".diffagents-{name}-"
+
+
+def mode_of(path: Path) -> int | None:
+    """The permissions of a regular file; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mode & 0o777 if stat.S_ISREG(found.st_mode) else None
 
 
 @contextlib.contextmanager
 def replacing(target: Path, what: str) -> Iterator[Path]:
     """Write a file or a folder beside its place, which it takes in one step when the block ends without an error.
+
+    A file keeps the permissions of the one that it replaces.
 
     Args:
         target: The place. Missing folders are made; of a link that is replaced which it leads to.
@@ -51,19 +92,36 @@ def replacing(target: Path, what: str) -> Iterator[Path]:
         The path to write to; nothing is there yet.
 
     Raises:
+        FileExistsError: `target` is a device, a pipe or a socket.
         OSError: The write failed; `target` is as it was.
     """
     real = Path(os.path.realpath(target))
     part = temporary(real)
     try:
         with write_errors(what, target):
+            mode = mode_of(real)
+            if mode is None and real.exists() and not real.is_dir():
+                raise FileExistsError(
+                    f"{target} is a device, pipe or socket, which {what} does not replace: choose another name"
+                )
             real.parent.mkdir(parents=True, exist_ok=True)
             clear_leftovers(real)
             yield part
-            replace_folder(part, real) if part.is_dir() else os.replace(part, real)
+            if part.is_dir():
+                replace_folder(part, real)
+            else:
+                set_mode(part, mode)
+                os.replace(part, real)
     except BaseException:
         remove(part)
         raise
+
+
+def set_mode(path: Path, mode: int | None) -> None:
+    """Give a file permissions, where the file system has them; None leaves them as they are."""
+    if mode is not None and mode != mode_of(path):
+        with contextlib.suppress(OSError):
+            path.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -121,29 +179,50 @@ def remove(path: Path) -> None:
 
 
 def leftovers(target: Path) -> list[Path]:
-    """What processes of this machine that no longer exist left beside `target`, newest first.
+    """What processes that no longer exist left beside `target`, newest first.
 
     The suffix is ".tmp", or ".old" for a folder that had been moved away.
     """
-    name = re.compile(re.escape(_prefix(target)) + rf"{_MACHINE}-(\d+)-[0-9a-f]{{12}}\.(tmp|old)")
-    found = []
-    with contextlib.suppress(OSError):  # a folder that cannot be listed, or that changes meanwhile
-        for path in target.parent.iterdir():
-            match = name.fullmatch(path.name)
-            if match and not _is_alive(int(match[1])):
-                found.append((path.stat().st_mtime_ns, path))
+    now, found = time.time(), []
+    for path, machine, process, start in _parts(target):
+        with contextlib.suppress(OSError):  # it changes meanwhile
+            facts = path.stat()
+            changed = max(facts.st_mtime, facts.st_ctime)  # a folder that was moved away may be old itself
+            if not _is_alive(process, start) if machine == _MACHINE else changed < now - _MONTH:
+                found.append((facts.st_mtime_ns, path))
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _is_alive(process: int) -> bool:
-    """Whether a process of this machine exists; this one counts as one that does."""
+def _parts(target: Path) -> Iterator[tuple[Path, str, int, int]]:
+    """What lies beside `target` to replace it or because it was moved away: path, machine, process and its start."""
+    name = re.compile(re.escape(_prefix(target)) + r"([0-9a-f]{8})-(\d{1,20})(?:-(\d{1,20}))?-[0-9a-f]{12}\.(?:tmp|old)")
+    with contextlib.suppress(OSError):  # a folder that cannot be listed, or that changes meanwhile
+        for path in target.parent.iterdir():
+            if match := name.fullmatch(path.name):
+                yield path, match[1], int(match[2]), int(match[3] or 0)
+
+
+def _is_alive(process: int, start: int) -> bool:
+    """Whether the process of this machine that began at `start` exists; this one counts as one that does."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):  # it belongs to somebody else
-        return True
-    return True
+        pass
+    now = _started(process)
+    return now == start or 0 in (now, start)
+
+
+def _started(process: int) -> int:
+    """When a process began, in ticks since the start of the system; 0 where this cannot be known."""
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):  # /proc shows the processes of another container
+            return 0
+        with open(f"/proc/{process}/stat", "rb", buffering=0) as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def clear_leftovers(target: Path) -> None:
@@ -165,8 +244,12 @@ def replace_folder(new: Path, target: Path) -> None:
         OSError: It failed; `target` is as it was.
     """
     if not target.exists():
-        os.rename(new, target)
-        return
+        try:
+            os.rename(new, target)
+            return
+        except OSError:
+            if not target.is_dir():  # otherwise it came into being meanwhile
+                raise
     if _exchange(new, target):
         shutil.rmtree(new, ignore_errors=True)
         return
@@ -181,8 +264,16 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def find_moved(target: Path) -> Path | None:
-    """The folder that a process, killed while it replaced `target`, had moved away; None if there is none."""
-    return next((path for path in leftovers(target) if path.suffix == ".old"), None)
+    """The folder that was moved away while `target` was being replaced, by whichever process; None if there is none.
+
+    It is what to read while there is nothing at `target`: if that process is alive, `target` will soon be there.
+    """
+    found = []
+    for path, *_ in _parts(target):
+        with contextlib.suppress(OSError):
+            if path.suffix == ".old":
+                found.append((path.stat().st_mtime_ns, path))
+    return max(found)[1] if found else None
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -136,22 +136,35 @@ def push_folder(
         ValueError: Not a valid repository id.
         HubError: No access, no connection, or somebody else pushed meanwhile.
     """
-    from diffagents.files import scratch_folder
-    from diffagents.storage import hub
+    from diffagents.errors import ArtifactError
+    from diffagents.files import find_moved, scratch_folder
+    from diffagents.storage import artifact, hub
     from diffagents.storage.publish import renew_card, what_is_published
 
     path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {path}: push one that save_pretrained wrote, or load a .zip and push the agent"
-        )
-    files = hub.publishable(path)
-    agent = load(path, device="cpu", verbose=0)
-    repository = hub.Repository.open(repo_id, private=private, revision=revision, token=token)
-    message = commit_message or f"{type(agent).__name__} trained with diffagents"
-    with scratch_folder(Path(tempfile.gettempdir()) / "push") as copy:
-        for file in files:
-            shutil.copyfile(file, copy / file.name)
+    with scratch_folder(Path(tempfile.gettempdir()) / "push") as scratch:
+        copy = scratch / "policy"
+
+        def copy_once() -> None:
+            """One save of the folder, also if another process saves there meanwhile."""
+            found = path if path.is_dir() else find_moved(path)
+            if found is None:
+                raise FileNotFoundError(
+                    f"there is no folder {path}: push one that save_pretrained wrote, or load a .zip and push the agent"
+                )
+            shutil.rmtree(copy, ignore_errors=True)
+            copy.mkdir()
+            with artifact.read(found).of_one_save():
+                for file in hub.publishable(found):
+                    shutil.copyfile(file, copy / file.name)
+
+        artifact.retried(copy_once)
+        try:
+            agent = load(copy, device="cpu", verbose=0)
+        except ArtifactError as error:
+            raise ArtifactError(str(error).replace(str(copy), str(path))) from None
+        repository = hub.Repository.open(repo_id, private=private, revision=revision, token=token)
+        message = commit_message or f"{type(agent).__name__} trained with diffagents"
         renew_card(copy, repo_id)
         if verbose:
             print(what_is_published(copy, repo_id), flush=True)

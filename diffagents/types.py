@@ -67,6 +67,12 @@ class Spec:
                     f"action space bounds [{low.min()}, {high.max()}] are too far apart for float32; rescale the actions, "
                     "e.g. with gymnasium.wrappers.RescaleAction"
                 )
+        width = high.astype(np.float64) - low.astype(np.float64)
+        if np.any((width > 0) & (width < np.finfo(np.float32).tiny)):  # `scale_action` divides by it
+            raise ValueError(
+                f"action space bounds [{low.min()}, {high.max()}] are too close together for float32; rescale the actions, "
+                "e.g. with gymnasium.wrappers.RescaleAction"
+            )
         if isinstance(self.obs_keys, str):
             raise TypeError(f"obs_keys={self.obs_keys!r} is a string, not a tuple of keys; pass obs_keys=({self.obs_keys!r},)")
         if self.obs_keys is None:

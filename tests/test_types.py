@@ -220,3 +220,18 @@ def test_keys_that_are_one_string_are_refused() -> None:
     for make in (Spec, Spec.from_spaces):
         with pytest.raises(TypeError, match=r"^obs_keys='o' is a string, .*; pass obs_keys=\('o',\)$"):
             make(space, BOXES[2], "o")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(1e-45, np.float32), (1e-38, np.float32), (1e-300, np.float64)])
+def test_action_bounds_that_cannot_be_divided_by_are_refused(width: float, dtype: Any) -> None:
+    box = spaces.Box(np.zeros(2, dtype), np.array([1, width], dtype), dtype=dtype)
+    with pytest.raises(ValueError, match=r"action space bounds .* are too close together for float32"):
+        Spec(BOXES[2], box)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [spaces.Box(0.0, 2e-38, (2,), np.float32), spaces.Box(2**62, 2**62 + 1, (2,), np.int64), spaces.Box(0, 1, (1,), np.uint8)],
+)
+def test_narrow_action_bounds_are_accepted(box: spaces.Box) -> None:
+    assert Spec(BOXES[2], box).act_dim == box.shape[0]

@@ -15,8 +15,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffagents.cli.options import DEVICE_HELP, add_how, add_policy, env_arguments, environment, policy, preset, say, value
-from diffagents.errors import one_line
+from diffagents.cli.options import (
+    DEVICE_HELP,
+    add_how,
+    add_policy,
+    check_new_folder,
+    env_arguments,
+    environment,
+    policy,
+    preset,
+    say,
+    value,
+)
+from diffagents.errors import one_line, short
 from diffagents.files import replacing
 from diffagents.registry import AGENTS
 
@@ -182,9 +193,11 @@ def _make(args: argparse.Namespace, specs: "Sequence[RunSpec]", root: Path) -> l
     started = time.monotonic()
 
     def done(spec: "RunSpec", error: BaseException | None) -> None:
-        if error is None:
-            now = grid.status(spec, root)
+        now = grid.status(spec, root) if error is None else {}
+        if now.get("state") == "done":
             text = f"return {now['last']:.2f}" + (f", D4RL scale {now['score']:.1f}" if now["score"] is not None else "")
+        elif error is None:
+            text = "made, but its results cannot be read"
         elif isinstance(error, grid.Busy):
             text = "skipped: another process is working on it"
         else:
@@ -192,13 +205,19 @@ def _make(args: argparse.Namespace, specs: "Sequence[RunSpec]", root: Path) -> l
             text = f"failed: {one_line(error)}"
         say(f"{spec.name}: {text} ({(time.monotonic() - started) / 60:.1f} min)")
 
-    settings = {"device": args.device, "threads": args.threads, "grid_name": args.grid.name}
+    settings = {"device": args.device, "threads": args.threads, "grid_name": _public_name(args.grid)}
     with _live(specs, root):
         if args.executor == "ray":
             executors.run_with_ray(specs, root, done, cpus=args.cpus, gpus=args.gpus, address=args.address, **settings)
         else:
             executors.run_serially(specs, root, done, **settings)
     return failed
+
+
+def _public_name(path: Path) -> str | None:
+    """How the card of a policy names the grid: only one of this library's own, since any other name is the user's affair."""
+    ours = Path(__file__).resolve().parents[2] / "zoo" / "grids"
+    return f"zoo/grids/{path.name}" if path.expanduser().resolve().parent == ours else None
 
 
 def _rows(specs: "Sequence[RunSpec]", root: Path) -> list[tuple[str, ...]]:
@@ -213,7 +232,9 @@ def _rows(specs: "Sequence[RunSpec]", root: Path) -> list[tuple[str, ...]]:
         newest = "" if last is None else f"{last:.2f}"
         if now.get("score") is not None:
             newest += f" ({now['score']:.1f})"
-        rows.append((spec.name, now["state"], "100 %" if now["state"] == "done" else share, now.get("stage", ""), newest))
+        rows.append(
+            (spec.name, now["state"], "100 %" if now["state"] == "done" else share, short(now.get("stage", "")), newest)
+        )
     return rows
 
 
@@ -237,7 +258,7 @@ def _live(specs: "Sequence[RunSpec]", root: Path) -> Any:
     def draw() -> Table:
         table = Table("run", "state", "done", "stage", "return (D4RL scale)")
         rows = [(name.rpartition("-")[0], *rest) for name, *rest in _rows(specs, root)]  # without the hash
-        order = ("running", "failed", "interrupted", "done", "waiting")
+        order = ("running", "failed", "unreadable", "interrupted", "done", "waiting")
         console_rows = max(5, console.size.height - 6)
         for row in sorted(rows, key=lambda row: order.index(row[1]))[:console_rows]:
             table.add_row(*row)
@@ -309,6 +330,7 @@ def tune(args: argparse.Namespace) -> None:
 
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists: pass another --out")
+    check_new_folder(args.out, storage=args.storage)
     search = _options(args, "n_trials", "hyperparameter", "low", "high", "objective", "n_episodes", "storage")
     if args.knob is not None:
         search["knob"] = args.knob

@@ -27,7 +27,7 @@ from diffagents.cli.options import (
     value,
 )
 from diffagents.cli.policies import enjoy, eval_, list_, pull, push, train
-from diffagents.errors import printable
+from diffagents.errors import one_line, printable
 from diffagents.registry import AGENTS
 from diffagents.version import __version__
 
@@ -57,10 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # closing stdout must not raise again
         return 141
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if args.traceback:
             traceback.print_exc()
-        return say(f"error: {error}", 1)
+        expected = isinstance(error, OSError | ValueError | TypeError | RuntimeError | ImportError)
+        if expected and not isinstance(error, RecursionError):
+            return say(f"error: {error}", 1)
+        cause = f"{type(error).__name__}: {one_line(error)[:200]}"
+        where = "" if args.traceback else "; --traceback shows where"
+        return say(f"error: {cause}; this is a bug or a damaged file{where}", 1)
     return 0
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import ast
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffagents import registry
@@ -109,6 +111,29 @@ def env_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the environment from all --env-arg options."""
     pairs = [text.partition("=") for text in args.env_arg]
     return {name: value(text) for name, _, text in pairs}
+
+
+def check_new_folder(out: Path, **written: str | None) -> None:
+    """Check, before hours of work, that a policy can be saved as `out` at the end.
+
+    Args:
+        out: The folder, which does not exist yet.
+        written: Options that name what is written meanwhile. Inside `out` it would make a folder of no policy, which is never
+            overwritten.
+
+    Raises:
+        ValueError: One of them lies inside `out`.
+        OSError: No folder can be made there.
+    """
+    place = out.expanduser().resolve()
+    for option, other in written.items():
+        if other is not None and "://" not in other and Path(other).expanduser().resolve().is_relative_to(place):
+            raise ValueError(f"--{option} {other} lies inside --out {out}, which will be a new folder: pass a place beside it")
+    above = next(folder for folder in place.parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"--out {out}: {above} is no folder; pass another --out")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"--out {out}: {above} is read-only; pass another --out")
 
 
 def say(text: str, code: int = 0) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffagents.cli.options import env_arguments, environment, hyperparameters, policy, preset, say
+from diffagents.cli.options import check_new_folder, env_arguments, environment, hyperparameters, policy, preset, say
 from diffagents.errors import ArtifactError, TrainingDiverged, printable, short
 from diffagents.registry import AGENTS, agent_class
 
@@ -40,6 +40,7 @@ def train(args: argparse.Namespace) -> None:
     elif out.exists():
         raise FileExistsError(f"{out} exists: resume it with --resume, or pass another --out")
     else:
+        check_new_folder(out, tensorboard=args.tensorboard)
         kwargs = {"net_arch": args.net_arch} if args.net_arch else None
         agent = cls(env=args.env, policy_kwargs=kwargs, seed=args.seed, **chosen, **settings, **values)
     evaluated = {"eval_env": (args.env or True) if args.eval else None, "n_eval_episodes": args.episodes}

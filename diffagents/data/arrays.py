@@ -303,7 +303,7 @@ def _guess_spec(observations: Any, actions: Any, keys: Keys) -> Spec:
     if isinstance(observations, Mapping):
         # pairs, because gymnasium sorts the keys of a plain dict; parts that are not chosen may have any form
         read = observations if keys is None or not set(keys) <= set(observations) else {key: observations[key] for key in keys}
-        space = spaces.Dict(OrderedDict((key, box(f"observations/{key}", value)) for key, value in read.items()))
+        space = spaces.Dict(OrderedDict((key, box(f"observations/{check.name_of(key)}", value)) for key, value in read.items()))
     else:
         space = box("observations", observations)
     shape = check.actions("actions", actions, None).shape[1:]

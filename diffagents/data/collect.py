@@ -31,10 +31,11 @@ from diffagents.envs.make import (
     env_id_of,
     make_env,
     scalar_reward,
+    spec_to_store,
     warn_of_normalized_observations,
     without_monitor,
 )
-from diffagents.errors import one_line
+from diffagents.errors import one_line, short
 from diffagents.evaluation.episodes import check_actions, check_spaces, is_meant_deterministic, stack, succeeded
 from diffagents.evaluation.evaluate import Evaluation
 from diffagents.files import scratch_folder, write_errors
@@ -265,9 +266,18 @@ def _opened(env: Any, env_kwargs: Mapping[str, Any] | None) -> Iterator[tuple[gy
 
 
 def _spec_to_store(spec: EnvSpec) -> EnvSpec:
-    """The spec without Monitor and render mode. Raises ValueError if no environment could be made from it again."""
+    """The spec without Monitor and render mode. Raises ValueError if no environment could be made from it again.
+
+    A wrapper whose arguments may not be published is stored by its name only: evaluation makes the environment without its
+    wrappers anyway.
+    """
     kwargs = {key: value for key, value in spec.kwargs.items() if key != "render_mode"}
     spec = replace(without_monitor(spec), kwargs=kwargs)
+    wrappers = (
+        replace(wrapper, kwargs=None) if spec_to_store({"kwargs": wrapper.kwargs})[1] else wrapper
+        for wrapper in spec.additional_wrappers
+    )
+    spec = replace(spec, additional_wrappers=tuple(wrappers))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the wrappers; a warning that fits this situation follows
         try:
@@ -275,6 +285,12 @@ def _spec_to_store(spec: EnvSpec) -> EnvSpec:
         except (TypeError, ValueError) as error:
             remedy = "make it with arguments that are numbers, short names or lists of them"
             raise ValueError(f"the spec of {spec.id} cannot be stored with the data ({one_line(error)}); {remedy}") from None
+    if refused := spec_to_store(spec)[1]:
+        warnings.warn(
+            f"the metadata of the dataset contain the arguments {', '.join(map(short, refused))} of {spec.id}, which may hold "
+            "a path or a secret: do not publish it, or collect it in an environment without them",
+            stacklevel=5,
+        )
     if names := [wrapper.name for wrapper in spec.additional_wrappers]:
         warnings.warn(
             f"evaluation will make {spec.id} without its wrappers {names}; register an id that includes them", stacklevel=5

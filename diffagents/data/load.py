@@ -3,7 +3,9 @@
 How rows become transitions is described in arrays.py, what is checked in validation.py.
 """
 
+import math
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,7 +108,14 @@ def load_dataset(
     environment = _describe_env(env, keys) if env is not None else None
     if keys is None and environment is not None:
         keys = environment.spec.obs_keys
-    data = _read(source, keys, environment, download, cache)
+    try:
+        data = _read(source, keys, environment, download, cache)
+    except (MemoryError, OverflowError, RecursionError) as error:
+        named = check.name_of(source) if isinstance(source, str | Path) else "the dataset"
+        cause = f"{type(error).__name__}: {printable(one_line(error))}"
+        raise ValueError(
+            f"{named} is too large to be read, or damaged ({cause}); copy it again, or read a part of it"
+        ) from None
     if environment is not None:
         if difference := _use_environment(data, environment):
             check.warn(difference)
@@ -120,7 +129,7 @@ def load_dataset(
         check.warn(f"{data.info['id']}: {advice}")
     if verbose:
         took, n_episodes = time.perf_counter() - started, data.info["n_episodes"]
-        print(f"{data.info['id']}: {len(data):,} transitions, {n_episodes:,} episodes, read in {took:.2f} s")
+        print(f"{check.name_of(data.info['id'])}: {len(data):,} transitions, {n_episodes:,} episodes, read in {took:.2f} s")
     return data
 
 
@@ -226,19 +235,20 @@ def _use_environment(data: Transitions, environment: _Environment) -> str | None
 
 def _read_file(path: Path, keys: Keys, limit: int | None, cache: bool, spec: Spec | None) -> Transitions:
     """Read an .npz or HDF5 file of flat arrays, HDF5 from the cache if it may be used."""
+    where = printable(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}; pass the path of an .npz or .hdf5 file, or a Minari id")
-    info = {"id": path.name, "kind": "npz" if path.suffix.lower() == ".npz" else "hdf5"}
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{where} {what}; pass the path of an .npz or .hdf5 file, or a Minari id")
+    info = {"id": check.name_of(path.name), "kind": "npz" if path.suffix.lower() == ".npz" else "hdf5"}
     if path.suffix.lower() == ".npz":
-        return _from_mapping(_npz_arrays(path), keys, limit, info, str(path), spec)
+        return _from_mapping(_npz_arrays(path), keys, limit, info, where, spec)
     if path.suffix.lower() not in (".hdf5", ".h5"):
-        raise ValueError(f"{path} ends in {path.suffix!r}; only .npz, .hdf5 and .h5 files can be read")
+        raise ValueError(f"{where} ends in {path.suffix!r}; only .npz, .hdf5 and .h5 files can be read")
 
     def read() -> Transitions:
         episodes = _robomimic_episodes(path, keys)
         if episodes is None:
-            return _from_mapping(_hdf5_arrays(path), keys, limit, info, str(path), spec)
+            return _from_mapping(_hdf5_arrays(path), keys, limit, info, where, spec)
         return from_episodes(episodes, sum(len(episode["actions"]) for episode in episodes), keys, spec, info)
 
     if not cache:
@@ -247,10 +257,39 @@ def _read_file(path: Path, keys: Keys, limit: int | None, cache: bool, spec: Spe
     return cached(path.stem, key, {"files": stamp_of([path])}, read)
 
 
+def check_npz(path: Path) -> None:
+    """Check that the arrays of an .npz are not larger than the file can hold, before they are read.
+
+    Raises:
+        ValueError: They are; or they are compressed in a way whose claimed size is not kept, which numpy never does.
+        zipfile.BadZipFile: It is no .npz.
+        OSError: It cannot be read.
+    """
+    size, total = path.stat().st_size, 0
+    with zipfile.ZipFile(path) as archive:
+        for item in archive.infolist():
+            name = check.name_of(item.filename)
+            if item.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{name} is compressed with method {item.compress_type}, and not as numpy does")
+            total += item.file_size
+            if total > hdf5.most_bytes(size):
+                raise ValueError(f"up to {name}, its arrays claim {total:,} bytes together, of which {size:,} are stored")
+            if not item.filename.endswith(".npy"):
+                continue
+            with archive.open(item) as member:
+                version = np.lib.format.read_magic(member)
+                header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = header(member) if version in ((1, 0), (2, 0)) else ((), False, np.dtype(bool))
+            # numpy reserves what the header claims before it reads. Objects are refused by it, other versions are rare.
+            if math.prod(shape) * dtype.itemsize > item.file_size and not dtype.hasobject:
+                raise ValueError(f"{name} claims the shape {shape}, but has {item.file_size:,} bytes")
+
+
 def _npz_arrays(path: Path) -> dict[str, Any]:
     """The arrays of an .npz by name; `observations/key` become a dict."""
     arrays: dict[str, Any] = {}
     try:
+        check_npz(path)
         with np.load(path, allow_pickle=False) as file:
             for name in file.files:
                 head, _, leaf = name.partition("/")
@@ -262,7 +301,7 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
                     arrays[head] = file[name]
     except Exception as error:  # numpy and zipfile raise errors of many kinds on foreign files
         remedy = "write it with numpy.savez, from plain arrays only"
-        raise ValueError(f"{path} cannot be read as .npz ({one_line(error)}); {remedy}") from None
+        raise ValueError(f"{printable(path)} cannot be read as .npz ({printable(one_line(error))}); {remedy}") from None
     return arrays
 
 
@@ -285,7 +324,7 @@ def _robomimic_episodes(path: Path, keys: Keys) -> list[dict[str, Any]] | None:
     import h5py
 
     try:
-        with h5py.File(path, "r") as file:
+        with hdf5.opened(path) as (file, budget):
             # Names are compared in lists of them: h5py's `in` and `get` would follow a link.
             group = hdf5.node(file, "data") if "data" in list(file) else None
             if not isinstance(group, h5py.Group):
@@ -301,36 +340,34 @@ def _robomimic_episodes(path: Path, keys: Keys) -> list[dict[str, Any]] | None:
                 absent = [key for key in keys or () if key not in list(before)]
                 if absent:
                     raise ValueError(f"data/{name}/obs lacks the keys {absent}; it has {list(before)}")
-                obs, next_obs = ({key: hdf5.read(part, key) for key in keys or before} for part in (before, after))
-                rewards, dones = hdf5.read(demo, "rewards"), hdf5.read(demo, "dones")
+                obs, next_obs = ({key: hdf5.read(part, key, budget) for key in keys or before} for part in (before, after))
+                rewards, dones = hdf5.read(demo, "rewards", budget), hdf5.read(demo, "dones", budget)
                 last = np.arange(len(rewards)) == len(rewards) - 1
                 succeeded = bool(dones[-1]) and rewards[-1] > 0
                 episodes.append(
                     {
                         "observations": {key: np.concatenate([obs[key], next_obs[key][-1:]]) for key in obs},
-                        "actions": hdf5.read(demo, "actions"),
+                        "actions": hdf5.read(demo, "actions", budget),
                         "rewards": rewards,
                         "terminations": last & succeeded,
                         "truncations": last & (not succeeded),
                     }
                 )
             return episodes or None
-    except (OSError, KeyError, IndexError, RuntimeError) as error:  # h5py raises any of these for a damaged file
-        raise ValueError(f"{path} cannot be read as an HDF5 file: {printable(one_line(error))}") from None
+    except (OSError, KeyError, IndexError, RuntimeError, OverflowError) as error:  # h5py raises any of these for a damaged file
+        raise ValueError(f"{printable(path)} cannot be read as an HDF5 file: {printable(one_line(error))}") from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {printable(one_line(error))}") from None
+        raise ValueError(f"{printable(path)}: {printable(one_line(error))}") from None
 
 
 def _hdf5_arrays(path: Path) -> dict[str, Any]:
     """The arrays of a D4RL-style HDF5 file by name; a group becomes a dict."""
-    import h5py
-
     try:
-        with h5py.File(path, "r") as file:
+        with hdf5.opened(path) as (file, budget):
             if "episode_0" in list(file):
                 raise ValueError("it is a file inside of a Minari set: pass the set's id instead")
             # Of other arrays the names alone matter: for OGBench's layout, and for messages.
             known = {name for name in file if check.D4RL_NAMES.get(name, name) in _ARRAYS}
-            return {name: hdf5.read(file, name) if name in known else None for name in file}
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as a D4RL-style HDF5 file: {printable(one_line(error))}") from None
+            return {name: hdf5.read(file, name, budget) if name in known else None for name in file}
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{printable(path)} cannot be read as a D4RL-style HDF5 file: {printable(one_line(error))}") from None

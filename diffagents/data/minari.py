@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from diffagents.data import hdf5
+from diffagents.data import validation as check
 from diffagents.data.arrays import Keys, from_episodes
 from diffagents.data.cache import cached, stamp_of
 from diffagents.data.transitions import Transitions
 from diffagents.envs.make import spec_to_store
-from diffagents.errors import one_line, printable
+from diffagents.errors import one_line, printable, short
 from diffagents.types import Spec
 
 COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations")
@@ -23,6 +25,10 @@ COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations")
 _MADE = ("algorithm_name", "description", "code_permalink", "author", "minari_version")  # how a Minari set came to be
 _NEEDED = {"dataset_id": str, "minari_version": str, "total_steps": int, "total_episodes": int}
 """What a set's metadata must have, of which type."""
+_SPACES = ("observation_space", "action_space")
+"""These too: without one, Minari takes it from the environment, which it makes, with any code that the set names."""
+_MOST_METADATA = 1 << 26  # bytes
+_MOST_TEXT, _MOST_SPEC = 2000, 100_000  # characters of one text, and of an environment's spec, that `info` keeps
 _MINARI_ID = re.compile(r"(?:[-\w][-\w/]*[-\w]/)?[-\w]+-v\d+")
 
 
@@ -113,20 +119,9 @@ def read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Tra
         TypeError: As `from_episodes`.
         ValueError: As `from_episodes`, or if Minari cannot open the dataset.
     """
-    try:
-        metadata = json.loads((path / "metadata.json").read_text())
-        for needed, kind in _NEEDED.items():
-            if type(metadata[needed]) is not kind:
-                raise ValueError(f"{needed} is no {kind.__name__}")
-        stamp = {
-            "minari": metadata["minari_version"],
-            "steps": metadata["total_steps"],
-            "files": stamp_of(path.rglob("*")),
-        }
-        n_episodes = metadata["total_episodes"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        cause = f"{type(error).__name__}: {printable(one_line(error))}"
-        raise OSError(f"{path / 'metadata.json'} is damaged ({cause}); delete the folder and load the set again") from None
+    metadata = read_metadata(path)
+    stamp = {"minari": metadata["minari_version"], "steps": metadata["total_steps"], "files": stamp_of(path.rglob("*"))}
+    n_episodes = metadata["total_episodes"]
     chosen = None
     if dataset is not None and not np.array_equal(dataset.episode_indices, np.arange(n_episodes)):
         chosen = hashlib.sha256(np.asarray(dataset.episode_indices, np.int64).tobytes()).hexdigest()
@@ -137,7 +132,61 @@ def read_minari(path: Path, keys: Keys, cache: bool, dataset: Any = None) -> Tra
 
     if not cache:
         return read()
-    return cached(metadata["dataset_id"], key, stamp, read)
+    return cached(check.name_of(metadata["dataset_id"])[:100], key, stamp, read)
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Read the metadata of a Minari dataset, and check that all files are its own.
+
+    Args:
+        folder: Its `data` folder.
+
+    Returns:
+        What metadata.json contains.
+
+    Raises:
+        OSError: If the dataset is damaged.
+        ValueError: If one of its files is not in the folder, or is a pipe or the like.
+    """
+    stored = _own_bytes(folder)
+    file = folder / "metadata.json"
+    try:
+        if file.stat().st_size > _MOST_METADATA:
+            raise ValueError(f"it has more than {_MOST_METADATA:,} bytes")
+        metadata: dict[str, Any] = json.loads(file.read_text())
+        for needed, kind in _NEEDED.items():
+            if type(metadata[needed]) is not kind:
+                raise ValueError(f"{needed} is no {kind.__name__}")
+        if not 0 <= metadata["total_episodes"] <= stored / hdf5.SMALLEST_NODE:
+            raise ValueError(f"it claims {metadata['total_episodes']:,} episodes in {stored:,} bytes")
+    except (ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        cause = f"{type(error).__name__}: {printable(one_line(error))}"
+        raise OSError(f"{printable(file)} is damaged ({cause}); delete the folder and load the set again") from None
+    return metadata
+
+
+def _own_bytes(folder: Path) -> int:
+    """The bytes of all files in a dataset's folder, none of which is opened.
+
+    Raises:
+        ValueError: If one is a link to something elsewhere, or no regular file (a pipe would be waited for).
+    """
+    root, total = Path(os.path.realpath(folder)), 0
+    for path in folder.rglob("*"):
+        facts = path.stat()
+        if path.is_symlink():
+            real = Path(os.path.realpath(path))
+            # A folder in the Hub's cache consists of links to the blobs of its repository.
+            blobs = real.parent.name == "blobs" and real.parent.parent in root.parents
+            if not blobs and root not in real.parents:
+                raise ValueError(
+                    f"{printable(path)} is a link to a file that is not in the dataset's folder, which is never read: link the "
+                    "whole folder, or copy the file into it"
+                )
+        if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
+            raise ValueError(f"{printable(path)} is no regular file: remove it")
+        total += facts.st_size if stat.S_ISREG(facts.st_mode) else 0
+    return total
 
 
 def read_episodes(folder: Path, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
@@ -157,26 +206,17 @@ def read_episodes(folder: Path, indices: Iterable[int]) -> Iterator[dict[str, An
     Raises:
         OSError: If the file is damaged.
         KeyError: If an episode is incomplete.
-        ValueError: If an array is not in the file itself.
+        ValueError: If an array is not in the file itself, or claims more than the file can hold.
     """
     import h5py
 
-    def read(group: Any, name: bytes) -> Any:
-        hdf5.check_link(group, name)
-        node = h5py.h5o.open(group, name)
-        if isinstance(node, h5py.h5g.GroupID):  # a Dict observation
-            return {key.decode(): read(node, key) for key in node}
-        hdf5.check_stored(node, name.decode())
-        array = np.empty(node.shape, node.dtype)
-        node.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
-        return array
-
-    with h5py.File(folder / "main_data.hdf5", "r") as file:
+    with hdf5.opened(folder / "main_data.hdf5") as (file, budget):
         for index in indices:
             name = f"episode_{index}".encode()
+            budget.visit(0)
             hdf5.check_link(file.id, name)
             group = h5py.h5g.open(file.id, name)
-            yield {name: read(group, name.encode()) for name in COLUMNS}
+            yield {name: hdf5.read_node(group, name.encode(), budget) for name in COLUMNS}
 
 
 def _download(identity: str, remote: str | None, path: Path) -> None:
@@ -190,7 +230,7 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
     try:
         storage = get_cloud_storage(remote_path=place)
         size = storage.get_dataset_metadata(identity).get("dataset_size", "?")
-        print(f"downloading {identity} ({size} MB) from {place}", flush=True)
+        print(f"downloading {identity} ({short(size)} MB) from {place}", flush=True)
         for end in [slash.start() for slash in re.finditer("/", identity)]:  # Minari would get these from its default remote
             (root / identity[:end]).mkdir(parents=True, exist_ok=True)
             if not (root / identity[:end] / "namespace_metadata.json").exists():
@@ -206,7 +246,7 @@ def _download(identity: str, remote: str | None, path: Path) -> None:
         deepest: BaseException = error  # wrapped once or more; the innermost tells what really happened
         while (inner := deepest.__cause__ or deepest.__context__) is not None:
             deepest = inner
-        cause = f"{type(deepest).__name__}: {one_line(deepest)}"
+        cause = f"{type(deepest).__name__}: {printable(one_line(deepest))}"
         raise ConnectionError(
             f"cannot download {identity!r} from {place} ({cause}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, {remedy}"
         ) from None
@@ -216,29 +256,42 @@ def _read_all(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset: Any)
     """Read the episodes of `dataset`, by default all, without the cache."""
     import minari
 
-    name = metadata["dataset_id"]
+    name = check.name_of(metadata["dataset_id"])
+    absent = [space for space in _SPACES if not isinstance(metadata.get(space), str)]
+    if absent and dataset is None:
+        raise ValueError(
+            f"Minari set {name!r} in {path} is refused: its metadata.json has no {' and no '.join(absent)}, which Minari would "
+            "take from the environment of its env_spec, running any code that this names; if you trust it, pass "
+            "minari.load_dataset(...) instead of the id"
+        )
     try:
-        dataset = dataset if dataset is not None else minari.MinariDataset(path)
+        if dataset is None:
+            for space in _SPACES:
+                _check_space(json.loads(metadata[space]))
+            dataset = minari.MinariDataset(path)
         spaces = dataset.observation_space, dataset.action_space
         n_steps, indices = int(dataset.total_steps), dataset.episode_indices
     except ImportError:
         raise
     except Exception as error:  # of many types, if the metadata are damaged
-        cause = printable(one_line(error))
+        cause = printable(one_line(error))[:_MOST_TEXT]
         raise ValueError(f"Minari set {name!r} cannot be opened: {cause}; delete {path} and load it again") from None
     spec = Spec.from_spaces(*spaces, keys)
     raw = metadata.get("eval_env_spec") or metadata.get("env_spec")
     info = {
         "id": name,
         "kind": "minari",
-        "made": {key: str(metadata[key]) for key in _MADE if metadata.get(key)},
+        "made": {key: made for key in _MADE if (made := _text(metadata.get(key)))},
         "env_spec": _stored_spec(raw),
-        "ref_min_score": metadata.get("ref_min_score"),
-        "ref_max_score": metadata.get("ref_max_score"),
+        "ref_min_score": _score(metadata.get("ref_min_score")),
+        "ref_max_score": _score(metadata.get("ref_max_score")),
     }
-    stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    if not 0 <= n_steps <= hdf5.MOST_INFLATED * stored / 4:  # a reward alone has four bytes
-        raise OSError(f"Minari set {name!r} in {path} is damaged: it claims {n_steps:,} steps in {stored:,} bytes")
+    stored = _own_bytes(path)
+    if not 0 <= n_steps * (spec.obs_dim + spec.act_dim + 1) <= hdf5.most_bytes(stored):  # a number has at least one byte
+        raise OSError(
+            f"Minari set {name!r} in {path} is damaged: it claims {n_steps:,} steps of {spec.obs_dim + spec.act_dim + 1:,} "
+            f"numbers in {stored:,} bytes"
+        )
     if metadata.get("data_format", "hdf5") == "hdf5":
         episodes = read_episodes(path, indices)
     else:
@@ -246,15 +299,48 @@ def _read_all(path: Path, metadata: Mapping[str, Any], keys: Keys, dataset: Any)
     try:
         return from_episodes(episodes, n_steps, keys, spec, info)
     except hdf5.ForeignContent as error:
-        raise ValueError(f"Minari set {name!r} in {path} is refused: {error}") from None
-    except (OSError, KeyError, RuntimeError) as error:
+        raise ValueError(f"Minari set {name!r} in {path} is refused: {printable(error)}") from None
+    except (OSError, KeyError, RuntimeError, OverflowError) as error:
         cause = printable(one_line(error))
         raise OSError(f"Minari set {name!r} in {path} is damaged ({cause}); delete the folder and load it again") from None
 
 
+def _check_space(space: Any) -> None:
+    """Raises ValueError or TypeError for a space in Minari's JSON whose numbers are none, or whose names cannot be stored.
+
+    Minari makes arrays of the dtype that the metadata name, whose elements could have any size.
+    """
+    if "dtype" in space and (not isinstance(space["dtype"], str) or np.dtype(space["dtype"]).kind not in "biuf"):
+        raise ValueError(f"a space has the dtype {short(space['dtype'])}, which is not one of numbers")
+    parts = space.get("subspaces", ())
+    for key in parts:
+        if isinstance(parts, dict):
+            key.encode()  # half of a pair of surrogates is no text
+        _check_space(parts[key] if isinstance(parts, dict) else key)
+
+
+def _text(value: Any) -> str | None:
+    """What `info` keeps of a text or a list of texts in the metadata; None for anything else."""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = str(value)
+    if not isinstance(value, str | int | float) or not value or (isinstance(value, int) and abs(value) >= 1 << 64):
+        return None
+    return str(value)[:_MOST_TEXT].encode("utf-8", "replace").decode()
+
+
+def _score(value: Any) -> float | None:
+    """A finite number in the metadata; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        return None
+    return float(value)
+
+
 def _stored_spec(raw: Any) -> str | None:
     """What is kept of the environment's spec in the metadata of a set; None if there is none, or it makes no sense."""
+    if not isinstance(raw, str) or len(raw) > _MOST_SPEC:
+        return None
     try:
-        return spec_to_store(json.loads(raw))[0]
+        stored = spec_to_store(json.loads(raw))[0]
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
+    return stored if stored is not None and len(stored) <= _MOST_SPEC else None

@@ -78,11 +78,22 @@ class RewardTransform:
         name: A key of `REWARD_TRANSFORMS` other than "auto".
         scale: Factor.
         shift: Summand.
+
+    Raises:
+        ValueError: The scale or its inverse is 0 or infinite in float32, or the shift is not finite there.
     """
 
     name: str = "none"
     scale: float = 1.0
     shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        scale, shift = torch.tensor([self.scale, self.shift], dtype=torch.float64).float()
+        if not (0 < float(scale) < math.inf and bool(torch.isfinite(1 / scale)) and bool(torch.isfinite(shift))):
+            raise ValueError(
+                f"a reward transform has the scale {self.scale:g} and the shift {self.shift:g}, which float32 cannot apply: "
+                "the rewards are too large or too small; multiply them by a constant first"
+            )
 
     def __call__(self, rew: Tensor) -> Tensor:
         """Transform rewards of any shape from the environment's units to the learner's."""
@@ -100,15 +111,11 @@ class RewardTransform:
             KeyError: If a key is missing.
             OverflowError: If a number is too large for a float.
             TypeError: If `data` or a number is of another type.
-            ValueError: If the name is unknown, or a number is malformed or cannot be: not finite, or a scale that is not
-                positive.
+            ValueError: If the name is unknown, or a number is malformed or cannot be (see the class).
         """
         if data["name"] not in REWARD_TRANSFORMS:
             raise ValueError(f"this reward transform is unknown; choose from {', '.join(REWARD_TRANSFORMS)}")
-        scale, shift = float(data["scale"]), float(data["shift"])
-        if not (0 < scale < math.inf and math.isfinite(shift)):
-            raise ValueError(f"a reward transform has the scale {scale:g} and the shift {shift:g}")
-        return cls(name=data["name"], scale=scale, shift=shift)
+        return cls(name=data["name"], scale=float(data["scale"]), shift=float(data["shift"]))
 
 
 def fit_reward_transform(

@@ -60,7 +60,7 @@ def episodes_of(data: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """
     missing = [name for name in ("observations", "actions") if name not in data]
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {', '.join(map(str, data))}")
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {check.listed(data)}")
     absent = [name for name in ("rewards", "masks") if name not in data]
     if absent:
         raise ValueError(

@@ -6,6 +6,8 @@ Shapes: n transitions, S flat observation, A flat action.
 """
 
 import json
+import math
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -19,12 +21,13 @@ from torch import Tensor
 
 from diffagents.data.sampler import Sampler, batch_of
 from diffagents.errors import ArtifactError, short
-from diffagents.files import replacing
+from diffagents.files import hidden, replacing
 from diffagents.types import Batch, Spec
 
 REPLAY_FORMAT = 1
 """Number of the file layout of `Replay.save`; files with another number are rejected."""
 _FIRST_ROWS = 4096
+_MAX_COUNT = 1 << 62  # numpy calculates with the counts of a buffer
 
 
 class Replay:
@@ -161,7 +164,7 @@ class Replay:
         with replacing(path, "the replay buffer") as part:
             save_file(tensors, part, {"diffagents": json.dumps(header)})
             if keep is not None and keep.items() <= moment_of(path).items():
-                path.resolve().replace(previous_of(path))
+                os.replace(os.path.realpath(path), previous_of(path))
         return path
 
     @classmethod
@@ -182,49 +185,64 @@ class Replay:
             ArtifactError: If the file is damaged, or was saved with other spaces or at another moment.
         """
         path = file_of(path)
-        if moment_of(path) != moment and moment_of(previous_of(path)) == moment:
-            path = previous_of(path)  # the agent was not saved any more after this buffer's successor
+        if moment_of(path) != moment:  # perhaps the agent was not saved any more after this buffer's successor
+            path = next((other for other in (previous_of(path), _once_previous_of(path)) if moment_of(other) == moment), path)
         if not path.is_file():
             raise FileNotFoundError(
                 f"there is no replay buffer at {path}; pass the path that save_replay_buffer was called with"
             )
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("diffagents", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is not a dict
-            number = header.get("format", REPLAY_FORMAT)
-            if number != REPLAY_FORMAT:
-                raise ArtifactError(
-                    f"{path} is a replay buffer of format {short(number)}, but this version reads {REPLAY_FORMAT}; use the "
-                    "version of diffagents that saved it"
-                )
-            obs_dim, act_dim, capacity = header["sizes"]
-            rows, env, ended = tensors["rows"], tensors["env"].numpy(), tensors["ended"].numpy()
-            max_abs_reward = float(header["max_abs_reward"])
-            n_added, n = int(header["n_added"]), min(int(header["n_added"]), int(capacity))
-            if rows.shape != (n, 2 * obs_dim + act_dim + 2) or len(env) != n or len(ended) != n or rows.dtype != torch.float32:
-                raise ValueError("its sizes disagree")
-            if not bool(rows.isfinite().all()) or env.dtype != np.int32 or ended.dtype != np.uint8:
-                raise ValueError("its rows are damaged")
+            replay, theirs = cls._read(path, spec, device)
         except ArtifactError:
             raise
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"{path} is not a replay buffer of diffagents, or it is damaged ({short(error)})") from None
+        if theirs != moment:
+            raise ArtifactError(
+                f"{path} was saved at {_words(theirs)}, but the agent at {_words(moment)}; "
+                "load the two that were saved together"
+            )
+        return replay
+
+    @classmethod
+    def _read(cls, path: Path, spec: Spec, device: torch.device) -> tuple["Replay", Any]:
+        """The buffer in a file, checked, and its moment. Raises exceptions of many types if the file is damaged."""
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("diffagents", "{}"))
+            names = set(file.keys())
+            rows, env, ended = (file.get_tensor(name) for name in ("rows", "env", "ended"))
+            running = file.get_tensor("running") if "running" in names else torch.empty(0, *spec.action_space.shape)
+        number = header.get("format", REPLAY_FORMAT)
+        if number != REPLAY_FORMAT:
+            raise ArtifactError(
+                f"{path} is a replay buffer of format {short(number)}, but this version reads {REPLAY_FORMAT}; use the "
+                "version of diffagents that saved it"
+            )
+        obs_dim, act_dim, capacity = (_count(size) for size in header["sizes"])
+        n_added, max_abs_reward = _count(header["n_added"]), header["max_abs_reward"]
+        n, width = min(n_added, capacity), 2 * obs_dim + act_dim + 2
+        if type(max_abs_reward) not in (int, float) or not 0 <= max_abs_reward < math.inf or capacity == 0:
+            raise ValueError("its numbers are impossible")
+        if (rows.shape, env.shape, ended.shape) != ((n, width), (n,), (n,)):
+            raise ValueError("its sizes disagree")
+        if (rows.dtype, env.dtype, ended.dtype) != (torch.float32, torch.int32, torch.uint8):
+            raise ValueError("its numbers are of other types")
+        if not bool(rows.isfinite().all()) or bool((env < 0).any()) or bool((ended > 2).any()):
+            raise ValueError("its rows are damaged")
         if (obs_dim, act_dim) != (spec.obs_dim, spec.act_dim):
             raise ArtifactError(
                 f"{path} contains observations of {obs_dim} and actions of {act_dim} numbers, but this agent has "
                 f"{spec.obs_dim} and {spec.act_dim}: it is another agent's buffer; load the one that was saved with this agent"
             )
-        if header.get("moment") != moment:
-            raise ArtifactError(
-                f"{path} was saved at {_words(header.get('moment'))}, but the agent at {_words(moment)}; "
-                "load the two that were saved together"
-            )
-        replay = cls(obs_dim, act_dim, int(capacity), device)
-        replay._rows, replay._env, replay._ended = rows.to(device), env.copy(), ended.copy()
-        replay.n_added, replay.max_abs_reward = n_added, max_abs_reward
-        replay.running = list(tensors["running"].numpy()) if "running" in tensors else []
-        return replay
+        if running.shape != (len(running), *spec.action_space.shape) or len(running) > n_added:
+            raise ValueError("its running actions have another shape")
+        if not bool(running.isfinite().all()):
+            raise ValueError("its running actions are damaged")
+        replay = cls(obs_dim, act_dim, capacity, device)
+        replay._rows, replay._env, replay._ended = rows.to(device), env.numpy().copy(), ended.numpy().copy()
+        replay.n_added, replay.max_abs_reward = n_added, float(max_abs_reward)
+        replay.running = list(running.numpy())
+        return replay, header.get("moment")
 
     def _grow(self, n: int) -> None:
         if n <= len(self._rows):
@@ -346,16 +364,26 @@ class Mixture:
 
 
 def previous_of(path: Path) -> Path:
-    """Where the buffer lies that belongs to the agent on the disk, while a newer one is at `path`."""
+    """Where the buffer lies that belongs to the agent on the disk, while a newer one is at `path`.
+
+    It is beside the file that a link leads to, and has a name that no user chooses.
+    """
+    return hidden(Path(os.path.realpath(path)), "previous.safetensors")
+
+
+def _once_previous_of(path: Path) -> Path:
+    """Where earlier versions kept it. It is only read, because it may be a user's own file."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def moment_of(path: Path) -> dict[str, Any]:
     """The counters that are stored with a buffer; empty if there is none, or it is damaged."""
+    if not path.is_file():  # opening a pipe never ends
+        return {}
     try:
         with safe_open(path, "pt") as file:
             moment = json.loads((file.metadata() or {})["diffagents"])["moment"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError):
         return {}
     return moment if isinstance(moment, dict) else {}
 
@@ -377,4 +405,14 @@ def _row(side: "Replay | Sampler", name: str, index: Tensor) -> Tensor:
 
 def _words(moment: Any) -> str:
     """Counters for a message."""
-    return ", ".join(f"{name} {n}" for name, n in moment.items()) if isinstance(moment, dict) else "an unknown moment"
+    if not isinstance(moment, dict):
+        return "an unknown moment"
+    counts = [(name, n if type(n) is int and abs(n) <= _MAX_COUNT else short(n)) for name, n in list(moment.items())[:4]]
+    return ", ".join(f"{short(name)} {n}" for name, n in counts)
+
+
+def _count(value: Any) -> int:
+    """A whole number of a file, from 0. Raises ValueError for anything else."""
+    if type(value) is not int or not 0 <= value <= _MAX_COUNT:
+        raise ValueError(f"{short(value)} is not a count")
+    return value

@@ -5,18 +5,20 @@ What the learner sees is a `Sampler` (sampler.py), which `Transitions.sampler` m
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffagents.data.normalize import ObsNormalizer, RewardTransform, fit_reward_transform
 from diffagents.data.sampler import Sampler
+from diffagents.errors import one_line, printable, short
 from diffagents.functional import returns_to_go
 from diffagents.types import Spec, space_from_json, space_to_json
 
@@ -150,14 +152,24 @@ class Transitions:
             The data.
 
         Raises:
-            ValueError: If the file has another format, or `extra` differs.
+            ValueError: If the file has another format or is damaged, or `extra` differs.
         """
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError(f"{path} is no regular file; pass one that Transitions.save wrote")
+        try:
+            return cls._load(path, extra)
+        except (KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            cause = printable(one_line(error))
+            raise ValueError(f"{path} is damaged, or Transitions.save did not write it ({cause}); save it again") from None
+
+    @classmethod
+    def _load(cls, path: str | PathLike[str], extra: Mapping[str, Any] | None) -> "Transitions":
+        """As `load`, with other errors for a damaged file."""
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("diffagents", "{}"))
             if header.get("format") != FILE_FORMAT:
-                raise ValueError(
-                    f"{path} has transitions format {header.get('format')}, but this version reads {FILE_FORMAT}; save it again"
-                )
+                found = short(header.get("format"))
+                raise ValueError(f"{path} has transitions format {found}, but this version reads {FILE_FORMAT}; save it again")
             if extra is not None and header["extra"] != dict(extra):
                 raise ValueError(f"{path} was made from other data; delete it or save it again")
             columns = {name: file.get_tensor(name) for name in _COLUMNS}

@@ -6,9 +6,10 @@ and the comparison of a dataset with an environment.
 Shapes: N steps of the data, S flat observation, A flat action.
 """
 
+import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from diffagents.errors import one_line
+from diffagents.errors import one_line, printable
 from diffagents.types import Spec
 
 D4RL_NAMES = {"terminals": "terminations", "timeouts": "truncations"}
@@ -27,6 +28,20 @@ ACTION_TOLERANCE = 1e-4
 
 Shapes = dict[str | None, tuple[int, ...]]
 """Observation key -> shape of one observation; the key None stands for an observation that is not a dict."""
+
+
+# ---- texts of strangers ------------------------------------------------------------------------------------------------
+
+
+def name_of(value: object) -> str:
+    """A name from a stranger's file, for a message or `Transitions.info`: at most 200 printable characters, in one line."""
+    return printable(" ".join(str(value)[:200].split()))
+
+
+def listed(names: Iterable[object]) -> str:
+    """Some names for a message, at most 20 of them, or "nothing"."""
+    shown = [name_of(name) for name in itertools.islice(names, 21)]
+    return ", ".join([*shown[:20], *["..."] * (len(shown) > 20)]) or "nothing"
 
 
 # ---- one array ---------------------------------------------------------------------------------------------------------
@@ -54,7 +69,7 @@ def numeric(name: str, value: Any) -> np.ndarray:
         raise ValueError(f"{name} is not an array ({one_line(error)}); every row must have the same shape") from None
     if array.dtype.kind not in "biuf":
         remedy = "take the real part" if array.dtype.kind == "c" else "convert it to float32 numbers"
-        raise TypeError(f"{name} has dtype {array.dtype}, which is not a real number; {remedy}")
+        raise TypeError(f"{name} has dtype {name_of(array.dtype)}, which is not a real number; {remedy}")
     return array
 
 
@@ -162,7 +177,7 @@ def observations(name: str, value: Any, shapes: Shapes) -> np.ndarray:
     missing = [key for key in shapes if key not in value]
     if missing:
         raise ValueError(f"{name} lacks the keys {missing}; it has {list(value)}; choose among these with obs_keys=")
-    parts = {key: rows(f"{name}/{key}", value[key], shape) for key, shape in shapes.items()}
+    parts = {key: rows(f"{name}/{name_of(key)}", value[key], shape) for key, shape in shapes.items()}
     lengths = {key: len(part) for key, part in parts.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the parts of {name} disagree in length {lengths}; every part needs one row per step")
@@ -252,7 +267,7 @@ def our_names(data: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where} has no terminations (D4RL: terminals), which the TD targets need; pass zeros if there are none"
         )
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {', '.join(map(str, data)) or 'nothing'}")
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {listed(data)}")
     return named
 
 
@@ -494,4 +509,4 @@ def _show(shapes: Shapes) -> str:
 
 def warn(message: str) -> None:
     """Issue a UserWarning at the line that called the caller of this function."""
-    warnings.warn(message, UserWarning, stacklevel=3)
+    warnings.warn(printable(message), UserWarning, stacklevel=3)

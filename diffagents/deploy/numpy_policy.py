@@ -119,4 +119,4 @@ class NumpyPolicy:
         action = self._low + h * self._half
         np.maximum(action, self._low, out=action)
         np.minimum(action, self._high, out=action)
-        return in_dtype(action.reshape(*batch, *self._action_shape), self._dtype)
+        return in_dtype(action.reshape((*batch, *self._action_shape)), self._dtype)

@@ -21,11 +21,25 @@ _NOT_THE_TASK = {"render_mode", "num_envs", "vectorization_mode"}  # keyword arg
 _PUSHT = "gym_pusht/"
 _ROBOTICS = ("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen", "Fetch", "HandReach", "HandManipulate")
 _MONITOR = "stable_baselines3.common.monitor:Monitor"
-_SECRET_NAME = re.compile(r"key$|token|secret|passw|auth|credential", re.IGNORECASE)
-_SECRET = re.compile(r"^(sk|hf|ghp|gho|xox\w|glpat|AKIA)[-_A-Z0-9]|[\w+=-]{33,}")
-"""Beginnings of well-known tokens, and words that are too long to be a name."""
-_LARGEST, _MOST_VALUES, _MOST_STEPS = 10_000, 10_000, 10_000_000
+_SECRET_NAME = re.compile(
+    r"keys?(?:_?id)?s?$|access_?key|token|secret|passw|passphrase|pwd|auth|credential|"
+    r"(?<![a-z])(?:pass|pw|pins?|ssh|hosts?|hostnames?|servers?|user\w*|logins?|accounts?|e?mails?|urls?|uris?|endpoints?|prox(?:y|ies)"
+    r"|ips?|cookies?|datasets?)(?![a-z])",
+    re.IGNORECASE,
+)
+"""Names of arguments that hold a secret, a person, a machine or someone's data; camel case is written with _ before."""
+_SECRET = re.compile(r"^(sk|hf|ghp|gho|xox\w|glpat|AKIA)[-_A-Z0-9]")
+"""Beginnings of well-known tokens."""
+_WORDS = re.compile(r"[A-Za-z0-9_ -]*")
+"""What a string that is published may consist of: no marks of a path, an address, a file name or a person's email."""
+_LONGEST_VALUE, _LONGEST_KEY = 32, 64
+_LARGEST, _MOST_VALUES, _MOST_STEPS = 10_000, 10_000, 1_000_000
 """Bounds of an untrusted spec: of its numbers, of how many values its arguments have, of its time limit."""
+_MOST_SHOWN = 8  # differences between two specs in a message
+_REPEATS, _MOST_REPEATS = re.compile(r"skip|repeat|frame|substep", re.IGNORECASE), 1_000
+"""Names of numbers by which the work of each step is multiplied, and their bound."""
+_KEY = object()
+"""Marks a key among the leaves of nested arguments."""
 
 
 def make_env(env: Any, **kwargs: Any) -> Any:
@@ -56,17 +70,16 @@ def make_env(env: Any, **kwargs: Any) -> Any:
             prefer_egl()
         try:
             made = _make(env, stored | kwargs)
-            if stored.keys() - {"max_episode_steps"}:
-                made.reset(seed=0)  # some arguments are only looked at here
-            return made
         except Exception as error:  # whatever an environment raises for arguments that it does not know
             if not stored or isinstance(error, ValueError | ImportError):
                 raise
-            names = ", ".join(map(short, stored))
-            raise ValueError(
-                f"environment {env!r} does not work with the stored arguments {names} ({printable(one_line(error))}); pass "
-                "env= instead"
-            ) from None
+            raise _does_not_work(env, stored, error) from None
+        if stored.keys() - {"max_episode_steps"}:
+            try:
+                made.reset(seed=0)  # some arguments are only looked at here
+            except Exception as error:
+                raise _does_not_work(env, stored, error) from None
+        return made
     if not (isinstance(env, gym.Env | gym.vector.VectorEnv) or is_sb3(env)):
         raise TypeError(
             f"env must be an environment id, a stored spec, a Gymnasium Env or VectorEnv, or an SB3 VecEnv, "
@@ -78,6 +91,32 @@ def make_env(env: Any, **kwargs: Any) -> Any:
             "or pass its id"
         )
     return env
+
+
+def error_of_stored_arguments(env: Any, error: Exception) -> ValueError | None:
+    """The error to raise instead of one in an environment that was made from a stored spec with arguments.
+
+    Args:
+        env: What was passed to `make_env`.
+        error: What the environment raised later.
+
+    Returns:
+        An error that names the environment and the arguments; None if nothing stored can be the cause.
+    """
+    if not (isinstance(env, EnvSpec) or (isinstance(env, str) and env.lstrip().startswith("{"))):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the wrappers: said when it was made
+        env_id, stored = _read_spec(env)
+    return _does_not_work(env_id, stored, error) if stored.keys() - {"max_episode_steps"} else None
+
+
+def _does_not_work(env_id: str, stored: Mapping[str, Any], error: Exception) -> ValueError:
+    names = ", ".join(map(short, stored))
+    return ValueError(
+        f"environment {env_id!r} does not work with the stored arguments {names} ({printable(one_line(error))}); pass "
+        "env= instead"
+    )
 
 
 def env_id_of(env: Any) -> str | None:
@@ -124,8 +163,8 @@ def spec_to_store(spec: EnvSpec | Mapping[str, Any]) -> tuple[str | None, list[s
     """What of a spec goes into the file of an agent, which may be published: what rebuilds the environment, and no more.
 
     These are its id, time limit, keyword arguments and the names of its wrappers. Without one of its arguments it would be
-    another environment: if one may not be stored, because it is no JSON value, looks like a path, or is named or looks like a
-    secret, nothing is.
+    another environment: if one may not be stored, nothing is. Stored are numbers, short ordinary words, and lists and mappings
+    of them, unless a name at any depth is that of a secret, a person, a machine or a dataset.
 
     Args:
         spec: The spec, or its fields.
@@ -156,7 +195,7 @@ def spec_to_store_or_warn(spec: EnvSpec | None) -> str | None:
     if refused:
         warnings.warn(
             f"{spec.id} is not stored with the agent, because its arguments {', '.join(map(short, refused))} may hold a path "
-            "or a secret, or are no JSON values: pass env= to evaluate a loaded agent",
+            "or a secret, or are no numbers and short words: pass env= to evaluate a loaded agent",
             stacklevel=3,
         )
     return stored
@@ -164,14 +203,26 @@ def spec_to_store_or_warn(spec: EnvSpec | None) -> str | None:
 
 def _may_be_stored(key: str, value: Any) -> bool:
     """Whether an argument of an environment is a JSON value that neither names something of this machine nor holds a secret."""
-    if _SECRET_NAME.search(key):
-        return False
     try:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError):
         return False
-    leaves = [leaf for _, leaf in _leaves(value)]
-    return not any(_doubt(leaf) or (isinstance(leaf, str) and _SECRET.search(leaf)) for leaf in leaves)
+    return all(_is_harmless(*leaf) for leaf in _leaves({key: value}))
+
+
+def _is_harmless(_: str, name: str, value: Any) -> bool:
+    """Whether one value of `_leaves` may be published: a number or short ordinary words under a name that is no secret's."""
+    if value is _KEY:
+        parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+        return not _SECRET_NAME.search(parted) and _is_plain(name, _LONGEST_KEY)
+    return _doubt(name, value) is None and (not isinstance(value, str) or _is_plain(value, _LONGEST_VALUE))
+
+
+def _is_plain(text: str, longest: int) -> bool:
+    """Whether a text consists of ordinary words, and is no hash, number of a card, or token."""
+    most_digits = 8 if len(text) <= 16 else 2
+    digits = sum(char.isdigit() for char in text)
+    return len(text) <= longest and digits <= most_digits and bool(_WORDS.fullmatch(text)) and not _SECRET.search(text)
 
 
 def difference_of_specs(stored: str, other: Mapping[str, Any]) -> str | None:
@@ -186,7 +237,11 @@ def difference_of_specs(stored: str, other: Mapping[str, Any]) -> str | None:
     """
     old, new = _identity(json.loads(stored)), _identity(other)
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return ", ".join(f"{key}={new.get(key, 'default')} instead of {old.get(key, 'default')}" for key in keys) or None
+    shown = [
+        f"{short(key)}={short(str(new.get(key, 'default')))} instead of {short(str(old.get(key, 'default')))}"
+        for key in keys[:_MOST_SHOWN]
+    ]
+    return ", ".join([*shown, *([f"and {len(keys) - _MOST_SHOWN} more"] if len(keys) > _MOST_SHOWN else [])]) or None
 
 
 def warn_of_another_env(env: Any, stored: str, env_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -329,12 +384,13 @@ def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:
         )
     # Constructors take paths (xml_file), ids of other environments (env_id), and numbers that decide how long a step takes
     # (frame_skip) or how much memory a picture needs (width): those of an untrusted file must not be used unseen.
-    for n, (key, value) in enumerate(_leaves(kwargs)):
-        doubt = _doubt(value) if n < _MOST_VALUES else "is one of too many values"
+    for n, (argument, key, value) in enumerate(_leaves(kwargs)):
+        told = key if value is _KEY else value
+        doubt = _doubt(key, told) if n < _MOST_VALUES else "is one of too many values"
         if doubt:
-            name = short(key)
+            name = short(argument)
             raise ValueError(
-                f"the stored environment spec has {name}={short(str(value))!r}, which {doubt}; if you trust it, pass "
+                f"the stored environment spec has {name}={short(str(told))!r}, which {doubt}; if you trust it, pass "
                 f"env={env_id!r} and {name}= yourself"
             )
     if wrappers:
@@ -343,25 +399,30 @@ def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:
     return env_id, kept if limit is None else kept | {"max_episode_steps": limit}
 
 
-def _doubt(value: Any) -> str | None:
-    """Why a value from an untrusted file must not reach a constructor; None if it may."""
+def _doubt(name: str, value: Any) -> str | None:
+    """Why a value from an untrusted file must not reach a constructor under this name; None if it may."""
     if isinstance(value, str) and (any(mark in value for mark in ":/\\") or value.startswith((".", "~"))):
         return "looks like a path or a module"
-    if isinstance(value, int | float) and abs(value) > _LARGEST and not math.isinf(value):
-        return f"is larger than {_LARGEST:,}"
+    if isinstance(value, int | float) and not isinstance(value, bool) and not math.isinf(value):
+        if abs(value) > _LARGEST:
+            return f"is larger than {_LARGEST:,}"
+        if abs(value) > _MOST_REPEATS and _REPEATS.search(name):
+            return f"is larger than {_MOST_REPEATS:,}, of steps that are made in one"
     return None
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """All values in nested keyword arguments, with the name of the argument that contains them."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _leaves(item, key or str(name))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item, key)
-    else:
-        yield key, value
+def _leaves(arguments: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
+    """All keys and values in nested arguments, depth first: (argument that contains it, nearest name, value or _KEY)."""
+    waiting: list[tuple[str, str, Any]] = [("", "", arguments)]
+    while waiting:  # no recursion: an untrusted file may be nested deeply
+        argument, name, value = waiting.pop()
+        if isinstance(value, Mapping):
+            for key, item in reversed(list(value.items())):
+                waiting += [(argument or str(key), str(key), item), (argument or str(key), str(key), _KEY)]
+        elif isinstance(value, list | tuple):
+            waiting += [(argument, name, item) for item in reversed(value)]
+        else:
+            yield argument, name, value
 
 
 def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 The raw return always comes first; a score on the D4RL scale is reported in addition to it, never instead of it.
 """
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,15 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from diffagents.envs.make import env_id_of, is_sb3, make_env, warn_of_normalized_observations
+from diffagents.envs.make import (
+    env_id_of,
+    error_of_stored_arguments,
+    is_sb3,
+    make_env,
+    warn_of_normalized_observations,
+)
 from diffagents.evaluation.d4rl import D4RL_REFERENCE, d4rl_score, normalized_scores, reference_name
-from diffagents.evaluation.episodes import SB3, Policy, Single, Vector, check_spaces, is_meant_deterministic, play
+from diffagents.evaluation.episodes import SB3, Policy, Single, Step, Vector, check_spaces, is_meant_deterministic, play
 from diffagents.evaluation.statistics import mean_interval, paired_difference, success_interval
 
 
@@ -128,6 +134,32 @@ class Evaluation:
         return f"{self.env_id or 'environment'}: " + "; ".join(parts)
 
 
+class _Named(Single):
+    """Environments made by name. If one fails that was made from a stored spec with arguments, the error says so."""
+
+    def __init__(self, envs: Sequence[Any], made_from: str | EnvSpec) -> None:
+        super().__init__(envs)
+        self.made_from = made_from
+
+    def reset(self, seed: int | None) -> Any:
+        with self._errors():
+            return super().reset(seed)
+
+    def step(self, actions: np.ndarray, left: np.ndarray) -> Step:
+        with self._errors():
+            return super().step(actions, left)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever an environment raises for arguments that make no sense
+            named = error_of_stored_arguments(self.made_from, error)
+            if named is None:
+                raise
+            raise named from error
+
+
 def evaluate(
     policy: Policy,
     env: Any,
@@ -190,7 +222,7 @@ def evaluate(
             for _ in range(min(n_envs, n_episodes)):
                 envs.append(make_env(env, **(env_kwargs or {})))
                 cleanup.callback(envs[-1].close)
-            adapter = Single(envs)
+            adapter = _Named(envs, env)
         else:
             env = make_env(env, **(env_kwargs or {}))
             if is_sb3(env):

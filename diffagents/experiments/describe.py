@@ -7,7 +7,6 @@ Shapes: N transitions, E episodes, S flat observation, A flat action.
 """
 
 import hashlib
-import json
 import math
 import time
 import warnings
@@ -22,8 +21,8 @@ from torch import nn
 
 from diffagents.data import hdf5
 from diffagents.data import validation as check
-from diffagents.data.load import load_dataset
-from diffagents.data.minari import COLUMNS, find_minari, read_episodes
+from diffagents.data.load import check_npz, load_dataset
+from diffagents.data.minari import COLUMNS, find_minari, read_episodes, read_metadata
 from diffagents.data.transitions import Transitions
 from diffagents.errors import one_line, printable
 from diffagents.evaluation.d4rl import d4rl_score
@@ -698,21 +697,21 @@ def _bare_arrays(dataset: Any, download: bool) -> dict[str, NDArray[Any]]:
         n = dataset.buffer_size if dataset.full else dataset.pos
         parts = ("observations", "next_observations", "actions", "rewards", "dones")
         return _flatten({name: _rows_of(getattr(dataset, name), n) for name in parts if hasattr(dataset, name)})
-    if hasattr(dataset, "iterate_episodes"):  # a MinariDataset
-        return _joined(_flatten({name: getattr(episode, name) for name in COLUMNS}) for episode in dataset.iterate_episodes())
-    if not isinstance(dataset, str | Path):
-        return {}
-    path = Path(dataset).expanduser()
     try:
+        if hasattr(dataset, "iterate_episodes"):  # a MinariDataset
+            return _minari(Path(dataset.storage.data_path), dataset)
+        if not isinstance(dataset, str | Path):
+            return {}
+        path = Path(dataset).expanduser()
         if path.suffix.lower() == ".npz" and path.is_file():
+            check_npz(path)
             with np.load(path, allow_pickle=False) as file:
                 return _flatten({name: array for name in file.files if (array := _readable(file, name)) is not None})
         if path.suffix.lower() in (".hdf5", ".h5") and path.is_file():
-            return _hdf5(path)
+            with hdf5.opened(path) as (file, budget):
+                return hdf5.arrays(file, budget)
         if isinstance(dataset, str):
-            folder = find_minari(dataset, download)
-            n_episodes = json.loads((folder / "metadata.json").read_text())["total_episodes"]
-            return _joined(_flatten(episode) for episode in read_episodes(folder, range(n_episodes)))
+            return _minari(find_minari(dataset, download), None)
     except Exception:  # the error that the data were refused with says more
         return {}
     return {}
@@ -757,20 +756,15 @@ def _joined(episodes: Iterable[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray
     return {name: np.concatenate(found) for name, found in parts.items() if len({array.shape[1:] for array in found}) == 1}
 
 
-def _hdf5(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of numbers in an HDF5 file, by their path."""
-    import h5py
-
-    found: dict[str, NDArray[Any]] = {}
-    with h5py.File(path, "r") as file:
-
-        def visit(name: str, node: Any) -> None:  # follows no links to elsewhere
-            if isinstance(node, h5py.Dataset) and node.dtype.kind in "biuf":
-                hdf5.check_stored(node.id, name)
-                found[name] = node[()]
-
-        file.visititems(visit)
-    return found
+def _minari(folder: Path, dataset: Any) -> dict[str, NDArray[Any]]:
+    """The arrays of a Minari set in HDF5; of those episodes that `dataset` has, if it is not None."""
+    metadata = read_metadata(folder)
+    if metadata.get("data_format", "hdf5") != "hdf5":
+        if dataset is None:
+            return {}
+        return _joined(_flatten({name: getattr(episode, name) for name in COLUMNS}) for episode in dataset.iterate_episodes())
+    indices = range(metadata["total_episodes"]) if dataset is None else dataset.episode_indices
+    return _joined(_flatten(episode) for episode in read_episodes(folder, indices))
 
 
 def _array(name: str, array: NDArray[Any]) -> dict[str, Any]:
@@ -778,7 +772,13 @@ def _array(name: str, array: NDArray[Any]) -> dict[str, Any]:
     numbers = np.atleast_1d(array)
     numbers = numbers.reshape(len(numbers), math.prod(numbers.shape[1:]))  # not -1: the array may be empty
     good = np.isfinite(numbers)
-    row: dict[str, Any] = {"name": name, "shape": list(array.shape), "dtype": str(array.dtype), "min": None, "max": None}
+    row: dict[str, Any] = {
+        "name": check.name_of(name),
+        "shape": list(array.shape),
+        "dtype": str(array.dtype),
+        "min": None,
+        "max": None,
+    }
     if good.any():
         row |= {"min": float(numbers[good].min()), "max": float(numbers[good].max())}
     bad = ~good

@@ -18,19 +18,20 @@ working on is skipped: the same command may be started in several shells, or on 
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import subprocess
 import time
 import traceback
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diffagents.config.checks import check_choice
-from diffagents.errors import short
+from diffagents.errors import ArtifactError, one_line, printable, short
 from diffagents.evaluation.d4rl import d4rl_score_of_mean
 from diffagents.evaluation.evaluate import Evaluation, evaluate
 from diffagents.files import replacing
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
 RESULTS, PROGRESS, ERROR = "results.json", "progress.json", "error.txt"
 CHECKPOINT, POLICY, LOCK = "checkpoint.zip", "policy", ".lock"
 SAVE_EVERY = 60.0  # seconds between checkpoints, the most that a kill or Ctrl-C can lose
-_MOST_VALUES = 100_000
-"""Values of a grid file, aliases written out."""
+_MOST_BYTES, _MOST_VALUES, _MOST_LEVELS, _MOST_RUNS = 256 << 10, 100_000, 100, 10_000
+"""Bounds of a grid file: its size, its values and their nesting with aliases and merge keys written out, its runs."""
+_DATA_FILES = (".npz", ".hdf5", ".h5")
 _TOP = {"seeds", "settings", "runs", "episodes", "points", "point_episodes", "deterministic"}
 _BLOCK = _TOP - {"runs"} | {"algorithms", "datasets", "steps", "env", "label"}
 
@@ -90,8 +92,8 @@ class RunSpec:
     def cell(self) -> str:
         """Algorithm, label and dataset as a name, `srpo-hopper-medium-v0`. Runs of a cell differ only in their seeds."""
         data = self.dataset.removeprefix("hf://").removeprefix("diffagents/")
-        if data.endswith((".npz", ".hdf5", ".h5")):
-            data = Path(data).stem
+        if data.lower().endswith(_DATA_FILES) or "\\" in data or data.startswith(("/", "~", ".")):
+            data = PureWindowsPath(data).stem  # it knows both separators; names are shown and published, folders are private
         return re.sub(r"[^-.\w]+", "-", "-".join(filter(None, (self.algorithm, self.label, data)))).lower()
 
     @property
@@ -117,21 +119,13 @@ def read_grid(path: str | Path) -> list[RunSpec]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file has another form, or names an unknown algorithm, hyperparameter or value; names the block.
     """
-    import yaml
-
-    try:
-        grid = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-    if _n_values(grid, {}) > _MOST_VALUES:
-        raise ValueError(f"{path} has more than {_MOST_VALUES:,} values once its aliases are written out")
+    grid = _read_yaml(path)
     if not isinstance(grid, dict) or not isinstance(grid.get("runs"), list):
         raise ValueError(f"{path} must be a mapping with a list `runs:` of blocks")
     _only_known(grid, _TOP, str(path))
     specs: dict[str, RunSpec] = {}
     cells: dict[str, tuple[RunSpec, str]] = {}
+    n_runs = 0
     for number, block in enumerate(grid["runs"], start=1):
         where = f"{path}, block {number} of runs"
         if not isinstance(block, dict):
@@ -142,7 +136,11 @@ def read_grid(path: str | Path) -> list[RunSpec]:
         rest = {
             name: value for name, value in both.items() if name in {f.name for f in dataclasses.fields(RunSpec)} - {"settings"}
         }
-        for seed in _listed({"seeds": 0, **both}, "seeds", int, where):
+        seeds = _listed({"seeds": 0, **both}, "seeds", int, where)
+        n_runs += len(seeds) * len(datasets) * len(algorithms)
+        if n_runs > _MOST_RUNS:
+            raise ValueError(f"{where}: the grid has more than {_MOST_RUNS:,} runs; split it into several files")
+        for seed in seeds:
             for dataset in datasets:
                 for algorithm in algorithms:
                     check_choice(f"algorithms ({where})", algorithm, AGENTS)
@@ -160,24 +158,53 @@ def read_grid(path: str | Path) -> list[RunSpec]:
     return list(specs.values())
 
 
-def _n_values(value: Any, known: dict[int, int]) -> int:
-    """How many values a tree would have if whatever occurs several times, as a YAML alias does, were written out.
+def _read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file, which is measured before anything is constructed: a few lines can stand for gigabytes."""
+    import yaml
 
-    Args:
-        value: The tree.
-        known: Counts by id, of parts that have been counted.
+    with Path(path).expanduser().open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"{path} is larger than {_MOST_BYTES >> 10} KB, which no grid needs: split it into several files")
+    try:
+        loader = yaml.SafeLoader(data.decode("utf-8"))
+        try:
+            node = loader.get_single_node()
+            problem = None if node is None else _too_much(node)
+            if problem is not None:
+                raise ValueError(f"{path} {problem}")
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not YAML: it is no text in UTF-8") from None
+    except (yaml.YAMLError, KeyError, AttributeError, IndexError, TypeError, OverflowError) as error:  # of odd tags too
+        raise ValueError(f"{path} is not YAML: {printable(one_line(error))}") from None
 
-    Raises:
-        ValueError: A part contains itself.
-    """
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = -1
-        known[id(value)] = 1 + sum(_n_values(item, known) for item in (value.values() if isinstance(value, dict) else value))
-    if known[id(value)] < 0:
-        raise ValueError("an alias in the grid contains itself")
-    return known[id(value)]
+
+def _too_much(root: Any) -> str | None:
+    """What is wrong with the size of a YAML tree in which whatever aliases and merge keys (`<<`) repeat is written out."""
+    sizes: dict[int, tuple[int, int]] = {}  # by id of a node: values, levels; (0, 0) while its parts are being counted
+    waiting = [(root, False)]
+    while waiting:
+        node, counted = waiting.pop()
+        pairs = isinstance(node.value, list)
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))] if pairs else []
+        if counted:
+            inner = [sizes[id(part)] for part in parts]
+            sizes[id(node)] = 1 + sum(n for n, _ in inner), 1 + max((level for _, level in inner), default=0)
+            if sizes[id(node)][0] > _MOST_VALUES:
+                return f"has more than {_MOST_VALUES:,} values once its aliases are written out"
+            if sizes[id(node)][1] > _MOST_LEVELS:
+                return "is nested too deeply"
+        elif id(node) not in sizes:
+            sizes[id(node)] = 0, 0
+            waiting += [(node, True), *((part, False) for part in parts)]
+        elif sizes[id(node)] == (0, 0):
+            return "has an alias that contains itself"
+    return None
 
 
 def imports(specs: Iterable[RunSpec]) -> list[str]:
@@ -199,7 +226,7 @@ def _settings(algorithm: str, table: Any, where: str) -> dict[str, Any]:
     _only_known(table, set(AGENTS), f"{where}, settings")
     defaults = {field.name: field.default for field in dataclasses.fields(_class(algorithm).Config)}
     return {
-        name: float(value) if type(value) is int and isinstance(defaults.get(name), float) else value
+        name: float(value) if type(value) is int and abs(value) < 10**300 and isinstance(defaults.get(name), float) else value
         for name, value in table.get(algorithm, {}).items()
     }
 
@@ -214,12 +241,15 @@ def _listed(block: Mapping[str, Any], name: str, kind: type, where: str) -> list
 
 
 def _check(spec: RunSpec, where: str) -> None:
-    """Check everything that can be checked without the data, and without importing what the file names."""
+    """Check what can be checked without the data, importing nothing that the file names and building no environment or network.
+
+    A grid is also read to be looked at, and both may take long or much memory. The run itself checks them first.
+    """
     if not isinstance(spec.env, str | None):
         raise ValueError(f"{where}: env has an invalid value: {short(repr(spec.env))}")
     try:
-        _new_agent(dataclasses.replace(spec, env=None) if imports([spec]) else spec, "cpu")
-    except (ValueError, TypeError) as error:
+        _new_agent(dataclasses.replace(spec, env=None), "cpu")
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from None
     for name, least in (("episodes", 1), ("points", 0), ("point_episodes", 1), ("seed", 0), ("steps", 1)):
         value = getattr(spec, name)
@@ -442,27 +472,55 @@ def status(spec: RunSpec, root: str | Path) -> dict[str, Any]:
         root: folder of all runs.
 
     Returns:
-        "state": "done", "failed", "running", "interrupted" or "waiting"; and, as far as they are known, "step", "total",
-        "stage", "last" (the newest mean return), "score" (the same on the D4RL scale) and "seconds".
+        "state": "done", "failed", "running", "interrupted", "waiting", or "unreadable" if one of its files is damaged or cannot
+        be opened; and, as far as they are known, "step", "total", "stage", "last" (the newest mean return), "score" (the same
+        on the D4RL scale) and "seconds".
     """
     folder = Path(root).expanduser() / spec.name
-    if (folder / RESULTS).exists():
-        results = artifact.read_json(folder, RESULTS)
-        return {
-            "state": "done",
-            "last": results["last"]["mean_return"],
-            "score": results["last"]["score"],
-            "seconds": results["seconds"],
-        }
-    try:
-        progress = json.loads((folder / PROGRESS).read_text())
-    except (OSError, ValueError):
-        progress = {}
     if not folder.exists():
         return {"state": "waiting"}
     try:
-        with _locked(folder):
-            state = "failed" if (folder / ERROR).exists() else "interrupted" if progress else "waiting"
-    except Busy:
-        state = "running"
+        if os.path.lexists(folder / RESULTS):
+            return {"state": "done", **_finished(artifact.read_json(folder, RESULTS))}
+        progress = _progress(folder)
+        try:
+            with _locked(folder):
+                state = "failed" if (folder / ERROR).exists() else "interrupted" if progress else "waiting"
+        except Busy:
+            state = "running"
+    except (OSError, ValueError, TypeError, KeyError):
+        return {"state": "unreadable"}
     return {"state": state, **progress}
+
+
+def _finished(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What `status` says of a results.json. Raises KeyError, TypeError or ValueError for another form."""
+    last, seconds = results["last"], _number(results["seconds"])
+    score = None if last["score"] is None else _number(last["score"])
+    return {"last": _number(last["mean_return"]), "score": score, "seconds": seconds}
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    """The content of progress.json, empty if there is none. Raises KeyError, TypeError or ValueError for another form."""
+    try:
+        found = artifact.read_json(folder, PROGRESS)
+    except ArtifactError:
+        if os.path.lexists(folder / PROGRESS):
+            raise
+        return {}
+    total, last = found["total"], found.get("last")
+    return {
+        "step": _number(found["step"]),
+        "total": None if total is None else _number(total),
+        "stage": short(found["stage"]),
+        "last": None if last is None else _number(last),
+    }
+
+
+def _number(value: Any) -> float:
+    """A number from a file. Raises TypeError or ValueError for anything else, or one that no run can reach."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{short(value)} is no number")
+    if not abs(value) < 1e15:
+        raise ValueError(f"{short(value)} is no number of a run")
+    return value

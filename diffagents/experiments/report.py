@@ -3,6 +3,9 @@
 import csv
 import html
 import io
+import math
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from diffagents.errors import one_line, printable, short
 from diffagents.evaluation.statistics import FEW_SEEDS, expected_choice, iqm_interval, over_seeds
 from diffagents.experiments.grid import RESULTS, RunSpec
 from diffagents.files import replacing
@@ -27,15 +31,45 @@ COLUMNS = (
 def read_runs(root: str | Path) -> list[dict[str, Any]]:
     """The results of all finished runs under `root`, sorted by name.
 
-    Raises:
-        ValueError: if a file was written by another version of the library.
+    A file that is damaged, or that another version wrote, is left out with a warning.
     """
-    found = sorted(Path(root).expanduser().glob(f"*/{RESULTS}"))
-    runs = [artifact.read_json(path.parent, RESULTS) for path in found]
-    for path, run in zip(found, runs, strict=True):
-        if not {"name", "cell", "spec", "last", "curve", "data", "stage_steps", "seconds", "machine", "commit"} <= set(run):
-            raise ValueError(f"{path} was written by another version: delete its folder to repeat the run")
+    runs = []
+    for path in sorted(Path(root).expanduser().glob(f"*/{RESULTS}")):
+        try:
+            run = artifact.read_json(path.parent, RESULTS)
+            _check(run, path.parent.name)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            cause = printable(one_line(error))[:200]
+            warnings.warn(
+                f"{printable(path)} is left out: it is damaged or was written by another version ({cause}); delete its folder "
+                "to repeat the run",
+                stacklevel=2,
+            )
+        else:
+            runs.append(run)
     return runs
+
+
+def _check(run: dict[str, Any], name: str) -> None:
+    """Make all tables of one run, and throw them away. Raises whatever they raise for a file of another form."""
+    spec = run["spec"]
+    for value in (run["cell"], spec["algorithm"], spec["dataset"], spec.get("label", "")):
+        if not isinstance(value, str):
+            raise TypeError(f"{short(value)} is no name")
+    for value in (spec["seed"], spec["episodes"], spec["point_episodes"]):
+        if type(value) is not int:
+            raise TypeError(f"{short(value)} is no whole number")
+    if run["name"] != name:
+        raise ValueError(f"it is the result of {short(run['name'])}")
+    cells, unit = cells_of([run]), unit_of([run])
+    as_csv([run])
+    overview(cells)
+    details(cells, "")
+    verdicts(cells)
+    if not all(map(math.isfinite, [*_episodes(run, unit), *(value_of(row, unit) for row in (*curve_of(run), run["data"]))])):
+        raise ValueError("a value is not finite")
+    if not run["last"]["returns"]:
+        raise ValueError("no episode is in it")
 
 
 def write_report(
@@ -169,6 +203,22 @@ def as_csv(runs: Sequence[Run]) -> str:
     return text.getvalue()
 
 
+def _code(text: object) -> str:
+    """A name from a file as code in a table of Markdown, which it cannot leave."""
+    plain = " ".join(printable(text).replace("`", "'").split())
+    return f"`{html.escape(plain, quote=False).replace('|', chr(92) + '|')}`"
+
+
+def _plain(text: object) -> str:
+    """A text from a file in Markdown, in which it can be neither HTML nor a link, nor end the row of a table."""
+    return re.sub(r"([\\`*\[\]|!])", r"\\\1", html.escape(" ".join(printable(text).split()), quote=False))
+
+
+def _drawn(text: str) -> str:
+    """A text from a file in a picture, in which it is no formula."""
+    return printable(text).replace("$", r"\$")
+
+
 def _column(members: Sequence[Run]) -> str:
     """Heading of a column: the algorithm and the label of its settings."""
     return " ".join(filter(None, (members[0]["spec"]["algorithm"], members[0]["spec"].get("label", ""))))
@@ -211,7 +261,7 @@ def overview(cells: Mapping[str, Sequence[Run]]) -> str:
         "on the 95 % interval of the mean by Student's t), next to the mean of the data's own episodes. On the D4RL scale 0 is",
         "D4RL's random policy and 100 its expert, in mujoco-py; results from other physics or other data are not comparable",
         "with published tables.\n",
-        f"| dataset | unit | the data | {' | '.join(algorithms)} |",
+        f"| dataset | unit | the data | {' | '.join(map(_plain, algorithms))} |",
         f"|{'---|' * (len(algorithms) + 3)}",
     ]
     for dataset, row in _by_dataset(cells).items():
@@ -225,7 +275,7 @@ def overview(cells: Mapping[str, Sequence[Run]]) -> str:
             for name in algorithms
         ]
         data = value_of(next(iter(row.values()))[0]["data"], unit)
-        lines.append(f"| `{dataset}` | {unit} | {data:.1f} | {' | '.join(entries)} |")
+        lines.append(f"| {_code(dataset)} | {unit} | {data:.1f} | {' | '.join(entries)} |")
     lines += _mean_row(cells, algorithms)
     return "\n".join([*lines, "", "(1): one seed. -: not run. Bold: the highest mean, regardless of the spread.\n"])
 
@@ -267,11 +317,11 @@ def details(cells: Mapping[str, Sequence[Run]], command: str) -> str:
         kept, unit = median_run(members), units[members[0]["spec"]["dataset"]]
         lasts, bests = _lasts(members, unit), [best_of(run) for run in members]
         by_seed = ", ".join(f"({x:.1f})" if run is kept else f"{x:.1f}" for run, x in zip(members, lasts, strict=True))
-        steps = ", ".join(f"{stage} {count:,}" for stage, count in members[0]["stage_steps"].items())
+        steps = ", ".join(f"{_plain(stage)} {count:,}" for stage, count in members[0]["stage_steps"].items())
         at = ", ".join(f"{row['num_timesteps']:,}" if "num_timesteps" in row else "last" for row in bests)
         minutes = ", ".join(f"{run['seconds'] / 60:.0f}" for run in members)
         lines.append(
-            f"| `{cell}` | {len(members)} | {_spread([run['last']['mean_return'] for run in members])} | {_spread(lasts)} "
+            f"| {_code(cell)} | {len(members)} | {_spread([run['last']['mean_return'] for run in members])} | {_spread(lasts)} "
             f"| {by_seed} | {_spread([value_of(row, unit) for row in bests])} | {at} | {steps} | {minutes} "
             f"| {_unique(run['machine'] for run in members)} | {_unique(run['commit'] for run in members)} |"
         )
@@ -279,7 +329,7 @@ def details(cells: Mapping[str, Sequence[Run]], command: str) -> str:
 
 
 def _unique(values: Any) -> str:
-    return ", ".join(dict.fromkeys(html.escape(str(value or "-")) for value in values))
+    return ", ".join(dict.fromkeys(_plain(value or "-") for value in values))
 
 
 def verdicts(cells: Mapping[str, Sequence[Run]]) -> str:
@@ -292,7 +342,7 @@ def verdicts(cells: Mapping[str, Sequence[Run]]) -> str:
     baseline = clone_among(_column(members) for members in cells.values()) or "DiffusionBC"
     for dataset, row in _by_dataset(cells).items():
         if baseline not in row:
-            alone.append(f"`{dataset}`")
+            alone.append(_code(dataset))
         for name, members in row.items():
             mean = _mean(members, units[dataset])
             bars = {"the data's mean": value_of(members[0]["data"], units[dataset])}
@@ -301,7 +351,7 @@ def verdicts(cells: Mapping[str, Sequence[Run]]) -> str:
             below = [f"{bar} ({value:.1f})" for bar, value in bars.items() if mean <= value]
             if name != baseline and below:
                 seeds = f"{len(members)} seed{'s' * (len(members) > 1)}"
-                lines.append(f"* `{dataset}`: {name} ({mean:.1f}, {seeds}) does not beat {' or '.join(below)}")
+                lines.append(f"* {_code(dataset)}: {_plain(name)} ({mean:.1f}, {seeds}) does not beat {' or '.join(below)}")
     lines = lines or [f"* none: every algorithm beats the data's mean{'' if alone else f' and {baseline}'} wherever it was run"]
     if alone:
         lines.append(f"* {baseline} was not run on {', '.join(alone)}: there the comparison is with the data only")
@@ -319,7 +369,7 @@ def missing(runs: Sequence[Run], specs: Sequence[RunSpec]) -> str | None:
             lacking[spec.cell].append(str(spec.seed))
     if not lacking:
         return None
-    lines = [f"* `{cell}`: seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" for cell, seeds in lacking.items()]
+    lines = [f"* {_code(cell)}: seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" for cell, seeds in lacking.items()]
     return "\n".join(["## Missing runs\n", "Runs of the grid that have not been made:\n", *lines])
 
 
@@ -350,18 +400,18 @@ def draw_curves(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
         for name, members in row.items():
             if name == clone:
                 level = _mean(members, unit)
-                axes.axhline(level, color="black", linestyle="--", linewidth=1, label=f"{name}, the clone")
+                axes.axhline(level, color="black", linestyle="--", linewidth=1, label=_drawn(f"{name}, the clone"))
                 continue
             curves = [curve_of(run) for run in members if len(run["curve"]) == len(members[0]["curve"])]
             if not curves[0]:
                 continue
             y = np.array([[value_of(point, unit) for point in curve] for curve in curves])
             x, color = np.linspace(0, 1, len(curves[0]) + 1)[1:], f"C{names.index(name)}"
-            axes.plot(x, y.mean(0), label=name, color=color, marker=".")
+            axes.plot(x, y.mean(0), label=_drawn(name), color=color, marker=".")
             axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
         data = next(iter(row.values()))[0]["data"]
         axes.axhline(value_of(data, unit), color="gray", linestyle=":", label="the data")
-        axes.set_title(dataset, fontsize=9)
+        axes.set_title(_drawn(dataset), fontsize=9)
         axes.set_ylabel(unit, fontsize=8)
         axes.set_xlabel("share of the stage that makes the policy", fontsize=8)
         axes.tick_params(labelsize=7)
@@ -395,8 +445,8 @@ def draw_iqm(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
         middle, low, high = iqm_interval([_lasts(scored[dataset][name], "D4RL scale")[:seeds] for dataset in datasets])
         axes.barh(i, high - low, left=low, height=0.6, color=f"C{i}", alpha=0.45)
         axes.plot([middle, middle], [i - 0.3, i + 0.3], color="black")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel(f"interquartile mean of the D4RL scale over {', '.join(datasets)}", fontsize=7)
+    axes.set_yticks(range(len(names)), [_drawn(name) for name in names])
+    axes.set_xlabel(f"interquartile mean of the D4RL scale over {_drawn(', '.join(datasets))}", fontsize=7)
     each = f"the first {seeds} seeds of each, stratified bootstrap interval" if seeds > 1 else "one seed of each: no interval"
     if 1 < seeds < FEW_SEEDS:
         each += " (covers less than 90 % with so few)"
@@ -437,9 +487,9 @@ def draw_choice(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
             episodes = [_episodes(run, units[dataset]) for run in pool]
             numbers = [n for n in (0, 1, 2, 3, 5, 10, 20, 50) if n <= min(map(len, episodes))]
             values = [expected_choice(episodes, n) for n in numbers]
-            label = f"{name} (of {len(pool)})"
+            label = _drawn(f"{name} (of {len(pool)})")
             axes.plot([n * len(pool) for n in numbers], values, marker=".", color=f"C{names.index(name)}", label=label)
-        axes.set_title(dataset, fontsize=9)
+        axes.set_title(_drawn(dataset), fontsize=9)
         axes.set_ylabel(f"{units[dataset]} of the chosen policy", fontsize=8)
         axes.set_xlabel("episodes played to choose the best of an algorithm's runs", fontsize=8)
         axes.tick_params(labelsize=7)

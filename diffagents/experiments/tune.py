@@ -20,7 +20,7 @@ from diffagents.config.checks import check_choice, check_number, whole_number
 from diffagents.config.presets import FAST, load_presets
 from diffagents.data.load import load_dataset
 from diffagents.data.transitions import Transitions
-from diffagents.errors import TrainingDiverged
+from diffagents.errors import TrainingDiverged, one_line, printable, short
 from diffagents.evaluation.evaluate import evaluate
 from diffagents.experiments.fqe import FQE, FQEConfig
 from diffagents.experiments.select import rate
@@ -238,7 +238,7 @@ def tune(
         **{"knob": found.name, "low": found.low, "high": found.high, "log": found.log},
         **{"settings": repr(sorted(settings.items())), "fqe": repr(fqe_config), "n_episodes": n_episodes},
     }
-    study = _study(optuna, storage, about)
+    study = _study(optuna, storage, about, found.name)
     evaluation = FQE(data, fqe_config, base.device) if objective == "fqe" else None
 
     def score(agent: "Agent") -> float:
@@ -273,7 +273,7 @@ def tune(
             print(f"{found.name}={value:.4g}: {note or f'{objective} {result:.4g}'} ({n_done + 1}/{n_trials})", flush=True)
 
     trials = tuple(
-        Trial(done.params[found.name], done.value, done.user_attrs["seconds"], done.user_attrs["note"])
+        Trial(done.params[found.name], done.value, done.user_attrs["seconds"], printable(done.user_attrs["note"]))
         for done in _finished(study)
     )
     scored = [trial for trial in trials if trial.score is not None]
@@ -375,8 +375,47 @@ def _around_fast(searched: SearchRange, agent: "Agent", low: float | None, high:
     )
 
 
-def _study(optuna: Any, storage: str | None, about: dict[str, Any]) -> "optuna.Study":
-    """The study in `storage`, created if there is none. Raises ValueError if it was created with other settings."""
+def _study(optuna: Any, storage: str | None, about: dict[str, Any], name: str) -> "optuna.Study":
+    """The study in `storage`, created if there is none.
+
+    Raises:
+        ValueError: It was created with other settings, or is damaged.
+    """
+    if storage is None:
+        return _opened(optuna, None)
+    try:
+        study = _opened(optuna, storage)
+        stored = study.user_attrs.get("about")
+        if not isinstance(stored, dict | None):
+            raise TypeError("its settings are no mapping")
+        for trial in _finished(study):
+            _check_trial(trial, name if stored is None else stored.get("knob", name))
+    except (OSError, ImportError):
+        raise  # no permission, no such folder, no driver of the database
+    except Exception as error:  # whatever Optuna and the database raise for a file of another kind
+        cause = f"{type(error).__name__}: {printable(one_line(error))[:200]}"
+        raise ValueError(
+            f"{storage} is damaged or not the storage of a search ({cause}): delete it, or use another storage"
+        ) from None
+    if stored is None:
+        study.set_user_attr("about", about)
+    elif different := [key for key in about if stored.get(key) != about[key]]:
+        key = different[0]
+        shown = "hyperparameter" if key == "knob" else key
+        raise ValueError(
+            f"{storage} contains a search with {shown}={short(repr(stored.get(key)))}, not {about[key]!r}: use another storage"
+        )
+    return study
+
+
+def _check_trial(trial: Any, name: str) -> None:
+    """Raise KeyError or TypeError if what a trial stores is not what `tune` stores."""
+    numbers = [trial.params[name], trial.user_attrs["seconds"], *([] if trial.value is None else [trial.value])]
+    if not all(isinstance(number, int | float) for number in numbers) or not isinstance(trial.user_attrs["note"], str):
+        raise TypeError("a trial has values of another kind")
+
+
+def _opened(optuna: Any, storage: str | None) -> "optuna.Study":
     place: Any = storage
     if storage is not None and "://" not in storage:
         place = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(storage)))
@@ -386,15 +425,6 @@ def _study(optuna: Any, storage: str | None, about: dict[str, Any]) -> "optuna.S
         study = optuna.create_study(storage=place, study_name="diffagents", direction="maximize", load_if_exists=True)
     finally:
         optuna.logging.set_verbosity(before)
-    stored = study.user_attrs.get("about")
-    if stored is None:
-        study.set_user_attr("about", about)
-    elif different := [key for key in about if stored.get(key) != about[key]]:
-        key = different[0]
-        shown = "hyperparameter" if key == "knob" else key
-        raise ValueError(
-            f"{storage} contains a search with {shown}={stored.get(key)!r}, not {about[key]!r}: use another storage"
-        )
     return study
 
 

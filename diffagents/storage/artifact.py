@@ -11,24 +11,25 @@ Writing is atomic: a failure leaves an older artifact unchanged and no temporary
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from diffagents.errors import AGAIN, ArtifactError, short
-from diffagents.files import find_moved, remove, replacing, sync
+from diffagents.errors import AGAIN, ArtifactError, printable, short
+from diffagents.files import find_moved, mode_of, remove, replacing, set_mode, sync
 from diffagents.training.state import HubCommit, bare
 
 LIBRARY, FORMAT = "diffagents", 1
@@ -43,9 +44,11 @@ TENSOR_FILES = {name: f"{name}.safetensors" for name in ("model", "learner", "op
 MAX_BYTES = {CONFIG: 1 << 20, TRAINER_STATE: 1 << 26, **dict.fromkeys(TENSOR_FILES.values(), 1 << 32)}
 """File of an artifact -> the largest size that is read."""
 COMPANIONS = ("README.md", "results.json", "curves.png", "replay.mp4")
-MAX_COMPANION_BYTES = 1 << 28
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
+MAX_COMPANION_BYTES, MAX_RESULTS_BYTES = 1 << 28, 1 << 23
+MAX_HEADER_BYTES, MAX_TENSORS = 1 << 23, 100_000  # of a safetensors file
 MAX_ZIP_MEMBERS, MAX_ZIP_RATIO = 1000, 100
+_SMALL = 1 << 26  # reading so much takes no time and space that would have to be guarded
+MAX_DEPTH, MAX_BITS = 100, 10_000  # of lists in lists and of whole numbers, in JSON: Python reads and prints no more
 
 Stamp = tuple[tuple[int, int, int] | None, ...]
 T = TypeVar("T")
@@ -96,7 +99,12 @@ def write(
         FileExistsError: Something other than an artifact exists at `path`.
         OSError: The disk is full, permission is denied, ...; what was there before is unchanged.
     """
-    files = _encode(config, tensors, trainer_state)
+    files = _encode(config, tensors, trainer_state) | dict(companions or {})
+    for file, data in files.items():
+        if len(data) > max_bytes(file):
+            raise ValueError(
+                f"{file} would have {len(data)} bytes; files of more than {max_bytes(file)} bytes cannot be read back"
+            )
     target = Path(path).expanduser()
     as_folder = folder or target.is_dir()
     if not as_folder and target.suffix != ".zip":
@@ -110,15 +118,17 @@ def write(
     with replacing(target, "the artifact") as part:
         if as_folder:
             replaced = MAX_BYTES if companions is None else (*MAX_BYTES, *COMPANIONS)
-            _write_folder(files | dict(companions or {}), part, real, replaced)
+            _write_folder(files, part, real, replaced)
         else:
-            _write_zip(files, part)
+            _write_zip(files, part, mode_of(real))
     sync(real.parent)
     return target
 
 
 def to_json_safe(value: Any, where: str = "config") -> Any:
     """Convert a value to the types of strict JSON: numpy to Python, tuples to lists, infinities and NaN to strings.
+
+    What UTF-8 cannot encode in a string, half of a surrogate pair, becomes U+FFFD.
 
     Args:
         value: Numbers, strings, None, arrays, and lists or dicts of these.
@@ -127,18 +137,38 @@ def to_json_safe(value: Any, where: str = "config") -> Any:
     Raises:
         TypeError: Anything else; the message names its place.
     """
+    return _json_safe(value, where, 0)
+
+
+def _json_safe(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufU":
         value = value.tolist()
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str):
+        return _encodable(value)
+    if value is None or isinstance(value, bool) or (isinstance(value, int) and value.bit_length() <= MAX_BITS):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        raise TypeError(f"{where} is a number of more than {MAX_BITS} bits, which cannot be read back: use a smaller one")
+    if depth >= MAX_DEPTH:
+        raise TypeError(
+            f"{printable(where[:100])}... is nested more than {MAX_DEPTH} levels deep, which cannot be read back: use fewer"
+        )
     if isinstance(value, list | tuple):
-        return [to_json_safe(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [_json_safe(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: to_json_safe(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {_encodable(key): _json_safe(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
     kind = "dict with keys that are not strings" if isinstance(value, Mapping) else type(value).__name__
     raise TypeError(f"{where} is a {kind}, which JSON cannot represent: use numbers, strings, lists or dicts with string keys")
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _encode(
@@ -158,12 +188,10 @@ def _encode(
         if len(copies) < len(named):
             raise ValueError(f"two {name} tensors have the same name once '_orig_mod.' is removed: {sorted(named)[:4]}")
         _check_tensors(copies, f"{name} tensors")
-        files[TENSOR_FILES[name]] = safetensors.torch.save(copies, {"format": "pt"})
-    for file, data in files.items():
-        if len(data) > MAX_BYTES[file]:
-            raise ValueError(
-                f"{file} would have {len(data)} bytes; files of more than {MAX_BYTES[file]} bytes cannot be read back"
-            )
+        data = safetensors.torch.save(copies, {"format": "pt"})
+        if len(copies) > MAX_TENSORS or int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
+            raise ValueError(f"{len(copies)} {name} tensors are too many, or their names too long, to be read back")
+        files[TENSOR_FILES[name]] = data
     return files
 
 
@@ -175,7 +203,10 @@ def _check_replaceable(folder: Path) -> None:
     """Refuse to overwrite a folder that is neither empty nor an artifact."""
     if not folder.exists():
         return
-    if Path.cwd().is_relative_to(folder) or not os.access(folder, os.W_OK):
+    contains_current = False
+    with contextlib.suppress(FileNotFoundError):  # there is no current directory any more
+        contains_current = Path.cwd().is_relative_to(folder)
+    if contains_current or not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} is read-only or contains the current directory: choose another folder")
     try:
         ours = not any(folder.iterdir()) or read_json(folder, CONFIG).get("library") == LIBRARY
@@ -185,8 +216,8 @@ def _check_replaceable(folder: Path) -> None:
         raise FileExistsError(f"{folder} contains other files but no artifact: add .zip to the name, or choose a new folder")
 
 
-def _write_zip(files: Mapping[str, bytes], part: Path) -> None:
-    with zipfile.ZipFile(part, "x", zipfile.ZIP_STORED) as archive:
+def _write_zip(files: Mapping[str, bytes], part: Path, mode: int | None) -> None:
+    with _create(part, mode) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, data in files.items():
             info = zipfile.ZipInfo(name)  # with a fixed date: the same state gives the same bytes
             info.external_attr = 0o644 << 16
@@ -194,23 +225,80 @@ def _write_zip(files: Mapping[str, bytes], part: Path) -> None:
     sync(part)
 
 
-def _write_folder(files: Mapping[str, bytes], part: Path, real: Path, replaced: Iterable[str]) -> None:
+def _write_folder(files: Mapping[str, bytes], part: Path, real: Path, replaced: Collection[str]) -> None:
     """Write `files` to the folder `part`, with the other files of the folder `real` except those named in `replaced`."""
     if real.exists():
-        for atpartt in range(10):
-            try:
-                shutil.copytree(real, part, symlinks=True, ignore=lambda at, _: replaced if Path(at) == real else ())
-                break
-            except (shutil.Error, FileNotFoundError):  # another process replaced the folder meanwhile
-                remove(part)
-                if atpartt == 9:
-                    raise
+        _link_unchanged(real, part, replaced)
     else:
         part.mkdir()
     for name, data in files.items():
-        (part / name).write_bytes(data)
+        mode = mode_of(real / name)
+        with _create(part / name, mode) as file:
+            file.write(data)
         sync(part / name)
+        set_mode(part / name, mode)
     sync(part)
+
+
+def _create(path: Path, mode: int | None) -> IO[bytes]:
+    """Open a new file that nobody can read, also while it is written, who could not read the one that it replaces."""
+    return open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else mode))
+
+
+def _link_unchanged(real: Path, part: Path, replaced: Collection[str]) -> None:
+    """Make the folder `part` with hard links to the files of `real` except those named in `replaced`.
+
+    What others write to these files meanwhile is thus not lost.
+    """
+    for attempt in range(10):
+        before = real.stat().st_ino
+        try:
+            _link_all(real, part, replaced)
+            if real.stat().st_ino == before:
+                return
+        except FileNotFoundError:  # another process replaced the folder, or removed a file from it, meanwhile
+            if attempt == 9:
+                raise
+        remove(part)
+    raise OSError(errno.EBUSY, "other processes replace the folder all the time", str(real))
+
+
+def _link_all(source: Path, to: Path, without: Collection[str] = ()) -> None:
+    to.mkdir(mode=0o700)
+    with os.scandir(source) as entries:
+        for entry in entries:
+            place = to / entry.name
+            if entry.name in without:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                _link_all(Path(entry.path), place)
+            elif entry.is_symlink():
+                os.symlink(os.readlink(entry.path), place)
+            else:
+                _link(entry, place)
+    with contextlib.suppress(OSError):
+        shutil.copystat(source, to)
+
+
+def _link(entry: os.DirEntry[str], place: Path) -> None:
+    """Link a file, or copy it where that is impossible: on some file systems, and if it belongs to somebody else."""
+    try:
+        os.link(entry.path, place)
+        return
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = error.strerror
+    if entry.is_file(follow_symlinks=False):
+        try:
+            shutil.copy2(entry.path, place)
+            return
+        except PermissionError as error:
+            reason = error.strerror
+    raise OSError(
+        f"{printable(entry.path)} can be neither linked nor copied ({reason}), but a save keeps the other files of its folder: "
+        "nothing was written; move it elsewhere, or choose another folder"
+    )
 
 
 @dataclass(frozen=True)
@@ -247,16 +335,10 @@ class Artifact:
                 infinity.
         """
         where = f"{self}: {TENSOR_FILES[name]}"
-        with _naming(self.origin, self.path), self._of_one_save():
-            data = _read_bytes(self.path, TENSOR_FILES[name])
+        with _naming(self.origin, self.path), self.of_one_save():
+            data = _read_bytes(self.path, TENSOR_FILES[name], lambda file, size: _check_header(file, size, where))
         if data is None:
             raise ArtifactError(f"{where} is missing: {_CURES[name]}")
-        header = int.from_bytes(data[:8], "little")
-        if header > MAX_HEADER_BYTES:
-            pickled = data[:1] == b"\x80" or data[:2] == b"PK"
-            pickle = "is a pickle under another name, which is never opened because it may run code"
-            reason = pickle if pickled else f"claims a header of {header} bytes"
-            raise ArtifactError(f"{where} is not a safetensors file; it {reason}: {AGAIN}")
         try:
             tensors = safetensors.torch.load(data)
         except Exception as error:  # the parser's exceptions are of several types
@@ -266,12 +348,16 @@ class Artifact:
 
     def trainer_state(self) -> dict[str, Any] | None:
         """Read `trainer_state.json`; None if the artifact was saved without it. Raises ArtifactError."""
-        with _naming(self.origin, self.path), self._of_one_save():
+        with _naming(self.origin, self.path), self.of_one_save():
             return read_json(self.path, TRAINER_STATE) if self.has("trainer_state") else None
 
     @contextlib.contextmanager
-    def _of_one_save(self) -> Iterator[None]:
-        """Read something within, and raise Replaced if the artifact is no longer the one that `config` was read from."""
+    def of_one_save(self) -> Iterator[None]:
+        """Read something within, and raise Replaced if the artifact is no longer the one that `config` was read from.
+
+        Raises:
+            Replaced: It is not; `retried` begins anew.
+        """
         error: Exception | None = None
         try:
             yield
@@ -303,7 +389,7 @@ def read(path: str | os.PathLike[str], origin: HubCommit | None = None, files: C
     stamp = _stamp(found) if origin is None else None  # a commit of the Hub does not change
     with _naming(origin, found):
         source = Artifact(found, {}, origin, files, stamp)
-        with source._of_one_save():
+        with source.of_one_save():
             return replace(source, config=_read_config(found))
 
 
@@ -400,16 +486,58 @@ def _finite(text: str) -> float:
     return value
 
 
-def _read_bytes(path: Path, name: str) -> bytes | None:
-    """The content of one file of an artifact; None if it is missing."""
+def _read_bytes(path: Path, name: str, check: Callable[[IO[bytes], int], None] | None = None) -> bytes | None:
+    """The content of one file of an artifact; None if it is missing.
+
+    Args:
+        path: The folder or zip file.
+        name: The file in it.
+        check: Is called with the open file and its size before the whole is read.
+    """
     found = _find(path, name)
-    if not isinstance(found, zipfile.ZipInfo):
-        return None if found is None else found.read_bytes()
+    if found is None:
+        return None
+    if isinstance(found, Path):
+        with found.open("rb", buffering=0) as file:
+            if check is not None:
+                check(file, os.fstat(file.fileno()).st_size)
+                file.seek(0)
+            return file.read()
     try:
         with zipfile.ZipFile(path) as archive:
+            if check is not None:
+                with archive.open(found) as member:
+                    check(member, found.file_size)
             return archive.read(found)
+    except ArtifactError:
+        raise
     except Exception as error:  # zipfile raises many types of exceptions for damaged bytes
         raise ArtifactError(f"{path} is a truncated or damaged zip ({short(error)}): {AGAIN}") from None
+
+
+def _check_header(file: IO[bytes], size: int, where: str) -> None:
+    """Raises ArtifactError if the beginning of a tensor file shows that reading the whole would be useless or too much."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER_BYTES:
+        pickled = (start[:1] == b"\x80" and start[1:2] < b"\x10") or start[:2] == b"PK"
+        pickle = "is a pickle under another name, which is never opened because it may run code"
+        reason = pickle if pickled else f"claims a header of {length} bytes"
+        raise ArtifactError(f"{where} is not a safetensors file; it {reason}: {AGAIN}")
+    header = file.read(length)
+    if header.count(b'"data_offsets"') > MAX_TENSORS:
+        raise ArtifactError(f"{where} contains more than the {MAX_TENSORS} tensors allowed: {AGAIN}")
+    if size <= _SMALL:
+        return
+    try:  # a sparse file may claim a size that takes no space on the disk
+        entries = json.loads(header)
+        end = 8 + length + max(entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__")
+        if end == size:
+            return
+        problem = f"{size} bytes instead of the {short(end)} of its tensors"
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        problem = short(error)
+    raise ArtifactError(f"{where} is truncated or damaged ({problem}): {AGAIN}")
 
 
 def _find(path: Path, name: str) -> Path | zipfile.ZipInfo | None:
@@ -452,15 +580,23 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
         odd = name.startswith("/") or ".." in name.split("/") or any(sign in name for sign in "\\:\0")
         if odd or stat.S_ISLNK(info.external_attr >> 16):
             raise ArtifactError(f"{path} contains an unsafe file name or link, {short(name)}: do not use it")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # with others Python heeds no limit of size
+            how = f"the compression method {info.compress_type}, of which only 0 and 8 (deflate) are read"
+            raise ArtifactError(f"{path}: {short(name)} has {how}: {AGAIN}")
         if info.file_size > max(1 << 20, MAX_ZIP_RATIO * info.compress_size):
             raise ArtifactError(f"{path} contains a zip bomb, {short(name)} of {info.file_size} bytes: do not use it")
         _check_size(info.file_size, name, path)
     return dict(zip(names, infos, strict=True))
 
 
+def max_bytes(name: str) -> int:
+    """The largest size of a file that is read."""
+    return MAX_BYTES.get(name, MAX_RESULTS_BYTES if name == "results.json" else 1 << 32)
+
+
 def _check_size(size: int, name: str, path: Path) -> None:
     """Raises ArtifactError for a file that is too large to be read."""
-    limit = MAX_BYTES.get(name, 1 << 32)
+    limit = max_bytes(name)
     if size > limit:
         raise ArtifactError(f"{path}: {short(name)} has {size} bytes, more than the {limit} allowed: {AGAIN}")
 

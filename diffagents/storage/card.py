@@ -6,34 +6,53 @@ is for people who want to judge the policy or train it again.
 
 import html
 import io
+import itertools
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from diffagents.errors import printable
 from diffagents.evaluation.statistics import mean_interval, success_interval
 
 MARK = "<!-- made by diffagents: take this line out to keep your own changes from being overwritten -->"
 """The line by which a generated card is recognised; cards without it are never overwritten."""
+MAX_PANELS = 24
+"""The most panels of a picture of curves: drawing more takes long, and nobody reads them."""
+_LINK = re.compile(r"(?i)\b(https?|ftp|mailto|xmpp):|:(?=//)")
+_WWW = re.compile(r"(?i)\bwww\.")
 
 
 def data_env(config: Mapping[str, Any]) -> str | None:
     """The id of the environment in a config's dataset; None if there is none."""
-    spec = (config.get("dataset") or {}).get("env_spec")
+    fields = _env_spec(config)
+    return _word(fields["id"]) if fields else None
+
+
+def _env_spec(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The spec of the environment in a config's dataset; None if there is none, or it makes no sense."""
+    data = config.get("dataset")
     try:
-        return str(json.loads(spec)["id"]) if spec else None
-    except (ValueError, TypeError, KeyError):
+        fields = json.loads(data["env_spec"]) if isinstance(data, Mapping) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    return fields if isinstance(fields, dict) and isinstance(fields.get("id"), str) else None
 
 
 def stored_env(config: Mapping[str, Any]) -> str | None:
     """The environment in a config's dataset with all that is stored of it, in words; None if there is none."""
-    env = data_env(config)
-    if env is None:
+    env, spec = data_env(config), _env_spec(config)
+    if env is None or spec is None:
         return None
-    spec = json.loads(config["dataset"]["env_spec"])
-    kwargs = dict(spec.get("kwargs") or {}) | {"max_episode_steps": spec.get("max_episode_steps")}
-    words = ", ".join(f"{name}={value!r}" for name, value in kwargs.items() if value is not None)
+    kwargs = spec.get("kwargs") or {}
+    kwargs = {
+        **(kwargs if isinstance(kwargs, dict) else {"kwargs": kwargs}),
+        "max_episode_steps": spec.get("max_episode_steps"),
+    }
+    try:
+        words = ", ".join(f"{_word(name)}={_word(repr(value))}" for name, value in kwargs.items() if value is not None)
+    except RecursionError:
+        words = "nested arguments"
     return f"{env} with {words}" if words else env
 
 
@@ -62,10 +81,27 @@ def make_card(
     Raises:
         KeyError, TypeError, ValueError, AttributeError, ArithmeticError: `config` or `results` was not written by this library.
     """
+    try:
+        return _make_card(config, results, name, license, pictures, notes)
+    except RecursionError:
+        raise ValueError("something in it is nested too deeply") from None
+
+
+def _make_card(
+    config: Mapping[str, Any],
+    results: Mapping[str, Any] | None,
+    name: str,
+    license: str,
+    pictures: Collection[str],
+    notes: Sequence[str],
+) -> str:
+    """`make_card`, which may also raise RecursionError."""
     import yaml
 
     algorithm = str(config["algorithm"])
-    env = str(results["env_id"]) if results and results.get("env_id") else data_env(config)
+    if not (algorithm.isascii() and algorithm.isidentifier()):  # it becomes part of a program
+        raise ValueError("the algorithm has no name of letters and digits")
+    env = _word(results["env_id"]) if results and results.get("env_id") else data_env(config)
     front = yaml.safe_dump(_metadata(config, results, algorithm, env, license), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{front}---\n{MARK}\n",
@@ -90,12 +126,12 @@ def _metadata(
     meta: dict[str, Any] = {
         "library_name": "diffagents",
         "pipeline_tag": "reinforcement-learning",
-        "license": license,
+        "license": _word(license),
         "tags": [tag for tag in tags if tag],
     }
     source = (config.get("provenance") or {}).get("source")
     if isinstance(source, dict):
-        meta["base_model"] = str(source.get("repo_id"))
+        meta["base_model"] = _word(source.get("repo_id"))
     if results is None or "mean_reward" not in results or env is None:
         return meta
     metrics = [
@@ -108,7 +144,7 @@ def _metadata(
         metrics.append({"type": "success_rate", "value": round(results["success_rate"], 4), "name": "success rate"})
     dataset: dict[str, Any] = {"name": env, "type": env}
     if (config.get("dataset") or {}).get("id"):
-        dataset["args"] = {"dataset": str(config["dataset"]["id"])}
+        dataset["args"] = {"dataset": _word(config["dataset"]["id"])}
     task = {"type": "reinforcement-learning", "name": "offline-rl"}
     meta["model-index"] = [{"name": algorithm, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
     return meta
@@ -237,8 +273,14 @@ def _number(value: Any) -> str | None:
 
 def _plain(value: Any) -> str:
     """A value as text without markup that fits in a table cell: it may come from a stranger's file."""
-    text = " ".join(str(value).split())[:500]
-    return html.escape(re.sub(r"([|`*\[\]\\])", r"\\\1", text), quote=False)
+    text = html.escape(re.sub(r"([|`*\[\]\\])", r"\\\1", _word(value)), quote=False)
+    text = _WWW.sub(lambda match: match[0][:-1] + "&#46;", _LINK.sub(lambda match: match[0][:-1] + "&#58;", text))
+    return text.replace("@", "&#64;")  # otherwise links and mentions are made of bare addresses and names
+
+
+def _word(value: Any) -> str:
+    """A value as one line of at most 500 characters that can be shown."""
+    return printable(" ".join(str(value).split())[:500])
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> bytes | None:
@@ -249,7 +291,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapp
         evaluations: Rows with num_timesteps and mean_return, from an EvalCallback.
 
     Returns:
-        A PNG; None if no curve has two points.
+        A PNG of at most MAX_PANELS panels, which says so if there are more; None if no curve has two points.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -260,8 +302,9 @@ def draw_curves(history: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapp
     for row in history:
         for name, value in row.items():
             if name not in ("num_timesteps", "stage", "stage_step") and isinstance(value, float):
-                panels.setdefault(f"{row.get('stage')}: {name}"[:60], []).append((row.get("num_timesteps", 0), value))
-    panels = {name: points for name, points in panels.items() if len(points) > 1}
+                panels.setdefault(_word(f"{row.get('stage')}: {name}")[:60], []).append((row.get("num_timesteps", 0), value))
+    every = {name: points for name, points in panels.items() if len(points) > 1}
+    panels = dict(itertools.islice(every.items(), MAX_PANELS))
     if not panels:
         return None
     import matplotlib
@@ -278,6 +321,8 @@ def draw_curves(history: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapp
         axis.set_title(name, fontsize=8, parse_math=False)
         axis.tick_params(labelsize=7)
         axis.set_xlabel("steps", fontsize=7)
+    if len(panels) < len(every):
+        figure.suptitle(f"the first {len(panels)} of {len(every)} curves", fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()

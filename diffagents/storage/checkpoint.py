@@ -168,7 +168,7 @@ def rebuild(
             history = provenance.checked_history(trainer_state["history"])
     except ArtifactError:
         raise
-    except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = short(" ".join(str(error).split()))
         raise ArtifactError(f"config.json or trainer_state.json is not what this version writes ({reason}): {AGAIN}") from None
     load_network_tensors(learner, tensors["model"], ("obs_normalizer", *learner.MODEL), fresh)
@@ -272,7 +272,7 @@ def _check_networks(learner: Learner, spec: Spec, tensors: dict[str, Tensors]) -
         if part in tensors:
             check_alike(tensors[part], {key: value for key, value in expected.items() if key.partition(".")[0] in names})
     for key, value in {**tensors["model"], **tensors.get("learner", {})}.items():
-        if key.endswith(".std") and float(value.min()) < SMALLEST_STD:  # everything is divided by it
+        if key.endswith(".std") and value.numel() and float(value.min()) < SMALLEST_STD:  # everything is divided by it
             raise ArtifactError(
                 f"{key} contains {float(value.min()):g}, which is no standard deviation (at least {SMALLEST_STD:g}): {AGAIN}"
             )
@@ -284,10 +284,12 @@ def _check_networks(learner: Learner, spec: Spec, tensors: dict[str, Tensors]) -
             )
 
 
-def _numbers(value: Any) -> list[int]:
-    """Every whole number in nested dicts and lists."""
+def _numbers(value: Any, depth: int = provenance.MAX_DEPTH) -> list[int]:
+    """Every whole number in nested dicts and lists. Raises ValueError if they are nested too deeply to be written again."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return [number for item in value for number in _numbers(item)]
+        if depth == 0:
+            raise ValueError("policy_kwargs are nested too deeply")
+        return [number for item in value for number in _numbers(item, depth - 1)]
     return [value] if isinstance(value, int) else []

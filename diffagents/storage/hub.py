@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffagents.errors import ArtifactError, HubError, short
-from diffagents.files import scratch_folder, write_errors
+from diffagents.files import find_moved, scratch_folder, write_errors
 from diffagents.storage import artifact
 from diffagents.storage.artifact import CONFIG, LIBRARY, MAX_BYTES, TENSOR_FILES, TRAINER_STATE, Artifact
 
@@ -113,7 +113,7 @@ class Origin:
 
     def _download(self, entry: "RepoFile") -> Path:
         """Download one file, checking its size before and its hash after; a wrong file is removed from the cache."""
-        limit = MAX_BYTES.get(entry.path, artifact.MAX_COMPANION_BYTES)
+        limit = MAX_BYTES.get(entry.path, min(artifact.MAX_COMPANION_BYTES, artifact.max_bytes(entry.path)))
         if not isinstance(entry.size, int) or entry.size > limit:
             raise ArtifactError(f"{self}: {entry.path} has {short(entry.size)} bytes, more than the {limit} allowed")
         from huggingface_hub import hf_hub_download
@@ -174,7 +174,7 @@ def find_artifact(
         ArtifactError: It is not an artifact, or it is damaged or from a newer version.
     """
     path = Path(where).expanduser()
-    if path.exists() or Path(f"{path}.zip").exists():
+    if path.exists() or Path(f"{path}.zip").exists() or find_moved(path) is not None:
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r} applies to the Hub, but {path} exists here and takes precedence: rename it"
@@ -294,7 +294,11 @@ def publishable(folder: str | Path) -> list[Path]:
         file = folder / name
         if not os.path.lexists(file):
             continue
-        if file.resolve().parent not in homes:
+        try:
+            home = file.resolve().parent
+        except (OSError, RuntimeError):
+            raise ArtifactError(f"{file} is a link that leads to itself: remove it") from None
+        if home not in homes:
             raise ArtifactError(f"{file} is a link to a file elsewhere: put the file itself there if it is to be published")
         if not file.is_file():
             raise ArtifactError(f"{file} is not a regular file: remove it")

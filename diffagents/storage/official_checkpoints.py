@@ -6,10 +6,12 @@ Diffusion-QL, and DiffCPS as a fork of it, save the actor as `model.{time_mlp,mi
 buffers of its schedule, and the critic as `q1_model.*` and `q2_model.*`; they save neither an EMA nor a target network.
 """
 
+import contextlib
 import pathlib
 import re
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 
 from diffagents.config.presets import resolve_preset
 from diffagents.diffusion.chain import vp_chain
-from diffagents.training.state import Learner, load_state
+from diffagents.errors import ArtifactError, one_line, printable, short
+from diffagents.training.state import Learner, check_alike, load_state, networks_on_meta
 from diffagents.types import Spec
 
 State = Mapping[str, Tensor]
@@ -27,6 +30,8 @@ State = Mapping[str, Tensor]
 Checkpoint = str | pathlib.Path | State
 """The path of an official file, or its state dict."""
 L = TypeVar("L", bound=Learner)
+MAX_SHARED = 4
+"""How many times the tensors of a checkpoint may use the same memory on average; networks with their targets may share it."""
 
 
 def srpo_from_official(
@@ -48,26 +53,28 @@ def srpo_from_official(
         ValueError: A file does not contain such a network.
     """
     kwargs = _with_preset(cls, kwargs)
-    behavior_state = srpo_behavior_state(read_checkpoint(behavior, "behavior"))
-    critic_state = srpo_critic_state(read_checkpoint(critic, "critic"))
-    act_dim = len(behavior_state["net.output.bias"])
-    v_layers = _linear_sizes(critic_state, "v")
-    obs_dim = v_layers[0]
-    q_hidden = [critic_state[f"q.weights.{i}"].shape[2] for i in range(len(v_layers) - 2)]
-    arch: dict[str, Any] = {"qf": q_hidden, "vf": v_layers[1:-1]}
-    policy_state = None
-    if policy is not None:
-        policy_state = srpo_policy_state(read_checkpoint(policy, "policy"))
-        arch["pi"] = _linear_sizes(policy_state, "net")[1:-1]
-    n_blocks = len([key for key in behavior_state if key.endswith("norm.weight")])
     asked = kwargs.pop("policy_kwargs", {}).get("net_arch", {})
+    policy_state = None
+    with _naming(behavior, critic, policy):
+        behavior_state = srpo_behavior_state(read_checkpoint(behavior, "behavior"))
+        critic_state = srpo_critic_state(read_checkpoint(critic, "critic"))
+        act_dim = len(behavior_state["net.output.bias"])
+        v_layers = _linear_sizes(critic_state, "v")
+        obs_dim = v_layers[0]
+        q_hidden = [critic_state[f"q.weights.{i}"].shape[2] for i in range(len(v_layers) - 2)]
+        arch: dict[str, Any] = {"qf": q_hidden, "vf": v_layers[1:-1]}
+        if policy is not None:
+            policy_state = srpo_policy_state(read_checkpoint(policy, "policy"))
+            arch["pi"] = _linear_sizes(policy_state, "net")[1:-1]
+        n_blocks = len([key for key in behavior_state if key.endswith("norm.weight")])
+        width = len(behavior_state["net.input.bias"])
     if policy_state is None and asked:  # the user chooses the policy's size, the files all others
         arch["pi"] = asked["pi"] if isinstance(asked, dict) else asked
-    policy_kwargs = {
-        "net_arch": arch,
-        "behavior_width": len(behavior_state["net.input.bias"]),
-        "behavior_blocks": n_blocks,
-    }
+    policy_kwargs = {"net_arch": arch, "behavior_width": width, "behavior_blocks": n_blocks}
+    trial = cls(policy_kwargs=policy_kwargs, **kwargs)
+    with _naming(behavior, critic, policy):
+        given = {"behavior.": behavior_state, "critic.": critic_state}
+        _check_shapes(trial, obs_dim, act_dim, given | ({} if policy_state is None else {"policy.": policy_state}))
     learner = cls(env=env, policy_kwargs=policy_kwargs, **kwargs)
     networks = _networks(learner, obs_dim, act_dim)
     noise = networks["behavior"].get_buffer("noise")  # ours: the official file has no such tensor
@@ -97,21 +104,26 @@ def chain_from_official(cls: type[L], actor: Checkpoint, critic: Checkpoint, *, 
         ValueError: A file does not contain such a network, or the actor was trained on another diffusion schedule.
     """
     kwargs = _with_preset(cls, kwargs)
-    actor_file, critic_state = read_checkpoint(actor, "actor"), chain_critic_state(read_checkpoint(critic, "critic"))
-    actor_state = chain_actor_state(actor_file)
-    trunk = _linear_sizes(actor_state, "trunk")
-    act_dim, obs_dim = trunk[-1], critic_state["weights.0"].shape[1] - trunk[-1]
-    q_hidden = [critic_state[f"weights.{i}"].shape[2] for i in range(len(critic_state) // 2 - 1)]
-    if "betas" in actor_file:
-        betas = actor_file["betas"].float()
-        kwargs.setdefault("n_diffusion_steps", len(betas))
-        if kwargs["n_diffusion_steps"] != len(betas) or not torch.allclose(betas, vp_chain(len(betas)).beta, atol=1e-6):
-            raise ValueError(
-                f"the official actor was trained on {len(betas)} diffusion steps with beta from {betas[0]:.4f} to "
-                f"{betas[-1]:.4f}; only the VP schedule with the same number of steps can be loaded "
-                f"(n_diffusion_steps={kwargs['n_diffusion_steps']}): leave n_diffusion_steps out"
-            )
-    learner = cls(env=env, policy_kwargs={"net_arch": {"pi": trunk[1:-1], "qf": q_hidden}}, **kwargs)
+    with _naming(actor, critic):
+        actor_file, critic_state = read_checkpoint(actor, "actor"), chain_critic_state(read_checkpoint(critic, "critic"))
+        actor_state = chain_actor_state(actor_file)
+        trunk = _linear_sizes(actor_state, "trunk")
+        act_dim, obs_dim = trunk[-1], critic_state["weights.0"].shape[1] - trunk[-1]
+        q_hidden = [critic_state[f"weights.{i}"].shape[2] for i in range(len(critic_state) // 2 - 1)]
+        if "betas" in actor_file:
+            betas = actor_file["betas"].float()
+            kwargs.setdefault("n_diffusion_steps", len(betas))
+            if kwargs["n_diffusion_steps"] != len(betas) or not torch.allclose(betas, vp_chain(len(betas)).beta, atol=1e-6):
+                raise ValueError(
+                    f"the official actor was trained on {len(betas)} diffusion steps with beta from {betas[0]:.4f} to "
+                    f"{betas[-1]:.4f}; only the VP schedule with the same number of steps can be loaded "
+                    f"(n_diffusion_steps={kwargs['n_diffusion_steps']}): leave n_diffusion_steps out"
+                )
+    policy_kwargs = {"net_arch": {"pi": trunk[1:-1], "qf": q_hidden}}
+    trial = cls(policy_kwargs=policy_kwargs, **kwargs)
+    with _naming(actor, critic):
+        _check_shapes(trial, obs_dim, act_dim, {"policy.net.": actor_state, "critic.": critic_state})
+    learner = cls(env=env, policy_kwargs=policy_kwargs, **kwargs)
     networks = _networks(learner, obs_dim, act_dim)
     load_state(networks["policy"].get_submodule("net"), actor_state)
     load_state(networks["critic"], critic_state)
@@ -121,11 +133,45 @@ def chain_from_official(cls: type[L], actor: Checkpoint, critic: Checkpoint, *, 
     return learner
 
 
+@contextlib.contextmanager
+def _naming(*sources: Checkpoint | None) -> Iterator[None]:
+    """Turn what Python and torch raise for tensors of other names and shapes into one ValueError that names the files."""
+    try:
+        yield
+    except (ArtifactError, LookupError, TypeError, ArithmeticError, RuntimeError, AttributeError) as error:
+        paths = [printable(source) for source in sources if isinstance(source, (str, pathlib.Path))]
+        raise ValueError(
+            f"{' and '.join(paths) or 'the state dicts'} do not contain the networks of this algorithm "
+            f"({printable(one_line(error))[:200]}): pass the files that the official code saved"
+        ) from None
+
+
+def _check_shapes(trial: Learner, obs_dim: int, act_dim: int, given: Mapping[str, State]) -> None:
+    """Compare the tensors with those of the networks that their sizes imply, before any memory is allocated for these.
+
+    Args:
+        trial: A learner without environment and networks.
+        obs_dim: S.
+        act_dim: A.
+        given: Prefix -> tensors of the networks or modules whose names begin with it.
+    """
+    expected = networks_on_meta(trial, _official_spec(obs_dim, act_dim))
+    for prefix, state in given.items():
+        ours = {key.removeprefix(prefix): value for key, value in expected.items() if key.startswith(prefix)}
+        ours.pop("noise", None)  # the official file has no such tensor
+        check_alike(state, ours)
+
+
+def _official_spec(obs_dim: int, act_dim: int) -> Spec:
+    """The spaces of the official tasks: unbounded observations and actions in [-1, 1]."""
+    box = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+    return Spec(box, spaces.Box(-1.0, 1.0, (act_dim,), np.float32))
+
+
 def _networks(learner: Learner, obs_dim: int, act_dim: int) -> dict[str, nn.Module]:
     """The networks of a learner by name, built if necessary; they are about to be loaded."""
-    if learner.spec is None:  # the official tasks have unbounded observations and actions in [-1, 1]
-        box = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
-        learner.set_up(Spec(box, spaces.Box(-1.0, 1.0, (act_dim,), np.float32)))
+    if learner.spec is None:
+        learner.set_up(_official_spec(obs_dim, act_dim))
     learner.state.pristine = False
     return learner.networks()
 
@@ -163,15 +209,40 @@ def read_checkpoint(source: Checkpoint, what: str) -> dict[str, Tensor]:
         if not path.is_file():
             raise FileNotFoundError(f"there is no official {what} checkpoint at {path}: check the path")
         try:
+            _check_inflated(path)
             source = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises several types for a bad file
-            reason = str(error).strip().splitlines()[0]
+            reason = printable(one_line(error)).partition(". ")[0][:200]
             raise ValueError(
-                f"{path} is not a checkpoint of plain tensors ({reason}): save its state_dict() with torch.save"
+                f"{printable(path)} is not a checkpoint of plain tensors ({reason}): save its state_dict() with torch.save"
             ) from None
     if not isinstance(source, Mapping) or not all(isinstance(value, Tensor) for value in source.values()):
         raise ValueError(f"the official {what} checkpoint must be a state dict of tensors, not {type(source).__name__}")
+    for name, value in source.items():
+        if not isinstance(name, str):
+            raise ValueError(f"the official {what} checkpoint has a tensor without a name ({short(name)}): pass a state dict")
+        plain = value.layout == torch.strided and not value.is_complex() and not value.is_quantized
+        if not plain or value.device.type == "meta" or value.numel() == 0:
+            raise ValueError(f"{short(name)} of the official {what} checkpoint is empty, or no plain array of real numbers")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # a few bytes that pretend to be many
+            raise ValueError(
+                f"{short(name)} of the official {what} checkpoint has the shape {tuple(value.shape)}, but its file holds fewer "
+                "numbers: save its state_dict() with torch.save"
+            )
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in source.values()}
+    if sum(value.numel() * value.element_size() for value in source.values()) > MAX_SHARED * sum(storages.values()):
+        raise ValueError(
+            f"the tensors of the official {what} checkpoint share their memory: save its state_dict() with torch.save"
+        )
     return dict(source)
+
+
+def _check_inflated(path: pathlib.Path) -> None:
+    """Raise ValueError for a zip file that is much larger once it is read: torch.save does not compress."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > 2 * path.stat().st_size:
+                raise ValueError("it is compressed")
 
 
 def srpo_behavior_state(official: State) -> dict[str, Tensor]:
@@ -199,7 +270,7 @@ def srpo_behavior_state(official: State) -> dict[str, Tensor]:
                 state[match.expand(ours)] = value.float()
     if "net.output.bias" not in state:
         raise ValueError(
-            f"there is no SRPO behaviour network among the tensors {list(official)[:3]}...: expected diffusion_behavior.main.*"
+            f"there is no SRPO behaviour network among the tensors {_some(official)}...: expected diffusion_behavior.main.*"
         )
     return state
 
@@ -234,7 +305,7 @@ def srpo_critic_state(official: State) -> dict[str, Tensor]:
             state[f"v.{match[1]}.{match[2]}"] = value.float()
     if not {"q.biases.0", "q_target.biases.0", "v.0.bias"} <= set(state):
         raise ValueError(
-            f"there is no SRPO critic among the tensors {list(official)[:3]}...: expected q0.*, q0_target.* and vf.v.*"
+            f"there is no SRPO critic among the tensors {_some(official)}...: expected q0.*, q0_target.* and vf.v.*"
         )
     return state
 
@@ -251,7 +322,7 @@ def srpo_policy_state(official: State) -> dict[str, Tensor]:
         if match:
             state[f"net.{match[1]}.{match[2]}"] = value.float()
     if not state:
-        raise ValueError(f"there is no SRPO policy among the tensors {list(official)[:3]}...: expected net.0.weight, ...")
+        raise ValueError(f"there is no SRPO policy among the tensors {_some(official)}...: expected net.0.weight, ...")
     return state
 
 
@@ -274,7 +345,7 @@ def chain_actor_state(official: State) -> dict[str, Tensor]:
             state[f"trunk.{last}.{match[1]}"] = value.float()
     if not {"time_mlp.0.bias", "trunk.0.bias", f"trunk.{last}.bias"} <= set(state) or last == 0:
         raise ValueError(
-            f"there is no Diffusion-QL actor among the tensors {list(official)[:3]}...: expected time_mlp.*, mid_layer.* and "
+            f"there is no Diffusion-QL actor among the tensors {_some(official)}...: expected time_mlp.*, mid_layer.* and "
             "final_layer.*"
         )
     return state
@@ -301,9 +372,14 @@ def chain_critic_state(official: State) -> dict[str, Tensor]:
             state[f"{place}.{i}"] = torch.stack(stacked).contiguous()
     if not {"weights.0", "biases.0"} <= set(state):
         raise ValueError(
-            f"there is no Diffusion-QL critic among the tensors {list(official)[:3]}...: expected q1_model.*, q2_model.*"
+            f"there is no Diffusion-QL critic among the tensors {_some(official)}...: expected q1_model.*, q2_model.*"
         )
     return state
+
+
+def _some(state: State) -> str:
+    """The names of the first tensors, for a message."""
+    return f"[{', '.join(repr(short(name)) for name in list(state)[:3])}]"
 
 
 def _linear_sizes(state: State, prefix: str) -> list[int]:

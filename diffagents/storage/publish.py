@@ -144,10 +144,12 @@ def _readme(folder: str | Path) -> bytes | None:
 def what_is_published(folder: Path, repo_id: str) -> str:
     """What a push of this folder makes public, in words, to be shown before it: its files, and what users may not expect."""
     config = artifact.read(folder).config
-    env, commands = card.stored_env(config), (config.get("provenance") or {}).get("commands") or ()
+    provenance = config.get("provenance") or {}
+    env, commands, source = card.stored_env(config), provenance.get("commands") or (), provenance.get("source")
     parts = [
         f"publishing to {repo_id}: {', '.join(file.name for file in hub.publishable(folder))}",
         *([f"environment: {env}"] if env else []),
+        *([f"started from: {source.get('repo_id')}"] if isinstance(source, dict) else []),
         *(f"command: {command}" for command in commands),
     ]
     return printable("; ".join(parts))
@@ -219,7 +221,7 @@ def renew_card(folder: Path, name: str) -> None:
         return
     results = artifact.read_json(folder, "results.json") if (folder / "results.json").is_file() else None
     pictures = [file for file in artifact.COMPANIONS if (folder / file).is_file()]
-    stated = re.search(r"^license: (\S+)$", (_readme(folder) or b"").decode(), re.M)
+    stated = re.search(r"^license: (\S+)$", (_readme(folder) or b"").decode(errors="replace"), re.M)
     license, config = stated[1] if stated else "mit", artifact.read(folder).config
     text = _make_card(config, results, name=name, license=license, pictures=pictures)
     with replacing(folder / "README.md", "the model card") as part:

@@ -25,7 +25,7 @@ from diffagents.training import provenance
 from diffagents.training.callbacks import make_logger
 from diffagents.training.monitor import Monitor
 from diffagents.training.plan import OnlineRun, OnlineSettings
-from diffagents.training.prepare import adopt
+from diffagents.training.prepare import adopt, check_size
 from diffagents.training.rollout import Rollout, explore
 from diffagents.training.session import interrupt_between_updates, matmul_precision, timed
 from diffagents.training.state import Learner, restore
@@ -174,6 +174,7 @@ def _start_without_data(learner: Learner) -> None:
         "mean_return": 0.0,
         "env_spec": _spec_json(learner.env),
     }
+    check_size(learner)
 
 
 def _spec_json(env: Any) -> str | None:

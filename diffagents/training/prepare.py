@@ -5,8 +5,10 @@ agent in `Agent.learn` only after every check has passed. So a rejected dataset 
 """
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +20,13 @@ from diffagents.data.normalize import ObsNormalizer
 from diffagents.data.sampler import Sampler
 from diffagents.data.transitions import Transitions
 from diffagents.envs.vec_env import check_same_spaces
+from diffagents.errors import short
 from diffagents.training import provenance
 from diffagents.training.plan import Plan
 from diffagents.training.state import Learner
+
+MAX_DESCRIPTION_BYTES = (1 << 20) - (1 << 17)
+"""The largest size of spaces and dataset in config.json. The rest of the limit of storage/artifact.py is for other entries."""
 
 
 def check_arguments(learner: Learner, total: int | None, stages: Sequence[str] | None, log_interval: int | None) -> None:
@@ -72,7 +78,8 @@ def adopt(learner: Learner, data: Transitions) -> Transitions:
         The dataset, with the learner's spaces.
 
     Raises:
-        ValueError: Observations or actions do not fit the learner, or the transform cannot be fitted.
+        ValueError: Observations or actions do not fit the learner, the transform cannot be fitted, or the agent could not be
+            saved.
     """
     state = learner.state
     first = state.reward_transform is None
@@ -94,10 +101,33 @@ def adopt(learner: Learner, data: Transitions) -> Transitions:
         )
     if first:
         state.reward_transform = data.fit_reward_transform(learner.config.reward_transform)
-        state.dataset_info = dict(data.info)
+        state.dataset_info = _description(data)
         if learner.config.normalize_obs:
             learner.obs_normalizer = ObsNormalizer(spec.obs_dim).fit(data.obs).to(learner.device)
+    check_size(learner)
     return dataclasses.replace(data, spec=spec)
+
+
+def _description(data: Transitions) -> dict[str, Any] | None:
+    """The info of a dataset as it can be saved and read again. Raises ValueError if it is not that of a dataset."""
+    try:
+        return provenance.checked_dataset(data.info)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"the agent could not be saved, because the info of its dataset is not what load_dataset makes ({short(error)}): "
+            "load the data with load_dataset"
+        ) from None
+
+
+def check_size(learner: Learner) -> None:
+    """Raise ValueError if the spaces and the dataset of a learner are too large to be saved, before it is trained for hours."""
+    described = {"spec": learner.require_spec().to_json(), "dataset": learner.state.dataset_info}
+    n_bytes = len(json.dumps(described, indent=1, default=str))
+    if n_bytes > MAX_DESCRIPTION_BYTES:
+        raise ValueError(
+            f"the agent could not be saved: its spaces and dataset take {n_bytes:,} bytes in config.json, more than "
+            f"{MAX_DESCRIPTION_BYTES:,}; give all numbers of an observation the same bounds, or encode it as a shorter vector"
+        )
 
 
 def make_plan(learner: Learner, total: int | None, reset: bool, stages: Sequence[str] | None) -> Plan | None:

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from small_agents import NAMES, small
 from toy import line_data
 
 import diffagents
-from diffagents.cli import main
+from diffagents.cli import main, policies
 from diffagents.config.hyperparameters import describe
 from diffagents.config.presets import resolve_preset
 
@@ -175,6 +176,10 @@ def test_save_every_leaves_a_folder_that_can_be_resumed(here: Path, monkeypatch:
         (f"train TD3BC {REACHER} --out new --resume --alpha 3", "omit hyperparameters"),
         (f"train TD3BC {REACHER} --out new --resume", "no artifact at new"),
         (f"train TD3BC {REACHER} --out new --save-every 0", "--save-every must be at least 1"),
+        (f"train TD3BC {REACHER} --out new --tensorboard new/tb", "--tensorboard new/tb lies inside --out new"),
+        (f"train TD3BC {REACHER} --out new --tensorboard ./there/../new", "lies inside --out new"),
+        (f"train TD3BC {REACHER} --out file/new", "file is no folder"),
+        (f"tune TD3BC {REACHER} --out new --storage new/search.log", "--storage new/search.log lies inside --out new"),
         ("train TD3BC nothing.npz --out new", "nothing.npz does not exist"),
         ("eval nowhere", "'nowhere' is neither an existing file or folder nor a Hub id"),
         ("eval there", "is not a diffagents artifact"),
@@ -189,11 +194,50 @@ def test_what_fails_says_why_in_one_line_and_exits_with_1(
     words: str, said: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "there").mkdir()
+    (here / "file").touch()
     assert main.main(shlex.split(words)) == 1
     out, errors = capsys.readouterr()
     assert out == ""
     assert errors.startswith("diffagents: error: ") and said in errors and errors.count("\n") == 1
     assert not (here / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("step"),
+        AttributeError("x\ny"),
+        IndexError(),
+        OverflowError("too large"),
+        AssertionError(),
+        RecursionError("deep"),
+        MemoryError(),
+        ZeroDivisionError("\x1b[2J"),
+        EOFError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_unexpected_error_is_one_line_too(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raises(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(policies, "agent_class", raises)
+    assert main.main(["list"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"diffagents: error: {type(error).__name__}") and said[:-1].isprintable()
+    assert said.endswith("; this is a bug or a damaged file; --traceback shows where\n")
+    assert main.main(["--traceback", "list"]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(policies, "agent_class", interrupted)
+    assert main.main(["list"]) == 130 and capsys.readouterr().err == "diffagents: interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -420,6 +420,35 @@ def test_what_evaluation_would_leave_out_is_said(root: Path) -> None:
         collect(nothing, gym.wrappers.RescaleAction(gym.make("Counter-v0"), -1, 1), 10, "test/scaled-v0")
 
 
+class Filmed(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
+    def __init__(self, env: Any, folder: str = "", n: int = 0) -> None:
+        gym.utils.RecordConstructorArgs.__init__(self, folder=folder, n=n)
+        super().__init__(env)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda env: Filmed(env, folder="/home/alice/hunter2"),
+        lambda env: Filmed(Filmed(env, n=3), folder="hunter2@acme.com"),
+    ],
+)
+def test_private_arguments_of_a_wrapper_are_left_out_and_minari_still_reads_the_set(wrapped: Any, root: Path) -> None:
+    with pytest.warns(UserWarning, match="without its wrappers"):
+        dataset = collect(nothing, wrapped(gym.make("Counter-v0")), 10, "test/filmed-v0")
+    text = (root / "test" / "filmed-v0" / "data" / "metadata.json").read_text()
+    assert "hunter2" not in text and "alice" not in text and "Filmed" in text
+    assert dataset.spec.env_spec.id == "Counter-v0" and len(list(dataset.iterate_episodes())) >= 1
+    assert len(diffagents.load_dataset("test/filmed-v0")) == 10
+    kept = json.loads(metadata(root, "test/filmed-v0")["env_spec"])["additional_wrappers"]
+    assert kept[-1]["kwargs"] is None and all(one["kwargs"] == {"folder": "", "n": 3} for one in kept[:-1])
+
+
+def test_arguments_that_may_be_secret_are_named_in_a_warning(root: Path) -> None:
+    with pytest.warns(UserWarning, match=r"contain the arguments fails of Counter-v0, .* do not publish it"):
+        collect(nothing, "Counter-v0", 10, "test/secret-v0", env_kwargs={"fails": "hunter2.example"})
+
+
 # ---- refused before anything is done ---------------------------------------------------------------------------------
 
 

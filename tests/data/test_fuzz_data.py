@@ -36,6 +36,7 @@ N = 30
 ODD: tuple[Any, ...] = (
     *(None, True, 0, -1, 1, 10**9, 10**30, 0.5, "", "x", "\x1b[31m", "<b>", "/etc/passwd", "a:b", [], {}, [1, [2]]),
     *("{}", '{"type": "Box"}', '{"id": "evil:X-v0"}', "inf", "nan", ["a"] * 3, {"a": {"b": {}}}),
+    *("half \ud800", "x" * 5000, float("nan"), 10**400, [[[[[[]]]]]] * 9, "x\n\x1b" * 99),
 )
 
 
@@ -70,6 +71,28 @@ def odd_array(random: Random, like: np.ndarray) -> Any:
     return random.choice(other)()
 
 
+def odd_node(random: Random, group: h5py.Group, name: str) -> None:
+    """Put something in the place of an array, or of the group with that name, that only an HDF5 file can hold."""
+    del group[name]
+    what = random.randrange(8)
+    if what == 0:
+        group.create_dataset(name, (10**6, random.choice([3, 300])), "f4", chunks=(10, 3))  # nothing is stored
+    elif what == 1:
+        group.create_dataset(name, (2**60,) * 20, "f4", chunks=(1,) * 20)
+    elif what == 2:
+        group.create_dataset(name, (N,), h5py.vlen_dtype("f4"))
+    elif what == 3:
+        group.create_dataset(name, (N,), [("\x1b[2J", "f4"), ("b", "f4", (100,))])
+    elif what == 4:
+        group.create_dataset(name, data=h5py.Empty("f4"))
+    elif what == 5:
+        group.create_dataset(name, (N,), h5py.ref_dtype)
+    elif what == 6:
+        group.create_group(name)[random.choice(["me", "\x1b", "x" * 5000])] = group
+    else:
+        group[name] = np.dtype("f4")
+
+
 def a_d4rl_file(folder: Path, random: Random) -> Any:
     arrays = flat()
     for _ in range(random.randrange(3)):
@@ -89,6 +112,8 @@ def a_d4rl_file(folder: Path, random: Random) -> Any:
     with h5py.File(path := folder / "x.hdf5", "w") as file:
         for name, value in arrays.items():
             file[name] = value
+        if random.random() < 0.3:
+            odd_node(random, file, random.choice(list(arrays)))
         if random.random() < 0.2:
             file["observations2"] = h5py.SoftLink("/nowhere")
             file.create_group("actions2/x/y")
@@ -132,7 +157,10 @@ def a_minari_set(folder: Path, random: Random) -> Any:
             if isinstance(episode[name], h5py.Dataset):
                 old = episode[name][()]
                 del episode[name]
-                if random.random() < 0.9:
+                if random.random() < 0.2:
+                    episode[name] = old
+                    odd_node(random, episode, name)
+                elif random.random() < 0.9:
                     episode[name] = odd_array(random, np.asarray(old))
     return "me/p/x-v0"
 
@@ -212,6 +240,8 @@ def outcome(kind: str, number: int, folder: Path) -> str:
                 assert bool(replay.matrix.isfinite().all())
             else:
                 data = load_dataset(KINDS[kind](folder, random), cache=False, download=False)
+                json.dumps(data.info, allow_nan=False, ensure_ascii=False).encode()
+                assert len(json.dumps(data.info)) < 30_000
                 for name in ("obs", "action", "rew", "next_obs", "done"):
                     assert bool(getattr(data, name).isfinite().all()), name
                 assert len(data) == int(data.episode_ends[-1]) and int(data.done.sum()) <= len(data.episode_ends)

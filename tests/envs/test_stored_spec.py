@@ -12,7 +12,8 @@ from small_agents import small
 from toy import RandomEnv
 
 import diffagents
-from diffagents.envs.make import make_env, spec_to_store
+from diffagents.envs.make import difference_of_specs, make_env, spec_to_store
+from diffagents.evaluation.evaluate import evaluate
 from diffagents.storage.publish import what_is_published
 
 
@@ -24,7 +25,20 @@ class Robot(RandomEnv):
 
     def reset(self, **how: Any) -> Any:
         assert "fails_later" not in self.arguments
+        if "bad_reset" in self.arguments:
+            raise ValueError("mine")
         return super().reset(**how)
+
+    def step(self, action: Any) -> Any:
+        assert "fails_in_step" not in self.arguments, "mine"
+        return super().step(action)
+
+
+class Still:
+    """A policy that does nothing."""
+
+    def predict(self, observation: Any, **_: Any) -> tuple[Any, None]:
+        return np.zeros((len(observation), 2), np.float32), None
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +52,8 @@ FINE: dict[str, Any] = {
     "none": {},
     "numbers": {"weight": 0.5, "n": 3, "dense": True, "range": (0.7, float("inf")), "nothing": None},
     "names": {"reward_type": "sparse", "maze_map": [[1, "r"], ["g", 0]]},
+    "words": {"tasks_to_complete": ["bottom burner", "light switch"], "obs_type": "environment_state_agent_pos"},
+    "nested": {"default_camera_config": {"distance": 4.0, "trackbodyid": 0}, "keyframe": 1, "frame_skip": 1000},
 }
 REFUSED: dict[str, Any] = {
     "path": {"robot": "/home/alice/secret-project/robot.xml"},
@@ -50,6 +66,16 @@ REFUSED: dict[str, Any] = {
     "other token": {"x": "ghp_16C7e42F292c6912E7710c838347Ae178B4a"},
     "long word": {"x": "0123456789abcdef0123456789abcdef01234567"},
     "module": {"x": "evil:Env-v0"},
+    "nested name": {"config": {"password": "hunter2"}},
+    "name in a list": {"config": [{"dbHost": "db7"}]},
+    "path as a name": {"files": {"/home/alice/clients/acme": 1}},
+    "email as a name": {"files": {"alice@acme.com": 1}},
+    "file": {"x": "patients.csv"},
+    "machine": {"x": "db7.internal.acme.com"},
+    "hash": {"x": ["d41d8cd98f00b204e9800998ecf8427e"]},
+    "card": {"x": "4111111111111111"},
+    "sentence": {"x": "the correct horse battery staple of alice"},
+    "many steps in one": {"frame_skip": 5000},
     "object": {"x": np.zeros(3)},
 }
 
@@ -64,6 +90,34 @@ def test_arguments_that_rebuild_the_environment_are_stored(arguments: dict[str, 
     again = make_env(stored)
     assert again.spec.max_episode_steps == 7
     assert json.dumps(again.unwrapped.arguments) == json.dumps(arguments)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "passphrase",
+        "pwd",
+        "pass_",
+        "api_keys",
+        "access_key_id",
+        "host",
+        "db_host",
+        "dbHost",
+        "server",
+        "user",
+        "user_name",
+        "pin",
+        "dataset",
+        "email",
+        "ip",
+        "url",
+    ],
+)
+def test_names_of_secrets_people_and_machines_are_refused_at_every_depth(name: str) -> None:
+    for arguments in ({name: 4711}, {"config": {name: 4711}}, {"config": [{"more": {name: [4711]}}]}):
+        assert spec_to_store({"id": "StoredRobot-v0", "kwargs": arguments}) == (None, [next(iter(arguments))])
+    for harmless in ("ghost", "n_hostiles", "spin", "compass", "shipping"):
+        assert spec_to_store({"id": "StoredRobot-v0", "kwargs": {harmless: 3}})[0] is not None
 
 
 @pytest.mark.parametrize("arguments", REFUSED.values(), ids=REFUSED)
@@ -123,3 +177,37 @@ def test_what_a_push_publishes_is_said_and_on_the_card(tmp_path: Path) -> None:
     assert said.startswith("publishing to me/x: config.json, model.safetensors, learner.safetensors")
     assert said.endswith("curves.png; environment: StoredRobot-v0 with weight=4.5, max_episode_steps=7")
     assert "| environment | StoredRobot-v0 with weight=4.5, max_episode_steps=7 |" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kwargs": {"files": {"/etc/passwd": 1}}}, r"has files='/etc/passwd', which looks like a path"),
+        ({"kwargs": {"frame_skip": 5000}}, "frame_skip='5000', which is larger than 1,000"),
+        ({"kwargs": {"config": {"action_repeat": 1001}}}, "config='1001', which is larger than 1,000"),
+        ({"max_episode_steps": 1_000_001}, "a whole number from 1 to 1,000,000"),
+    ],
+)
+def test_what_a_strangers_spec_may_not_ask_for(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_env(json.dumps({"id": "StoredRobot-v0", **changes}))
+
+
+def test_a_deeply_nested_spec_is_one_error() -> None:
+    with pytest.raises(ValueError, match="stored"):
+        make_env('{"id": "StoredRobot-v0", "kwargs": {"fails": ' + "[" * 500 + '"/"' + "]" * 500 + "}}")
+
+
+def test_the_difference_of_two_specs_is_printable_and_short() -> None:
+    strange = {f"\x1b]0;{n}": f"\x1b[2J{n}" for n in range(100)}
+    said = difference_of_specs(json.dumps({"id": "StoredRobot-v0", "kwargs": strange}), {"id": "StoredRobot-v0"})
+    assert said is not None and said.isprintable() and said.endswith("and 92 more") and len(said) < 1000
+
+
+@pytest.mark.parametrize("argument", ["fails_in_step", "bad_reset"])
+def test_an_environment_that_fails_later_names_its_stored_arguments(argument: str) -> None:
+    stored = json.dumps({"id": "StoredRobot-v0", "kwargs": {argument: 1}})
+    with pytest.raises(ValueError, match=rf"'StoredRobot-v0' does not work with the stored arguments {argument} \("):
+        evaluate(Still(), stored, 1)
+    with pytest.raises((AssertionError, ValueError), match="mine"):  # the caller's own
+        evaluate(Still(), "StoredRobot-v0", 1, env_kwargs={argument: 1})

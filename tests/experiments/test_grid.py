@@ -20,7 +20,7 @@ from hub_server import Hub
 from scripts import run_script
 
 import diffagents
-from diffagents.cli import main
+from diffagents.cli import experiments, main
 from diffagents.experiments import executors, grid, report
 from diffagents.experiments.grid import RunSpec
 
@@ -162,6 +162,47 @@ def test_aliases_that_would_fill_the_memory_are_refused(place: str, tmp_path: Pa
 def test_an_alias_that_contains_itself_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="contains itself"):
         grid.read_grid(grid_file(tmp_path, "runs: &x [*x]"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a0: &a0 {k: v}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 25)), "100,000 values"),
+        ("x: [&b0 [1]" + "".join(f", &b{i} [*b{i - 1}]" for i in range(1, 3000)) + "]", "nested too deeply"),
+        ("".join(f"b{i}: &b{i} {{<<: *b{i - 1}}}\n" if i else "b0: &b0 {k: v}\n" for i in range(3000)), "nested too deeply"),
+        ("x: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("x: [" + "1," * 150_000 + "1]", "larger than 256 KB"),
+        ("x: &x {<<: *x}", "contains itself"),
+        ("x: !!bool perhaps", "is not YAML"),
+        ("x: !!timestamp perhaps", "is not YAML"),
+        (f"runs:\n  - {{algorithms: IQL, datasets: {REACHER}, seeds: [{'1,' * 10_000} 1]}}", "more than 10,000 runs"),
+    ],
+    ids=["merges", "aliases", "chain of merges", "brackets", "size", "merge of itself", "bool", "timestamp", "runs"],
+)
+def test_a_file_that_would_take_long_is_refused_at_once(text: str, said: str, tmp_path: Path) -> None:
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=r"grid\.yml") as error:
+        grid.read_grid(grid_file(tmp_path, text))
+    assert said in str(error.value) and time.perf_counter() - started < 5
+
+
+def test_looking_builds_neither_environments_nor_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(diffagents.TD3BC, "set_up", lambda *_: pytest.fail("networks were built"))
+    monkeypatch.setattr("diffagents.agent.as_vec_env", lambda *_: pytest.fail("an environment was made"))
+    settings = "settings: {TD3BC: {policy_kwargs: {net_arch: [20000, 20000]}}}"
+    for env in ("Pendulum-v1", "FetchReach-v4"):
+        path = grid_file(tmp_path, f"runs: [{{algorithms: TD3BC, datasets: {REACHER}, steps: 1, env: {env}, {settings}}}]")
+        assert main.main(["bench", str(path), "--status"]) == 0
+    assert "waiting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "dataset", ["/home/alice/clients/acme/churn.NPZ", "~/acme/churn.h5", "C:\\acme\\churn.npz", "../acme/churn", "/acme/churn"]
+)
+def test_the_name_of_a_run_contains_no_folder_of_its_data(dataset: str) -> None:
+    assert RunSpec("IQL", dataset, 0).cell == "iql-churn"
 
 
 def test_looking_at_a_grid_imports_nothing_and_running_says_what(
@@ -396,6 +437,52 @@ def test_ray_makes_the_same_runs(tmp_path: Path) -> None:
         assert "default_worker" not in json.dumps(card["provenance"])  # Ray's own command line says nothing to a reader
 
 
+DAMAGED: dict[str, tuple[str, str]] = {
+    "nested": ("progress.json", "[" * 5000),
+    "list": ("progress.json", "[1]"),
+    "text": ("progress.json", '{"step": "x", "total": 1, "stage": "train", "last": null}'),
+    "no step": ("progress.json", '{"total": 1}'),
+    "stage": ("progress.json", '{"stage": []}'),
+    "huge": ("progress.json", '{"step": 1, "total": 2, "stage": "train", "last": 1' + "0" * 400 + "}"),
+    "not a number": ("progress.json", '{"step": 1, "total": 2, "stage": "train", "last": NaN}'),
+    "empty": ("results.json", "{}"),
+    "results of a list": ("results.json", '{"last": []}'),
+    "results of texts": ("results.json", '{"last": {"mean_return": "x", "score": null}, "seconds": 1}'),
+    "huge result": ("results.json", '{"last": {"mean_return": 1' + "0" * 400 + ', "score": null}, "seconds": 1}'),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_hides_no_other_run(name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, runs = small_grid(tmp_path, "[0]"), tmp_path / "runs"
+    bad, other = grid.read_grid(path)
+    (runs / bad.name).mkdir(parents=True)
+    (runs / bad.name / name).write_text(text)
+    assert grid.status(bad, runs) == {"state": "unreadable"} and grid.status(other, runs) == {"state": "waiting"}
+    assert main.main(["bench", str(path), "--root", str(runs), "--status"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["unreadable", "waiting"]
+
+
+def test_a_pipe_in_a_folder_of_runs_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / spec().name).mkdir()
+    for name in ("progress.json", "results.json"):
+        os.mkfifo(tmp_path / spec().name / name)
+        assert grid.status(spec(), tmp_path) == {"state": "unreadable"}
+
+
+def test_progress_decides_no_state_and_sends_nothing_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, runs = small_grid(tmp_path, "[0]"), tmp_path / "runs"
+    one = grid.read_grid(path)[0]
+    (runs / one.name).mkdir(parents=True)
+    text = {"state": "done", "step": 1, "total": 2, "stage": "\x1b[2J\x1b]0;pwned\x07", "last": 3.0}
+    (runs / one.name / "progress.json").write_text(json.dumps(text))
+    assert grid.status(one, runs)["state"] == "interrupted"
+    assert main.main(["bench", str(path), "--root", str(runs), "--status"]) == 0
+    assert (said := capsys.readouterr().out).replace("\n", "").isprintable() and "50 %" in said and "3.00" in said
+
+
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +541,53 @@ def test_the_report_says_what_there_is_and_what_is_not(tmp_path: Path) -> None:
         ("srpo-a-one-v0", "2", "70.0"),
     ]
     assert all((path.parent / name).stat().st_size > 5000 for name in ("curves.png", "iqm.png", "choice.png"))
+
+
+def test_names_from_files_are_neither_html_nor_markdown_nor_formulas(tmp_path: Path) -> None:
+    bad = run("IQL", 0, 50.0, dataset="d|`<img src=x onerror=alert(1)>`$\\frac$\n# owned")
+    bad["cell"] = "c`<script>"
+    bad["spec"]["label"] = "[x](http://y) <b>| $\\frac$"
+    runs = [bad, run("BC", 0, 40.0), run("IQL", 0, 30.0)]
+    text = report.write_report(runs, tmp_path / "report", command="make CELL", title="T").read_text()
+    assert "<img" not in text and "<script" not in text and "<b>" not in text and "[x](" not in text
+    assert "\n# owned" not in text and "`d\\|'&lt;img" in text
+    tables = [line for line in text.splitlines() if line.startswith("| `")]
+    assert len(tables) == 5 and {line.replace("\\|", "").count("|") for line in tables} == {7, 12}
+
+
+BROKEN: dict[str, Any] = {
+    "empty": lambda run: run.clear(),
+    "no parts": lambda run: run.update(last={}, data={}),
+    "seed": lambda run: run["spec"].update(seed="x"),
+    "dataset": lambda run: run["spec"].update(dataset=["x"]),
+    "returns": lambda run: run["last"].update(returns=[10**400]),
+    "reference": lambda run: run["last"].update(score_reference=["t", 1, 1]),
+    "no episode": lambda run: run["last"].update(returns=[]),
+    "curve": lambda run: run["curve"][0].update(score=None),
+    "steps": lambda run: run.update(stage_steps={"train": "x"}),
+    "another run": lambda run: run.update(name="iql-other"),
+}
+
+
+@pytest.mark.parametrize("break_it", BROKEN.values(), ids=BROKEN)
+def test_a_damaged_result_is_left_out_of_the_tables_with_a_warning(break_it: Any, tmp_path: Path) -> None:
+    good, bad = run("BC", 0, 40.0), run("IQL", 0, 50.0)
+    for one in (good, bad):
+        folder = tmp_path / one["name"]
+        folder.mkdir()
+        if one is bad:
+            break_it(one)
+        (folder / "results.json").write_text(json.dumps(one))
+    with pytest.warns(UserWarning, match=r"iql-.*results\.json is left out"):
+        assert report.read_runs(tmp_path) == [good]
+
+
+def test_the_shipped_results_are_taken(tmp_path: Path) -> None:
+    paths = sorted((ROOT / "zoo" / "results" / "zoo").glob("*.json"))
+    for path in paths:
+        (tmp_path / path.stem).mkdir()
+        shutil.copyfile(path, tmp_path / path.stem / "results.json")
+    assert len(report.read_runs(tmp_path)) == len(paths) > 0
 
 
 def test_success_and_plain_returns_have_their_units() -> None:
@@ -537,6 +671,8 @@ def test_the_command_makes_runs_and_tables(tmp_path: Path, capsys: pytest.Captur
     assert main.main(["bench", str(path), "--root", "out", "--only", "iql"]) == 0
     told = capsys.readouterr()
     assert told.out == f"{Path('out/README.md')}\n" and "iql-reacher-replay-v0-seed0" in told.err and "td3bc" not in told.err
+    card = json.loads(next(Path("out").glob("iql*/policy/config.json")).read_text())
+    assert "grid.yml" not in json.dumps(card) and not card["provenance"]["commands"]  # nobody asked for the command
     assert "`td3bc-reacher-replay-v0`: seed 0" in Path("out/README.md").read_text()  # not reached
     assert main.main(["bench", str(path), "--root", "out", "--status"]) == 0
     states = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
@@ -545,6 +681,11 @@ def test_the_command_makes_runs_and_tables(tmp_path: Path, capsys: pytest.Captur
     assert "no run of" in capsys.readouterr().err
     assert main.main(["bench", str(path), "--root", "elsewhere", "--report"]) == 1
     assert "is finished in elsewhere" in capsys.readouterr().err
+
+
+def test_only_a_grid_of_our_own_is_named_on_cards() -> None:
+    assert experiments._public_name(ROOT / "zoo" / "grids" / "zoo.yml") == "zoo/grids/zoo.yml"
+    assert experiments._public_name(Path("acme-merger.yml")) is None
 
 
 def test_a_failed_run_is_the_commands_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

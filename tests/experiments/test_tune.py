@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -205,6 +206,38 @@ def test_a_storage_of_another_search_is_refused(best_at_3: list[Agent], tmp_path
         quick(storage=place, steps=5)
     with pytest.raises(ValueError, match="contains a search with dataset="):
         quick(dataset=line_data(seed=1), storage=place)
+
+
+DAMAGES: dict[str, Any] = {
+    "no seconds": lambda text: text.replace('"seconds":', '"sec":'),
+    "another parameter": lambda text: text.replace('"param_name":"alpha"', '"param_name":"beta"'),
+    "settings": lambda text: re.sub(r'"about":{.*?}', '"about":[1]', text),
+    "seconds": lambda text: re.sub(r'"seconds":[-.e\d]+', '"seconds":"x"', text),
+    "a line of garbage": lambda text: "garbage\n" + text,
+    "operation": lambda text: '{"op_code": 99}\n' + text,
+    "bytes": lambda text: "\x00\x01" * 50 + "\n" + text,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_storage_is_one_error(best_at_3: list[Agent], damage: Any, tmp_path: pathlib.Path) -> None:
+    place = tmp_path / "search.log"
+    quick(storage=str(place), n_trials=1, hyperparameter="alpha")
+    text = place.read_text()
+    assert damage(text) != text
+    place.write_text(damage(text))
+    with pytest.raises(ValueError, match=r"search\.log is damaged or not the storage of a search \(.*use another storage"):
+        quick(storage=str(place), n_trials=2, hyperparameter="alpha")
+
+
+def test_a_note_in_a_storage_reaches_no_terminal_as_it_is(
+    best_at_3: list[Agent], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "search.log"
+    quick(storage=str(place), n_trials=1)
+    place.write_text(place.read_text().replace('"note":""', '"note":"\\u001b[2J"'))
+    said = str(quick(storage=str(place), n_trials=1))
+    assert "?[2J" in said and said.replace("\n", "").isprintable()
 
 
 def test_a_diverged_trial_fails_alone(best_at_3: list[Agent], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from small_agents import small
 
+from diffagents.errors import printable
 from diffagents.evaluation.evaluate import Evaluation
+from diffagents.storage.card import MARK, draw_curves, make_card, stored_env
 from diffagents.storage.publish import renew_card
 
 
@@ -61,3 +64,48 @@ def test_markup_of_a_strangers_results_does_not_reach_the_card(field: str, tmp_p
     text = re.sub(r"```python.*?\n```", "", (folder / "README.md").read_text().split("---\n", 2)[2], flags=re.DOTALL)
     assert "<img" not in text.replace("\\<img", "") and "\n# Owned" not in text
     assert "10 episodes" in text or field == "n_eval_episodes"
+
+
+def card_of(tmp_path: Path, **changes: Any) -> str:
+    """The card of a policy whose config.json was changed, e.g. by a stranger."""
+    config = json.loads((small("TD3BC", env="Pendulum-v1").save_pretrained(tmp_path / "policy") / "config.json").read_text())
+    data = {"id": "x", "kind": "arrays", "sha256": "", "n_steps": 1, "n_episodes": 1, "mean_return": 0.0}
+    config["dataset"] = {**data, **changes.pop("dataset", {})}
+    return make_card(config | changes, None, name="me/x")
+
+
+def test_a_strangers_texts_become_neither_links_nor_mentions_nor_escapes(tmp_path: Path) -> None:
+    evil = "\x1b[2J\u202ehttps://evil.example www.evil.example @someone me@evil.example\n---\n# Owned"
+    source = {"source": {"repo_id": evil, "sha": evil}}
+    text = card_of(tmp_path, dataset={"id": evil, "env_spec": json.dumps({"id": evil})}, provenance=source, seed=evil)
+    assert printable(text) == text and "\n# Owned" not in text and text.count("\n---\n") == 1
+    body = re.sub(r"```python.*?\n```", "", text.partition(MARK)[2], flags=re.DOTALL)
+    assert not any(sign in body for sign in ("https:", "www.", "@")) and "https&#58;//evil.example" in body
+
+
+def test_the_name_of_an_algorithm_cannot_be_a_program(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the algorithm has no name"):
+        card_of(tmp_path, algorithm="x\n```\n<img>")
+
+
+@pytest.mark.parametrize("spec", ["[" * 100_000, "[1]", "x", '{"id": 7}', '{"id": "P-v0", "kwargs": [1]}', 3])
+def test_a_stored_environment_that_makes_no_sense_is_no_error(spec: Any) -> None:
+    assert stored_env({"dataset": {"env_spec": spec}}) in (None, "P-v0 with kwargs=[1]")
+    assert stored_env({"dataset": "x"}) is None
+
+
+def test_what_is_nested_too_deeply_is_a_value_error(tmp_path: Path) -> None:
+    deep: Any = 0
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        card_of(tmp_path, seed=deep)
+
+
+def test_at_most_24_curves_are_drawn_and_the_picture_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **_: titles.append(text))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: titles.append(str(len(self.axes))))
+    for n in (24, 150):
+        draw_curves([{"stage": "train", "num_timesteps": k, **{f"m{i}": 0.5 for i in range(n)}} for k in (1, 2)], ())
+    assert titles == ["24", "the first 24 of 150 curves", "24"]

@@ -1,14 +1,24 @@
 """Provenance: the command line as it is kept in files."""
 
+import argparse
+import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 from small_agents import small
 from write_format_fixture import toy_data
 
-from diffagents.training import provenance
+from diffagents import TD3BC
+from diffagents.cli.main import parser as parser_of
+from diffagents.registry import AGENTS, agent_class
+from diffagents.storage import artifact
+from diffagents.training import prepare, provenance
 
 
 @pytest.mark.parametrize(
@@ -63,6 +73,15 @@ PRIVATE = [
     ["--pin=12345678901234567890"],
     ["--alice/secret=1"],
     ["https://alice:hunter2@example.org"],
+    ["clients/acme/merger-v2"],
+    ["--data", "alice/secret-project/x-v1"],
+    ["hunter2-v1"],
+    ["--host", "123456789012"],
+    ["--hf_AbCdEfGhIjKl"],
+    ["--hf_abcdefghij"],
+    ["--pin=4711"],
+    ["--pin", "4711", "0815"],
+    ["--password", "auto"],
 ]
 
 
@@ -86,6 +105,117 @@ def test_only_what_is_known_to_be_harmless_is_kept(words: list[str], tmp_path: P
             "1",
             "o",
         ), part
+
+
+def test_the_algorithms_and_options_of_the_command_line_are_kept() -> None:
+    assert set(AGENTS) == provenance._ALGORITHMS
+    parsers = [parser_of(["train", name]) for name in AGENTS]
+    (commands,) = {id(a): a for a in parsers[0]._actions if isinstance(a, argparse._SubParsersAction)}.values()
+    options = {option for parser in commands.choices.values() for action in parser._actions for option in action.option_strings}
+    options |= {f"--{field.name}" for name in AGENTS for field in dataclasses.fields(agent_class(name).Config)}
+    assert len(options) > 90
+    for option in options - {"--address", "--id", "--obs-keys"}:
+        assert provenance.harmless(f"{option}=1") == f"{option}=1"
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"),
+    [
+        ("python train.py --password hunter2 --host db7.internal", "python train.py --password *** --host ***"),
+        ("python -m diffagents eval 'runs/a b' --episodes 20", "python -m diffagents eval *** --episodes 20"),
+        ("diffagents train SRPO mujoco/hopper/medium-v0 --seed 1", "diffagents train SRPO mujoco/hopper/medium-v0 --seed 1"),
+        ("diffagents train acme hopper/medium-v0", "diffagents train *** ***"),
+        ("/home/alice/acme.py 1", "*** 1"),
+        ("python train.py " + "x " * 5000, "python train.py" + " ***" * (provenance.MAX_WORDS + 1)),
+        ("what's that", None),
+        ("", None),
+    ],
+)
+def test_a_command_from_a_file_is_reduced_in_the_same_way(stored: str, kept: str | None) -> None:
+    assert provenance.checked_command(stored) == kept
+    assert kept is None or provenance.checked_command(kept) == kept
+    assert provenance.checked({"commands": [stored]})["commands"] == ([kept] if kept else [])
+
+
+def description(**changes: Any) -> dict[str, Any]:
+    return {"id": "x", "kind": "arrays", "sha256": "", "n_steps": 1, "n_episodes": 1, "mean_return": 0.0, **changes}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "[" * 100_000,
+        "[1]",
+        "x",
+        '{"id": "Pendulum-v1", "kwargs": [1]}',
+        '{"id": "Pendulum-v1", "kwargs": {"g": ' + "[" * 400 + "]" * 400 + "}}",
+        '{"id": "\\ud800"}',
+        '{"id": "\\u001b[2J"}',
+        '{"id": 7}',
+        '{"id": "Pendulum-v1", "additional_wrappers": [1]}',
+        '{"id": "Pendulum-v1", "additional_wrappers": [{"name": [1]}]}',
+        '{"id": "Pendulum-v1", "kwargs": {"api_key": "sk-hunter2", "data": "/home/alice"}}',
+    ],
+    ids=lambda spec: str(spec)[:40],
+)
+def test_an_environment_that_may_not_be_stored_is_left_out(spec: str) -> None:
+    with pytest.warns(UserWarning, match="the environment stored with the dataset is left out") as caught:
+        known = provenance.checked_dataset(description(env_spec=spec))
+    assert known == description(env_spec=None) and len(caught) == 1 and str(caught[0].message).isprintable()
+
+
+def test_of_a_description_only_what_is_known_is_kept_and_in_bounded_size() -> None:
+    deep: Any = json.loads("[" * 600 + "]" * 600)
+    spec = '{"id": "Pendulum-v1", "entry_point": "acme.secret:Env", "kwargs": {"g": 9.8}, "max_episode_steps": 200}'
+    known = provenance.checked_dataset(
+        description(
+            id="\ud800" + "x" * 5000,
+            junk=deep,
+            ref_min_score=deep,
+            std_return=1.5,
+            warnings=["a", deep],
+            made={"description": "x" * 2_000_000},
+            obs_keys=["a"],
+            bounds_from_data=True,
+            env_spec=spec,
+        )
+    )
+    assert known is not None
+    assert known.pop("env_spec") == (
+        '{"id": "Pendulum-v1", "max_episode_steps": 200, "kwargs": {"g": 9.8}, "additional_wrappers": []}'
+    )
+    assert known == description(
+        id="?" + "x" * 999,
+        ref_min_score=None,
+        std_return=1.5,
+        warnings=["a"],
+        made={"description": "x" * 10_000},
+        obs_keys=["a"],
+        bounds_from_data=True,
+    )
+    assert len(json.dumps(known)) < 15_000
+
+
+def test_what_cannot_be_saved_is_refused_before_the_first_step() -> None:
+    assert artifact.MAX_BYTES[artifact.CONFIG] > prepare.MAX_DESCRIPTION_BYTES + 100_000
+    n, dims = 12, 30_000
+    low = -np.linspace(1, 3, dims, dtype=np.float32)
+
+    class Wide(gym.Env[Any, Any]):
+        observation_space = gym.spaces.Box(low, -low)
+        action_space = gym.spaces.Box(-1, 1, (2,))
+
+    data = {
+        "observations": np.linspace(0, 1, n, dtype=np.float32)[:, None] + np.zeros((n, dims), np.float32),
+        "actions": np.linspace(-1, 1, 2 * n, dtype=np.float32).reshape(n, 2),
+        "rewards": np.linspace(0, 1, n, dtype=np.float32),
+        "terminations": np.arange(n) % 6 == 5,
+        "truncations": np.zeros(n, bool),
+    }
+    agent = TD3BC(env=Wide(), policy_kwargs={"net_arch": [2]}, verbose=0, device="cpu")
+    with pytest.raises(ValueError, match=r"the agent could not be saved: its spaces and dataset take .* bytes"):
+        agent.learn(data, 1)
+    assert agent.dataset_info is None
 
 
 @pytest.mark.parametrize("record", [False, True])
