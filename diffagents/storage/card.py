@@ -156,7 +156,7 @@ def _score(results: Mapping[str, Any] | None) -> str:
         return "This policy has not been evaluated.\n"
     lines = []
     if "mean_reward" in results:
-        interval = mean_interval(results["returns"])
+        interval = mean_interval(results["returns"]) if results.get("returns") else None  # others' tools may leave them out
         mean = "" if interval is None else "; 95 % interval of the mean over these episodes {:.2f} to {:.2f}".format(*interval)
         how = "deterministic actions" if results["is_deterministic"] else "sampled actions"
         episodes, seed = _plain(results["n_eval_episodes"]), _plain(results["seed"])
@@ -174,11 +174,12 @@ def _score(results: Mapping[str, Any] | None) -> str:
                 f"({_plain(table)}: 0 is a return of {zero:g}, 100 a return of {hundred:g})."
             )
         if results.get("success_rate") is not None:
-            low, high = success_interval(results["successes"])
-            lines.append(
-                f"Success rate: {100 * results['success_rate']:.0f} % of the episodes (95 % interval {100 * low:.0f} to "
-                f"{100 * high:.0f} %)."
-            )
+            rate = f"Success rate: {100 * results['success_rate']:.0f} % of the episodes"
+            if results.get("successes"):
+                rate += " (95 % interval {:.0f} to {:.0f} %)".format(
+                    *(100 * end for end in success_interval(results["successes"]))
+                )
+            lines.append(f"{rate}.")
     else:
         lines.append("The last policy has not been evaluated.")
     if best := results.get("best_in_training"):

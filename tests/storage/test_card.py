@@ -109,3 +109,15 @@ def test_at_most_24_curves_are_drawn_and_the_picture_says_so(monkeypatch: pytest
     for n in (24, 150):
         draw_curves([{"stage": "train", "num_timesteps": k, **{f"m{i}": 0.5 for i in range(n)}} for k in (1, 2)], ())
     assert titles == ["24", "the first 24 of 150 curves", "24"]
+
+
+def test_results_without_their_episodes_have_no_interval(tmp_path: Path) -> None:
+    folder = small("TD3BC", env="Pendulum-v1").save_pretrained(tmp_path / "policy")
+    results: dict[str, Any] = {"mean_reward": 1.0, "std_reward": 1.0, "is_deterministic": True, "n_eval_episodes": 2, "seed": 0}
+    results |= {"env_id": "Pendulum-v1", "success_rate": 0.5}
+    for episodes in ({}, {"returns": [0.0, 2.0], "successes": [True, False]}):
+        (folder / "results.json").write_text(json.dumps({**results, **episodes}))
+        renew_card(folder, "me/policy")
+        text = (folder / "README.md").read_text()
+        assert "**Return 1.00 ± 1.00**" in text and "Success rate: 50 % of the episodes" in text
+        assert ("interval of the mean over these episodes" in text) == ("(95 % interval 9 to 91 %)" in text) == bool(episodes)
