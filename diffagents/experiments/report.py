@@ -281,19 +281,24 @@ def overview(cells: Mapping[str, Sequence[Run]]) -> str:
 
 
 def _mean_row(cells: Mapping[str, Sequence[Run]], algorithms: Sequence[str]) -> list[str]:
-    """The mean over all datasets on the D4RL scale, of the algorithms that ran on every one of them; no row for one dataset."""
+    """The mean on the D4RL scale over the datasets on which most algorithms ran, of those that ran on all of them.
+
+    No row for one dataset.
+    """
     units = _units(cells)
     scored = {dataset: row for dataset, row in _by_dataset(cells).items() if units[dataset] == "D4RL scale"}
-    if len(scored) < 2:
+    names, datasets = shared_tasks({dataset: set(row) for dataset, row in scored.items()})
+    if len(datasets) < 2:
+        names, datasets = [name for name in algorithms if all(name in row for row in scored.values())], list(scored)
+    if len(datasets) < 2 or not names:
         return []
-    data = np.mean([value_of(next(iter(row.values()))[0]["data"], "D4RL scale") for row in scored.values()])
+    rows = [scored[dataset] for dataset in datasets]
+    data = np.mean([value_of(next(iter(row.values()))[0]["data"], "D4RL scale") for row in rows])
     entries = [
-        f"{np.mean([_mean(row[name], 'D4RL scale') for row in scored.values()]):.1f}"
-        if all(name in row for row in scored.values())
-        else "-"
-        for name in algorithms
+        f"{np.mean([_mean(row[name], 'D4RL scale') for row in rows]):.1f}" if name in names else "-" for name in algorithms
     ]
-    return [f"| mean of these {len(scored)} | D4RL scale | {data:.1f} | {' | '.join(entries)} |"]
+    which = f"these {len(datasets)}" if len(datasets) == len(scored) else f"the {len(datasets)} without gaps"
+    return [f"| mean of {which} | D4RL scale | {data:.1f} | {' | '.join(entries)} |"]
 
 
 def clone_among(names: Iterable[str]) -> str | None:
