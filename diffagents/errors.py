@@ -30,3 +30,8 @@ def one_line(error: BaseException) -> str:
 def printable(text: object) -> str:
     """A text that may contain parts of untrusted files, with control characters (but line breaks and tabs) as `?`."""
     return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in str(text))
+
+
+def encodable(text: str) -> str:
+    """A text with `?` for what no file can hold: halves of surrogate pairs, as odd file names and JSON give them."""
+    return text.encode("utf-8", "replace").decode()

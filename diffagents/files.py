@@ -39,12 +39,8 @@ _MONTH = 30 * 24 * 3600.0
 _MAX_NAME = 80  # bytes of a file's name that are repeated in the names of what will replace it
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _CURES = {
-    errno.ENOSPC: "free some space there, or choose another place",
-    errno.EDQUOT: "free some space there, or choose another place",
-    errno.EFBIG: "free some space there, or choose another place",
-    errno.EACCES: "choose a place that you may write to",
-    errno.EPERM: "choose a place that you may write to",
-    errno.EROFS: "choose a place that you may write to",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space there, or choose another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to"),
 }
 
 

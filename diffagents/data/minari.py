@@ -17,7 +17,7 @@ from diffagents.data.arrays import Keys, from_episodes
 from diffagents.data.cache import cached, stamp_of
 from diffagents.data.transitions import Transitions
 from diffagents.envs.make import spec_to_store
-from diffagents.errors import one_line, printable, short
+from diffagents.errors import encodable, one_line, printable, short
 from diffagents.types import Spec
 
 COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations")
@@ -325,7 +325,7 @@ def _text(value: Any) -> str | None:
         value = str(value)
     if not isinstance(value, str | int | float) or not value or (isinstance(value, int) and abs(value) >= 1 << 64):
         return None
-    return str(value)[:_MOST_TEXT].encode("utf-8", "replace").decode()
+    return encodable(str(value)[:_MOST_TEXT])
 
 
 def _score(value: Any) -> float | None:

@@ -122,11 +122,11 @@ class Evaluation:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def __str__(self) -> str:
-        n = len(self.returns)
-        mean = "" if self.interval is None else "; 95 % interval of the mean {:.2f} to {:.2f}".format(*self.interval)
+        n, interval, score_interval = len(self.returns), self.interval, self.score_interval
+        mean = "" if interval is None else "; 95 % interval of the mean {:.2f} to {:.2f}".format(*interval)
         parts = [f"return {self.mean_return:.2f} ± {self.std_return:.2f} ({n} episode{'s' * (n != 1)}{mean})"]
         if self.score is not None:
-            scaled = "" if self.score_interval is None else " [{:.1f}, {:.1f}]".format(*self.score_interval)
+            scaled = "" if score_interval is None else " [{:.1f}, {:.1f}]".format(*score_interval)
             parts.append(f"D4RL scale {self.score:.1f}{scaled}")
         if self.success_rate is not None and self.success_interval is not None:
             low, high = self.success_interval

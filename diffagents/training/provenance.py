@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from diffagents.envs.make import spec_to_store
-from diffagents.errors import printable, short
+from diffagents.errors import encodable, printable, short
 
 MAX_EVALUATIONS, MAX_COMMANDS, MAX_WORDS = 1000, 20, 100
 MAX_DEPTH = 20
@@ -159,8 +159,8 @@ def _is_plain(value: Any, depth: int = MAX_DEPTH) -> bool:
 
 
 def _text(text: str, longest: int) -> str:
-    """The beginning of a text, without halves of surrogate pairs, which no file can hold."""
-    return text[:longest].encode("utf-8", "replace").decode()
+    """The beginning of a text, as it can be stored."""
+    return encodable(text[:longest])
 
 
 def checked_history(rows: Any) -> list[dict[str, Any]]:
