@@ -390,18 +390,13 @@ def draw_curves(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
-
     rows = {dataset: row for dataset, row in _by_dataset(cells).items() if any(m[0]["curve"] for m in row.values())}
     if not rows:
         return False
-    columns, units = min(3, len(rows)), _units(cells)
-    height = -(-len(rows) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.1 * height), layout="constrained")
-    names = sorted({name for row in rows.values() for name in row})
-    for i, (dataset, row) in enumerate(rows.items()):
-        axes, unit = figure.add_subplot(height, columns, i + 1), units[dataset]
-        clone = clone_among(row)
+    figure, panels = _panels(list(rows))
+    units, names = _units(cells), sorted({name for row in rows.values() for name in row})
+    for axes, (dataset, row) in zip(panels, rows.items(), strict=True):
+        unit, clone = units[dataset], clone_among(row)
         for name, members in row.items():
             if name == clone:
                 level = _mean(members, unit)
@@ -416,15 +411,31 @@ def draw_curves(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
             axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
         data = next(iter(row.values()))[0]["data"]
         axes.axhline(value_of(data, unit), color="gray", linestyle=":", label="the data")
-        axes.set_title(_drawn(dataset), fontsize=9)
         axes.set_ylabel(unit, fontsize=8)
         axes.set_xlabel("share of the stage that makes the policy", fontsize=8)
-        axes.tick_params(labelsize=7)
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(8, len(handles)), fontsize=8)
+    _save(figure, path)
+    return True
+
+
+def _panels(datasets: Sequence[str]) -> tuple[Any, list[Any]]:
+    """A figure with a panel for each dataset, three in a row; the figure and its axes. Raises ImportError."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(datasets))
+    height = -(-len(datasets) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * height), layout="constrained")
+    panels = [figure.add_subplot(height, columns, i + 1) for i in range(len(datasets))]
+    for axes, dataset in zip(panels, datasets, strict=True):
+        axes.set_title(_drawn(dataset), fontsize=9)
+        axes.tick_params(labelsize=7)
+    return figure, panels
+
+
+def _save(figure: Any, path: Path) -> None:
     with replacing(path, "the picture") as part:
         figure.savefig(part, format="png", dpi=110)
-    return True
 
 
 def draw_iqm(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
@@ -456,8 +467,7 @@ def draw_iqm(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
     if 1 < seeds < FEW_SEEDS:
         each += " (covers less than 90 % with so few)"
     axes.set_title(f"{len(datasets)} datasets, {each}", fontsize=8)
-    with replacing(path, "the picture") as part:
-        figure.savefig(part, format="png", dpi=110)
+    _save(figure, path)
     return True
 
 
@@ -473,7 +483,8 @@ def draw_choice(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    units, pools = _units(cells), defaultdict(lambda: defaultdict(list))  # type: ignore[var-annotated]
+    units = _units(cells)
+    pools: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for members in cells.values():
         for run in members:
             pools[run["spec"]["dataset"]][run["spec"]["algorithm"]].append(run)
@@ -481,26 +492,19 @@ def draw_choice(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
     rows = {dataset: row for dataset, row in rows.items() if row}
     if not rows:
         return False
-    from matplotlib.figure import Figure
-
-    columns, names = min(3, len(rows)), sorted({name for row in rows.values() for name in row})
-    height = -(-len(rows) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.1 * height), layout="constrained")
-    for i, (dataset, row) in enumerate(rows.items()):
-        axes = figure.add_subplot(height, columns, i + 1)
+    figure, panels = _panels(list(rows))
+    names = sorted({name for row in rows.values() for name in row})
+    for axes, (dataset, row) in zip(panels, rows.items(), strict=True):
         for name, pool in row.items():
             episodes = [_episodes(run, units[dataset]) for run in pool]
             numbers = [n for n in (0, 1, 2, 3, 5, 10, 20, 50) if n <= min(map(len, episodes))]
             values = [expected_choice(episodes, n) for n in numbers]
             label = _drawn(f"{name} (of {len(pool)})")
             axes.plot([n * len(pool) for n in numbers], values, marker=".", color=f"C{names.index(name)}", label=label)
-        axes.set_title(_drawn(dataset), fontsize=9)
         axes.set_ylabel(f"{units[dataset]} of the chosen policy", fontsize=8)
         axes.set_xlabel("episodes played to choose the best of an algorithm's runs", fontsize=8)
-        axes.tick_params(labelsize=7)
         axes.legend(fontsize=6)
-    with replacing(path, "the picture") as part:
-        figure.savefig(part, format="png", dpi=110)
+    _save(figure, path)
     return True
 
 
