@@ -4,7 +4,6 @@ import csv
 import html
 import io
 import math
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from diffagents.evaluation.statistics import FEW_SEEDS, expected_choice, iqm_int
 from diffagents.experiments.grid import RESULTS, RunSpec
 from diffagents.files import replacing
 from diffagents.storage import artifact
+from diffagents.storage.card import plain
 
 Run = Mapping[str, Any]
 """The content of a results.json, as `grid.run_one` returns it."""
@@ -209,11 +209,6 @@ def _code(text: object) -> str:
     return f"`{html.escape(plain, quote=False).replace('|', chr(92) + '|')}`"
 
 
-def _plain(text: object) -> str:
-    """A text from a file in Markdown, in which it can be neither HTML nor a link, nor end the row of a table."""
-    return re.sub(r"([\\`*\[\]|!])", r"\\\1", html.escape(" ".join(printable(text).split()), quote=False))
-
-
 def _drawn(text: str) -> str:
     """A text from a file in a picture, in which it is no formula."""
     return printable(text).replace("$", r"\$")
@@ -261,7 +256,7 @@ def overview(cells: Mapping[str, Sequence[Run]]) -> str:
         "on the 95 % interval of the mean by Student's t), next to the mean of the data's own episodes. On the D4RL scale 0 is",
         "D4RL's random policy and 100 its expert, in mujoco-py; results from other physics or other data are not comparable",
         "with published tables.\n",
-        f"| dataset | unit | the data | {' | '.join(map(_plain, algorithms))} |",
+        f"| dataset | unit | the data | {' | '.join(map(plain, algorithms))} |",
         f"|{'---|' * (len(algorithms) + 3)}",
     ]
     for dataset, row in _by_dataset(cells).items():
@@ -322,7 +317,7 @@ def details(cells: Mapping[str, Sequence[Run]], command: str) -> str:
         kept, unit = median_run(members), units[members[0]["spec"]["dataset"]]
         lasts, bests = _lasts(members, unit), [best_of(run) for run in members]
         by_seed = ", ".join(f"({x:.1f})" if run is kept else f"{x:.1f}" for run, x in zip(members, lasts, strict=True))
-        steps = ", ".join(f"{_plain(stage)} {count:,}" for stage, count in members[0]["stage_steps"].items())
+        steps = ", ".join(f"{plain(stage)} {count:,}" for stage, count in members[0]["stage_steps"].items())
         at = ", ".join(f"{row['num_timesteps']:,}" if "num_timesteps" in row else "last" for row in bests)
         minutes = ", ".join(f"{run['seconds'] / 60:.0f}" for run in members)
         lines.append(
@@ -334,7 +329,7 @@ def details(cells: Mapping[str, Sequence[Run]], command: str) -> str:
 
 
 def _unique(values: Any) -> str:
-    return ", ".join(dict.fromkeys(_plain(value or "-") for value in values))
+    return ", ".join(dict.fromkeys(plain(value or "-") for value in values))
 
 
 def verdicts(cells: Mapping[str, Sequence[Run]]) -> str:
@@ -356,7 +351,7 @@ def verdicts(cells: Mapping[str, Sequence[Run]]) -> str:
             below = [f"{bar} ({value:.1f})" for bar, value in bars.items() if mean <= value]
             if name != baseline and below:
                 seeds = f"{len(members)} seed{'s' * (len(members) > 1)}"
-                lines.append(f"* {_code(dataset)}: {_plain(name)} ({mean:.1f}, {seeds}) does not beat {' or '.join(below)}")
+                lines.append(f"* {_code(dataset)}: {plain(name)} ({mean:.1f}, {seeds}) does not beat {' or '.join(below)}")
     lines = lines or [f"* none: every algorithm beats the data's mean{'' if alone else f' and {baseline}'} wherever it was run"]
     if alone:
         lines.append(f"* {baseline} was not run on {', '.join(alone)}: there the comparison is with the data only")

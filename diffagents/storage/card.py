@@ -105,7 +105,7 @@ def _make_card(
     front = yaml.safe_dump(_metadata(config, results, algorithm, env, license), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{front}---\n{MARK}\n",
-        f"# {_plain(algorithm)}{f' on {_plain(env)}' if env else ''}\n",
+        f"# {plain(algorithm)}{f' on {plain(env)}' if env else ''}\n",
         _score(results),
         _use(algorithm, name, env, env == data_env(config), _how(config, results)),
         *(["![Curves of the training](curves.png)\n"] if "curves.png" in pictures else []),
@@ -113,7 +113,7 @@ def _make_card(
         _table("Data", _data_rows(config)),
         _table("Training", _training_rows(config)),
         _table("Hyperparameters", _hyperparameter_rows(config)),
-        *(f"Note: {_plain(note)}\n" for note in notes),
+        *(f"Note: {plain(note)}\n" for note in notes),
     ]
     return "\n".join(parts)
 
@@ -159,7 +159,7 @@ def _score(results: Mapping[str, Any] | None) -> str:
         interval = mean_interval(results["returns"]) if results.get("returns") else None  # others' tools may leave them out
         mean = "" if interval is None else "; 95 % interval of the mean over these episodes {:.2f} to {:.2f}".format(*interval)
         how = "deterministic actions" if results["is_deterministic"] else "sampled actions"
-        episodes, seed = _plain(results["n_eval_episodes"]), _plain(results["seed"])
+        episodes, seed = plain(results["n_eval_episodes"]), plain(results["seed"])
         lines.append(
             f"**Return {results['mean_reward']:.2f} ± {results['std_reward']:.2f}** of the last policy: "
             f"{episodes} episodes, {how}, environment seeds from {seed}{mean}. "
@@ -171,7 +171,7 @@ def _score(results: Mapping[str, Any] | None) -> str:
             scaled = " [{:.1f}, {:.1f}]".format(*ends) if ends else ""
             lines.append(
                 f"D4RL normalized score: {results['normalized_score']:.1f}{scaled} "
-                f"({_plain(table)}: 0 is a return of {zero:g}, 100 a return of {hundred:g})."
+                f"({plain(table)}: 0 is a return of {zero:g}, 100 a return of {hundred:g})."
             )
         if results.get("success_rate") is not None:
             rate = f"Success rate: {100 * results['success_rate']:.0f} % of the episodes"
@@ -263,7 +263,7 @@ def _hyperparameter_rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _table(title: str, rows: Sequence[tuple[str, Any]]) -> str:
     """A section with a table of two columns."""
-    body = "\n".join(f"| {_plain(name)} | {_plain(value)} |" for name, value in rows)
+    body = "\n".join(f"| {plain(name)} | {plain(value)} |" for name, value in rows)
     return f"## {title}\n\n| | |\n|---|---|\n{body}\n"
 
 
@@ -272,9 +272,9 @@ def _number(value: Any) -> str | None:
     return f"{value:.2f}" if isinstance(value, float) else None
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A value as text without markup that fits in a table cell: it may come from a stranger's file."""
-    text = html.escape(re.sub(r"([|`*\[\]\\])", r"\\\1", _word(value)), quote=False)
+    text = html.escape(re.sub(r"([|`*\[\]\\!])", r"\\\1", _word(value)), quote=False)
     text = _WWW.sub(lambda match: match[0][:-1] + "&#46;", _LINK.sub(lambda match: match[0][:-1] + "&#58;", text))
     return text.replace("@", "&#64;")  # otherwise links and mentions are made of bare addresses and names
 
