@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from diffagents.config import presets
-from diffagents.config.checks import check_arguments, check_choice, find_device, whole_number
+from diffagents.config.checks import check_arguments, check_choice, find_device, n_cuda_devices, whole_number
 from diffagents.config.hyperparameters import agent_doc, build_config, choose, signature
 from diffagents.data.load import load_dataset
 from diffagents.data.normalize import ObsNormalizer, RewardTransform
@@ -39,6 +39,7 @@ from diffagents.training.callbacks import make_callback, make_logger, with_histo
 from diffagents.training.compiled import Compiled
 from diffagents.training.plan import MODES, OnlineSettings, Plan
 from diffagents.training.state import HubCommit, TrainState, load_state
+from diffagents.training.threads import check_threads
 from diffagents.training.updates import Noise, Optimizer, Stage
 from diffagents.types import Spec
 
@@ -89,6 +90,10 @@ class Agent(ABC):
         compile: How updates run: "eager"; "compiled" (tens of seconds to compile, then faster); "graph", compiled and in a CUDA
             graph; "auto", whichever is expected to be fastest for the length of the run. All agree to float tolerance; what
             cannot be compiled runs eagerly.
+        threads: The number of CPU threads for training. "auto": all that torch has in this process, but one for each stage of
+            `learn` that runs faster with one when `learn` begins, as it does while other processes use the cores. Results of
+            different numbers of threads are rounded differently: a fixed number, e.g. threads=1, makes runs of one seed equal
+            to the bit, whatever else the machine does. A resumed run keeps the numbers of its plan unless `threads` is one.
         tf32: On a GPU, let matrix products use TF32 during training (about 1e-3 relative; faster).
         record_command: Whether the command line that trains the agent is stored with it and shown on its card, with `***` for
             every word that is not known to be harmless.
@@ -115,6 +120,8 @@ class Agent(ABC):
     """Whether the critic bootstraps from the policy's actions, so that `calibrate=True` applies."""
     CHOICE: ClassVar[tuple[str, ...]] = ()
     """Hyperparameters that can be overridden in one call of `predict`."""
+    HEALTHY: ClassVar[dict[str, str]] = {}
+    """Metric -> a sentence about a healthy curve, where that of `evaluation.curves.HEALTHY` does not hold or is missing."""
 
     config: Any
     obs_dim: int
@@ -141,6 +148,7 @@ class Agent(ABC):
         seed: int | None = None,
         device: str | torch.device = "auto",
         compile: str = "auto",
+        threads: int | str = "auto",
         tf32: bool = True,
         record_command: bool = False,
         **hyperparameters: Any,
@@ -165,7 +173,7 @@ class Agent(ABC):
             raise ValueError(f"{error}; preset={preset!r} set the other value: pass your own, or preset=None") from None
         self.obs_keys = tuple(obs_keys) if obs_keys is not None else None
         self.tensorboard_log, self.verbose = tensorboard_log, verbose
-        self.compile, self.tf32, self.record_command = compile, tf32, record_command
+        self.compile, self.threads, self.tf32, self.record_command = compile, check_threads(threads), tf32, record_command
         self.device = find_device(device)
         self.set_random_seed(seed)
         self.state = TrainState(stage_steps=dict.fromkeys(self.STAGE_SHARES, 0))
@@ -178,7 +186,7 @@ class Agent(ABC):
         self.ep_info_buffer: deque[dict[str, Any]] = deque(maxlen=100)  # of the last episodes of `learn_online`, as in SB3
         self.ep_success_buffer: deque[bool] = deque(maxlen=100)
         self._stub: VecEnv | None = None
-        self._numpy_path = NumpyPath()
+        self._numpy_path = NumpyPath() if self.device.type == "cpu" else None
         self._compiled: dict[Any, Compiled] = {}  # by number of observations, deterministic, config
         if env is not None:
             self.env = as_vec_env(env)
@@ -225,7 +233,7 @@ class Agent(ABC):
     # ---- learning --------------------------------------------------------------------------------------------------
     def learn(
         self,
-        dataset: Any,
+        dataset: Any = None,
         total_timesteps: int | None = None,
         callback: Any = None,
         log_interval: int | None = None,
@@ -238,7 +246,7 @@ class Agent(ABC):
         """Train on a dataset.
 
         Args:
-            dataset: Anything that `load_dataset` reads.
+            dataset: Anything that `load_dataset` reads. It has a default for the sake of its error message only.
             total_timesteps: Total gradient steps, split over the stages in the paper's proportion. None: each stage's `*_steps`
                 hyperparameter, else the preset.
             callback: An SB3 callback, a function of (locals, globals), or a list of them; called after each gradient step.
@@ -253,6 +261,7 @@ class Agent(ABC):
             The agent itself.
 
         Raises:
+            TypeError: `dataset` is missing or of a wrong kind.
             ValueError: Bad data or arguments; raised before any work; the agent is unchanged.
             TrainingDiverged: NaN, or Q has diverged; the agent is restored to its last good state.
             KeyboardInterrupt: After Ctrl-C, at the end of the current update. The agent can be saved and the run
@@ -289,7 +298,8 @@ class Agent(ABC):
         """Continue learning in an environment, from the present state of the agent.
 
         How each algorithm explores and relaxes its behaviour constraint is described at the top of its file and set by its
-        `online_*` hyperparameters. Updates run as with compile="eager".
+        `online_*` hyperparameters. Updates run as with compile="eager"; threads="auto" are all threads of
+        this process.
 
         Args:
             total_timesteps: Environment steps to take, in addition to all earlier ones (with n environments rounded up to a
@@ -369,7 +379,7 @@ class Agent(ABC):
         if deterministic is None:
             deterministic = self.acts_deterministically
         config = self.config if not choice else choose(type(self).__name__, self.config, self.CHOICE, choice)
-        if not choice and type(observation) is np.ndarray and self.device.type == "cpu":
+        if not choice and type(observation) is np.ndarray and self._numpy_path is not None:
             policy = self.point_policy(deterministic)
             if policy is not None:
                 action = self._numpy_path(observation, policy, self.obs_normalizer, self.spec)
@@ -445,6 +455,7 @@ class Agent(ABC):
                 predict=functools.partial(self.predict, **choice),
                 acts_deterministically=self.acts_deterministically,
                 dataset_info=self.dataset_info,
+                choice=dict(choice),
             )
         stored = (self.dataset_info or {}).get("env_spec")
         if env is not None and stored is not None:
@@ -524,8 +535,8 @@ class Agent(ABC):
             device: As in the constructor.
             custom_objects: Ignored; for SB3 compatibility.
             print_system_info: Ignored; for SB3 compatibility.
-            overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile`, `tf32` or
-                `record_command`.
+            overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile`, `threads`,
+                `tf32` or `record_command`.
 
         Raises:
             FileNotFoundError: There is nothing at `path`.
@@ -544,7 +555,7 @@ class Agent(ABC):
             hyperparameters: As in `load`.
         """
         config, tensors, state = checkpoint.pack(self, True)
-        kept = {name: getattr(self, name) for name in ("verbose", "compile", "tf32", "record_command")}
+        kept = {name: getattr(self, name) for name in ("verbose", "compile", "threads", "tf32", "record_command")}
         overrides = {**kept, **hyperparameters}
         other = checkpoint.rebuild(type(self), config, tensors, state, self.device, overrides, fresh)
         other.env, other.state.online = self.env, None
@@ -728,20 +739,29 @@ class Agent(ABC):
         """The state dict of each network by name; the tensors are not copies."""
         return {name: module.state_dict() for name, module in self.networks().items()}
 
-    def set_parameters(self, parameters: dict[str, dict[str, Tensor]], exact_match: bool = True) -> None:
-        """Load state dicts as `get_parameters` returns them.
+    def set_parameters(self, parameters: dict[str, dict[str, Tensor]] | str | pathlib.Path, exact_match: bool = True) -> None:
+        """Load state dicts as `get_parameters` returns them, or those of a saved agent of the same class.
 
         Args:
-            parameters: Network name -> its state dict.
+            parameters: Network name -> its state dict; or a path that `save` or `save_pretrained` wrote.
             exact_match: Whether every network must be present.
 
         Raises:
+            FileNotFoundError: There is nothing at the path.
+            ArtifactError: It is not a policy of this class, or it is damaged.
             ValueError: Unknown or missing names, or other shapes.
         """
         networks = self.networks()
+        if isinstance(parameters, str | pathlib.Path):
+            other = type(self).load(parameters, device=self.device, verbose=0)
+            absent = () if other.has_training_networks else self.TRAINING_NETWORKS
+            parameters = {name: tensors for name, tensors in other.get_parameters().items() if name not in absent}
         wrong = set(parameters) - set(networks) | (set(networks) - set(parameters) if exact_match else set())
         if wrong:
-            raise ValueError(f"parameters has the keys {sorted(parameters)}, but the agent's networks are {sorted(networks)}")
+            raise ValueError(
+                f"parameters has the keys {sorted(parameters)}, but the agent's networks are {sorted(networks)}; "
+                "exact_match=False loads some of them only"
+            )
         for name, tensors in parameters.items():
             load_state(networks[name], tensors)
         self.state.pristine = False
@@ -753,7 +773,7 @@ class Agent(ABC):
         self.spec, self.obs_keys = spec, spec.obs_keys
         self.forget_compiled()
         self.obs_dim, self.act_dim = spec.obs_dim, spec.act_dim
-        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        with torch.random.fork_rng(devices=list(range(n_cuda_devices()))):
             torch.manual_seed(self.seed)
             self.obs_normalizer = ObsNormalizer(self.obs_dim).to(self.device)
             self.build()

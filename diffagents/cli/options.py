@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 POLICY_HELP = "Folder or .zip file of a policy, or a Hub id (organisation/name); - reads it from stdin."
 DEVICE_HELP = 'Device: "cpu", "cuda", "cuda:1", ... or "auto" (default).'
+THREADS_HELP = 'CPU threads of the training. "auto" (default): one or all, whichever is faster when it begins.'
 HYPERPARAMETER = "hyperparameter "
 """Prefix of the hyperparameters among the parsed arguments, so that their names do not clash with those of other options."""
 

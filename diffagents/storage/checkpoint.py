@@ -42,7 +42,7 @@ from diffagents.types import Spec
 L = TypeVar("L", bound=Learner)
 Packed = tuple[dict[str, Any], dict[str, Tensors], dict[str, Any] | None]
 """(config, {"model": ..., "learner": ..., "optimizer": ...}, trainer state or None)"""
-AGENT_OVERRIDES = ("seed", "verbose", "tensorboard_log", "compile", "tf32", "record_command")
+AGENT_OVERRIDES = ("seed", "verbose", "tensorboard_log", "compile", "threads", "tf32", "record_command")
 """Arguments of the constructor that may be changed when an agent is loaded; all others are hyperparameters."""
 MAX_NETWORK_BYTES = 1 << 32
 """The largest size of the networks that a file without learner.safetensors may describe."""

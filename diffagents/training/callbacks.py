@@ -8,6 +8,7 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
+from diffagents.envs.make import refuse_vec_normalize
 from diffagents.training.provenance import note_evaluation
 from diffagents.training.state import Learner
 
@@ -25,6 +26,7 @@ def make_callback(callback: Any, progress_bar: bool) -> "BaseCallback | None":
 
     Raises:
         TypeError: `callback` is something else.
+        ValueError: An EvalCallback's environment normalises observations.
     """
     if callback is None and not progress_bar:
         return None
@@ -32,6 +34,7 @@ def make_callback(callback: Any, progress_bar: bool) -> "BaseCallback | None":
 
     def as_callback(one: Any) -> BaseCallback:
         if isinstance(one, BaseCallback):
+            refuse_vec_normalize(getattr(one, "eval_env", None), rewards=False)
             return one
         if isinstance(one, (list, tuple)):
             return CallbackList([as_callback(item) for item in one])

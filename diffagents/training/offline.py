@@ -5,7 +5,6 @@ metrics are summed on it.
 """
 
 import threading
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -23,17 +22,20 @@ from diffagents.training.plan import Plan
 from diffagents.training.prepare import begin, make_sampler
 from diffagents.training.session import interrupt_between_updates, matmul_precision, timed
 from diffagents.training.state import Learner, Snapshot, restore, snapshot
-from diffagents.training.updates import Runner, Stage
+from diffagents.training.threads import NEAR_TIE, may_choose, n_threads, seconds_of, threads_restored, time_with
+from diffagents.training.updates import Runner, Stage, Update
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
 
     from diffagents.training.cuda_graph import GraphRunner
 
-WORTH_COMPILING, WORTH_A_GRAPH = 120.0, 60.0
-"""Seconds that a stage must take eagerly before compile="auto" compiles it. On a CPU, compiling takes tens of seconds and then
-saves a quarter to a half of the time; on a GPU (not measured) it should save more, because launching many small kernels
-dominates there."""
+COMPILING = {"cpu": (40.0, 0.75), "cuda": (30.0, 0.5)}
+"""By type of device: seconds that compiling an update takes, and the time of a compiled update as a share of its eager time.
+
+On two cores SRPO, DiffusionQL, DiffCPS and TD3BC (default preset) compiled in 5 to 40 s of CPU time an update; over the stages
+of nine algorithms the share is 0.48 to 0.88, in the median 0.71 (zoo/results/speed-cpu-training*.json). On GPUs both are
+assumed."""
 
 
 def train(
@@ -64,10 +66,13 @@ def train(
     if learner.tensorboard_log is not None:
         learner.sb3_logger = make_logger(learner, tb_log_name or type(learner).__name__, reset)
     sampler = make_sampler(learner, data)
-    seconds = estimate(learner, plan, sampler) if learner.verbose or learner.compile == "auto" else {}
+    chosen = set(plan.threads)
+    timed_first = learner.verbose or learner.compile == "auto" or may_choose(learner)
+    seconds = estimate(learner, plan, sampler, choose_threads=True) if timed_first else {}
     choose_modes(learner, plan, seconds)
     if learner.verbose:
         announce(learner, plan, seconds)
+        announce_threads([name for name, count in plan.threads.items() if name not in chosen and count == 1])
     local = {
         "self": learner,
         "total_timesteps": learner.state.num_timesteps + plan.remaining,
@@ -91,6 +96,7 @@ def train(
         raise KeyboardInterrupt
 
 
+@threads_restored()
 def run_stage(
     learners: Sequence[Learner],
     stages: Sequence[Stage],
@@ -129,6 +135,10 @@ def run_stage(
     if done == length:  # already complete in a resumed plan: return before taking a snapshot
         return True
     earlier = learners[0].state.stage_steps[name] - done  # so that `Update.start` counts from the stage's first step
+    count = n_threads(learners[0], plan.threads.get(name))
+    for own_plan in plans:
+        own_plan.threads[name] = count
+    torch.set_num_threads(count)  # before compiling, because compiled code contains the number
     monitors: list[Monitor] = []
     samplers: list[Sampler] = []
     for learner, stage in zip(learners, stages, strict=True):
@@ -204,52 +214,104 @@ def stage_generator(learner: Learner, stage: Stage) -> torch.Generator:
     return torch.Generator(learner.device).manual_seed(learner.seed + zlib.crc32(stage.name.encode()))
 
 
-def estimate(learner: Learner, plan: Plan, sampler: Sampler) -> dict[str, float]:
-    """Estimate each stage's remaining eager time in seconds from a few timed updates, which are rolled back."""
+def estimate(learner: Learner, plan: Plan, sampler: Sampler, choose_threads: bool = False) -> dict[str, float]:
+    """Estimate each stage's remaining eager time in seconds from a few timed updates, which are rolled back.
+
+    Args:
+        learner: The agent.
+        plan: Its plan; stages with fewer than 100 remaining steps are not timed.
+        sampler: The data that it will learn from.
+        choose_threads: Where threads="auto" leaves the choice, time one thread and all of them, and store the number with which
+            the stage is faster in the plan. Stages that are not timed have one thread if all others do. A number that is in the
+            plan already stays, so that resuming reproduces the uninterrupted run.
+
+    Returns:
+        Seconds of each stage with the number of threads that it will have; 0 if it is not timed.
+    """
     remaining = {name: length - plan.done.get(name, 0) for name, length in plan.lengths.items()}
     seconds = dict.fromkeys(remaining, 0.0)
     if max(remaining.values()) < 100:
         return seconds
+    choose_threads = choose_threads and may_choose(learner)
+    undecided = [name for name, left in remaining.items() if choose_threads and left > 0 and name not in plan.threads]
     before = snapshot(learner)
     try:
         for stage in learner.stages(plan):
-            left = remaining.get(stage.name, 0)
-            if left < 100:
+            name = stage.name
+            if remaining.get(name, 0) < 100:
                 continue
-            timed_on = sampler
-            if stage.prepare is not None:  # on a few rows
-                start, few = time.perf_counter(), sampler.head(256)
-                timed_on = stage.prepare(few, stage_generator(learner, stage))
-                rows = min(len(sampler), stage.n_prepared or len(sampler))
-                seconds[stage.name] = (time.perf_counter() - start) * rows / len(few)
-            for update in stage.updates:
-                for n in (1, 3):  # the first iteration is a warm-up
-                    start = time.perf_counter()
-                    for _ in range(n):
-                        batch = timed_on.sample(stage.batch_size, learner.generator)
-                        update.step(batch, update.draw(stage.batch_size, learner.generator))
-                    if learner.device.type == "cuda":
-                        torch.cuda.synchronize(learner.device)
-                first = learner.state.stage_steps[stage.name]
-                seconds[stage.name] += update.times(first, first + left) * (time.perf_counter() - start) / 3
+            counts = (1, torch.get_num_threads()) if name in undecided else (n_threads(learner, plan.threads.get(name)),)
+            by_count, prepare = time_stage(learner, stage, sampler, remaining[name], counts)
+            count = counts[-1] if by_count[counts[-1]] <= NEAR_TIE * by_count[counts[0]] else counts[0]
+            seconds[name] = by_count[count] + prepare(count)
+            if name in undecided:
+                plan.threads[name] = count
+        if all(plan.threads.get(name) == 1 for name, left in remaining.items() if left >= 100):
+            plan.threads |= dict.fromkeys(undecided, 1)
     finally:  # the learner is unchanged after Ctrl-C, too
         restore(learner, before)
     return seconds
 
 
-def choose_modes(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
-    """Choose each stage's execution mode and store it in the plan: that of `compile`; for "auto", compile only long stages.
+def time_stage(
+    learner: Learner, stage: Stage, sampler: Sampler, left: int, counts: Sequence[int]
+) -> tuple[dict[int, float], Callable[[int], float]]:
+    """Time the updates of a stage, without undoing them.
 
+    Args:
+        learner: The agent.
+        stage: The stage.
+        sampler: The data that it will learn from.
+        left: Its remaining steps.
+        counts: Numbers of threads.
+
+    Returns:
+        The seconds of the remaining steps with each number of threads; and the function number of threads -> seconds of
+        `Stage.prepare`.
+    """
+    few, ready = sampler.head(256), sampler
+
+    def prepare() -> None:
+        nonlocal ready
+        if stage.prepare is not None:
+            ready = stage.prepare(few, stage_generator(learner, stage))
+
+    def prepare_all(count: int) -> float:
+        rows = min(len(sampler), stage.n_prepared or len(sampler))
+        return 0.0 if stage.prepare is None else seconds_of(prepare, count) * rows / len(few)
+
+    seconds_of(prepare, counts[0])
+    first, seconds = learner.state.stage_steps[stage.name], dict.fromkeys(counts, 0.0)
+    for update in stage.updates:
+
+        def step(update: Update = update) -> None:
+            batch = ready.sample(stage.batch_size, learner.generator)
+            update.step(batch, update.draw(stage.batch_size, learner.generator))
+            if learner.device.type == "cuda":
+                torch.cuda.synchronize(learner.device)
+
+        for count, found in time_with(counts, step).items():
+            seconds[count] += update.times(first, first + left) * found
+    return seconds, prepare_all
+
+
+def choose_modes(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
+    """Choose each stage's execution mode and store it in the plan: that of `compile`.
+
+    For "auto", a stage is compiled only if that finishes sooner than its estimated eager time, compiling included (COMPILING).
     A stage that has begun keeps its mode, so that resuming reproduces the uninterrupted run. With "auto", a stage that has not
     begun also keeps the mode that was chosen for it.
     """
     cuda = learner.device.type == "cuda"
+    compile_seconds, share = COMPILING["cuda" if cuda else "cpu"]
+    n_compiled = {stage.name: sum(update.loss is not None for update in stage.updates) for stage in learner.stages(plan)}
     for name in plan.lengths:
         mode = learner.compile
         if name in plan.modes and (mode == "auto" or plan.done.get(name, 0) > 0):
             mode = plan.modes[name]
         if mode == "auto":
-            worth = seconds.get(name, 0.0) > (WORTH_A_GRAPH if cuda else WORTH_COMPILING)
+            eager = seconds.get(name, 0.0)
+            worth = compile_seconds * n_compiled[name] + share * eager < eager
             mode = ("graph" if cuda else "compiled") if worth else "eager"
         if mode == "graph" and not cuda:
             warnings.warn('compile="graph" needs a CUDA device: training runs compiled, without a graph', stacklevel=4)
@@ -270,3 +332,11 @@ def announce(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
     faster = [name for name in plan.lengths if plan.modes[name] != "eager"]
     how = f" if eager; {', '.join(faster)} will be compiled, which takes tens of seconds and then runs faster" if faster else ""
     print(f"plan: {lengths} gradient steps; about {clock(sum(seconds.values()))}{how}", flush=True)
+
+
+def announce_threads(stages: Sequence[str]) -> None:
+    """Print for which stages one thread has turned out to be faster than all of several."""
+    every = torch.get_num_threads()
+    if stages and every > 1:
+        number = "two" if every == 2 else str(every)
+        print(f"{', '.join(stages)}: one thread is faster than {number} on this machine just now", flush=True)

@@ -18,7 +18,12 @@ from diffagents.data.load import load_dataset
 from diffagents.data.normalize import fit_reward_transform
 from diffagents.data.replay_buffer import Mixture, Replay
 from diffagents.data.sampler import Sampler
-from diffagents.envs.make import env_id_of, spec_to_store_or_warn, warn_of_normalized_observations
+from diffagents.envs.make import (
+    env_id_of,
+    refuse_vec_normalize,
+    spec_to_store_or_warn,
+    warn_of_normalized_observations,
+)
 from diffagents.errors import TrainingDiverged
 from diffagents.functional import lambda_returns
 from diffagents.training import provenance
@@ -29,6 +34,7 @@ from diffagents.training.prepare import adopt, check_size
 from diffagents.training.rollout import Rollout, explore
 from diffagents.training.session import interrupt_between_updates, matmul_precision, timed
 from diffagents.training.state import Learner, restore
+from diffagents.training.threads import n_threads, threads_restored
 from diffagents.training.updates import Runner, Stage
 
 if TYPE_CHECKING:
@@ -107,11 +113,7 @@ def accept(
         if stored is None:
             raise ValueError("no environment is known: pass env=, an id, a Gymnasium Env or an SB3 VecEnv")
         learner.set_env(stored)
-    if learner.get_vec_normalize_env() is not None:
-        raise ValueError(
-            "the environment is inside a VecNormalize, which would change the observations and rewards that the agent was "
-            "trained on: pass it without; the agent keeps its own normaliser and reward transform"
-        )
+    refuse_vec_normalize(learner.env)  # it may have been switched on since
     warn_of_normalized_observations(state.dataset_info, learner.env)
     if state.reward_transform is None:
         _start_without_data(learner)
@@ -161,7 +163,7 @@ def _start_without_data(learner: Learner) -> None:
     The transform is one that needs no data: none for "auto", and for "unit_returns", which asks for no certain scale.
     """
     name = "none" if learner.config.reward_transform in ("auto", "unit_returns") else learner.config.reward_transform
-    if name in ("iql_locomotion", "normalize"):
+    if name in ("return_range", "iql_locomotion", "normalize"):
         raise ValueError(f'reward_transform="{name}" is fitted on data: pass dataset=, or another transform ("none")')
     learner.state.reward_transform = fit_reward_transform(name, torch.zeros(0), torch.zeros(0))
     env_id = env_id_of(learner.env)
@@ -293,6 +295,7 @@ def _begin(learner: Learner, run: OnlineRun) -> Replay:
     return replay
 
 
+@threads_restored()
 def _loop(
     learner: Learner,
     run: OnlineRun,
@@ -304,6 +307,7 @@ def _loop(
     interrupted: threading.Event,
 ) -> None:
     state = learner.state
+    torch.set_num_threads(n_threads(learner))
     for name, optimizer in learner.optimizers.items():  # constant from here on, whatever the offline schedule ended at
         optimizer.start_schedule(0)
         if name == "policy" and run.settled:

@@ -16,11 +16,13 @@ class Plan:
         lengths: Gradient steps of each stage, in order.
         done: Gradient steps that each stage has taken.
         modes: One of MODES for each stage, once chosen; a resumed run keeps it.
+        threads: The number of CPU threads of each stage, once chosen; a resumed run keeps it.
     """
 
     lengths: dict[str, int]
     done: dict[str, int] = field(default_factory=dict)
     modes: dict[str, str] = field(default_factory=dict)
+    threads: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -34,12 +36,12 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
-        return {"lengths": dict(self.lengths), "done": dict(self.done), "modes": dict(self.modes)}
+        return {name: dict(getattr(self, name)) for name in ("lengths", "done", "modes", "threads")}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], stages: Iterable[str]) -> Self:
         """The plan that `to_json` described. Raises ValueError unless it is a plan over some of `stages`."""
-        plan = cls(dict(data["lengths"]), dict(data["done"]), dict(data.get("modes", {})))
+        plan = cls(dict(data["lengths"]), dict(data["done"]), dict(data.get("modes", {})), dict(data.get("threads", {})))
         known = set(stages)
         for name, length in plan.lengths.items():
             done = plan.done.get(name, 0)
@@ -47,10 +49,12 @@ class Plan:
                 raise ValueError(f"invalid plan: there is no stage {name!r}")
             if not all(type(n) is int for n in (length, done)) or not 0 <= done <= length:
                 raise ValueError(f"invalid plan: the stage {name!r} has done {done!r} of {length!r} steps")
-        if not set(plan.done) | set(plan.modes) <= set(plan.lengths):
-            raise ValueError("invalid plan: it lists steps or modes of a stage that it does not have")
+        if not set(plan.done) | set(plan.modes) | set(plan.threads) <= set(plan.lengths):
+            raise ValueError("invalid plan: it lists steps, modes or threads of a stage that it does not have")
         if not set(plan.modes.values()) <= set(MODES):
             raise ValueError(f"invalid plan: the modes {sorted(set(plan.modes.values()))} are not among {MODES}")
+        if not all(type(count) is int and count > 0 for count in plan.threads.values()):
+            raise ValueError(f"invalid plan: the threads {str(plan.threads)[:80]} are not positive whole numbers")
         return plan
 
     @staticmethod

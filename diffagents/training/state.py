@@ -104,6 +104,7 @@ class Learner(Protocol):
     OFFLINE_RATIO: ClassVar[float | str]
     CALIBRATES: ClassVar[bool]
     CHOICE: ClassVar[tuple[str, ...]]
+    HEALTHY: ClassVar[dict[str, str]]
 
     config: Any
     explicit: dict[str, Any]
@@ -113,6 +114,7 @@ class Learner(Protocol):
     seed: int
     device: torch.device
     compile: str
+    threads: int | str
     tf32: bool
     record_command: bool
     verbose: int

@@ -1,6 +1,9 @@
 """Quick policies, one observation by numpy and `compile_policy`: equal to the plain path, and following all changes."""
 
 import logging
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,7 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {  # algorithm, determinist
     "IQL": ("IQL", True, {}),
     "AWR": ("AWR", True, {}),
     "IQL-point": ("IQL", False, {"deterministic_policy": True}),
+    "BC": ("BC", False, {}),
 }
 cases = pytest.mark.parametrize("case", CASES)
 logging.getLogger("torch.__trace").setLevel(logging.INFO)  # pytest would record its thousands of lines, which takes time
@@ -129,11 +133,125 @@ def test_batches(case: str, n: int) -> None:
         agent.predict(np.zeros((n, 1, 3), np.float32), deterministic=deterministic)
 
 
-def test_saturated_actions_are_the_bounds() -> None:
-    agent = acting("TD3BC")
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of a batch in memory
+    "rows": np.ascontiguousarray,
+    "columns": np.asfortranarray,
+    "gaps": lambda obs: np.repeat(np.repeat(obs, 2, 0), 3, 1)[::2, ::3],
+    "backwards": lambda obs: np.ascontiguousarray(obs[::-1, ::-1])[::-1, ::-1],
+}
+
+
+def acts_as_torch(agent: Agent, obs: np.ndarray) -> np.ndarray:
+    """The actions for a batch: by numpy alone, as torch gives them, and as for each observation alone."""
+    kept, slow = obs.copy(), Slow(agent)
+    actions = agent.predict(obs, deterministic=True)[0]
+    alone = np.stack([agent.predict(one, deterministic=True)[0] for one in obs])
+    assert slow.calls == 0, "not by numpy"
+    expected = agent.predict(torch.from_numpy(kept.astype(np.float64)), deterministic=True)[0]
+    del agent.act  # type: ignore[method-assign]
+    assert slow.calls == 1 and actions.dtype == expected.dtype and actions.flags.c_contiguous and actions.flags.writeable
+    np.testing.assert_allclose(actions, expected, atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(actions, alone, atol=1e-6, rtol=1e-6)
+    assert np.array_equal(obs, kept) and not np.shares_memory(actions, obs)
+    return actions
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_batches_of_any_memory_layout(dtype: Any, layout: str, normalize: bool) -> None:
+    """Without a normaliser nothing is between the observations and the first product."""
+    agent = acting("SRPO", normalize_obs=normalize)
+    obs = LAYOUTS[layout](raw(120).reshape(40, 3).astype(dtype))
+    assert np.std(acts_as_torch(agent, obs), 0).min() > 1e-3, "the same everywhere: nothing would be compared"
+
+
+@cases
+def test_batches_follow_training(case: str) -> None:
+    name, _, knobs = CASES[case]
+    agent = small(name, normalize_obs=True, compile="eager", **knobs).learn(DATA)
+    obs = raw(24 * agent.obs_dim).reshape(24, -1).astype(np.float64) - 7.0
+    before = acts_as_torch(agent, obs)
+    agent.learn(DATA, 30)
+    assert not np.allclose(before, acts_as_torch(agent, obs), atol=1e-5), "it acts as before: nothing was followed"
+
+
+@pytest.mark.parametrize("row", [0, 31, 63])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_one_bad_row_is_found(dtype: Any, row: int) -> None:
+    agent = acting("SRPO")
+    for column in range(3):
+        for bad in (np.nan, np.inf, -np.inf):
+            obs = raw(192).reshape(64, 3).astype(dtype)
+            obs[row, column] = bad
+            with pytest.raises(ValueError, match="observation contains NaN or infinity"):
+                agent.predict(obs)
+        for huge in (1e25, -1e25):
+            obs = raw(192).reshape(64, 3).astype(dtype)
+            obs[row, column] = huge
+            slow = Slow(agent)
+            actions = agent.predict(obs)[0]
+            assert slow.calls == 1 and np.isfinite(actions).all()
+            del agent.act  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("parameter", range(6))
+def test_nan_in_any_parameter_is_found(parameter: int) -> None:
+    """After the first call, as an update that diverges causes it."""
+    agent, obs = acting("TD3BC", policy_kwargs={"net_arch": [8, 8]}), raw(60).reshape(20, 3)
+    agent.predict(obs)
     with torch.no_grad():
-        agent.policy.net[-1].bias.copy_(torch.tensor([1e3, -1e3]))  # type: ignore[union-attr, index, operator]
-    assert check(agent, True, raw(3)).tolist() == [UNEQUAL.high[0], UNEQUAL.low[1]]
+        list(agent.policy.parameters())[parameter].view(-1)[-1] = np.nan  # type: ignore[union-attr, operator]
+    with pytest.raises(RuntimeError, match="actions contain NaN"):
+        agent.predict(obs)
+
+
+def test_threads_act_in_batches_of_their_own() -> None:
+    """No thread meets the numbers of another."""
+    agent = acting("SRPO")
+    batches = [raw(3 * n).reshape(n, 3) + n for n in (1, 2, 7, 64, 64, 200, 1024)]
+    alone = [agent.predict(obs)[0] for obs in batches]
+
+    def work(first: int) -> None:
+        for k in np.roll(np.tile(np.arange(len(batches)), 20), -first):
+            np.testing.assert_array_equal(agent.predict(batches[k])[0], alone[k])
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+
+
+UNIT = spaces.Box(-1.0, 1.0, (2,))
+SPACES = {
+    "unequal": UNEQUAL,
+    "unit": UNIT,
+    "half unit": spaces.Box(np.array([-1.0, -1.0], np.float32), np.array([1.0, 2.0], np.float32)),
+    "unit float64": spaces.Box(-1.0, 1.0, (2,), np.float64),
+    # whose middle plus or minus half their width is beyond them in float32
+    "rounded": spaces.Box(np.array([-0.1, 0.1], np.float32), np.array([0.7, 0.9], np.float32)),
+    "float16": spaces.Box(np.float16(1000), np.float16(1001.5), (2,), np.float16),  # which has no number in their middle
+}
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_saturated_actions_are_the_bounds(space: str) -> None:
+    """And those between them are as torch's."""
+    box = SPACES[space]
+    agent = acting("TD3BC", Spec(BOX, box))
+    check(agent, True, raw(3))
+    acts_as_torch(agent, raw(60).reshape(20, 3))
+    for biases, bounds in (([1e3, -1e3], [box.high[0], box.low[1]]), ([-1e3, 1e3], [box.low[0], box.high[1]])):
+        with torch.no_grad():
+            agent.policy.net[-1].bias.copy_(torch.tensor(biases))  # type: ignore[union-attr, index, operator]
+        action = check(agent, True, raw(3))
+        assert box.contains(action)
+        np.testing.assert_allclose(action, bounds, rtol=1e-6)
+        batch = agent.predict(raw(60).reshape(20, 3), deterministic=True)[0]
+        np.testing.assert_array_equal(batch, np.tile(action, (20, 1)))
 
 
 @cases
@@ -262,7 +380,7 @@ def test_random_actions_are_not_numpys(name: str) -> None:
     assert slow.calls == 2 and not np.array_equal(one, two)
 
 
-@pytest.mark.parametrize("name", ["DiffusionQL", "DiffCPS", "BDPO", "QGPO", "SfBC", "IDQL", "DiffusionBC"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CASES])
 def test_policies_that_are_no_single_network_have_no_such_path(name: str) -> None:
     agent = acting(name)
     assert agent.point_policy(True) is None and agent.point_policy(False) is None

@@ -23,7 +23,7 @@ from diffagents.data.sampler import Sampler
 from diffagents.training import offline
 from diffagents.training.compiled import Compiled, gradient_program
 from diffagents.training.plan import Plan
-from diffagents.training.updates import Stage
+from diffagents.training.updates import Stage, Update
 
 logging.getLogger("torch.__trace").setLevel(logging.INFO)  # pytest would record its thousands of lines, which takes time
 DATA = line_data()
@@ -285,25 +285,34 @@ def test_bad_modes(trained: dict[str, Agent], tmp_path: pathlib.Path) -> None:
         diffagents.load(path, compile="nonsense")
     with pytest.raises(ValueError, match=r"modes \['nonsense'\] are not among"):
         Plan.from_json({"lengths": {"a": 3}, "done": {}, "modes": {"a": "nonsense"}}, ["a"])
-    with pytest.raises(ValueError, match="steps or modes of a stage that it does not have"):
+    with pytest.raises(ValueError, match="steps, modes or threads of a stage that it does not have"):
         Plan.from_json({"lengths": {"a": 3}, "done": {}, "modes": {"b": "eager"}}, ["a", "b"])
 
 
 # ---- which mode, and keeping it ------------------------------------------------------------------------------------
-def test_auto_weighs_how_long_it_takes() -> None:
-    """Only a stage for which compiling pays; short runs on a CPU stay eager."""
-    seconds = {"short": offline.WORTH_COMPILING - 1, "long": offline.WORTH_COMPILING + 1}
-    for device, long in (("cpu", "compiled"), ("cuda", "graph")):
-        plan = Plan({"short": 10, "long": 10, "unknown": 5})
-        least = {**seconds, "short": offline.WORTH_A_GRAPH - 1}
-        offline.choose_modes(types.SimpleNamespace(compile="auto", device=torch.device(device)), plan, least)
-        assert plan.modes == {"short": "eager", "long": long, "unknown": "eager"}
+def stand_in(compile: str, device: str = "cpu", n_updates: int = 1) -> Any:
+    """An agent with two stages, "short" and "long", of some updates each, and one that only follows other networks."""
+    updates = (*[Update(loss=lambda batch, noise: (OBS, {}))] * n_updates, Update())
+    stages = [Stage(name, 16, updates) for name in ("short", "long", "critic")]
+    return types.SimpleNamespace(compile=compile, device=torch.device(device), stages=lambda plan: stages)
+
+
+@pytest.mark.parametrize("n_updates", [1, 2])
+@pytest.mark.parametrize(("device", "mode"), [("cpu", "compiled"), ("cuda", "graph")])
+def test_auto_compiles_what_ends_sooner_compiling_included(device: str, mode: str, n_updates: int) -> None:
+    plan, (compile_seconds, share) = Plan({"short": 10, "long": 10, "critic": 5}), offline.COMPILING[device]
+    tie = n_updates * compile_seconds / (1 - share)
+    offline.choose_modes(stand_in("auto", device, n_updates), plan, {"short": 0.99 * tie, "long": 1.01 * tie})
+    assert plan.modes == {"short": "eager", "long": mode, "critic": "eager"}
+
+
+def test_what_has_begun_goes_on_as_it_began() -> None:
     plan = Plan({"short": 10})
-    offline.choose_modes(types.SimpleNamespace(compile="auto", device=torch.device("cpu")), plan, seconds)
+    offline.choose_modes(stand_in("auto"), plan, {})
     assert plan.modes == {"short": "eager"}
     plan.done["short"] = 3
-    offline.choose_modes(types.SimpleNamespace(compile="compiled", device=torch.device("cpu")), plan, {})
-    assert plan.modes == {"short": "eager"}, "what has begun goes on as it began"
+    offline.choose_modes(stand_in("compiled"), plan, {})
+    assert plan.modes == {"short": "eager"}
     run = small("SRPO").learn(DATA)
     assert run.compile == "auto" and run.plan is not None
     assert run.plan.modes == dict.fromkeys(("critic", "behavior", "policy"), "eager")
@@ -311,7 +320,7 @@ def test_auto_weighs_how_long_it_takes() -> None:
 
 def test_auto_compiles_a_long_run(traced_only: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What `learn` estimates is what decides."""
-    monkeypatch.setattr(offline, "estimate", lambda agent, plan, sampler: {"critic": 0.0, "policy": 1e4})
+    monkeypatch.setattr(offline, "estimate", lambda *_, **__: {"critic": 0.0, "policy": 1e4})
     run = small("SRPO").learn(DATA)
     assert run.plan is not None
     assert run.plan.modes == {"critic": "eager", "behavior": "eager", "policy": "compiled"} and len(traced_only) == 1
@@ -353,5 +362,5 @@ def test_a_clone_keeps_compile_and_tf32() -> None:
 def test_a_graph_s_run_goes_on_without_one_where_there_is_no_gpu() -> None:
     plan = Plan({"critic": 10}, {"critic": 5}, {"critic": "graph"})
     with pytest.warns(UserWarning, match="needs a CUDA device"):
-        offline.choose_modes(types.SimpleNamespace(compile="auto", device=torch.device("cpu")), plan, {})
+        offline.choose_modes(stand_in("auto"), plan, {})
     assert plan.modes == {"critic": "compiled"}

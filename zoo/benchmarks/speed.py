@@ -1,4 +1,4 @@
-"""How fast everything is, compared side by side: training, predict, eight seeds as one, start-up, profile, log steps.
+"""How fast everything is, compared side by side: training, predict, batches, eight seeds as one, start-up, profile, log steps.
 
   python zoo/benchmarks/speed.py [--only training predict] [--algorithms SRPO DiffusionQL] [--threads 2] [--out FILE.json]
 
@@ -6,7 +6,9 @@ Networks have the papers' sizes for Hopper (S 11, A 3), with batch 256 and rando
 `--repeats` short bursts of each, so that a noisy machine disturbs all alike: times are medians of the bursts, +- is half their
 range in percent, and a ratio is the median of the bursts' ratios. "straightforward" is the plain eager PyTorch of
 straightforward.py. Compiling takes 10 to 100 s per update, once. --out is written after every section, with the machine and the
-commit. For a GPU use speed_gpu.py.
+commit. For a GPU use speed_gpu.py. What `predict` adds to the bare network of a batch is measured with one thread:
+
+  OMP_NUM_THREADS=1 python zoo/benchmarks/speed.py --only batches --threads 1 --repeats 20 --seconds 0.1
 """
 
 import argparse
@@ -33,6 +35,7 @@ from speed_parts import (
     Bursts,
     Call,
     cycle_length,
+    fastest,
     interleave,
     latencies,
     machine,
@@ -148,7 +151,63 @@ def measure_predict(args: argparse.Namespace, data: Transitions) -> list[dict[st
     return results
 
 
-# ---- 3. many seeds ---------------------------------------------------------------------------------------------------
+# ---- 3. predict of batches ---------------------------------------------------------------------------------------------
+TASKS = {"hopper": (11, 3), "halfcheetah": (17, 6)}  # numbers of an observation and of an action
+
+
+def bare_networks(policy: Any, obs: np.ndarray) -> dict[str, Call]:
+    """The products, biases, ReLUs and tanh of a policy and nothing else, in torch and in the fastest numpy that we know."""
+    layers = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in list(policy.net)[::2]]
+    (last, last_bias), tensor = layers.pop(), torch.from_numpy(obs)
+    hidden = [(weight, bias, np.zeros_like(bias)) for weight, bias in layers]
+
+    def in_torch() -> torch.Tensor:
+        with torch.inference_mode():
+            return policy(tensor)
+
+    def in_numpy() -> np.ndarray:
+        h = obs
+        for weight, bias, zeros in hidden:
+            h = h.dot(weight)
+            h += bias
+            np.maximum(h, zeros, out=h)
+        h = h.dot(last)
+        h += last_bias
+        return np.tanh(h, out=h)
+
+    return {"torch": in_torch, "numpy": in_numpy}
+
+
+def measure_batches(args: argparse.Namespace, data: Transitions) -> list[dict[str, Any]]:
+    """Microseconds of `predict` for batches, compared with the bare network in torch or numpy, whichever is faster.
+
+    Of the algorithms that act by one network, with a normaliser, for float64 observations as Gymnasium returns them. The bare
+    network gets normalised float32 observations. The time of a burst is that of its fastest call, which no other process
+    interrupts.
+    """
+    rows = []
+    show("microseconds", "predict", "torch", "numpy", "ratio")
+    for (task, sizes), name in itertools.product(TASKS.items(), args.algorithms):
+        agent = make_agent(name, synthetic_data(1000, *sizes), normalize_obs=True)
+        policy = agent.point_policy(True)
+        if policy is None:
+            continue
+        for n in (8, 64, 256, 1024):
+            obs = np.random.default_rng(1).standard_normal((n, sizes[0]))
+
+            def predict(agent: Any = agent, obs: np.ndarray = obs) -> np.ndarray:
+                return agent.predict(obs, deterministic=True)[0]
+
+            found = fastest({"predict": predict, **bare_networks(policy, obs.astype(np.float32))}, args)
+            micros = {key: 1e6 * statistics.median(times) for key, times in found.items()}
+            share = ratio(found["predict"], found[min(("torch", "numpy"), key=micros.__getitem__)])
+            rows.append({"task": task, "algorithm": name, "batch": n, "microseconds": micros, "ratio": share})
+            cells = [f"{value:.1f}" for value in micros.values()]
+            show(f"{name}, {task}, batch of {n}", *cells, f"{share:.3f}")
+    return rows
+
+
+# ---- 4. many seeds ---------------------------------------------------------------------------------------------------
 def measure_many(args: argparse.Namespace, data: Transitions) -> list[dict[str, Any]]:
     """The time of one step of eight agents as one, relative to eight steps of a single agent in the same mode."""
     from diffagents.experiments.learn_many import make_many_runner, stacked
@@ -181,7 +240,7 @@ def measure_many(args: argparse.Namespace, data: Transitions) -> list[dict[str, 
     return rows
 
 
-# ---- 4. startup ------------------------------------------------------------------------------------------------------
+# ---- 5. startup ------------------------------------------------------------------------------------------------------
 IMPORT = """import time; start = time.perf_counter()
 import torch, gymnasium; before = time.perf_counter()
 {0}; print(before - start, time.perf_counter() - before)"""
@@ -221,7 +280,7 @@ def measure_startup(args: argparse.Namespace, data: Transitions) -> dict[str, An
     return result
 
 
-# ---- 5. where the time goes ------------------------------------------------------------------------------------------
+# ---- 6. where the time goes ------------------------------------------------------------------------------------------
 KINDS = ("matmul", "elementwise", "optimiser", "sampling", "Python, rest")
 MATMUL = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_addmm", "aten::mv", "aten::addmv", "mkl")
 BOOKKEEPING = (  # of tensors, without arithmetic
@@ -310,7 +369,7 @@ def phases_of(runner: Any, n: int) -> dict[str, float]:
     return seconds
 
 
-# ---- 6. log steps --------------------------------------------------------------------------------------------------------
+# ---- 7. log steps --------------------------------------------------------------------------------------------------------
 def measure_log_steps(args: argparse.Namespace, data: Transitions) -> dict[str, Any]:
     """The cost of logging, snapshots, counting and an empty callback, in percent of SRPO's critic updates.
 
@@ -369,6 +428,7 @@ def measure_log_steps(args: argparse.Namespace, data: Transitions) -> dict[str, 
 SECTIONS = {
     "training": measure_training,
     "predict": measure_predict,
+    "batches": measure_batches,
     "many": measure_many,
     "startup": measure_startup,
     "profile": measure_profile,

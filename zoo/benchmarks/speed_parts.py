@@ -38,14 +38,14 @@ Bursts = dict[str, list[float]]  # seconds per call, one number for each burst
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
-def synthetic_data(n: int = 50_000) -> Transitions:
-    """Random transitions of Hopper's sizes, in episodes of 500 steps, actions in [-1, 1]."""
+def synthetic_data(n: int = 50_000, obs_dim: int = OBS_DIM, act_dim: int = ACT_DIM) -> Transitions:
+    """Random transitions, by default of Hopper's sizes, in episodes of 500 steps, actions in [-1, 1]."""
     rng = np.random.default_rng(0)
-    actions = rng.uniform(-1, 1, (n, ACT_DIM)).astype(np.float32)
-    actions[:2] = [[-1.0] * ACT_DIM, [1.0] * ACT_DIM]
+    actions = rng.uniform(-1, 1, (n, act_dim)).astype(np.float32)
+    actions[:2] = [[-1.0] * act_dim, [1.0] * act_dim]
     ends = np.arange(1, n + 1) % 500 == 0
     arrays = {
-        "observations": rng.standard_normal((n, OBS_DIM), np.float32),
+        "observations": rng.standard_normal((n, obs_dim), np.float32),
         "actions": actions,
         "rewards": rng.uniform(0, 4, n).astype(np.float32),
         "terminations": ends & (np.arange(n) % 1000 < 500),
@@ -157,6 +157,18 @@ def latencies(calls: dict[str, Call], args: argparse.Namespace) -> dict[str, dic
     }
 
 
+def fastest(calls: dict[str, Call], args: argparse.Namespace) -> Bursts:
+    """The fastest call of each burst, interleaved as above, after a burst of each for the warm-up."""
+    found: Bursts = {name: [] for name in calls}
+    for name, call in [*calls.items()] * (args.repeats + 1):
+        best, end = float("inf"), time.perf_counter() + args.seconds
+        while (start := time.perf_counter()) < end:
+            call()
+            best = min(best, time.perf_counter() - start)
+        found[name].append(best)
+    return {name: times[1:] for name, times in found.items()}
+
+
 def numbers_of(code: str) -> list[float]:
     """Run `code` in a new Python process and return the numbers on its last line of output."""
     # Through a small process: on Linux ru_maxrss of a child starts at the size of its parent.
@@ -199,6 +211,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),  # of numpy, and of torch where it is not told otherwise
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
