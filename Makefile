@@ -15,7 +15,7 @@ JOBS ?= 2
 OLDEST := $(shell sed -n 's/^ *"torch>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 TORCH_TESTS := tests/test_torch_internals.py tests/training tests/agents tests/storage/test_format.py tests/deploy
 
-.PHONY: help run test test-oldest test-torch lint type format bench clean setup
+.PHONY: help run test test-oldest test-torch docs lint type format bench clean setup
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -43,6 +43,10 @@ test-torch: ## the same with another version: TORCH=2.14.1
 	$(@D)/bin/python -m pip --disable-pip-version-check install -qq -c $(@D)/constraints.txt "torch==$(TORCH)"
 	$(@D)/bin/python -m pip --disable-pip-version-check install -qq -c $(@D)/constraints.txt -e ".[test]" "torch==$(TORCH)"
 	@touch $@
+
+docs: $(READY) ## build the documentation site into out/docs; every warning is an error
+	HF_HUB_OFFLINE=1 $(PY) -m sphinx -W --keep-going -q -b html docs out/docs
+	@echo "open out/docs/index.html"
 
 lint: $(READY) ## ruff
 	$(PY) -m ruff check --quiet .

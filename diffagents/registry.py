@@ -50,27 +50,33 @@ def agent_class(algorithm: str) -> "type[Agent]":
 
 def load(
     path: str | pathlib.Path,
+    env: Any = None,
+    device: Any = "auto",
+    custom_objects: dict[str, Any] | None = None,
+    print_system_info: bool = False,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | pathlib.Path | None = None,
     local_files_only: bool = False,
-    env: Any = None,
-    device: Any = "auto",
     **overrides: Any,
 ) -> "Agent":
     """Load an agent of any algorithm from a folder, a .zip file or a Hub repository.
 
     Args:
-        path: A folder or .zip that exists, else "organisation/name" on the Hub.
+        path: A folder or .zip that exists, else "organisation/name" on the Hub. "zoo/<name>" is a policy of this library's zoo:
+            in a checkout, in the installed package (one small policy), or where the environment variable DIFFAGENTS_ZOO says, a
+            folder or an organisation of the Hub.
+        env: As in `Agent.set_env`; None: no environment.
+        device: As in the constructor.
+        custom_objects: Ignored; for SB3 compatibility.
+        print_system_info: Ignored; for SB3 compatibility.
         revision: Branch, tag or commit; for the Hub only.
         token: As in `Agent.push_to_hub`.
         cache_dir: The Hub's cache; None is its default location.
         local_files_only: Use the cache only and make no request, as with HF_HUB_OFFLINE=1.
-        env: As in `Agent.set_env`; None: no environment.
-        device: As in the constructor.
-        overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile`, `tf32` or
-            `record_command`.
+        overrides: Other hyperparameters (e.g. beta=0.1), `seed`, `verbose`, `tensorboard_log`, `compile`, `threads`,
+            `tf32` or `record_command`.
 
     Returns:
         The agent, of the class that is named in the file.

@@ -207,7 +207,7 @@ def test_evaluate_policy(pendulum_agent: SRPO, n_envs: int) -> None:
 
 
 def test_vec_normalize_is_found() -> None:
-    env = VecNormalize(make_vec_env("Pendulum-v1", 2))
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2), norm_obs=False, norm_reward=False)
     agent = SRPO("MlpPolicy", env, **SMALL)
     assert agent.get_vec_normalize_env() is env and agent.n_envs == 2 and agent.get_env() is env
 
@@ -612,6 +612,32 @@ def test_parameters_round_trip() -> None:
     with pytest.raises(ValueError, match="policy"):
         b.set_parameters({"policy": a.policy.state_dict()})
     b.set_parameters({"policy": a.policy.state_dict()}, exact_match=False)
+
+
+def test_parameters_of_a_file(tmp_path: pathlib.Path) -> None:
+    """As in SB3, a path stands for the parameters that were saved there."""
+    a = SRPO(**SMALL).learn(DATA)
+    path, actor = a.save(tmp_path / "agent"), a.save_pretrained(tmp_path / "actor")
+    (actor / "learner.safetensors").unlink()
+    for given in (path, str(tmp_path / "agent"), a.save_pretrained(tmp_path / "folder")):
+        b = SRPO(**{**SMALL, "seed": 1}).learn(DATA)
+        b.set_parameters(given)
+        same_networks(a, b)
+    c = SRPO(**{**SMALL, "seed": 1}).learn(DATA)
+    before = {name: tensor.clone() for name, tensor in c.q.state_dict().items()}
+    with pytest.raises(ValueError, match=r"parameters has the keys .* exact_match=False loads some of them only"):
+        c.set_parameters(actor)
+    c.set_parameters(actor, exact_match=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in c.q.state_dict().items())  # the critic stays its own
+    np.testing.assert_array_equal(c.predict(np.zeros(3))[0], a.predict(np.zeros(3))[0])
+    with pytest.raises(FileNotFoundError, match="there is no artifact"):
+        c.set_parameters(tmp_path / "nothing")
+
+
+def test_load_has_the_arguments_of_sb3(tmp_path: pathlib.Path) -> None:
+    path = SRPO("MlpPolicy", "Pendulum-v1", **SMALL).save(tmp_path / "agent")
+    agent = diffagents.load(path, gymnasium.make("Pendulum-v1"), "cpu", custom_objects={}, print_system_info=False)
+    assert agent.env is not None and agent.device.type == "cpu"
 
 
 def test_dict_observations(tmp_path: pathlib.Path) -> None:

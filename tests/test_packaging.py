@@ -1,5 +1,6 @@
 """What a user installs: the wheel's contents, the version, the citation."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import yaml
 import diffagents
 
 ROOT = Path(__file__).resolve().parents[1]
+POLICY = "srpo-hopper-medium-expert-v0"
+"""The policy of the zoo that is in the wheel."""
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -40,28 +43,70 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_holds_the_package_and_the_presets_and_nothing_else(wheel: Path) -> None:
-    inside = set(zipfile.ZipFile(wheel).namelist())
+def test_wheel_holds_the_package_the_presets_and_one_small_policy(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    inside = set(archive.namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "diffagents").rglob("*.py")}
     presets = {f"diffagents/zoo/{path.name}" for path in (ROOT / "zoo").glob("*.yml")}
     assert "diffagents/zoo/srpo.yml" in presets
+    files = ("README.md", "config.json", "model.safetensors", "results.json")
+    policy = {f"diffagents/zoo/{POLICY}/{name}" for name in files}
     package = {name for name in inside if ".dist-info/" not in name}
-    assert package == modules | presets | {"diffagents/py.typed"}
+    assert package == modules | presets | policy | {"diffagents/py.typed"}
     assert any(name.endswith("/licenses/LICENSE") for name in inside)
-    assert wheel.stat().st_size < 500_000
+    assert sum(archive.getinfo(name).compress_size for name in policy) < 300_000
+    assert wheel.stat().st_size < 800_000
 
 
-def test_unpacked_wheel_finds_its_presets(wheel: Path, tmp_path: Path) -> None:
-    """Away from the checkout, where zoo/ is no neighbour of the package."""
-    zipfile.ZipFile(wheel).extractall(tmp_path)
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked wheel, away from the checkout, where zoo/ is no neighbour of the package."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def _run(installed: Path, folder: Path, code: str, **environment: str) -> list[str]:
+    """The lines that a program prints with the installed package, run in `folder`, which asks no Hub."""
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(installed)!r})\n{code}"]
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DIFFAGENTS_ZOO")}
+    everything = {**clean, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", **environment}
+    result = subprocess.run(command, cwd=folder, env=everything, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_unpacked_wheel_finds_its_presets(installed: Path, tmp_path: Path) -> None:
     code = (
-        "import diffagents.config.presets as p; print(p.__file__); "
+        "import diffagents.config.presets as p; print(p.__file__)\n"
         "print(p.resolve_preset('SRPO', None, None)[1]['policy_steps'] > 0)"
     )
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [str(tmp_path / "diffagents" / "config" / "presets.py"), "True"]
+    assert _run(installed, tmp_path, code) == [str(installed / "diffagents" / "config" / "presets.py"), "True"]
+
+
+def test_unpacked_wheel_acts_with_its_policy_and_says_where_the_others_are(installed: Path, tmp_path: Path) -> None:
+    """The lines of the README, without a network and outside a checkout; another name says what to do."""
+    pytest.importorskip("mujoco")
+    code = f"""
+import diffagents, gymnasium
+from diffagents import SRPO
+agent = SRPO.from_pretrained("zoo/{POLICY}")
+obs, _ = gymnasium.make("Hopper-v5").reset(seed=0)
+action, _ = agent.predict(obs)
+print(diffagents.__file__, action.shape, diffagents.load("zoo/{POLICY}").seed == agent.seed)
+try:
+    diffagents.load("zoo/bdpo-hopper-medium-expert-v0")
+except FileNotFoundError as error:
+    print(error)
+from diffagents.cli.main import main
+main(["list", "--zoo"])
+"""
+    acted, refused, listed = _run(installed, tmp_path, code)
+    assert acted == f"{installed / 'diffagents' / '__init__.py'} (3,) True"
+    assert f"here are zoo/{POLICY};" in refused and "checkout" in refused and "set DIFFAGENTS_ZOO" in refused
+    assert listed.startswith(f"zoo/{POLICY}\tSRPO\t")
+    code = "import diffagents; print(diffagents.load('zoo/bc-hopper-medium-v0').act_dim)"
+    assert _run(installed, tmp_path, code, DIFFAGENTS_ZOO=str(ROOT / "zoo")) == ["3"]
 
 
 def test_version_is_said_once() -> None:

@@ -97,6 +97,10 @@ class AWR(Agent):
     POLICY_STAGE = "policy"
     MODEL: ClassVar[tuple[str, ...]] = ("policy",)
     TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("critic",)
+    HEALTHY: ClassVar[dict[str, str]] = {
+        "critic_loss": "The error of V to the returns of the data falls, then hardly changes. It does not reach 0.",
+        "policy_loss": "The weighted cloning error falls, then hardly changes; as minus a log-likelihood it may be below 0.",
+    }
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim

@@ -70,6 +70,10 @@ class BC(Agent):
     POLICY_STAGE = "behavior"
     MODEL: ClassVar[tuple[str, ...]] = ("policy",)
     TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ()
+    HEALTHY: ClassVar[dict[str, str]] = {
+        "return": "It rises into the range of the data's returns. A clone seldom exceeds the best of them.",
+        "bc_loss": "The error in the data's actions falls fast and then hardly changes. It does not reach 0 if the data vary.",
+    }
 
     def build(self) -> None:
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256)})

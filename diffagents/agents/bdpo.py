@@ -268,6 +268,10 @@ class BDPO(Agent):
     TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("policy", "behavior", "behavior_ema", "critic", "value", "value_target")
     CALIBRATES = True
     CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
+    HEALTHY: ClassVar[dict[str, str]] = {
+        "step_kl": "The policy's divergence from the behaviour model begins near 0, rises, and settles.",
+        "path_kl": "The same over a whole path of denoising: it begins near 0, rises, and settles.",
+    }
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim

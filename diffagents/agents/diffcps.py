@@ -222,6 +222,11 @@ class DiffCPS(Agent):
     TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("policy_ema", "critic", "multiplier")
     CALIBRATES = True
     CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
+    HEALTHY: ClassVar[dict[str, str]] = {
+        "q_loss": "Its gradient raises Q at the policy's actions; its level says little. It keeps its order of size.",
+        "distance": "The distance from the clone rises from 0 and stays near the bound target_kl or below it.",
+        "lambda": "The weight of cloning grows while the policy is too far from the data, else shrinks; it settles.",
+    }
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim

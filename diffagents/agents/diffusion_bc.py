@@ -107,6 +107,10 @@ class DiffusionBC(Agent):
     MODEL: ClassVar[tuple[str, ...]] = ("policy", "policy_ema")  # ema_tau, which `load` may change, decides which acts
     TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ()
     CHOICE: ClassVar[tuple[str, ...]] = ("solver", "solver_steps")
+    HEALTHY: ClassVar[dict[str, str]] = {
+        "return": "It rises into the range of the data's returns. A clone seldom exceeds the best of them.",
+        "bc_loss": "The error of the predicted noise falls quickly and then hardly changes. It does not reach 0.",
+    }
 
     def build(self) -> None:
         arch = net_arch(self.policy_kwargs, {"pi": (256, 256, 256)})

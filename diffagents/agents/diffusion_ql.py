@@ -183,6 +183,9 @@ class DiffusionQL(Agent):
     TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("policy_ema", "critic")
     CALIBRATES = True
     CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
+    HEALTHY: ClassVar[dict[str, str]] = {
+        "q_loss": "Its gradient raises Q at the policy's actions; its level says little. It keeps its order of size.",
+    }
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim

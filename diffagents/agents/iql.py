@@ -113,6 +113,10 @@ class IQL(Agent):
     MODEL: ClassVar[tuple[str, ...]] = ("policy",)
     OFFLINE_RATIO = "uniform"  # [O2]
     TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("critic",)
+    HEALTHY: ClassVar[dict[str, str]] = {
+        "policy_loss": "The weighted cloning error falls, then hardly changes; as minus a log-likelihood it may be below 0.",
+        "advantage": "The mean advantage of the data's actions stays near 0 or below it: V already expects the better of them.",
+    }
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim

@@ -162,6 +162,9 @@ class QGPO(Agent):
     MODEL: ClassVar[tuple[str, ...]] = ("behavior", "energy")
     TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("critic", "critic_target")
     CHOICE: ClassVar[tuple[str, ...]] = ("guidance_scale", "solver_steps")
+    HEALTHY: ClassVar[dict[str, str]] = {
+        "energy_loss": "It falls at first and then hardly changes. It does not reach 0: noise hides part of the action.",
+    }
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim

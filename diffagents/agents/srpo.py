@@ -236,6 +236,11 @@ class SRPO(Agent):
     POLICY_STAGE = "policy"
     MODEL: ClassVar[tuple[str, ...]] = ("policy",)
     TRAINING_NETWORKS: ClassVar[tuple[str, ...]] = ("critic", "behavior")
+    HEALTHY: ClassVar[dict[str, str]] = {
+        "policy_loss": "Its gradient moves the policy; its level says little. It falls at first and stays small.",
+        "q_grad_norm": "The pull of Q: of a steady size. If it grows without end, Q diverges.",
+        "score_pull": "The pull of the behaviour model: of a steady size, and larger where the policy leaves the data.",
+    }
 
     def build(self) -> None:
         c, obs_dim, act_dim = self.config, self.obs_dim, self.act_dim

@@ -5,6 +5,7 @@ line on stderr gives the reason), 2 invalid usage, 130 interrupted by Ctrl-C, 14
 """
 
 import argparse
+import difflib
 import inspect
 import os
 import re
@@ -19,6 +20,7 @@ from diffagents.cli import experiments
 from diffagents.cli.options import (
     DEVICE_HELP,
     POLICY_HELP,
+    THREADS_HELP,
     add_episodes,
     add_hub,
     add_hyperparameters,
@@ -44,9 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     # Accept the Python spelling of options: --batch_size is --batch-size.
     words = [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
-    args = parser(words).parse_args(words)
+    top = parser(words)
+    args, unknown = top.parse_known_args(words)
+    if unknown:
+        top.error(_unknown_arguments(unknown, args, words))
     if args.run is None:
-        parser(words).print_help()
+        top.print_help()
         return 2
     warnings.showwarning = lambda message, *_, **__: print(f"diffagents: warning: {printable(message)}", file=sys.stderr)
     try:
@@ -67,6 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = "" if args.traceback else "; --traceback shows where"
         return say(f"error: {cause}; this is a bug or a damaged file{where}", 1)
     return 0
+
+
+def _unknown_arguments(unknown: Sequence[str], args: argparse.Namespace, words: Sequence[str]) -> str:
+    """What is wrong with words that no option takes, and the option that each was perhaps meant to be."""
+    message = f"unrecognized arguments: {' '.join(unknown)}; "
+    if args.run is None:
+        return f"{message}see `diffagents --help`"
+    known = sorted(set(re.findall(r"--[a-z][-a-z0-9]*", args.options())) - {"--help"})
+    wrong = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    if guesses := [guess for word in wrong for guess in difflib.get_close_matches(word, known, 1)]:
+        message += f"did you mean {' and '.join(guesses)}? "
+    command = " ".join([args.run.__name__.rstrip("_"), *(word for word in words if word in AGENTS)][:2])
+    return f"{message}`diffagents {command} --help` lists all options"
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -92,7 +110,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, options=added.format_help)
         return added
 
     algorithm = next((word for word in words if word in AGENTS), None)
@@ -122,7 +140,15 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     one.add_argument("--env", metavar="ID", help="Environment that provides the exact spaces and is used by --eval.")
     one.add_argument("--eval", action="store_true", help="Evaluate the last policy in --env or the dataset's environment.")
     one.add_argument("--episodes", type=int, default=10, metavar="N", help="Number of episodes of --eval. Default: 10.")
-    one.add_argument("--video", action="store_true", help="Also render one episode.")
+    one.add_argument(
+        "--evaluations",
+        type=int,
+        default=8,
+        metavar="N",
+        help="How often to play 3 episodes while the policy is trained, in --env or the dataset's environment, for the curve "
+        "of returns on the card; fewer if they would take more than a twentieth of the time. 0: never. Default: 8.",
+    )
+    one.add_argument("--video", action="store_true", help="Also render a video of the policy.")
     one.add_argument("--net-arch", type=int, nargs="+", metavar="WIDTH", help="Widths of the hidden layers, e.g. 256 256.")
     one.add_argument("--resume", action="store_true", help="Resume the interrupted run in --out.")
     one.add_argument("--save-every", type=int, metavar="N", help="Write --out every N steps, so that a crash loses little.")
@@ -135,6 +161,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="Store this command with the policy and show it on its card, without the words that are not known to be harmless.",
     )
     one.add_argument("--device", default="auto", help=DEVICE_HELP)
+    one.add_argument("--threads", type=value, default="auto", metavar="N", help=THREADS_HELP)
     add_hyperparameters(one, algorithm)
 
     one = command(eval_, "diffagents eval me/srpo-hopper --episodes 20 --json | jq .mean_return")
@@ -147,7 +174,10 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     add_policy(one)
     add_episodes(one, episodes=1)
     one.add_argument(
-        "--video", type=Path, metavar="FILE.mp4", help="Write one episode to this file instead of opening a window."
+        "--video",
+        type=Path,
+        metavar="FILE.mp4",
+        help="Write a video, of 3 seconds or more, instead of opening a window.",
     )
 
     one = command(push, "diffagents push runs/srpo me/srpo-hopper --eval --video")
@@ -156,7 +186,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     one.add_argument("--eval", action="store_true", help="Evaluate first, in --env or the dataset's environment.")
     one.add_argument("--env", metavar="ID", help="Id of the environment of --eval.")
     one.add_argument("--episodes", type=int, default=10, metavar="N", help="Number of episodes of --eval. Default: 10.")
-    one.add_argument("--video", action="store_true", help="Render one episode for the model card.")
+    one.add_argument("--video", action="store_true", help="Render a video for the model card.")
     one.add_argument("--private", action="store_true", default=None, help="Create the repository as private.")
     one.add_argument("--revision", metavar="BRANCH", help="Target branch, created if it does not exist. Default: main.")
     one.add_argument("--message", metavar="TEXT", help="Commit message.")
@@ -172,6 +202,6 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     one = command(list_, "diffagents list runs")
     one.add_argument("where", nargs="?", metavar="WHERE", help="A folder, or an author or organisation on the Hub.")
-    one.add_argument("--zoo", action="store_true", help="List the trained policies in zoo/ of this checkout.")
+    one.add_argument("--zoo", action="store_true", help="List the trained policies of the zoo.")
     experiments.add_commands(command)
     return top

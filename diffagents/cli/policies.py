@@ -27,10 +27,12 @@ def train(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / re.sub(r"[^-.\w]+", "-", f"{args.algorithm.lower()}-{args.dataset}-seed{args.seed}")
     if args.save_every is not None and args.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, not {args.save_every}")
+    from diffagents.training.curve_callback import CurveCallback  # imports torch, for which --help need not wait
+
     values = hyperparameters(args)
     cls: Any = agent_class(args.algorithm)
     settings = {"device": args.device, "verbose": int(not args.quiet), "tensorboard_log": args.tensorboard}
-    settings["record_command"] = args.record_command
+    settings |= {"threads": args.threads, "record_command": args.record_command}
     chosen = preset(args)
     if args.resume:
         if values or chosen or args.net_arch or args.steps:
@@ -50,7 +52,9 @@ def train(args: argparse.Namespace) -> None:
             agent.save_pretrained(out, include_trainer_state=True)
         return True
 
-    callback = save_regularly if args.save_every is not None else None
+    # The environment of --env, else of the dataset, which is known only when the dataset has been loaded.
+    watching: list[Any] = [CurveCallback(args.env, points=args.evaluations)] if args.evaluations else []
+    callback = [*watching, *([save_regularly] if args.save_every is not None else [])] or None
     with contextlib.redirect_stdout(sys.stderr):
         try:
             agent.learn(args.dataset, args.steps, callback, progress_bar=args.progress, reset_num_timesteps=not args.resume)
@@ -87,6 +91,7 @@ def enjoy(args: argparse.Namespace) -> None:
     env = environment(args, agent)
     if args.video is not None:
         settings: dict[str, Any] = {"seed": args.seed, "deterministic": args.deterministic, "env_kwargs": env_arguments(args)}
+        settings["verbose"] = 1
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             path = record_video(agent, env, args.video, **settings)
@@ -135,15 +140,14 @@ def pull(args: argparse.Namespace) -> None:
 def list_(args: argparse.Namespace) -> None:
     """List the algorithms, or the policies in a folder, in the zoo, or of an author on the Hub."""
     if args.zoo:
-        args.where = _zoo()
-    if args.where is None:
-        rows: Iterator[Sequence[Any]] = ((name, (agent_class(name).__doc__ or "").partition("\n")[0]) for name in AGENTS)
+        rows: Iterator[Sequence[Any]] = _zoo()
+        args.where = "the zoo"
+    elif args.where is None:
+        rows = ((name, (agent_class(name).__doc__ or "").partition("\n")[0]) for name in AGENTS)
     elif Path(args.where).is_dir():
         rows = _local_policies(Path(args.where))
     else:
-        from diffagents.storage import hub
-
-        rows = ((name, *sorted(set(tags) & set(AGENTS)), _env_tag(tags)) for name, tags in hub.list_policies(args.where))
+        rows = _published(args.where)
     count = 0
     for count, row in enumerate(rows, start=1):  # noqa: B007
         print("\t".join(printable(item) for item in row))
@@ -163,15 +167,26 @@ def _local_policies(folder: Path) -> Iterator[Sequence[Any]]:
             yield place, short(config["algorithm"]), short((data or {}).get("id", "-")), _score(place)
 
 
-def _zoo() -> Path:
-    """The folder `zoo` of the checkout, relative to the current folder if it lies below."""
-    folder = Path(__file__).resolve().parents[2] / "zoo"
-    if not any(folder.glob("*/config.json")):
-        raise ValueError(
-            "this installation has no zoo: its policies are in the folder zoo/ of a checkout of the repository; "
-            "`diffagents list ORGANISATION` lists published ones"
-        )
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+def _zoo() -> Iterator[Sequence[Any]]:
+    """(zoo/<name>, algorithm, dataset, score) of every policy of the zoo here, then those of its organisation, if set."""
+    from diffagents.storage import hub
+
+    found: dict[str, Sequence[Any]] = {}
+    for folder in hub.zoo_folders():
+        for place, *rest in _local_policies(folder):
+            if place.parent == folder:
+                found.setdefault(place.name, (f"{hub.ZOO}/{place.name}", *rest))
+    yield from (found[name] for name in sorted(found))
+    if (organisation := hub.zoo_organisation()) is not None:
+        yield from _published(organisation)
+
+
+def _published(author: str) -> Iterator[Sequence[Any]]:
+    """(id, algorithm, environment) of every policy that an author or organisation has published on the Hub."""
+    from diffagents.storage import hub
+
+    for name, tags in hub.list_policies(author):
+        yield name, *sorted(set(tags) & set(AGENTS)), _env_tag(tags)
 
 
 def _score(place: Path) -> str:

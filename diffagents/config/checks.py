@@ -1,5 +1,7 @@
 """Checks of the user's arguments. Messages name the argument, its value and the rule."""
 
+import functools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -82,10 +84,27 @@ def check_arguments(policy: Any, obs_keys: Any, policy_kwargs: Any) -> None:
 def find_device(device: str | torch.device) -> torch.device:
     """The device of this name; "auto" is CUDA if it is available. Raises ValueError if the device cannot be used."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if n_cuda_devices() else "cpu")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'device={device!r} is not usable here: {str(error).splitlines()[0]}; try device="auto"') from None
     return found
+
+
+@functools.cache
+def n_cuda_devices() -> int:
+    """The number of CUDA devices that can be used, without torch's warnings if there is none.
+
+    Only a driver that is there and does not work, for example because it is too old, causes a warning, of one line.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    said = (" ".join(str(warning.message).split()) for warning in caught)
+    broken = next((text for text in said if text.startswith("CUDA initialization") and "no NVIDIA driver" not in text), None)
+    if n == 0 and broken is not None:
+        cause = broken.removeprefix("CUDA initialization:").strip().partition(". ")[0]
+        warnings.warn(f'torch cannot use the GPU ({cause}): device="auto" is the CPU', stacklevel=4)
+    return n

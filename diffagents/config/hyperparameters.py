@@ -25,6 +25,18 @@ from diffagents.config.checks import check_choice, check_number, whole_number
 
 T = TypeVar("T")
 C = TypeVar("C", bound="Hyperparameters")
+_OF_A_METHOD = {
+    "buffer_size": "learn_online",
+    "learning_starts": "learn_online",
+    "utd": "learn_online",
+    "offline_ratio": "learn_online",
+    "calibrate": "learn_online",
+    "total_timesteps": "learn",
+    "stages": "learn",
+    "dataset": "learn",
+    "clip_actions": "load_dataset",
+}
+"""Arguments, some of them of SB3's constructors, that belong to a method or function here."""
 KEY = "hyperparameter"
 """The key of a field's metadata under which its `Hyperparameter` is stored."""
 
@@ -211,6 +223,8 @@ def build_config(config: type[C], algorithm: str, values: dict[str, Any]) -> C:
     valid = config.__dataclass_fields__
     for name in values:
         if name not in valid:
+            if name in _OF_A_METHOD:
+                raise TypeError(f"{algorithm} has no hyperparameter {name!r}: it is an argument of {_OF_A_METHOD[name]}")
             near = difflib.get_close_matches(name, valid, 1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise TypeError(f"{algorithm} has no hyperparameter {name!r}{hint} Valid: {', '.join(valid)}")

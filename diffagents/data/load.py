@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
@@ -21,7 +22,7 @@ from diffagents.data.cache import cached, stamp_of
 from diffagents.data.minari import find_minari, read_minari
 from diffagents.data.ogbench import episodes_of, is_ogbench, made
 from diffagents.data.transitions import Transitions
-from diffagents.envs.make import difference_of_specs, make_env, spec_of, spec_to_store_or_warn
+from diffagents.envs.make import difference_of_specs, is_sb3, make_env, spec_of, spec_to_store_or_warn
 from diffagents.errors import one_line, printable
 from diffagents.types import Spec
 
@@ -30,14 +31,18 @@ _ARRAYS = {
     "valids",
 }  # fmt: skip
 _FILES = (".npz", ".hdf5", ".h5")
+_PICKLE = (
+    "a pickle can run code when it is opened, and is never opened here: if you trust it, open it yourself and pass what it "
+    "contains; a replay buffer that SB3 saved is stable_baselines3.common.save_util.load_from_pkl({!r})"
+)
 _FOREIGN = {
     ".parquet": "read it with pandas.read_parquet(path) and pass a dict of arrays",
     ".csv": "read it with pandas.read_csv(path) and pass a dict of arrays",
     ".zarr": "open it with zarr.open(path) and pass a dict of its arrays",
     ".pt": "read it with torch.load(path, weights_only=True) and pass what it contains, a dict of arrays",
     ".pth": "read it with torch.load(path, weights_only=True) and pass what it contains, a dict of arrays",
-    ".pkl": "a pickle can run code when it is opened: if you trust it, open it with pickle.load and pass what it contains",
-    ".pickle": "a pickle can run code when it is opened: if you trust it, open it with pickle.load and pass what it contains",
+    ".pkl": _PICKLE,
+    ".pickle": _PICKLE,
 }
 """How to get from other kinds of files to something that can be read, by suffix."""
 _ACCEPTED = (
@@ -128,9 +133,22 @@ def load_dataset(
     for advice in data.info["warnings"]:
         check.warn(f"{data.info['id']}: {advice}")
     if verbose:
-        took, n_episodes = time.perf_counter() - started, data.info["n_episodes"]
-        print(f"{check.name_of(data.info['id'])}: {len(data):,} transitions, {n_episodes:,} episodes, read in {took:.2f} s")
+        took, facts = time.perf_counter() - started, data.info
+        print(f"{check.name_of(facts['id'])}: {_size(data)}, {facts['n_episodes']:,} episodes, read in {took:.2f} s")
     return data
+
+
+def _size(data: Transitions) -> str:
+    """How many transitions there are, and why they are fewer than the steps of which everything else speaks."""
+    missing = data.info["n_steps"] - len(data)
+    if not missing:
+        return f"{len(data):,} transitions"
+    cut = (
+        "1 episode is cut, and its last step lacks"
+        if missing == 1
+        else f"{missing:,} episodes are cut, and their last steps lack"
+    )
+    return f"{len(data):,} transitions of {data.info['n_steps']:,} steps ({cut} the next observation)"
 
 
 def _read(source: Any, keys: Keys, environment: "_Environment | None", download: bool, cache: bool) -> Transitions:
@@ -140,7 +158,7 @@ def _read(source: Any, keys: Keys, environment: "_Environment | None", download:
     # Integer actions and single numbers are accepted only if the environment has such spaces: arrays alone do not tell.
     spec = environment.spec if environment is not None and check.has_numbers_or_integers(environment.spec) else None
     if isinstance(source, str | Path) and (way := _FOREIGN.get(Path(source).suffix.lower())):
-        raise ValueError(f"{source} is no file that can be read here, which are .npz and .hdf5: {way}")
+        raise ValueError(f"{source} is no file that can be read here, which are .npz and .hdf5: {way.format(str(source))}")
     if isinstance(source, Path) or (isinstance(source, str) and source.lower().endswith(_FILES)):
         return _read_file(Path(source).expanduser(), keys, limit, cache and spec is None, spec)
     if isinstance(source, str):
@@ -155,7 +173,29 @@ def _read(source: Any, keys: Keys, environment: "_Environment | None", download:
         named = ((f"episode {i} actions", e["actions"]) for i, e in enumerate(source) if "actions" in e)
         n_steps = sum(len(np.atleast_1d(check.numeric(name, actions))) for name, actions in named)
         return from_episodes(source, n_steps, keys, spec, {"id": "arrays", "kind": "episodes"})
-    raise TypeError(f"a dataset cannot be read from {type(source).__name__}; accepted are {_ACCEPTED}")
+    raise TypeError(_no_dataset(source))
+
+
+def _no_dataset(source: Any) -> str:
+    """Why something is no dataset: in particular what SB3's `learn` takes, which makes its own data."""
+    kind = type(source).__name__
+    if source is None or isinstance(source, int | float):
+        what = "there is no dataset" if source is None else f"the dataset is the number {source}"
+        return (
+            f"{what}: agents learn from recorded data, learn(dataset, total_timesteps), which are {_ACCEPTED}; to learn by "
+            "acting in an environment instead, call learn_online(total_timesteps, env=...)"
+        )
+    if isinstance(source, gym.Env | gym.vector.VectorEnv) or is_sb3(source):
+        return (
+            f"a {kind} is an environment, not a dataset: pass data that were recorded in it (diffagents.collect lets a policy "
+            "record some), or learn by acting in it with learn_online(total_timesteps, env=...)"
+        )
+    if _is_a(source, "stable_baselines3", "BaseAlgorithm"):
+        return (
+            f"a {kind} is a model, not a dataset: pass its replay buffer, model.replay_buffer, or let the model record data "
+            "with diffagents.collect"
+        )
+    return f"a dataset cannot be read from {kind}; accepted are {_ACCEPTED}"
 
 
 def _from_mapping(

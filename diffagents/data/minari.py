@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 
 from diffagents.data import hdf5
@@ -91,6 +92,11 @@ def find_minari(source: str, download: bool) -> Path:
         raise FileNotFoundError(
             f"{identity!r} is a name of D4RL; Minari has data of the same task, collected anew, as {relative!r}: pass that, or "
             "the path of D4RL's .hdf5 file"
+        )
+    if identity in gym.registry:
+        raise ValueError(
+            f"{identity!r} is an environment, not a dataset: pass data that were recorded in it (diffagents.collect lets a "
+            "policy record some), or learn by acting in it with learn_online(total_timesteps, env=...)"
         )
     if not download:
         raise FileNotFoundError(

@@ -16,16 +16,27 @@ from torch import Tensor, nn
 
 REWARD_TRANSFORMS: dict[str, str] = {
     "none": "r",
-    "iql_locomotion": "1000 r / (R_max - R_min) over the returns R of episodes: IQL, IDQL, SRPO, QGPO, BDPO",
-    "iql_antmaze": "r - 1: IQL, IDQL, SRPO, QGPO on sparse goals",
+    "return_range": "1000 r / (R_max - R_min) over the returns R of episodes",
+    "minus_one": "r - 1",
+    "iql_locomotion": "return_range under the name of its task in IQL, IDQL, SRPO, QGPO, BDPO",
+    "iql_antmaze": "minus_one under the name of its task in IQL, IDQL, SRPO, QGPO: sparse goals",
     "cql_antmaze": "4 (r - 0.5): Diffusion-QL, DiffCPS on sparse goals",
     "antmaze100": "100 r: BDPO on sparse goals",
     "unit_returns": "(r - c) / std of the discounted returns-to-go, c = 1 for a 0/1 goal reward, else 0: the fast recipe",
     "normalize": "(r - mean) / std over the transitions: Diffusion-QL on adroit",
-    "auto": "chosen from the data: iql_antmaze for a 0/1 goal reward, iql_locomotion where returns differ, else none",
+    "auto": "chosen from the data: minus_one for a 0/1 goal reward, return_range where returns differ, else none",
 }
-"""Name -> formula and who uses it. "auto" is a rule, never a result: a fitted transform has the name that it resolved to."""
-_FIXED = {"none": (1.0, 0.0), "iql_antmaze": (1.0, -1.0), "cql_antmaze": (4.0, -2.0), "antmaze100": (100.0, 0.0)}
+"""Name -> formula and who uses it. "auto" is a rule, never a result: a fitted transform has the name that it resolved to, which
+says what it does and names no task."""
+_RANGE = ("return_range", "iql_locomotion")
+"""The names of the transform that divides by the range of returns."""
+_FIXED = {
+    "none": (1.0, 0.0),
+    "minus_one": (1.0, -1.0),
+    "iql_antmaze": (1.0, -1.0),
+    "cql_antmaze": (4.0, -2.0),
+    "antmaze100": (100.0, 0.0),
+}
 
 
 class ObsNormalizer(nn.Module):
@@ -127,7 +138,7 @@ def fit_reward_transform(
 ) -> RewardTransform:
     """Fit a reward transform on a dataset.
 
-    "iql_locomotion" takes its returns from the recorded episode boundaries. Official SRPO, QGPO and CORL cut every 1000
+    "return_range" takes its returns from the recorded episode boundaries. Official SRPO, QGPO and CORL cut every 1000
     rows of an array that has already lost its time-out rows, so that their windows drift across episodes; their factor
     differs from this one by a small amount, most where episodes rarely terminate.
 
@@ -148,11 +159,11 @@ def fit_reward_transform(
         raise ValueError(f"reward transform {name!r} is unknown; choose from {', '.join(REWARD_TRANSFORMS)}")
     if name == "auto":
         name = _choose(rewards, episode_returns, terminal_rewards)
-    if name == "iql_locomotion":
+    if name in _RANGE:
         if not _differ(episode_returns):
             raise ValueError(
-                f"reward transform 'iql_locomotion' divides by the range of returns, but {_describe(episode_returns)}; "
-                "use 'none', or 'iql_antmaze' for a sparse goal"
+                f"reward transform {name!r} divides by the range of returns, but {_describe(episode_returns)}; "
+                "use 'none', or 'minus_one' for a sparse goal"
             )
         return RewardTransform(name, scale=1000.0 / float(episode_returns.max() - episode_returns.min()))
     if name == "normalize":
@@ -165,7 +176,7 @@ def fit_reward_transform(
     if name == "unit_returns":
         if returns_to_go is None:
             raise ValueError("reward transform 'unit_returns' needs the episodes of the data")
-        shift = -1.0 if _choose(rewards, episode_returns, terminal_rewards) == "iql_antmaze" else 0.0
+        shift = -1.0 if _choose(rewards, episode_returns, terminal_rewards) == "minus_one" else 0.0
         returns = returns_to_go(rewards + shift).double()
         std, mean = torch.std_mean(returns, correction=0)
         scale = 1.0 if float(std) <= 1e-6 * max(1.0, abs(float(mean))) else 1.0 / float(std)
@@ -180,8 +191,8 @@ def _choose(rewards: Tensor, episode_returns: Tensor, terminal_rewards: Tensor |
     zero, one = rewards == 0, rewards == 1
     sparse_goal = bool((zero | one).all() and zero.any() and one.any())
     if sparse_goal and (terminal_rewards is None or bool((terminal_rewards == 1).all())):
-        return "iql_antmaze"
-    return "iql_locomotion" if _differ(episode_returns) else "none"
+        return "minus_one"
+    return "return_range" if _differ(episode_returns) else "none"
 
 
 def _differ(returns: Tensor) -> bool:

@@ -184,7 +184,13 @@ class Replay:
             FileNotFoundError: If there is no such file.
             ArtifactError: If the file is damaged, or was saved with other spaces or at another moment.
         """
+        named = Path(path).expanduser()
         path = file_of(path)
+        if named.suffix == ".pkl" and named.is_file() and not path.is_file():
+            raise ArtifactError(
+                f"{named} is a pickle, as SB3 saves replay buffers, which can run code when it is opened: if you trust it, "
+                f"pass stable_baselines3.common.save_util.load_from_pkl({str(named)!r}) as dataset= of learn or learn_online"
+            )
         if moment_of(path) != moment:  # perhaps the agent was not saved any more after this buffer's successor
             path = next((other for other in (previous_of(path), _once_previous_of(path)) if moment_of(other) == moment), path)
         if not path.is_file():

@@ -411,7 +411,7 @@ def within_bounds(action: Tensor, spec: Spec, ends: Tensor, lengths: Tensor, cli
         raise ValueError(
             f"actions lie outside the action space in {n_bad} of {len(action)} rows, first at "
             f"{_place(row, ends.numpy(), lengths.numpy())}: dimension {dim} is {value:.6g}, outside {bounds}; "
-            "pass clip_actions=True to clip them, or leave env= out if these are the wrong bounds"
+            "clip them with load_dataset(..., clip_actions=True), or leave env= out if these are the wrong bounds"
         )
     return action.clamp(low, high)
 

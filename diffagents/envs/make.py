@@ -1,6 +1,9 @@
 """Making environments from an id or a stored spec, which may come from an untrusted file, and telling environments apart."""
 
+import contextlib
 import importlib.util
+import inspect
+import io
 import json
 import math
 import os
@@ -13,7 +16,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from diffagents.errors import one_line, printable, short
 
@@ -236,6 +239,11 @@ def difference_of_specs(stored: str, other: Mapping[str, Any]) -> str | None:
         For example "max_episode_steps=500 instead of 1000"; None if there is no difference.
     """
     old, new = _identity(json.loads(stored)), _identity(other)
+    if old != new and old["id"] == new["id"]:  # an argument that is passed may be the default of the other environment
+        defaults = _defaults(str(old["id"]))
+        old, new = (
+            {**{key: value for key, value in defaults.items() if key in old or key in new}, **one} for one in (old, new)
+        )
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     shown = [
         f"{short(key)}={short(str(new.get(key, 'default')))} instead of {short(str(old.get(key, 'default')))}"
@@ -270,7 +278,7 @@ def warn_of_normalized_observations(dataset_info: Mapping[str, Any] | None, env:
 
     Args:
         dataset_info: `Agent.dataset_info`; None if it has not learned yet, or for policies of which nothing is known.
-        env: A Gymnasium Env or VectorEnv, or an SB3 VecEnv.
+        env: A Gymnasium Env or VectorEnv, or an SB3 VecEnv, for whose VecNormalize there is `refuse_vec_normalize`.
     """
     wrapper = _observation_normalizer(env)
     if dataset_info is None or wrapper is None or wrapper in str(dataset_info.get("env_spec")):
@@ -286,10 +294,30 @@ def _observation_normalizer(env: Any) -> str | None:
     """The name of a wrapper that normalises the observations of `env`, or of the first environment in a VecEnv; or None."""
     while env is not None:
         name = type(env).__name__
-        if name == "NormalizeObservation" or (name == "VecNormalize" and env.norm_obs):
+        if name == "NormalizeObservation":
             return name
         env = getattr(env, "env", None) or getattr(env, "venv", None) or next(iter(getattr(env, "envs", None) or ()), None)
     return None
+
+
+def refuse_vec_normalize(env: Any, rewards: bool = True) -> None:
+    """Raise ValueError if an SB3 VecNormalize changes the units of an environment, in which an agent would act.
+
+    The agent knows the units of its data. Those of an SB3 replay buffer are the original ones, also if its model acted inside a
+    VecNormalize.
+
+    Args:
+        env: Any environment; only a VecEnv can be inside a VecNormalize.
+        rewards: Whether the units of rewards matter.
+    """
+    while env is not None:
+        if any(cls.__name__ == "VecNormalize" for cls in type(env).__mro__) and (env.norm_obs or (rewards and env.norm_reward)):
+            raise ValueError(
+                "the environment is inside a VecNormalize, which changes the units of observations or rewards, but an agent "
+                "acts in those of its data, which in an SB3 replay buffer are the original ones: pass the environment without "
+                "it, env.venv; the agent's own normaliser (normalize_obs=True) and reward_transform are saved with it"
+            )
+        env = getattr(env, "venv", None)
 
 
 def prefer_egl() -> bool:
@@ -325,17 +353,12 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> Any:
     """`gymnasium.make`, which registers the environments of the optional extras first where they are needed."""
     try:
         try:
-            return gym.make(env_id, **kwargs)
+            with _without_deprecations(env_id):
+                return gym.make(env_id, **kwargs)
         except gym.error.UnregisteredEnv:
-            if env_id.startswith(_PUSHT):
-                import gym_pusht
-
-                gym.register_envs(gym_pusht)
-            else:
-                import gymnasium_robotics
-
-                gym.register_envs(gymnasium_robotics)
-            return gym.make(env_id, **kwargs)
+            _register_extra(env_id)
+            with _without_deprecations(env_id):
+                return gym.make(env_id, **kwargs)
     except gym.error.UnregisteredEnv as error:
         cause: Exception = error
         remedy = "check its spelling and version, or import the package that registers it first"
@@ -355,6 +378,56 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> Any:
     except gym.error.Error as error:  # a malformed id, or one that has been retired
         cause, remedy = error, "check its spelling, which is [namespace/]name-vN"
     raise ValueError(f"unknown environment {env_id!r} ({printable(one_line(cause))}): {remedy}") from None
+
+
+def _register_extra(env_id: str) -> None:
+    """Register the environments of the optional package that has this one. Raises ImportError if it is not installed."""
+    if env_id.startswith(_PUSHT):
+        import gym_pusht
+
+        gym.register_envs(gym_pusht)
+    else:
+        with contextlib.redirect_stderr(io.StringIO()) as news:  # a notice about three environments, whichever is made
+            import gymnasium_robotics
+        if env_id in news.getvalue():
+            print(news.getvalue(), end="", file=sys.stderr)
+        gym.register_envs(gymnasium_robotics)
+
+
+@contextlib.contextmanager
+def _without_deprecations(env_id: str) -> Iterator[None]:
+    """Keep to itself what MuJoCo, in every environment that is made, finds outdated in the model files of other packages.
+
+    Its other warnings are printed as MuJoCo prints them, or go to the function that the user has set for them.
+    """
+    if env_id in gym.registry:
+        with contextlib.suppress(Exception):  # gymnasium.make says why it cannot be imported
+            _constructor(env_id)
+    mujoco = sys.modules.get("mujoco")  # whoever makes such an environment imports it
+    if mujoco is None or not hasattr(mujoco, "get_mju_user_warning"):
+        yield
+        return
+    before = mujoco.get_mju_user_warning()
+
+    def warn(text: str) -> None:
+        if "is deprecated" in text:
+            return
+        if before is not None:
+            before(text)
+        else:
+            print(f"WARNING: {text}", file=sys.stderr)
+
+    mujoco.set_mju_user_warning(warn)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
+def _constructor(env_id: str) -> Any:
+    """What makes a registered environment, which may import its package."""
+    entry_point = gym.registry[env_id].entry_point
+    return load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
 
 
 def _read_spec(spec: str | EnvSpec) -> tuple[str, dict[str, Any]]:
@@ -426,9 +499,28 @@ def _leaves(arguments: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What distinguishes two environments: id, time limit and keyword arguments, as in JSON."""
-    kwargs = json.loads(json.dumps(spec.get("kwargs") or {}, default=str, skipkeys=True))
-    registered = gym.registry.get(str(spec.get("id")))
+    """What distinguishes two environments: id, time limit and keyword arguments, as in JSON, with those that are registered."""
+    env_id = str(spec.get("id"))
+    if env_id not in gym.registry and env_id.startswith((_PUSHT, *_ROBOTICS)):
+        with contextlib.suppress(ImportError):
+            _register_extra(env_id)
+    registered = gym.registry.get(env_id)
     limit = spec.get("max_episode_steps") or (registered.max_episode_steps if registered is not None else None)
     facts = {"id": spec.get("id"), "max_episode_steps": limit}
+    kwargs = _as_json({**(registered.kwargs if registered is not None else {}), **(spec.get("kwargs") or {})})
     return facts | {key: value for key, value in kwargs.items() if key not in _NOT_THE_TASK}
+
+
+def _defaults(env_id: str) -> dict[str, Any]:
+    """The defaults of a registered environment's constructor, as in JSON; empty if they cannot be read."""
+    try:
+        parameters = inspect.signature(_constructor(env_id)).parameters
+    except Exception:  # not registered, a missing package, or a constructor without a signature
+        return {}
+    return _as_json({name: one.default for name, one in parameters.items() if one.default is not inspect.Parameter.empty})
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as they come back from JSON, lists for tuples; what is no JSON becomes a text."""
+    read: dict[str, Any] = json.loads(json.dumps(dict(values), default=str, skipkeys=True))
+    return read

@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from diffagents.envs.make import make_env, scalar_reward
+from diffagents.envs.make import make_env, refuse_vec_normalize, scalar_reward
 from diffagents.types import Spec
 
 if TYPE_CHECKING:
@@ -22,20 +22,22 @@ def as_vec_env(env: Any) -> "VecEnv":
     """Make a VecEnv whose episodes a Monitor records.
 
     Args:
-        env: An environment id, a Gymnasium Env, or an SB3 VecEnv, which is returned unchanged.
+        env: An environment id, a Gymnasium Env, or an SB3 VecEnv, which is returned unchanged and must not be inside a
+            VecNormalize that changes observations or rewards.
 
     Returns:
         The VecEnv.
 
     Raises:
         TypeError: For anything else.
-        ValueError: If the id is unknown; see `make_env`.
+        ValueError: If the id is unknown, see `make_env`; or for such a VecNormalize.
         ImportError: If a package is missing; see `make_env`.
     """
     from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
     if isinstance(env, VecEnv):
+        refuse_vec_normalize(env)
         base = env.unwrapped
         if isinstance(base, DummyVecEnv):
             base.envs = [one if isinstance(one, PlainEnv) else PlainEnv(one) for one in base.envs]

@@ -17,6 +17,7 @@ from diffagents.envs.make import (
     error_of_stored_arguments,
     is_sb3,
     make_env,
+    refuse_vec_normalize,
     warn_of_normalized_observations,
 )
 from diffagents.evaluation.d4rl import D4RL_REFERENCE, d4rl_score, normalized_scores, reference_name
@@ -35,6 +36,7 @@ class Evaluation:
         env_id: Id of the environment; None if it has none.
         seed: As passed to `evaluate`.
         deterministic: As passed to `predict` in each step.
+        choice: Hyperparameters that were overridden in each call of `predict`; None if there were none.
     """
 
     returns: tuple[float, ...]
@@ -43,6 +45,7 @@ class Evaluation:
     env_id: str | None = None
     seed: int | None = 0
     deterministic: bool = True
+    choice: Mapping[str, Any] | None = None
 
     @property
     def mean_return(self) -> float:
@@ -199,7 +202,8 @@ def evaluate(
 
     Raises:
         ValueError: If `n_episodes` or `n_envs` is below 1, the spaces differ from the policy's, an action has a wrong shape
-            or NaN, a reward is NaN, or an episode does not end; and as `make_env`.
+            or NaN, a reward is NaN, or an episode does not end; if an agent would act inside a VecNormalize that changes
+            observations; and as `make_env`.
         TypeError: If `policy` has no `predict`; and as `make_env`.
         ImportError: As `make_env`.
     """
@@ -229,11 +233,13 @@ def evaluate(
                 adapter = SB3(env, cleanup)
             else:
                 adapter = Vector(env) if isinstance(env, gym.vector.VectorEnv) else Single([env])
-            warn_of_normalized_observations(getattr(policy, "dataset_info", None), env)
+            if hasattr(policy, "dataset_info"):  # an agent, which knows the units of its data
+                refuse_vec_normalize(env, rewards=False)
+                warn_of_normalized_observations(policy.dataset_info, env)
         check_spaces(policy, adapter.observation_space, adapter.action_space)
         episodes = play(policy, adapter, n_episodes, seed, deterministic)
         env_id = env_id_of(envs[0] if by_name else env)
-    successes = [success for _, _, success in episodes]
+    successes, choice = [success for _, _, success in episodes], getattr(policy, "choice", None)
     return Evaluation(
         returns=tuple(ret for ret, _, _ in episodes),
         lengths=tuple(length for _, length, _ in episodes),
@@ -241,4 +247,5 @@ def evaluate(
         env_id=env_id,
         seed=seed,
         deterministic=deterministic,
+        choice=choice if isinstance(choice, Mapping) else None,
     )

@@ -623,7 +623,7 @@ def _reward_advice(facts: Mapping[str, Any]) -> str:
     auto, unit = rewards["transforms"]["auto"], rewards["transforms"]["unit_returns"]
     if _only_cloning(facts):
         return f"The reward is always {number(rewards['mean'])}: there is nothing to scale."
-    if auto["name"] == "iql_antmaze":
+    if auto["name"] == "minus_one":
         return (
             f"A sparse goal (0, and 1 in {percent(1 - rewards['share_zero'])} of the rows): the default preset learns from "
             f"r - 1, times {number(unit['scale'])}, so that each step costs; preset=None takes r - 1."
@@ -663,7 +663,7 @@ def _which_algorithm(facts: Mapping[str, Any]) -> str:
         )
     if returns["n"] < 2:
         return "Begin with BC: there is only one episode, and nothing to compare it with."
-    if facts["rewards"]["transforms"]["auto"]["name"] == "iql_antmaze" and episodes["std"] > 0.05 * episodes["mean"]:
+    if facts["rewards"]["transforms"]["auto"]["name"] == "minus_one" and episodes["std"] > 0.05 * episodes["mean"]:
         return (
             f"Begin with SRPO, and BC to compare with: episodes take between {number(episodes['min'])} and "
             f"{number(episodes['max'])} steps, so there is something to prefer. Then DiffusionQL and DiffCPS, which take "

@@ -255,7 +255,7 @@ def _check(spec: RunSpec, where: str) -> None:
         value = getattr(spec, name)
         if not (name == "steps" and value is None) and (type(value) is not int or value < least):
             raise ValueError(f"{where}: {name} must be a whole number of at least {least}, not {value!r}")
-    if spec.point_episodes > spec.episodes:
+    if spec.points > 1 and spec.point_episodes > spec.episodes:  # with fewer points the last evaluation is the only one
         raise ValueError(f"{where}: point_episodes={spec.point_episodes} must not exceed episodes={spec.episodes}")
     for name, kind in (("deterministic", bool | None), ("label", str)):
         if not isinstance(getattr(spec, name), kind):

@@ -304,12 +304,21 @@ def clone_among(names: Iterable[str]) -> str | None:
 def details(cells: Mapping[str, Sequence[Run]], command: str) -> str:
     """A table with a row per cell: what is needed to judge it and to repeat it."""
     specs, units = [members[0]["spec"] for members in cells.values()], _units(cells)
-    episodes, fewer = (", ".join(map(str, sorted({spec[key] for spec in specs}))) for key in ("episodes", "point_episodes"))
+    during = [spec for spec in specs if spec.get("points", 2) > 1]  # with fewer there is the last evaluation only
+    episodes = ", ".join(map(str, sorted({spec["episodes"] for spec in specs})))
+    fewer = ", ".join(map(str, sorted({spec["point_episodes"] for spec in during})))
     lines = [
         "The raw return of the last policy, and its value in the unit above, also by seed (in brackets the median seed, whose",
         f"policy is kept): {episodes} episodes per run, resets seeded 1000, 1001, ... Then the best evaluation of the run and",
         f"its step; evaluations during training play {fewer} episodes. Choosing a policy by the episodes on which it is",
         "reported is biased upwards: the column serves to compare with papers that report it.\n",
+    ]
+    if not during:
+        lines[1:] = [
+            f"policy is kept): {episodes} episodes per run, resets seeded 1000, 1001, ... No policy was evaluated during",
+            "training, so that the best evaluation is the last.\n",
+        ]
+    lines += [
         "| cell | seeds | raw return | last | last by seed | best | at step | updates | minutes per run | machine | commit |",
         f"|{'---|' * 11}",
     ]

@@ -385,7 +385,10 @@ def read(path: str | os.PathLike[str], origin: HubCommit | None = None, files: C
     other = given.with_suffix("") if given.suffix == ".zip" else Path(f"{given}.zip")
     found = next((place for place in (given, other) if place.exists()), None) or find_moved(given)
     if found is None:
-        raise FileNotFoundError(f"there is no artifact at {given} nor at {other}: check the path")
+        raise FileNotFoundError(
+            f"there is no artifact at {given} nor at {other}: check the path (diffagents.load and from_pretrained also load "
+            "from the Hub and the zoo)"
+        )
     stamp = _stamp(found) if origin is None else None  # a commit of the Hub does not change
     with _naming(origin, found):
         source = Artifact(found, {}, origin, files, stamp)

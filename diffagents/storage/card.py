@@ -5,8 +5,6 @@ is for people who want to judge the policy or train it again.
 """
 
 import html
-import io
-import itertools
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -17,8 +15,6 @@ from diffagents.evaluation.statistics import mean_interval, success_interval
 
 MARK = "<!-- made by diffagents: take this line out to keep your own changes from being overwritten -->"
 """The line by which a generated card is recognised; cards without it are never overwritten."""
-MAX_PANELS = 24
-"""The most panels of a picture of curves: drawing more takes long, and nobody reads them."""
 _LINK = re.compile(r"(?i)\b(https?|ftp|mailto|xmpp):|:(?=//)")
 _WWW = re.compile(r"(?i)\bwww\.")
 
@@ -107,7 +103,7 @@ def _make_card(
         f"---\n{front}---\n{MARK}\n",
         f"# {plain(algorithm)}{f' on {plain(env)}' if env else ''}\n",
         _score(results),
-        _use(algorithm, name, env, env == data_env(config), _how(config, results)),
+        _use(config, results, algorithm, name, env),
         *(["![Curves of the training](curves.png)\n"] if "curves.png" in pictures else []),
         *(['<video src="replay.mp4" controls loop></video>\n'] if "replay.mp4" in pictures else []),
         _table("Data", _data_rows(config)),
@@ -190,23 +186,54 @@ def _score(results: Mapping[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _how(config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
-    """The argument with which the policy acts as in its evaluation; empty if it is meant to act so."""
+def _how(config: Mapping[str, Any], results: Mapping[str, Any] | None) -> tuple[str, str]:
+    """The arguments of `predict` and of `evaluate` with which the policy acts as in its evaluation; empty if it is meant to."""
     meant = (config.get("knobs") or {}).get("deterministic")  # absent if the algorithm leaves no choice
     evaluated = (results or {}).get("is_deterministic", meant)
-    return "" if meant is None or evaluated == meant else f", deterministic={bool(evaluated)}"
+    how = "" if meant is None or evaluated == meant else f", deterministic={bool(evaluated)}"
+    choice = _literals((results or {}).get("choice") or {})
+    if not choice:
+        return how, how
+    one_by_one = "".join(f", {name}={value}" for name, value in choice.items())
+    together = ", ".join(f"{json.dumps(name)}: {value}" for name, value in choice.items())
+    return how + one_by_one, f"{how}, choice={{{together}}}"
 
 
-def _use(algorithm: str, name: str, env: str | None, stored: bool, how: str) -> str:
-    """How to load the policy. stored: whether `env` comes with the dataset, so that `evaluate` finds it; how: see `_how`."""
-    where = "" if env is not None and stored else f"{json.dumps(env) if env else 'env'}, "
-    loop = f"print(agent.evaluate({where}n_episodes=10{how}))"
+def _literals(choice: Mapping[str, Any]) -> dict[str, str]:
+    """Hyperparameters as literals of Python. They become part of a program, and may come from a stranger's file."""
+    for name, value in choice.items():
+        word = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", value)
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", name) or not (word or type(value) in (int, float, bool)):
+            raise ValueError("results has a choice that is not a number or a word with the name of a hyperparameter")
+    return {name: json.dumps(value) if isinstance(value, str) else repr(value) for name, value in choice.items()}
+
+
+def _episodes(results: Mapping[str, Any] | None) -> str:
+    """The arguments of `evaluate` that repeat the episodes of the card; ten episodes if it has none."""
+    if results is None or type(results.get("n_eval_episodes")) is not int:
+        return "n_episodes=10"
+    seed = results.get("seed", 0)
+    return f"n_episodes={results['n_eval_episodes']}" + (f", seed={seed}" if type(seed) is int and seed != 0 else "")
+
+
+def _use(config: Mapping[str, Any], results: Mapping[str, Any] | None, algorithm: str, name: str, env: str | None) -> str:
+    """How to load the policy and to repeat the evaluation of the card: a program that runs as it is."""
+    to_predict, to_evaluate = _how(config, results)
+    where = "" if env == data_env(config) else f"{json.dumps(env)}, "  # `evaluate` finds the environment of the dataset
+    at_once = ", n_envs=10" if env else ""  # an environment of the user's own is a single one
+    call = f"print(agent.evaluate({where if env else 'env, '}{_episodes(results)}{at_once}{to_evaluate}))"
+    if env is None:
+        call = f"# {call}  # env: your environment, or its id"
+    elif results is not None and "mean_reward" in results:
+        call += "  # the episodes of this card"
     return f"""```python
 from diffagents import {algorithm}  # pip install diffagents
 
 agent = {algorithm}.from_pretrained({json.dumps(name)})
-action, _ = agent.predict(obs{how})  # one observation of the environment, or a batch
-{loop}
+{call}
+
+obs = agent.observation_space.sample()  # in your program what the environment returns: one observation, or a batch
+action, _ = agent.predict(obs{to_predict})
 ```
 
 The files contain only JSON and safetensors: loading them runs no code.
@@ -282,48 +309,3 @@ def plain(value: Any) -> str:
 def _word(value: Any) -> str:
     """A value as one line of at most 500 characters that can be shown."""
     return printable(" ".join(str(value).split())[:500])
-
-
-def draw_curves(history: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """Draw the training curves: one panel for the evaluations and one for each metric.
-
-    Args:
-        history: `Agent.history`: rows with num_timesteps, stage, stage_step and metrics.
-        evaluations: Rows with num_timesteps and mean_return, from an EvalCallback.
-
-    Returns:
-        A PNG of at most MAX_PANELS panels, which says so if there are more; None if no curve has two points.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    panels: dict[str, list[tuple[float, float]]] = {}
-    for row in evaluations:
-        panels.setdefault("return in evaluations", []).append((row["num_timesteps"], row["mean_return"]))
-    for row in history:
-        for name, value in row.items():
-            if name not in ("num_timesteps", "stage", "stage_step") and isinstance(value, float):
-                panels.setdefault(_word(f"{row.get('stage')}: {name}")[:60], []).append((row.get("num_timesteps", 0), value))
-    every = {name: points for name, points in panels.items() if len(points) > 1}
-    panels = dict(itertools.islice(every.items(), MAX_PANELS))
-    if not panels:
-        return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.3 * rows), layout="constrained")
-    for i, (name, points) in enumerate(panels.items()):
-        axis = figure.add_subplot(rows, columns, i + 1)
-        axis.plot(*zip(*points, strict=True))
-        axis.set_title(name, fontsize=8, parse_math=False)
-        axis.tick_params(labelsize=7)
-        axis.set_xlabel("steps", fontsize=7)
-    if len(panels) < len(every):
-        figure.suptitle(f"the first {len(panels)} of {len(every)} curves", fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    return picture.getvalue()

@@ -6,6 +6,7 @@ push at the same time, the slower one gets an error. The token is passed to hugg
 """
 
 import contextlib
+import difflib
 import hashlib
 import itertools
 import os
@@ -30,6 +31,14 @@ ACTING = (CONFIG, TENSOR_FILES["model"])
 LEARNING = (TENSOR_FILES["learner"], TENSOR_FILES["optimizer"], TRAINER_STATE)
 ALL_FILES = (*ACTING, *LEARNING, *artifact.COMPANIONS)
 """Every file that is pushed or pulled; the contents of other files in a repository are never read."""
+
+ZOO = "zoo"
+"""What precedes the slash in the names of this library's own policies. The Hub is never asked for an organisation so called."""
+ZOO_VARIABLE = "DIFFAGENTS_ZOO"
+"""Environment variable with the place of the zoo: a folder with one folder for each policy, or an organisation of the Hub."""
+_PACKAGE = Path(__file__).resolve().parents[1]
+_ZOO_FOLDERS = (_PACKAGE.parent / "zoo", _PACKAGE / "zoo")  # of a checkout, and of an installed package, which has one policy
+_MOST_NAMED = 5  # policies in a message
 
 _PART = r"(?![.-])(?!\w*\.git$)[\w.-]{1,96}(?<![.-])"
 _REPO_ID = re.compile(rf"(?!.*(--|\.\.)){_PART}/{_PART}", re.ASCII)
@@ -158,7 +167,8 @@ def find_artifact(
 ) -> Artifact:
     """Open the folder or .zip file at a path if it exists, otherwise the Hub repository of that name.
 
-    Of a repository only the files that acting needs are downloaded.
+    Of a repository only the files that acting needs are downloaded. "zoo/<name>" is a policy of this library's zoo, see
+    `find_in_zoo`.
 
     Args:
         where: A path, or "organisation/name".
@@ -180,11 +190,76 @@ def find_artifact(
                 f"revision={revision!r} applies to the Hub, but {path} exists here and takes precedence: rename it"
             )
         return artifact.read(path)
+    repo_id = str(where)
+    if _is_of_the_zoo(repo_id):
+        found = find_in_zoo(repo_id, revision)
+        if isinstance(found, Path):
+            return artifact.read(found)
+        repo_id = found
     try:
-        origin = resolve(str(where), revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        origin = resolve(repo_id, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     except ValueError as error:
         raise FileNotFoundError(str(error)) from None
     return artifact.read(origin.fetch(ACTING, needed=ACTING), origin, ACTING)
+
+
+def zoo_folders() -> list[Path]:
+    """The folders with policies of the zoo: that of $DIFFAGENTS_ZOO, `zoo/` of the checkout, that of the installed package."""
+    chosen = os.environ.get(ZOO_VARIABLE)
+    return [folder for folder in (*([Path(chosen).expanduser()] if chosen else []), *_ZOO_FOLDERS) if folder.is_dir()]
+
+
+def zoo_organisation() -> str | None:
+    """The organisation of the Hub that $DIFFAGENTS_ZOO names; None if it names a folder, or is not set.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    chosen = os.environ.get(ZOO_VARIABLE)
+    if not chosen or Path(chosen).expanduser().is_dir():
+        return None
+    if not re.fullmatch(_PART, chosen, re.ASCII) or chosen.lower() == ZOO:
+        raise ValueError(f"{ZOO_VARIABLE}={chosen!r} is neither an existing folder nor an organisation of the Hub: correct it")
+    return chosen
+
+
+def find_in_zoo(repo_id: str, revision: str | None = None) -> Path | str:
+    """The folder of a policy of the zoo, else its id on the Hub.
+
+    Args:
+        repo_id: "zoo/<name>".
+        revision: Branch, tag or commit. If there is one, folders are left out, which have none.
+
+    Returns:
+        The folder, or "<organisation>/<name>" with the organisation of $DIFFAGENTS_ZOO.
+
+    Raises:
+        FileNotFoundError: There is no such policy in any folder, and no organisation is set.
+        ValueError: $DIFFAGENTS_ZOO is neither a folder nor an organisation, or a folder has the policy but no revisions.
+    """
+    name, organisation, folders = repo_id.partition("/")[2], zoo_organisation(), zoo_folders()
+    named = bool(re.fullmatch(_PART, name, re.ASCII))
+    if named and (revision is None or organisation is None):
+        for place in (folder / name for folder in folders):
+            if not (place / CONFIG).is_file():
+                continue
+            if revision is not None:
+                raise ValueError(f"revision={revision!r} applies to the Hub, but {repo_id} is the folder {place}: leave it out")
+            return place
+    if named and organisation is not None:
+        return f"{organisation}/{name}"
+    known = sorted({file.parent.name for folder in folders for file in folder.glob(f"*/{CONFIG}")})
+    shown = difflib.get_close_matches(name, known, _MOST_NAMED) or known[:_MOST_NAMED]
+    more = f" and {len(known) - len(shown)} more (`diffagents list --zoo`)" if len(known) > len(shown) else ""
+    here = f"here are {', '.join(f'{ZOO}/{each}' for each in shown)}{more}" if known else "this installation has no policy"
+    raise FileNotFoundError(
+        f"there is no policy {short(repo_id)!r} of the zoo; {here}; all are in {ZOO}/ of a checkout of the repository: use "
+        f"diffagents from there, or set {ZOO_VARIABLE} to that folder, or to an organisation of the Hub that publishes them"
+    )
+
+
+def _is_of_the_zoo(repo_id: str) -> bool:
+    return repo_id.partition("/")[0].lower() == ZOO
 
 
 def resolve(
@@ -212,10 +287,11 @@ def resolve(
 
     if not _REPO_ID.fullmatch(repo_id):
         raise ValueError(f"{repo_id!r} is neither an existing file or folder nor a Hub id, which looks like organisation/name")
-    with explained(f"{repo_id} (revision {revision or 'main'})"):
-        resolved = _api(token).resolve_revision(
-            repo_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only or is_offline_mode()
-        )
+    if _is_of_the_zoo(repo_id):
+        raise ValueError(f"{repo_id!r} is a policy of this library's zoo, not a repository of the Hub: pass it to load or pull")
+    offline = local_files_only or is_offline_mode()
+    with explained(f"{repo_id} (revision {revision or 'main'})", offline):
+        resolved = _api(token).resolve_revision(repo_id, revision=revision, cache_dir=cache_dir, local_files_only=offline)
     sha = resolved.resolved
     if not _COMMIT.fullmatch(sha):
         raise HubError(f"the Hub named {short(sha)} as the commit of {repo_id}, which is not a commit id: check HF_ENDPOINT")
@@ -253,9 +329,14 @@ def pull(
     target = Path(folder).expanduser() if folder is not None else None
     if target is not None and target.exists():
         raise FileExistsError(f"{target} exists already: choose a new folder")
-    origin = resolve(repo_id, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    cached = origin.fetch(ALL_FILES, needed=ACTING)
-    artifact.read(cached, origin)
+    found = find_in_zoo(repo_id, revision) if _is_of_the_zoo(repo_id) else repo_id
+    if isinstance(found, Path):
+        cached = found
+        artifact.read(cached)
+    else:
+        origin = resolve(found, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        cached = origin.fetch(ALL_FILES, needed=ACTING)
+        artifact.read(cached, origin)
     if target is None:
         return cached
     with write_errors("the policy", target), scratch_folder(target) as scratch:
@@ -346,6 +427,8 @@ class Repository:
         """
         if not _REPO_ID.fullmatch(repo_id):
             raise ValueError(f"{repo_id!r} is not a Hub id, which looks like organisation/name")
+        if _is_of_the_zoo(repo_id):
+            raise ValueError(f"{repo_id!r} is a name of this library's zoo: push to an account or organisation of your own")
         api = _api(token)
         with explained(f"{repo_id} (revision {revision or 'main'})"):
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -404,7 +487,12 @@ def list_policies(author: str, token: str | bool | None = None) -> Iterator[tupl
 
     Raises:
         HubError: No connection, or an error of the Hub.
+        ValueError: The author is "zoo", which stands for this library's own policies.
     """
+    if _is_of_the_zoo(author):
+        raise ValueError(
+            f"{author!r} stands for this library's own policies: `diffagents list --zoo` shows those that are here"
+        )
     with explained(author):
         for model in _api(token).list_models(author=author, filter=LIBRARY):
             yield model.id, list(model.tags or ())
@@ -418,24 +506,25 @@ def _api(token: str | bool | None) -> "HfApi":
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(what: str, offline: bool = False) -> Iterator[None]:
     """Turn the exceptions of huggingface_hub and its HTTP client into a HubError that states the cause and the cure.
 
     Args:
         what: What was being transferred: the beginning of the message.
+        offline: Whether the caller allowed no request.
     """
     try:
         yield
     except (HubError, ArtifactError):
         raise
     except Exception as error:  # of many types: huggingface_hub's, the HTTP library's, hf_xet's RuntimeError, OSError
-        cause = _cause(error)
+        cause = _cause(error, offline)
         if cause is None:
             raise
         raise HubError(f"{what}: {cause}") from error
 
 
-def _cause(error: Exception) -> str | None:
+def _cause(error: Exception, offline: bool) -> str | None:
     """What went wrong and what to do; None for an error that has nothing to do with the Hub."""
     kinds = {cls.__name__ for cls in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -448,8 +537,11 @@ def _cause(error: Exception) -> str | None:
         return "there is no such branch, tag or commit: check the revision"
     if "RemoteEntryNotFoundError" in kinds:
         return "this commit does not contain it: check the revision"
-    if "OfflineModeIsEnabled" in kinds:
-        return "it is not in the cache, and no request is made because HF_HUB_OFFLINE is set: pull it once online"
+    if "OfflineModeIsEnabled" in kinds or (offline and kinds & {"RevisionResolutionError", "LocalEntryNotFoundError"}):
+        return (
+            "it is not in the cache, and no request is made while offline (--offline, local_files_only=True, HF_HUB_OFFLINE): "
+            "pull it once online"
+        )
     if "RevisionResolutionError" in kinds or "LocalEntryNotFoundError" in kinds:
         return f"it is not in the cache, and the Hub could not be reached ({_root(error)}): go online, or check HF_ENDPOINT"
     if status in (401, 403) or "LocalTokenNotFoundError" in kinds:

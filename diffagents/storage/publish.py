@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffagents import errors
 from diffagents.errors import ArtifactError, HubError, printable, short
+from diffagents.evaluation.curves import draw_curves
 from diffagents.evaluation.evaluate import Evaluation
 from diffagents.evaluation.video import record_video
 from diffagents.files import replacing, scratch_folder
@@ -59,7 +60,7 @@ def save_pretrained(
     if results is not None:
         companions["results.json"] = json.dumps(artifact.to_json_safe(results, "results"), indent=1).encode() + b"\n"
     try:
-        curves = card.draw_curves(learner.state.history, learner.state.provenance.get("evaluations", ()))
+        curves = draw_curves(learner)
         if curves is not None:
             companions["curves.png"] = curves
     except ImportError:

@@ -113,6 +113,17 @@ def test_python_spelling_of_a_knob_and_the_right_types(data: Path, capsys: pytes
     assert config.learning_rate == 1e-3
 
 
+def test_threads_of_train(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(diffagents.BC, "learn", lambda self, *_, **__: found.append(self.threads) or sys.exit(3))
+    for words in ("", "--threads 2", "--threads auto"):
+        with pytest.raises(SystemExit):
+            main.main(shlex.split(f"train BC {data} --out x {SMALL} {words}"))
+    assert found == ["auto", 2, "auto"]
+    assert main.main(shlex.split(f"train BC {data} --out x {SMALL} --threads two")) == 1
+    assert 'threads=two must be "auto" or a whole number' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "preset"), [("", "fast"), ("--preset none", None), ("--preset hopper-medium", "hopper-medium")]
 )
@@ -184,7 +195,14 @@ def test_save_every_leaves_a_folder_that_can_be_resumed(here: Path, monkeypatch:
         ("eval nowhere", "'nowhere' is neither an existing file or folder nor a Hub id"),
         ("eval there", "is not a diffagents artifact"),
         ("pull nowhere", "'nowhere' is neither an existing file or folder nor a Hub id"),
-        ("pull me/nothing --offline", "me/nothing (revision main): it is not in the cache"),
+        (
+            "pull me/nothing --offline",
+            "me/nothing (revision main): it is not in the cache, and no request is made while offline (",
+        ),
+        ("eval me/nothing --offline", "no request is made while offline (--offline, local_files_only=True, HF_HUB_OFFLINE)"),
+        ("eval zoo/nothing", "there is no policy 'zoo/nothing' of the zoo; here are zoo/"),
+        ("push there zoo/mine", "is not a diffagents artifact"),
+        ("train TD3BC Hopper-v5 --out new", "'Hopper-v5' is an environment, not a dataset"),
         ("push nowhere me/x", "'nowhere' is neither"),
         ("push there me/x", "is not a diffagents artifact"),
         ("enjoy there", "is not a diffagents artifact"),
@@ -248,6 +266,25 @@ def test_what_is_not_understood_exits_with_2(words: str, capsys: pytest.CaptureF
         main.main(shlex.split(words))
     assert stopped.value.code == 2
     assert "usage: diffagents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train SRPO x.npz --betta 1", "--betta 1; did you mean --beta? `diffagents train SRPO --help` lists all options"),
+        ("train SRPO x.npz --batch_sise=3", "--batch-sise=3; did you mean --batch-size? `diffagents train SRPO --help`"),
+        ("train BC x.npz --steps 3 --sede 1 --quite", "; did you mean --seed and --quiet? `diffagents train BC --help`"),
+        ("eval x --epsodes 2", "--epsodes 2; did you mean --episodes? `diffagents eval --help` lists all options"),
+        ("eval x --wings", "--wings; `diffagents eval --help` lists all options"),
+        ("--wings", "--wings; see `diffagents --help`"),
+    ],
+)
+def test_a_misspelt_option_gets_the_nearest_one(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main.main(shlex.split(words))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("diffagents: error: unrecognized arguments: ") and said in error
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,15 +4,18 @@ import dataclasses
 import inspect
 import pydoc
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from small_agents import NAMES, agent_class
 
 from diffagents.agents.diffcps import DiffCPSConfig
 from diffagents.agents.srpo import SRPO, SRPOConfig
+from diffagents.config.checks import find_device, n_cuda_devices
 from diffagents.config.hyperparameters import Hyperparameter, Hyperparameters, build_config, describe, hyperparameter
 from diffagents.experiments.fqe import FQEConfig
 
@@ -230,3 +233,31 @@ def test_a_bad_declaration_fails_when_the_class_is_made(hint: Any, default: Any,
 def test_every_field_must_be_declared(field: Any) -> None:
     with pytest.raises(TypeError, match=r"Broken\.rate must be declared with hyperparameter"):
         type("Broken", (Hyperparameters,), {"__annotations__": {"rate": float}, **({} if field is None else {"rate": field})})
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Can't initialize NVML", None),
+        ("CUDA initialization: Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU", None),
+        (
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).\nPlease update your GPU driver",
+            'torch cannot use the GPU (The NVIDIA driver on your system is too old (found version 11040)): device="auto" is the CPU',
+        ),
+    ],
+)
+def test_a_machine_without_a_gpu_hears_of_it_once_and_only_of_one_that_is_broken(
+    said: str, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_available() -> bool:
+        warnings.warn(said, stacklevel=2)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    n_cuda_devices.cache_clear()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert [find_device("auto").type for _ in range(3)] == ["cpu"] * 3
+        SRPO(env="Pendulum-v1", verbose=0)
+    n_cuda_devices.cache_clear()
+    assert [str(warning.message) for warning in heard] == ([told] if told else [])

@@ -145,7 +145,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
         lambda t: [good_episode() | {"observations": np.r_[good()["observations"][:10], np.full((1, 3), np.nan)]}], {},
         ValueError, r"next_observations contains .* row 9 \(episode 0, step 9\); drop"),
     "action outside the bounds": (lambda t: put("actions", (13, 0), -2.6), {"env": "Pendulum-v1"}, ValueError,
-                                  r"row 13 \(episode 1, step 3\): dimension 0 is -2.6, outside \[-2, 2\]; pass clip_actions"),
+                                  r"row 13 \(episode 1, step 3\): dimension 0 is -2.6, outside \[-2, 2\]; clip them with load_dataset\(\.\.\., clip_actions=True\)"),
     "Minari action outside the bounds": (lambda t: minari_set(t, actions=np.full((10, 1), 3.0)), {}, ValueError,
                                          r"in 10 of 10 rows, first at row 0 .* is 3, outside .*clip_actions=True"),
     "flag of 2": (lambda t: put("terminations", 5, 2.0), {}, ValueError, r"terminations is 2 at row 5; only 0 .* and 1"),
@@ -243,7 +243,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
         r"observations are \(3,\) in the data, but \(2,\) in env; pass the environment"),
     "Transitions outside the bounds of env": (
         lambda t: load_dataset(put("actions", (13, 0), -2.6)), {"env": "Pendulum-v1"}, ValueError,
-        r"row 13 \(episode 1, step 3\): dimension 0 is -2.6, outside \[-2, 2\]; pass clip_actions"),
+        r"row 13 \(episode 1, step 3\): dimension 0 is -2.6, outside \[-2, 2\]; clip them with load_dataset\(\.\.\., clip_actions=True\)"),
     # files and ids
     "missing file": (lambda t: t / "none.npz", {}, FileNotFoundError, r"none.npz does not exist; pass the path"),
     "a folder": (lambda t: t, {}, FileNotFoundError, r"is a folder; pass the path of an .npz or .hdf5 file, or a Minari id"),

@@ -1,6 +1,9 @@
 """Files of other projects: robomimic's, and those that cannot be read, which get a way instead."""
 
+import ast
+import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,9 @@ import h5py
 import numpy as np
 import pytest
 
+from diffagents import BC
 from diffagents.data.load import load_dataset
+from diffagents.errors import ArtifactError
 
 STEPS = 12
 
@@ -74,13 +79,31 @@ def test_bad_robomimic_files_are_refused_in_one_line(tmp_path: Path) -> None:
         ("a.csv", r"pandas.read_csv"),
         ("a.zarr", r"zarr.open"),
         ("a.pt", r"torch.load\(path, weights_only=True\)"),
-        ("a.pkl", r"a pickle can run code when it is opened"),
+        ("a.pkl", r"a pickle can run code when it is opened, .*save_util\.load_from_pkl\('a.pkl'\)$"),
     ],
 )
 def test_a_foreign_file_gets_a_way(name: str, way: str) -> None:
     for source in (name, Path(name), name.upper()):
-        with pytest.raises(ValueError, match=way):
+        with pytest.raises(ValueError, match=re.compile(way, re.IGNORECASE)):
             load_dataset(source)
+
+
+def test_the_way_of_a_pickled_replay_buffer_of_sb3_is_one_that_works(tmp_path: Path) -> None:
+    """For the data of `learn`, and where SB3 would load the buffer into the model."""
+    from stable_baselines3 import TD3
+
+    model = TD3("MlpPolicy", "Pendulum-v1", buffer_size=300, learning_starts=1000, seed=0).learn(250)
+    model.save_replay_buffer(tmp_path / "buffer")
+    path = tmp_path / "buffer.pkl"
+    with pytest.raises(ValueError, match="is no file that can be read here") as refused:
+        load_dataset(path)
+    module, _, call = str(refused.value).rpartition("SB3 saved is ")[2].rpartition(".load_from_pkl")
+    assert len(load_dataset(importlib.import_module(module).load_from_pkl(ast.literal_eval(call)))) == 250
+    agent = BC(env="Pendulum-v1", verbose=0, device="cpu", policy_kwargs={"net_arch": [8]})
+    with pytest.raises(ArtifactError, match=r"is a pickle, as SB3 saves replay buffers, .*load_from_pkl\(.*\) as dataset="):
+        agent.load_replay_buffer(path)
+    with pytest.raises(FileNotFoundError, match="there is no replay buffer"):
+        agent.load_replay_buffer(tmp_path / "none.pkl")
 
 
 @pytest.mark.parametrize(

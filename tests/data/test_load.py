@@ -203,9 +203,9 @@ def test_a_short_last_episode_that_was_truncated_counts_as_cut_by_the_end_of_the
 def test_auto_rewards_know_which_rows_terminate() -> None:
     flat = flatten(make_episodes())
     flat["rewards"] = flat["terminations"].astype(float)
-    assert load_dataset(flat).fit_reward_transform("auto").name == "iql_antmaze"
+    assert load_dataset(flat).fit_reward_transform("auto").name == "minus_one"
     flat["rewards"] = 1.0 - flat["rewards"]  # alive is 1, a fall is 0
-    assert load_dataset(flat).fit_reward_transform("auto").name == "iql_locomotion"
+    assert load_dataset(flat).fit_reward_transform("auto").name == "return_range"
 
 
 def test_with_both_flags_the_episode_terminated() -> None:
@@ -269,7 +269,7 @@ def test_transitions_take_the_spaces_of_env_and_may_be_clipped_in_a_copy() -> No
 def test_transitions_of_other_units_may_be_clipped() -> None:
     data = load_dataset(pendulum_episodes(), env="Pendulum-v1")
     data.action = data.action * 1.5
-    with pytest.raises(ValueError, match="pass clip_actions=True"):
+    with pytest.raises(ValueError, match=r"load_dataset\(\.\.\., clip_actions=True\)"):
         load_dataset(data)
     assert load_dataset(data, clip_actions=True).action.max() == 2
 
@@ -674,6 +674,24 @@ def test_warnings_are_repeated_on_a_hit(tmp_path: Path) -> None:
 def test_verbose_says_how_much_was_read(capsys: pytest.CaptureFixture[str]) -> None:
     load_dataset(make_episodes(), verbose=1)
     assert "arrays: 22 transitions, 4 episodes, read in" in capsys.readouterr().out
+
+
+def test_verbose_says_why_there_are_fewer_transitions_than_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything else speaks of the steps that were recorded."""
+    flat = flatten(make_episodes(), with_next=False)
+    ends = np.flatnonzero(flat["truncations"])
+    n, cut = len(flat["rewards"]), len(ends)
+    assert cut > 1
+    data = load_dataset(flat, verbose=1)
+    assert data.info["n_steps"] == n and len(data) == n - cut
+    said = (
+        f"arrays: {n - cut} transitions of {n} steps ({cut} episodes are cut, and their last steps lack the next observation), "
+    )
+    assert said in capsys.readouterr().out
+    flat["truncations"][ends[1:]], flat["terminations"][ends[1:]] = False, True
+    load_dataset(flat, verbose=1)
+    said = f"{n - 1} transitions of {n} steps (1 episode is cut, and its last step lacks the next observation), "
+    assert said in capsys.readouterr().out
 
 
 def test_the_quick_reader_gives_what_minaris_iterator_gives() -> None:

@@ -38,7 +38,9 @@ def test_the_statistics_travel_in_the_state_dict() -> None:
     ("name", "expected"),
     [
         ("none", REWARDS),
-        ("iql_locomotion", REWARDS * 200.0),  # 1000 / (4 - -1)
+        ("return_range", REWARDS * 200.0),  # 1000 / (4 - -1)
+        ("iql_locomotion", REWARDS * 200.0),
+        ("minus_one", torch.tensor([0.0, 2.0, 1.0, 1.0])),
         ("iql_antmaze", torch.tensor([0.0, 2.0, 1.0, 1.0])),
         ("cql_antmaze", torch.tensor([2.0, 10.0, 6.0, 6.0])),  # 4 (r - 0.5)
         ("antmaze100", REWARDS * 100.0),
@@ -60,11 +62,11 @@ def test_every_name_but_auto_is_tested_above_and_survives_json() -> None:
 
 GOAL = torch.tensor([0.0, 0.0, 1.0])
 AUTO = {
-    "sparse goal": (GOAL, torch.tensor([1.0, 0.0]), torch.tensor([1.0]), "iql_antmaze"),
-    "sparse goal that never terminates": (GOAL, torch.tensor([1.0, 0.0]), torch.tensor([]), "iql_antmaze"),
-    "alive bonus of 1": (torch.ones(3), torch.tensor([10.0, 20.0]), torch.tensor([1.0]), "iql_locomotion"),
-    "alive, then a fall at 0": (GOAL, torch.tensor([9.0, 4.0]), torch.tensor([0.0]), "iql_locomotion"),
-    "dense": (REWARDS, RETURNS, torch.tensor([2.0]), "iql_locomotion"),
+    "sparse goal": (GOAL, torch.tensor([1.0, 0.0]), torch.tensor([1.0]), "minus_one"),
+    "sparse goal that never terminates": (GOAL, torch.tensor([1.0, 0.0]), torch.tensor([]), "minus_one"),
+    "alive bonus of 1": (torch.ones(3), torch.tensor([10.0, 20.0]), torch.tensor([1.0]), "return_range"),
+    "alive, then a fall at 0": (GOAL, torch.tensor([9.0, 4.0]), torch.tensor([0.0]), "return_range"),
+    "dense": (REWARDS, RETURNS, torch.tensor([2.0]), "return_range"),
     "one episode": (REWARDS, torch.tensor([5.0]), torch.tensor([]), "none"),
     "equal returns": (REWARDS, torch.tensor([5.0, 5.0, 5.0]), torch.tensor([]), "none"),
 }
@@ -79,7 +81,12 @@ def test_auto_looks_at_the_data(case: str) -> None:
 @pytest.mark.parametrize(
     ("name", "rewards", "returns", "message"),
     [
-        ("iql_lokomotion", REWARDS, RETURNS, r"'iql_lokomotion' is unknown; choose from none, iql_locomotion, .*auto"),
+        (
+            "iql_lokomotion",
+            REWARDS,
+            RETURNS,
+            r"'iql_lokomotion' is unknown; choose from none, return_range, minus_one, iql_locomotion, .*auto",
+        ),
         ("iql_locomotion", REWARDS, torch.tensor([2.0, 2.0]), r"all 2 episodes return 2; use 'none'"),
         ("iql_locomotion", REWARDS, torch.tensor([2.0]), r"only one episode; use 'none'"),
         ("normalize", torch.full((4,), 3.0), RETURNS, r"all are 3; use 'none'"),

@@ -1,6 +1,7 @@
 """Environments as people write them: arrays that are reused, rewards of shape (1,), observations with texts and switches."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from toy import RandomEnv
 
 import diffagents
-from diffagents import TD3BC
+from diffagents import TD3BC, load_dataset
 from diffagents.envs.make import scalar_reward
+from diffagents.evaluation.evaluate import evaluate
+from diffagents.training import callbacks
 
 TINY: dict[str, Any] = {"seed": 0, "verbose": 0, "device": "cpu", "policy_kwargs": {"net_arch": [16]}, "batch_size": 8}
 KINDS = {
@@ -112,16 +117,61 @@ def test_observations_in_other_units_are_noticed() -> None:
     agent = TD3BC(env="Pendulum-v1", **TINY).learn(data, 4)
     inside = gymnasium.wrappers.NormalizeObservation(gymnasium.make("Pendulum-v1"))
     vector = gymnasium.wrappers.vector.NormalizeObservation(gymnasium.make_vec("Pendulum-v1", num_envs=2))
-    sb3 = VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]))
-    for env, name in ((inside, "NormalizeObservation"), (vector, "NormalizeObservation"), (sb3, "VecNormalize")):
-        with pytest.warns(UserWarning, match=f"inside a {name}, .* it sees observations in other units than it knows"):
+    for env in (inside, vector):
+        with pytest.warns(
+            UserWarning, match=r"inside a NormalizeObservation, .* it sees observations in other units than it knows"
+        ):
             agent.evaluate(env, n_episodes=1)
     with pytest.warns(UserWarning, match="inside a NormalizeObservation"):
         agent.clone().learn_online(10, env=inside, learning_starts=8)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*inside a")
-        agent.evaluate(VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]), norm_obs=False), n_episodes=1)
         TD3BC(env=inside, **TINY).learn_online(10, learning_starts=8)  # it learns in these units
+
+
+def normalized(**settings: bool) -> VecNormalize:
+    """Pendulum inside a VecNormalize, and that inside another wrapper."""
+    return VecMonitor(VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]), **settings))  # type: ignore[return-value]
+
+
+def test_a_vec_normalize_is_refused_wherever_an_agent_would_act_in_it(tmp_path: Path) -> None:
+    """It shows another scale than that of the data, which SB3's replay buffer records without it."""
+    agent = TD3BC(env="Pendulum-v1", **TINY)
+    agent.save(tmp_path / "agent.zip")
+    calls: list[Callable[[Any], Any]] = [
+        lambda env: TD3BC(env=env, **TINY),
+        agent.set_env,
+        lambda env: agent.learn_online(10, env=env),
+        lambda env: TD3BC.load(tmp_path / "agent.zip", env=env),
+    ]
+    refused = "inside a VecNormalize.*pass the environment without it, env.venv"
+    for call in calls:
+        for settings in ({}, {"norm_obs": False}, {"norm_reward": False}):
+            with pytest.raises(ValueError, match=refused):
+                call(normalized(**settings))
+        call(normalized(norm_obs=False, norm_reward=False))
+    with pytest.raises(ValueError, match=refused):
+        agent.evaluate(normalized(norm_reward=False), n_episodes=1)
+    with pytest.raises(ValueError, match=refused):
+        callbacks.make_callback([EvalCallback(normalized(), verbose=0)], False)
+    agent.evaluate(normalized(norm_obs=False), n_episodes=1)  # it reports the original rewards
+    callbacks.make_callback([EvalCallback(normalized(norm_obs=False), verbose=0)], False)
+    evaluate(SAC("MlpPolicy", normalized(), buffer_size=10), normalized(), 1)  # SB3's models have learned inside theirs
+
+
+def test_a_vec_normalize_that_is_switched_on_later_is_refused_by_learn_online() -> None:
+    env = VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]), norm_obs=False, norm_reward=False)
+    agent = TD3BC(env=env, **TINY)
+    env.norm_reward = True
+    with pytest.raises(ValueError, match="inside a VecNormalize"):
+        agent.learn_online(10)
+
+
+def test_the_buffer_of_a_model_inside_a_vec_normalize_has_the_original_units() -> None:
+    env = VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]))
+    model = SAC("MlpPolicy", env, buffer_size=300, learning_starts=1000, seed=0).learn(250)
+    data = load_dataset(model.replay_buffer)
+    assert (data.obs[:, :2].square().sum(1) - 1).abs().max() < 1e-5  # cosine and sine
 
 
 @pytest.mark.parametrize("name", KINDS)

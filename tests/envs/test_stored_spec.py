@@ -1,6 +1,7 @@
 """What of an environment goes into the files of an agent, which may be published."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from small_agents import small
 from toy import RandomEnv
 
 import diffagents
-from diffagents.envs.make import difference_of_specs, make_env, spec_to_store
+from diffagents.envs import make
+from diffagents.envs.make import difference_of_specs, make_env, spec_to_store, warn_of_another_env
 from diffagents.evaluation.evaluate import evaluate
 from diffagents.storage.publish import what_is_published
 
@@ -202,6 +204,77 @@ def test_the_difference_of_two_specs_is_printable_and_short() -> None:
     strange = {f"\x1b]0;{n}": f"\x1b[2J{n}" for n in range(100)}
     said = difference_of_specs(json.dumps({"id": "StoredRobot-v0", "kwargs": strange}), {"id": "StoredRobot-v0"})
     assert said is not None and said.isprintable() and said.endswith("and 92 more") and len(said) < 1000
+
+
+class Walker(RandomEnv):
+    def __init__(self, map: Any = ((1, 0), (0, 1)), dense: bool = False, size: int = 3) -> None:
+        super().__init__(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (2,)))
+
+
+@pytest.fixture
+def walker() -> Iterator[str]:
+    gym.register("StoredWalker-v0", Walker, max_episode_steps=7, kwargs={"dense": True})
+    yield "StoredWalker-v0"
+    del gym.registry["StoredWalker-v0"]
+
+
+def test_an_argument_that_is_registered_or_the_default_makes_no_other_environment(walker: str) -> None:
+    """Whether it is written out or not, in either of the two."""
+    whole: dict[str, Any] = {"map": [[1, 0], [0, 1]], "dense": True, "size": 3}
+    for kwargs in ({}, {"dense": True}, {"map": ((1, 0), (0, 1))}, whole):
+        for other in ({}, {"size": 3}, whole):
+            stored, given = ({"id": walker, "kwargs": each} for each in (kwargs, other))
+            assert difference_of_specs(json.dumps(stored), given) is None, (kwargs, other)
+    stored = json.dumps({"id": walker, "kwargs": whole})
+    assert difference_of_specs(stored, {"id": walker, "kwargs": {"dense": False}}) == "dense=False instead of True"
+    assert difference_of_specs(stored, {"id": walker, "kwargs": {"size": 4}}) == "size=4 instead of 3"
+    assert "id=Pendulum-v1 instead of StoredWalker-v0" in str(difference_of_specs(stored, {"id": "Pendulum-v1"}))
+
+
+@pytest.mark.parametrize("env_id", ["AntMaze_UMaze-v5", "AdroitHandPen-v1", "PointMaze_UMaze-v3"])
+def test_environments_of_the_robotics_package_are_compared_with_their_registered_arguments(
+    env_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gymnasium_robotics")
+    with make_env(env_id) as env:
+        stored = spec_to_store(env.spec)[0]
+    registered = gym.registry.pop(env_id)  # as in a process that has not made one yet
+    monkeypatch.setattr(make, "_register_extra", lambda _: gym.registry.update({env_id: registered}))
+    try:
+        assert stored is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warn_of_another_env(env_id, stored)
+    finally:
+        gym.registry[env_id] = registered
+
+
+def test_mujoco_says_nothing_about_model_files_that_are_not_ours(capfd: pytest.CaptureFixture[str]) -> None:
+    mujoco = pytest.importorskip("mujoco")
+    deprecated = '<mujoco><compiler settotalmass="1"/><worldbody><body><geom size="1"/></body></worldbody></mujoco>'
+
+    class Outdated(RandomEnv):
+        def __init__(self) -> None:
+            super().__init__(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (2,)))
+            mujoco.MjModel.from_xml_string(deprecated)
+            mujoco.get_mju_user_warning()("a plain warning") if mujoco.get_mju_user_warning() else None
+
+    def mine(text: str) -> None:
+        seen.append(text)
+
+    seen: list[str] = []
+    gym.register("StoredOutdated-v0", Outdated)
+    try:
+        for handler in (None, mine):
+            mujoco.set_mju_user_warning(handler)
+            make_env("StoredOutdated-v0").close()
+            assert mujoco.get_mju_user_warning() is handler
+        assert capfd.readouterr().err == "WARNING: a plain warning\n" and seen == ["a plain warning"]
+        mujoco.MjModel.from_xml_string(deprecated)
+        assert len(seen) == 2 or "settotalmass" not in str(seen)  # an older MuJoCo has nothing to say
+    finally:
+        mujoco.set_mju_user_warning(None)
+        del gym.registry["StoredOutdated-v0"]
 
 
 @pytest.mark.parametrize("argument", ["fails_in_step", "bad_reset"])

@@ -145,6 +145,20 @@ def test_a_bad_grid_is_refused_with_its_place(text: str, said: str, tmp_path: Pa
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("points", [0, 1])
+def test_without_evaluations_during_training_nothing_is_asked_of_their_episodes(points: int, tmp_path: Path) -> None:
+    """The default of point_episodes may exceed episodes then, and the report does not speak of such evaluations."""
+    text = f"episodes: 3\npoints: {points}\nruns:\n  - {{algorithms: IQL, datasets: {REACHER}}}"
+    (one,) = grid.read_grid(grid_file(tmp_path, text))
+    assert (one.points, one.episodes) == (points, 3)
+    few, many = (run("IQL", 0, 50.0), run("IQL", 0, 50.0))
+    few["spec"] = few["spec"] | {"points": points}
+    said = "No policy was evaluated during\ntraining, so that the best evaluation is the last."
+    cells = [report.details({"iql-reacher": [each]}, "make CELL") for each in (few, many)]
+    assert said in cells[0] and "evaluations during training" not in cells[0]
+    assert said not in cells[1] and "evaluations during training play" in cells[1]
+
+
 def bomb(depth: int = 9) -> str:
     """Nested lists of a few hundred bytes, which would be nine to the power of nine numbers if they were written out."""
     lines = ["x0: &x0 [0, 0, 0, 0, 0, 0, 0, 0, 0]"]

@@ -9,33 +9,73 @@ import pytest
 from matplotlib.figure import Figure
 from small_agents import small
 
-from diffagents.errors import printable
+from diffagents.errors import ArtifactError, printable
 from diffagents.evaluation.evaluate import Evaluation
 from diffagents.storage.card import MARK, draw_curves, make_card, stored_env
 from diffagents.storage.publish import renew_card
 
 
-def lines_of_use(agent: Any, folder: Path, evaluated: bool | None) -> tuple[str, str]:
+def lines_of_use(agent: Any, folder: Path, evaluated: bool | None, **more: Any) -> tuple[str, str]:
     """The calls of `predict` and `evaluate` on the card of an agent, evaluated deterministically or not, or not at all."""
-    result = None if evaluated is None else Evaluation((1.0, 2.0), (5, 5), env_id="Pendulum-v1", deterministic=evaluated)
+    result = (
+        None if evaluated is None else Evaluation((1.0, 2.0), (5, 5), env_id="Pendulum-v1", deterministic=evaluated, **more)
+    )
     text = (agent.save_pretrained(folder, eval_env=result) / "README.md").read_text()
     assert evaluated is None or ("deterministic actions" in text) == evaluated != ("sampled actions" in text)
     (predict,) = (line for line in text.splitlines() if "agent.predict(" in line)
     (evaluate,) = (line for line in text.splitlines() if "agent.evaluate(" in line)
-    return predict.partition("  #")[0], evaluate
+    return predict, evaluate.partition("  # the episodes")[0]
 
 
 @pytest.mark.parametrize("meant", [True, False])
 def test_its_code_acts_as_in_the_evaluation_and_says_so_only_if_it_must(meant: bool, tmp_path: Path) -> None:
     agent = small("DiffusionQL", env="Pendulum-v1", deterministic=meant)
-    env = '"Pendulum-v1"'
-    for evaluated in (None, meant):
-        predict, evaluate = lines_of_use(agent, tmp_path, evaluated)
-        assert predict == "action, _ = agent.predict(obs)"
-        assert evaluate == f"print(agent.evaluate({'env' if evaluated is None else env}, n_episodes=10))"
+    predict, evaluate = lines_of_use(agent, tmp_path, None)
+    assert predict == "action, _ = agent.predict(obs)"
+    assert evaluate == "# print(agent.evaluate(env, n_episodes=10))  # env: your environment, or its id"
+    predict, evaluate = lines_of_use(agent, tmp_path, meant)
+    assert predict == "action, _ = agent.predict(obs)"
+    assert evaluate == 'print(agent.evaluate("Pendulum-v1", n_episodes=2, n_envs=10))'
     predict, evaluate = lines_of_use(agent, tmp_path, not meant)
     assert predict == f"action, _ = agent.predict(obs, deterministic={not meant})"
-    assert evaluate == f"print(agent.evaluate({env}, n_episodes=10, deterministic={not meant}))"
+    assert evaluate == f'print(agent.evaluate("Pendulum-v1", n_episodes=2, n_envs=10, deterministic={not meant}))'
+
+
+def test_its_code_repeats_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Number of episodes, resets, and what was chosen for them: the program is run as it is, in the folder above the policy."""
+    agent = small("DiffusionQL", env="Pendulum-v1", deterministic=True, n_candidates=1)
+    how = {"seed": 7, "env_kwargs": None, "n_envs": 10}
+    usual = agent.evaluate("Pendulum-v1", 2, **how)
+    result = agent.evaluate("Pendulum-v1", 2, **how, choice={"n_candidates": 40, "select": "argmax"})
+    assert (
+        usual.choice is None and result.choice == {"n_candidates": 40, "select": "argmax"} and result.returns != usual.returns
+    )
+    text = (agent.save_pretrained(tmp_path / "policy", eval_env=result) / "README.md").read_text()
+    assert 'seed=7, n_envs=10, choice={"n_candidates": 40, "select": "argmax"}' in text
+    assert 'agent.predict(obs, n_candidates=40, select="argmax")' in text
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert capsys.readouterr().out == f"{result}\n" and names["action"].shape == (1,)
+
+
+@pytest.mark.parametrize("choice", [{"n_candidates": "__import__('os')"}, {"x)\nevil(": 1}, {"a": [1]}, {"a": 'b"'}, [1]])
+def test_a_strangers_choice_does_not_become_a_program(choice: Any, tmp_path: Path) -> None:
+    folder = small("TD3BC", env="Pendulum-v1").save_pretrained(tmp_path / "policy")
+    results = {
+        "mean_reward": 1.0,
+        "std_reward": 1.0,
+        "is_deterministic": True,
+        "n_eval_episodes": 1,
+        "seed": 0,
+        "choice": choice,
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ArtifactError, match="the model card cannot be made"):
+        renew_card(folder, "me/policy")
 
 
 def test_a_policy_without_randomness_needs_no_word(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from diffagents.storage import publish  # noqa: E402
 
 REMARKS = pathlib.Path(__file__).parent / "remarks.md"  # the text above the tables
 RUNS = ROOT / "zoo" / "results" / "zoo"
+FRONT = ("BC", "SRPO", "DiffusionQL", "DiffCPS", "BDPO")  # in the table of README.md; zoo/README.md has all algorithms
 
 
 def main() -> None:
@@ -83,7 +84,7 @@ def main() -> None:
             remarks=REMARKS.read_text().strip(),
         )
     )
-    put_into_readme(report.overview(report.cells_of(runs)))
+    put_into_readme(report.overview(front_cells(report.cells_of(runs))))
     size = sum(path.stat().st_size for folder in (ROOT / "zoo").glob("*/config.json") for path in folder.parent.iterdir())
     print(f"{len(report.cells_of(runs))} policies, {size / 1e6:.1f} MB")
 
@@ -93,6 +94,19 @@ def recomputed(results: dict[str, Any]) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(Evaluation)} & results.keys()
     episodes = Evaluation(**{name: tuple(x) if isinstance(x := results[name], list) else x for name in names})
     return results | {name: x for name, x in episodes.to_json().items() if name in results or name.endswith("interval")}
+
+
+def front_cells(cells: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The cells of README.md: the algorithms of FRONT on the datasets on which all of them ran."""
+    datasets: dict[str, set[str]] = {}
+    for members in cells.values():
+        datasets.setdefault(members[0]["spec"]["dataset"], set()).add(members[0]["spec"]["algorithm"])
+    whole = {dataset for dataset, algorithms in datasets.items() if algorithms >= set(FRONT)}
+    return {
+        cell: members
+        for cell, members in cells.items()
+        if members[0]["spec"]["dataset"] in whole and members[0]["spec"]["algorithm"] in FRONT
+    }
 
 
 def put_into_readme(table: str) -> None:
