@@ -39,7 +39,6 @@ def main() -> None:
         os.environ["MINARI_DATASETS_PATH"] = str(HERE / "data")
 
     from diffagents import BC, SRPO, evaluate, load_dataset, record_video
-    from diffagents.evaluation.curves import draw_curves
     from diffagents.training.curve_callback import CurveCallback
 
     settings = dict(SHIPPED_STEPS) if args.dataset == SHIPPED and args.preset == "fast" else {}
@@ -68,13 +67,7 @@ def main() -> None:
         print(f"  SRPO                {srpo}", flush=True)
         if seed == args.seeds[0]:
             print(f"  agent:  {agent.save(args.out / 'srpo.zip')}")
-            try:
-                picture = draw_curves(agent, clone_return=cloned.mean_return)
-            except ImportError:
-                print('  curves: none: pip install "diffagents[plot]"')
-            else:
-                (args.out / "curves.png").write_bytes(picture or b"")
-                print(f"  curves: {args.out / 'curves.png'}")
+            print(f"  curves: {plot(agent, cloned.mean_return, args.out / 'curves.png')}")
             video = record_video(agent, env, args.out / "srpo.mp4")
             print(f"  video:  {video or 'none (see the warning above)'}")
     if len(rows) > 1:
@@ -84,6 +77,20 @@ def main() -> None:
             f"  data {data.info['mean_return']:.2f}   behaviour cloning {bc.mean():.2f} ± {bc.std():.2f}   "
             f"SRPO {srpo_returns.mean():.2f} ± {srpo_returns.std():.2f}"
         )
+
+
+def plot(agent: object, clone_return: float, path: pathlib.Path) -> pathlib.Path | str:
+    """The returns of the policy at the top, and below them the losses."""
+    from diffagents.evaluation.curves import draw_curves
+
+    try:
+        picture = draw_curves(agent, clone_return=clone_return)
+    except ImportError:
+        return 'none: pip install "diffagents[plot]"'
+    if picture is None:
+        return "none: the training was too short"
+    path.write_bytes(picture)
+    return path
 
 
 if __name__ == "__main__":

@@ -624,11 +624,11 @@ def test_parameters_of_a_file(tmp_path: pathlib.Path) -> None:
         b.set_parameters(given)
         same_networks(a, b)
     c = SRPO(**{**SMALL, "seed": 1}).learn(DATA)
-    before = {name: tensor.clone() for name, tensor in c.q.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in c.critic.state_dict().items()}
     with pytest.raises(ValueError, match=r"parameters has the keys .* exact_match=False loads some of them only"):
         c.set_parameters(actor)
     c.set_parameters(actor, exact_match=False)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in c.q.state_dict().items())  # the critic stays its own
+    assert all(torch.equal(tensor, before[name]) for name, tensor in c.critic.state_dict().items())  # the critic stays its own
     np.testing.assert_array_equal(c.predict(np.zeros(3))[0], a.predict(np.zeros(3))[0])
     with pytest.raises(FileNotFoundError, match="there is no artifact"):
         c.set_parameters(tmp_path / "nothing")

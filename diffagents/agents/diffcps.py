@@ -223,8 +223,8 @@ class DiffCPS(Agent):
     CALIBRATES = True
     CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
     HEALTHY: ClassVar[dict[str, str]] = {
-        "q_loss": "Its gradient raises Q at the policy's actions; its level says little. It keeps its order of size.",
-        "distance": "The distance from the clone rises from 0 and stays near the bound target_kl or below it.",
+        "q_loss": "Its gradient raises Q at the policy's actions; its level says little. It does not grow without end.",
+        "distance": "The distance from the clone stays near the bound target_kl, or falls below it.",
         "lambda": "The weight of cloning grows while the policy is too far from the data, else shrinks; it settles.",
     }
 

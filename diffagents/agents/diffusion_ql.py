@@ -184,7 +184,7 @@ class DiffusionQL(Agent):
     CALIBRATES = True
     CHOICE: ClassVar[tuple[str, ...]] = ("n_candidates", "select", "temperature", "solver", "solver_steps")
     HEALTHY: ClassVar[dict[str, str]] = {
-        "q_loss": "Its gradient raises Q at the policy's actions; its level says little. It keeps its order of size.",
+        "q_loss": "Its gradient raises Q at the policy's actions; its level says little. It does not grow without end.",
     }
 
     def build(self) -> None:

@@ -241,9 +241,8 @@ def difference_of_specs(stored: str, other: Mapping[str, Any]) -> str | None:
     old, new = _identity(json.loads(stored)), _identity(other)
     if old != new and old["id"] == new["id"]:  # an argument that is passed may be the default of the other environment
         defaults = _defaults(str(old["id"]))
-        old, new = (
-            {**{key: value for key, value in defaults.items() if key in old or key in new}, **one} for one in (old, new)
-        )
+        written = {key: defaults[key] for key in {**old, **new} if key in defaults}
+        old, new = (one | {key: value for key, value in written.items() if key not in one} for one in (old, new))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     shown = [
         f"{short(key)}={short(str(new.get(key, 'default')))} instead of {short(str(old.get(key, 'default')))}"

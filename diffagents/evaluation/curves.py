@@ -19,7 +19,7 @@ LOG_FROM = 30.0
 RETURN = "return"
 """The name of the evaluations among the metrics of `HEALTHY`."""
 HEALTHY = {
-    RETURN: "It ends above the mean of the data, and of the clone. Single points swing: each is the mean of few episodes.",
+    RETURN: "It ends above the mean of the data and above the clone. Single points swing: each is the mean of few episodes.",
     "behavior_loss": "The error of the predicted noise falls quickly and then hardly changes. It does not reach 0.",
     "clone_loss": "It falls quickly and then hardly changes; it contains a log-likelihood and may be below 0.",
     "bc_loss": "It falls quickly and then hardly changes. It may rise again a little, as Q leads away from the data.",
@@ -27,9 +27,9 @@ HEALTHY = {
     "critic_loss": "The error to the target falls, then stays at a level above 0. Growth without end is divergence.",
     "q_loss": "The error of Q to its target falls, then stays at a level above 0. Growth without end is divergence.",
     "v_loss": "The error of V to its target falls, then stays at some level above 0.",
-    "q": "The mean of Q on the data settles at some level, or changes ever more slowly. Growth without end is divergence.",
-    "v": "The mean of V on the data settles at some level, or changes ever more slowly, as Q does.",
-    "policy_loss": "Its gradient moves the policy; its level says little, since it moves with Q. It settles and does not jump.",
+    "q": "The mean of Q on the data reaches a level and then drifts slowly. Growth without end is divergence.",
+    "v": "The mean of V on the data reaches a level and then drifts slowly, as Q does.",
+    "policy_loss": "Its gradient moves the policy; its level says little, since it moves with Q. In the end it changes slowly.",
     "lambda": "The weight between cloning and Q: it settles at some level, or at a bound.",
     "weight": "The mean weight of the data's actions stays of the order of 1. At its maximum all actions are cloned alike.",
     "train_return": "The return of the exploring policy, with its noise: it rises, but for a dip at the beginning.",
@@ -127,6 +127,7 @@ def _label(axis: Any, title: str, sentence: str, width: int) -> None:
     """The title of a panel, its axis of steps, and under it the sentence, in lines of at most `width` characters."""
     axis.set_title(title, fontsize=9, parse_math=False)
     axis.tick_params(labelsize=7)
+    axis.locator_params(axis="x", nbins=5)
     axis.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
-    lines = ["steps", *textwrap.wrap(f"Healthy: {sentence}", width)] if sentence else ["steps"]
+    lines = ["steps", *textwrap.wrap(f"Healthy: {sentence[0].lower()}{sentence[1:]}", width)] if sentence else ["steps"]
     axis.set_xlabel("\n".join(lines), fontsize=7)

@@ -76,6 +76,14 @@ def shorten_signature(
     return None
 
 
+def drop_missing_sources(app: Sphinx) -> list[Any]:
+    """Keep modules without a source, such as builtins, out of viewcode's list, which would link pages that do not exist."""
+    modules = getattr(app.env, "_viewcode_modules", {})
+    for name in [name for name, entry in modules.items() if not entry]:
+        del modules[name]
+    return []
+
+
 class CodeOrName(XRefRole):
     """Text in backticks: a link if it is a documented name, else code, as it is written."""
 
@@ -91,5 +99,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", link_hyperparameters, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", as_plain_text, priority=410)
     app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("html-collect-pages", drop_missing_sources, priority=100)  # before viewcode
     app.add_role("code-or-name", CodeOrName())
     return {"parallel_read_safe": True, "parallel_write_safe": True}

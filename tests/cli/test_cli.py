@@ -91,6 +91,14 @@ def trained(here: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     return Path(capsys.readouterr().out.strip())
 
 
+def test_train_evaluates_on_the_way_where_the_dataset_names_an_environment(here: Path) -> None:
+    for asked, points in (("--evaluations 3", 3), ("", 8), ("--evaluations 0", 0)):
+        folder = Path("runs") / str(points)
+        assert main.main(shlex.split(f"train TD3BC {REACHER} --steps 24 {SMALL} --out {folder} {asked}")) == 0
+        steps = [row["num_timesteps"] for row in diffagents.load(folder, verbose=0).provenance.get("evaluations", ())]
+        assert not points if not steps else (steps[0], steps[-1]) == (24 // points, 24)  # some in between may be too expensive
+
+
 def test_train_prints_its_folder_and_nothing_else_to_stdout(here: Path) -> None:
     done = run(f"train TD3BC {REACHER} --steps 30 --net-arch 16 16 --eval --episodes 2 --alpha 3 --record-command", here)
     assert done.returncode == 0, done.stderr

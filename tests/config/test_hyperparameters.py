@@ -241,8 +241,9 @@ def test_every_field_must_be_declared(field: Any) -> None:
         ("Can't initialize NVML", None),
         ("CUDA initialization: Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU", None),
         (
-            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).\nPlease update your GPU driver",
-            'torch cannot use the GPU (The NVIDIA driver on your system is too old (found version 11040)): device="auto" is the CPU',
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).\nPlease update it. More",
+            'torch cannot use the GPU (The NVIDIA driver on your system is too old (found version 11040)): device="auto" '
+            "is the CPU",
         ),
     ],
 )

@@ -267,7 +267,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
                                            r"contains an action of 1.7, but .*; if yours .* pass a dict of arrays"),
     "a data frame or the like": (lambda t: io.BytesIO(), {}, TypeError, r"from BytesIO; accepted are a Minari id, .*ReplayBuffer"),
     "a list of tuples": (lambda t: [(1, 2)], {}, TypeError, r"from list; accepted are .*a list of episode dicts"),
-    "nothing": (lambda t: None, {}, TypeError, r"from NoneType; accepted are"),
+    "nothing": (lambda t: None, {}, TypeError, r"^there is no dataset: agents learn from recorded data"),
 }  # fmt: skip
 
 

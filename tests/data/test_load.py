@@ -376,7 +376,7 @@ def test_a_stored_environment_is_kept_and_another_one_is_named(kind: str) -> Non
         with pytest.warns(UserWarning, match=r"test/pendulum-v0: env= is not .*; the stored one is kept") as caught:
             data = load_dataset(source, env=env)
         (line,) = [str(warning.message) for warning in caught]
-        assert "(max_episode_steps=200 instead of 30, g=default instead of 5.0)" in line
+        assert "(max_episode_steps=200 instead of 30, g=10.0 instead of 5.0)" in line
         stored = json.loads(data.info["env_spec"])
         assert (stored["kwargs"], stored["max_episode_steps"]) == ({"g": 5.0}, 30)
     with warnings.catch_warnings():

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 from small_agents import small
 
 from diffagents.errors import ArtifactError, printable
 from diffagents.evaluation.evaluate import Evaluation
-from diffagents.storage.card import MARK, draw_curves, make_card, stored_env
+from diffagents.storage.card import MARK, make_card, stored_env
 from diffagents.storage.publish import renew_card
 
 
@@ -140,15 +139,6 @@ def test_what_is_nested_too_deeply_is_a_value_error(tmp_path: Path) -> None:
         deep = [deep]
     with pytest.raises(ValueError, match="nested too deeply"):
         card_of(tmp_path, seed=deep)
-
-
-def test_at_most_24_curves_are_drawn_and_the_picture_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    titles: list[str] = []
-    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **_: titles.append(text))
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: titles.append(str(len(self.axes))))
-    for n in (24, 150):
-        draw_curves([{"stage": "train", "num_timesteps": k, **{f"m{i}": 0.5 for i in range(n)}} for k in (1, 2)], ())
-    assert titles == ["24", "the first 24 of 150 curves", "24"]
 
 
 def test_results_without_their_episodes_have_no_interval(tmp_path: Path) -> None:
