@@ -29,6 +29,7 @@ from diffagents.config.hyperparameters import describe
 from diffagents.data import collect as collecting
 from diffagents.evaluation.evaluate import evaluate
 from diffagents.experiments.fqe import FQEConfig
+from diffagents.experiments.one_step import OneStepConfig
 from diffagents.registry import AGENTS, agent_class
 from diffagents.training import prepare
 
@@ -156,7 +157,7 @@ def short_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     def short_collect(policy: Any, env: Any, n_steps: int, *args: Any, **kwargs: Any) -> Any:
         return collect(policy, env, min(n_steps, MOST_COLLECTED), *args, **kwargs)
 
-    def short_fit(config: FQEConfig) -> None:
+    def short_fit(config: FQEConfig | OneStepConfig) -> None:
         check(config)
         object.__setattr__(config, "steps", min(config.steps, MOST_UPDATES))
 
@@ -176,6 +177,7 @@ def short_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("diffagents.agent", "diffagents.evaluation.evaluate", "diffagents.experiments.select"):
         monkeypatch.setattr(f"{module}.evaluate", short_evaluation)
     monkeypatch.setattr(FQEConfig, "__post_init__", short_fit)
+    monkeypatch.setattr(OneStepConfig, "__post_init__", short_fit)
     monkeypatch.setattr(Agent, "push_to_hub", push_to_folder)
 
 

@@ -91,7 +91,13 @@ def add_commands(command: Command) -> None:
     one.add_argument("policies", nargs="+", metavar="POLICY", help="Folders, .zip files or Hub ids.")
     one.add_argument("--dataset", required=True, metavar="DATASET", help="Dataset, ideally the one that they were trained on.")
     one.add_argument("--gamma", type=float, default=0.99, help="Discount factor of the estimate. Default: 0.99.")
-    one.add_argument("--fqe-steps", type=int, default=10_000, metavar="N", help="Gradient steps. Default: 10000.")
+    one.add_argument(
+        "--rule",
+        default="agreement",
+        metavar="SIGNAL",
+        help="What determines the order: agreement (default), gain, loss_on_best, off_data, bc_loss or fqe.",
+    )
+    one.add_argument("--fqe-steps", type=int, default=10_000, metavar="N", help="Gradient steps of --rule fqe. Default: 10000.")
     one.add_argument(
         "--n-seeds",
         type=int,
@@ -137,9 +143,9 @@ def add_commands(command: Command) -> None:
     one.add_argument("--high", type=float, help="Upper end of the range.")
     one.add_argument(
         "--objective",
-        choices=("fqe", "return"),
-        default="fqe",
-        help='"fqe" estimates the return from the data (default), "return" plays episodes.',
+        choices=("agreement", "fqe", "return"),
+        default="agreement",
+        help='"agreement" (default) and "fqe" are signals of `diffagents select`, from the data; "return" plays episodes.',
     )
     one.add_argument(
         "--episodes", dest="n_episodes", type=int, default=10, metavar="N", help="Episodes per trial for --objective return."
@@ -315,7 +321,7 @@ def select(args: argparse.Namespace) -> None:
     """Rank policies by what data say about them, without an environment; print the best one, and the table to stderr."""
     from diffagents.experiments import select as selecting
 
-    names = ("gamma", "fqe_steps", "n_seeds", "max_transitions", "n_episodes", "top", "env", "seed", "device")
+    names = ("rule", "gamma", "fqe_steps", "n_seeds", "max_transitions", "n_episodes", "top", "env", "seed", "device")
     with contextlib.redirect_stdout(sys.stderr):
         selection = selecting.select(args.policies, args.dataset, **_options(args, *names))
         print(selection)

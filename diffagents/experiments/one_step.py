@@ -2,9 +2,9 @@
 
     gain = E_{s, a ~ data}[ Q(s, pi(s)) - Q(s, a) ]
 
-Q(s, a) is the value of what collected the data: the discounted return that followed, by regression. This is the first-order part
-of the difference between the returns of pi and of the data: Kakade and Langford, ICML 2002, Lemma 6.1, with the states of the
-data in place of those that pi would visit. One Q serves all policies, and nothing is bootstrapped from what was extrapolated.
+Q(s, a) is the value of what collected the data: the discounted return that followed, by regression. This is the first-order
+part of the difference between the returns of pi and of the data: Kakade and Langford, ICML 2002, Lemma 6.1, with the states of
+the data in place of those that pi would visit. One Q serves all policies, and nothing is bootstrapped.
 Details
   [D1] An episode that was cut continues as it ended (`functional.returns_to_go`).
   [D2] Each of several networks learns from all episodes but a part of its own: where they disagree, the data do not decide.
@@ -51,7 +51,7 @@ class OneStep:
         device: where to fit.
 
     Attributes:
-        scale: the standard deviation of the returns, by which the gain of networks is multiplied.
+        scale: the standard deviation of the data's discounted returns, the unit of the gain.
 
     Raises:
         ValueError: if the dataset is empty.
@@ -97,8 +97,8 @@ class OneStep:
             data_act: (N, A), the data's actions there, in [-1, 1].
 
         Returns:
-            (n_networks, N), in units of the discounted return of raw reward.
+            (n_networks, N), in standard deviations of the data's discounted returns.
         """
         obs, act, data_act = (x.to(self.device) for x in (self.normalizer(obs), act, data_act))
         better: Tensor = self.q(torch.cat([obs, act], -1)) - self.q(torch.cat([obs, data_act], -1))
-        return better.cpu() * self.scale
+        return better.cpu()

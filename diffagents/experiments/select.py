@@ -1,14 +1,19 @@
 """`select`: choose among several policies from data alone; episodes in an environment decide only on request.
 
-Each policy gets four signals. The first one determines the order:
-  fqe         fitted Q evaluation (fqe.py): the discounted return of raw reward, of the policy as it is deployed
-  off_data    distance of its actions to the nearest actions of the data in similar states, relative to the same distance of
-              the data's own actions: about 1 or less near the data. If it is large, the data say nothing about what the policy
-              does, Q is an extrapolation there and often optimistic, so the policy ranks behind all others whatever its fqe
-  bc_loss     mean squared distance, over data and dimensions, between its actions and the data's, both in [-1, 1]
-  q_mean      the value that its own critic gives its actions, to compare with data_return from the same states: a critic that
-              promises many times what the data ever obtained is overestimating
-All signals are those of the deterministic policy. They serve to rank policies and do not predict the return.
+The signals of a policy, all of its deterministic actions:
+  gain          how much better than the data's its actions are by the returns of the data (one_step.py), in standard deviations
+  loss_on_best  mean squared distance, over dimensions, between its actions and the data's, both in [-1, 1], in rows of the best
+                episodes: drawn in proportion to exp(z / 0.1), z the episode's return scaled to [0, 1]
+  off_data      distance of its actions to the nearest actions of the data in similar states, relative to the same distance of
+                the data's own actions: about 1 or less near the data. If it is large, the data say nothing about what the
+                policy does, and every estimate is an extrapolation: the policy ranks behind all others
+  agreement     the share of the other policies that it beats, averaged over the three signals above: 1 if it is the best by
+                each of them. The default order
+  bc_loss       as loss_on_best, in all rows alike
+  q_mean        the value that its own critic gives its actions, to compare with data_return from the same states: a critic that
+                promises many times what the data ever obtained is overestimating
+  fqe           only for rule="fqe": fitted Q evaluation (fqe.py), the discounted return of raw reward
+EVIDENCE says how well each of them ranked policies whose returns were known. They do not predict the return.
 """
 
 import dataclasses
@@ -26,19 +31,21 @@ import torch
 from torch import Tensor
 
 from diffagents import registry
-from diffagents.config.checks import find_device, whole_number
+from diffagents.config.checks import check_choice, find_device, whole_number
 from diffagents.data.load import load_dataset
 from diffagents.data.normalize import ObsNormalizer, RewardTransform
 from diffagents.data.transitions import Transitions
 from diffagents.evaluation.evaluate import Evaluation, evaluate
 from diffagents.evaluation.statistics import mean_interval
 from diffagents.experiments.fqe import FQE, FQEConfig, FQEResult, discounted_returns, some_rows
+from diffagents.experiments.one_step import OneStep, OneStepConfig
 from diffagents.networks.critics import IQLCritic, ReturnCritic
 from diffagents.networks.mlp import EnsembleMLP
 from diffagents.types import Spec
 
 ROWS_AT_ONCE = 256  # observations per call of `predict`: a diffusion policy multiplies them by its candidates
-BC_ROWS = 2000  # at most so many rows of data for bc_loss and q_mean
+ROWS = 2000  # rows of data, at most, for all signals but fqe; as many again for loss_on_best
+BEST = 0.1  # temperature of the returns in loss_on_best
 N_NEIGHBOURS = 50  # similar states for off_data
 NEIGHBOUR_ROWS = 20_000  # at most so many rows of data in which they are searched
 OFF_DATA = 2.5
@@ -47,6 +54,14 @@ is 2 for any number of dimensions A: the data lie on one side only, with a densi
 MAX_CLIPPED = 0.05  # from this share of clipped targets on, an estimate counts as diverged
 SETTLED = 0.05  # relative change in the last quarter of the fit below which an estimate counts as converged
 
+RULES = {"agreement": True, "gain": True, "loss_on_best": False, "off_data": False, "bc_loss": False, "fqe": True}
+"""What may determine the order -> whether larger is better."""
+AGREE = ("gain", "loss_on_best", "off_data")
+"""The signals of the agreement."""
+EVIDENCE: dict[str, tuple[float, float]] = {}
+"""Rule -> mean over four datasets of Spearman's rank correlation with the true return, and of the regret of its first policy
+in per cent of the range of returns; `python zoo/benchmarks/selection.py table` prints both."""
+
 
 @dataclass(frozen=True)
 class Rated:
@@ -54,29 +69,37 @@ class Rated:
 
     Attributes:
         name: name of the policy.
-        fqe: estimated discounted return of raw reward.
-        interval: 95 % interval of `fqe` by Student's t over the first states of the data, without the error of the fit.
-        fqe_seeds: the estimate of each fit.
-        drift: change of `fqe` in the last quarter of the fit.
-        off_data: relative distance of its actions to those of the data, see the top of this file.
+        agreement: share of the other policies that it beats, in [0, 1], averaged over the signals of AGREE; NaN if it has none.
+        gain: improvement over the data's actions, in standard deviations of the data's discounted returns.
+        loss_on_best: mean squared distance between its actions and those of the best episodes, both in [-1, 1].
+        off_data: relative distance of its actions to those of the data.
         bc_loss: mean squared distance between its actions and the data's, both in [-1, 1].
+        gain_of_networks: the gain by each network of the estimate.
         q_mean: mean value of its own critic at its actions, with the agent's own discount, in units of the reward that it
             trained on divided by the scale of its transform (a shift remains); None without such a critic.
         data_return: discounted return of the data from the same states, in the same units; None without such a critic.
-        trusted: False if the estimate diverged or concerns actions far from the data, as `notes` say; such policies rank last.
+        fqe: estimated discounted return of raw reward by fitted Q evaluation; None unless that is the rule.
+        interval: 95 % interval of `fqe` by Student's t over the first states of the data, without the error of the fit.
+        fqe_seeds: `fqe` of each fit.
+        drift: change of `fqe` in the last quarter of the fit.
+        trusted: False if an estimate diverged or concerns actions far from the data, as `notes` say; such policies rank last.
         notes: remarks on the estimates.
         evaluation: the episodes that were played; None if there were none.
     """
 
     name: str
-    fqe: float
-    interval: tuple[float, float]
-    fqe_seeds: tuple[float, ...]
-    drift: float
-    off_data: float
-    bc_loss: float
+    agreement: float = math.nan
+    gain: float = math.nan
+    loss_on_best: float = math.nan
+    off_data: float = math.nan
+    bc_loss: float = math.nan
+    gain_of_networks: tuple[float, ...] = ()
     q_mean: float | None = None
     data_return: float | None = None
+    fqe: float | None = None
+    interval: tuple[float, float] | None = None
+    fqe_seeds: tuple[float, ...] = ()
+    drift: float | None = None
     trusted: bool = True
     notes: tuple[str, ...] = ()
     evaluation: Evaluation | None = None
@@ -92,22 +115,22 @@ class Selection:
     """The report of `select`: `print` shows a table, `to_json` returns it for a file.
 
     Attributes:
-        rows: one row per policy, sorted by `fqe`, best first; policies that are not trusted come last.
+        rows: one row per policy, sorted by `rule`, best first; policies that are not trusted come last.
+        rule: the signal that determines the order.
         dataset: id of the dataset.
-        config: settings of the fitted Q evaluation.
-        n_used: number of transitions that the estimates are fitted on.
+        config: settings of the one-step estimate.
+        fqe_config: settings of the fitted Q evaluation; None unless that is the rule.
         n_transitions: number of transitions in the dataset.
-        n_starts: number of first states over which the estimates are averaged.
         seconds: how long the selection took.
         n_env_episodes: environment episodes that were played.
     """
 
     rows: tuple[Rated, ...]
+    rule: str
     dataset: str
-    config: FQEConfig
-    n_used: int
+    config: OneStepConfig
+    fqe_config: FQEConfig | None
     n_transitions: int
-    n_starts: int
     seconds: float
     n_env_episodes: int = 0
 
@@ -118,7 +141,7 @@ class Selection:
 
     @property
     def best(self) -> str:
-        """Name of the best policy: by return among those that played episodes, if any did, else by `fqe`."""
+        """Name of the best policy: by return among those that played episodes, if any did, else by the rule."""
         played = [row for row in self.rows if row.evaluation is not None]
         return max(played, key=lambda row: row.evaluation.mean_return).name if played else self.rows[0].name  # type: ignore[union-attr]
 
@@ -135,39 +158,47 @@ class Selection:
             }
             for row in self.rows
         ]
-        config = {**dataclasses.asdict(self.config), "hidden": list(self.config.hidden)}
-        report = {**vars(self), "best": self.best, "order": self.order, "config": config, "rows": rows}
+        configs = {name: c and dataclasses.asdict(c) for name, c in (("config", self.config), ("fqe_config", self.fqe_config))}
+        report = {**vars(self), "best": self.best, "order": self.order, "rows": rows, **configs}
         return json.loads(json.dumps(report, default=list), parse_constant=lambda _: None)
 
     def __str__(self) -> str:
-        heads = ["policy", "fqe", "95 % interval", "off_data", "bc_loss", "q_mean", "data_return", "q_ratio", "return"]
-        table = [heads, *(self._cells(row) for row in self.rows)]
-        if not self.n_env_episodes:
-            table = [cells[:-1] for cells in table]
+        signals = [rule for rule in RULES if rule != "fqe" or self.rule == "fqe"]
+        table = [["policy", *signals, "q_ratio", *(["return"] if self.n_env_episodes else [])]]
+        table += [self._cells(row, signals) for row in self.rows]
+        if EVIDENCE:
+            known = [f"{EVIDENCE[rule][0]:.2f}" for rule in signals]
+            table.append(["rank correlation", *known, *[""] * (len(table[0]) - len(known) - 1)])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]).rstrip() for c in table]
         lines += [f"{row.name}: {note}" for row in self.rows for note in row.notes]
-        c = self.config
+        if EVIDENCE:
+            rho, regret = EVIDENCE[self.rule]
+            lines.append(
+                f"in the order of {self.rule}: on four datasets with policies of known return its rank correlation with it was "
+                f"{rho:.2f} on average, and its first policy lost {regret:.0f} % of the range of returns"
+            )
         lines.append(
-            f"fqe: discounted return of raw reward (gamma {c.gamma:g}) from {self.n_starts:,} first states of {self.dataset}, "
-            f"from {self.n_used:,} of {self.n_transitions:,} transitions; for ranking only, not a prediction of the return"
+            f"from {self.n_transitions:,} transitions of {self.dataset}; for ranking only, no prediction of the return"
         )
         lines.append(f"best: {self.best}; {self.n_env_episodes} environment episodes used")
         return "\n".join(lines)
 
-    def _cells(self, row: Rated) -> list[str]:
-        numbers = [row.off_data, row.bc_loss, row.q_mean, row.data_return, row.q_ratio]
-        played = row.evaluation.mean_return if row.evaluation is not None else None
-        interval = f"{row.interval[0]:.4g} to {row.interval[1]:.4g}"
+    def _cells(self, row: Rated, signals: Sequence[str]) -> list[str]:
+        numbers = [*(getattr(row, signal) for signal in signals), row.q_ratio]
+        if self.n_env_episodes:
+            numbers.append(row.evaluation.mean_return if row.evaluation is not None else None)
         mark = "" if row.trusted else " (not trusted)"
-        return [row.name + mark, f"{row.fqe:.4g}", interval, *("-" if x is None else f"{x:.4g}" for x in (*numbers, played))]
+        return [row.name + mark, *("-" if x is None else f"{x:.4g}" for x in numbers)]
 
 
 def select(
     agents: Mapping[str, Any] | Sequence[Any],
     dataset: Any,
     *,
-    gamma: float = FQEConfig.gamma,
+    rule: str = "agreement",
+    gamma: float = OneStepConfig.gamma,
+    steps: int = OneStepConfig.steps,
     fqe_steps: int = FQEConfig.steps,
     n_seeds: int = FQEConfig.n_seeds,
     max_transitions: int = FQEConfig.max_transitions,
@@ -185,11 +216,14 @@ def select(
         agents: a mapping from names to policies, or a sequence of policies. A policy is an agent of this library, any object
             with SB3's `predict`, or the path of a folder or .zip file, which `load` reads.
         dataset: anything that `load_dataset` reads, for the task of the policies; ideally the data that they were trained on.
-        gamma: discount factor of the estimate; use a value near 1 if much of the reward comes late.
-        fqe_steps: gradient steps of the estimate.
-        n_seeds: number of fits per policy; with 2 or more the estimate is pessimistic where they disagree.
-        max_transitions: at most so many transitions are used, drawn once for all policies.
-        seed: seed of the estimate, and of the first episode.
+        rule: the signal that determines the order, one of RULES: "agreement", "gain", "loss_on_best", "off_data", "bc_loss" or
+            "fqe". `diffagents.experiments.select.EVIDENCE` says how well each has done.
+        gamma: discount factor of the estimates.
+        steps: gradient steps of the one-step estimate, which is made once for all policies.
+        fqe_steps: gradient steps of the fitted Q evaluation, only for rule="fqe".
+        n_seeds: number of its fits per policy; with 2 or more it is pessimistic where they disagree.
+        max_transitions: it uses at most so many transitions, drawn once for all policies.
+        seed: seed of the estimates, and of the first episode.
         device: where to fit: "auto", "cpu", "cuda", ...
         env: environment for the episodes, or its id; it also provides the spaces if the data have none. Default: the
             environment of the dataset.
@@ -202,7 +236,9 @@ def select(
     Raises:
         ValueError, TypeError: before any work, for invalid arguments or a policy that cannot act on these data.
     """
-    config = FQEConfig(gamma=gamma, steps=fqe_steps, n_seeds=n_seeds, max_transitions=max_transitions, seed=seed)
+    check_choice("rule", rule, tuple(RULES))
+    config = OneStepConfig(gamma=gamma, steps=steps, seed=seed)
+    fqe_config = FQEConfig(gamma=gamma, steps=fqe_steps, n_seeds=n_seeds, max_transitions=max_transitions, seed=seed)
     whole_number("n_episodes", n_episodes, 0)
     whole_number("top", top, 1)
     policies = _named(agents, load)
@@ -214,10 +250,12 @@ def select(
     for name, policy in policies.items():
         _check(name, policy, data)
 
-    started = time.perf_counter()
-    fqe = FQE(data, config, find_device(device))
-    rows = rate(policies, data, fqe, verbose)
-    rows.sort(key=lambda row: (not row.trusted, -row.fqe if math.isfinite(row.fqe) else math.inf))
+    started, place = time.perf_counter(), find_device(device)
+    if verbose:
+        print(f"fitting the one-step estimate in {steps:,} steps", flush=True)
+    fqe = FQE(data, fqe_config, place) if rule == "fqe" else None
+    rows = rate(policies, data, OneStep(data, config, place), fqe, verbose)
+    rows.sort(key=lambda row: (not row.trusted, -goodness(row, rule)))
     for k, row in enumerate(rows[: top if n_episodes else 0]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about action bounds: training has warned already
@@ -226,14 +264,22 @@ def select(
     n_played = sum(len(row.evaluation.returns) for row in rows if row.evaluation is not None)
     return Selection(
         rows=tuple(rows),
+        rule=rule,
         dataset=str(data.info["id"]),
         config=config,
-        n_used=len(fqe.sampler),
+        fqe_config=fqe_config if fqe is not None else None,
         n_transitions=len(data),
-        n_starts=len(fqe.start_obs),
         seconds=time.perf_counter() - started,
         n_env_episodes=n_played,
     )
+
+
+def goodness(row: Rated, rule: str) -> float:
+    """The signal of a rule, with the sign by which larger is better; minus infinity if it is not a number."""
+    value = getattr(row, rule)
+    if value is None or not math.isfinite(value):
+        return -math.inf
+    return float(value) if RULES[rule] else -float(value)
 
 
 def _named(agents: Any, load: Callable[[Any], Any] | None) -> dict[str, Any]:
@@ -272,20 +318,26 @@ def _check(name: str, policy: Any, data: Transitions) -> None:
         )
 
 
-def rate(policies: Mapping[str, Any], data: Transitions, fqe: FQE, verbose: int = 0) -> list[Rated]:
+def rate(
+    policies: Mapping[str, Any], data: Transitions, one_step: OneStep | None, fqe: FQE | None = None, verbose: int = 0
+) -> list[Rated]:
     """All signals of several policies.
 
     Args:
         policies: name -> policy.
-        data: the dataset that `fqe` was made from.
-        fqe: the prepared fitted Q evaluation.
+        data: the dataset that the estimates were made from.
+        one_step: the one-step estimate; None: the policies get no gain.
+        fqe: the prepared fitted Q evaluation. Default: the policies get none.
         verbose: 0 prints nothing, 1 the progress.
 
     Returns:
         One row per policy. A policy whose actions are not finite somewhere is not trusted.
     """
-    rows = some_rows(len(data), BC_ROWS, torch.Generator().manual_seed(fqe.config.seed + 1))
-    states = [fqe.next_obs, fqe.start_obs, data.obs[rows]]
+    seed = next((estimate.config.seed for estimate in (one_step, fqe) if estimate is not None), 0)
+    generator = torch.Generator().manual_seed(seed + 1)
+    rows = some_rows(len(data), ROWS, generator)
+    best_rows = data.sampler("cpu").prefer_returns(BEST).rows(len(rows), generator, by_return=True)
+    states = [data.obs[rows], data.obs[best_rows], *([] if fqe is None else [fqe.next_obs, fqe.start_obs])]
     actions: dict[str, np.ndarray] = {}
     rated: list[Rated] = []
     for name, policy in policies.items():
@@ -293,56 +345,79 @@ def rate(policies: Mapping[str, Any], data: Transitions, fqe: FQE, verbose: int 
         try:
             actions[name] = actions_of(policy, torch.cat(states), data.spec)
         except RuntimeError as error:
-            nan = math.nan
-            rated.append(Rated(name, nan, (nan, nan), (), nan, nan, nan, trusted=False, notes=(str(error),)))
+            rated.append(Rated(name, trusted=False, notes=(str(error),)))
         if verbose:
             print(f"{name} acted in {sum(map(len, states)):,} states in {time.perf_counter() - started:.1f} s", flush=True)
     if not actions:
         return rated
-    if verbose:
-        print(f"fitting {len(actions)} estimates in {fqe.config.steps:,} steps", flush=True)
-    scaled = torch.stack([_scaled(action, data.spec) for action in actions.values()])  # (P, rows, A)
-    next_act, start_act, act = torch.split(scaled, [len(some) for some in states], 1)
-    distances = (act - _scaled(data.action[rows].numpy(), data.spec)).square().mean((1, 2)).tolist()
-    neighbours = _Neighbours(data, rows, fqe.config.seed)
-    for k, (name, result, distance) in enumerate(zip(actions, fqe.fit(next_act, start_act), distances, strict=True)):
-        values = result.values.double().mean(0).numpy()  # one per first state
-        interval = mean_interval(values) or (math.nan, math.nan)  # of a single first state
+    scaled = torch.stack([_scaled(action, data.spec) for action in actions.values()])  # (P, all rows, A)
+    act, best_act, *fqe_act = torch.split(scaled, [len(some) for some in states], 1)
+    data_act, data_best_act = (_scaled(data.action[some].numpy(), data.spec) for some in (rows, best_rows))
+    neighbours = _Neighbours(data, rows, seed)
+    fits: Sequence[FQEResult | None] = [None] * len(actions)
+    if fqe is not None:
+        if verbose:
+            print(f"fitting {len(actions)} estimates in {fqe.config.steps:,} steps", flush=True)
+        fits = fqe.fit(*fqe_act)
+    for k, name in enumerate(actions):
+        gains = torch.tensor([math.nan]) if one_step is None else one_step.gain(data.obs[rows], act[k], data_act).mean(1)
+        losses = [float((a - b).square().mean()) for a, b in ((act[k], data_act), (best_act[k], data_best_act))]
         off_data = neighbours.off_data(act[k])
-        trusted, notes = _judge(result, interval, off_data, fqe.config)
-        own = _own_q(policies[name], data, rows, actions[name][-len(rows) :])
-        rated.append(
-            Rated(
-                name=name,
-                fqe=float(values.mean()),
-                interval=interval,
-                fqe_seeds=tuple(result.values.mean(1).tolist()),
-                drift=result.drift,
-                off_data=off_data,
-                bc_loss=distance,
-                q_mean=own.q_mean,
-                data_return=own.data_return,
-                trusted=trusted,
-                notes=(*notes, *own.notes),
-            )
+        own = _own_q(policies[name], data, rows, actions[name][: len(rows)])
+        row = Rated(
+            name=name,
+            gain=float(gains.mean()),
+            loss_on_best=losses[1],
+            off_data=off_data,
+            bc_loss=losses[0],
+            gain_of_networks=tuple(gains.tolist()),
+            q_mean=own.q_mean,
+            data_return=own.data_return,
+            trusted=off_data <= OFF_DATA,
+            notes=tuple(own.notes),
         )
-    return rated
+        if not row.trusted:
+            far = f"its actions lie {off_data:.3g} times further from the data than the data's own, which say nothing about it"
+            row = dataclasses.replace(row, notes=(far, *row.notes))
+        fit = fits[k]
+        rated.append(row if fit is None or fqe is None else _with_fqe(row, fit, fqe.config))
+    return [dataclasses.replace(row, agreement=share) for row, share in zip(rated, agreement(rated), strict=True)]
 
 
-def _judge(result: FQEResult, interval: tuple[float, float], off_data: float, config: FQEConfig) -> tuple[bool, list[str]]:
-    """Whether the estimate can be trusted, and remarks on it."""
-    if not result.values.isfinite().all() or result.clipped > MAX_CLIPPED:
+def agreement(rows: Sequence[Rated]) -> list[float]:
+    """For each policy the share of the others that it beats by a signal, averaged over the signals of AGREE.
+
+    A tie counts half. Policies whose signals are not numbers are left out and get NaN; a policy alone gets 0.5.
+    """
+    signals = np.array([[goodness(row, signal) for signal in AGREE] for row in rows]).reshape(len(rows), len(AGREE))
+    known = np.isfinite(signals).all(1)
+    others, shares = signals[known], np.full(len(rows), math.nan)
+    ahead = (signals[known, None] > others).sum(1) + 0.5 * ((signals[known, None] == others).sum(1) - 1)  # but for itself
+    shares[known] = ahead.mean(-1) / (len(others) - 1) if len(others) > 1 else 0.5
+    return [float(share) for share in shares]
+
+
+def _with_fqe(row: Rated, result: FQEResult, config: FQEConfig) -> Rated:
+    """The row with the estimate and remarks on it."""
+    values = result.values.double().mean(0).numpy()  # one per first state
+    interval = mean_interval(values) or (math.nan, math.nan)  # of a single first state
+    notes, diverged = list(row.notes), not result.values.isfinite().all() or result.clipped > MAX_CLIPPED
+    if diverged:
         share = f"{100 * result.clipped:.0f} % of its targets lay outside the range that the rewards allow"
-        return False, [f"the estimate diverged ({share}): the policy acts where there are no data, or gamma is too large"]
-    if off_data > OFF_DATA:
-        return False, [
-            f"its actions lie {off_data:.3g} times further from the data than the data's own: its fqe is an extrapolation"
-        ]
-    if abs(result.drift) > max(interval[1] - interval[0], SETTLED * abs(float(result.values.mean()))):
-        return True, [
-            f"the estimate has not converged ({result.drift:+.3g} in the last quarter): use more than {config.steps:,} steps"
-        ]
-    return True, []
+        notes.insert(0, f"fqe diverged ({share}): the policy acts where there are no data, or gamma is too large")
+    elif abs(result.drift) > max(interval[1] - interval[0], SETTLED * abs(float(result.values.mean()))):
+        notes.insert(
+            0, f"fqe has not converged ({result.drift:+.3g} in the last quarter): use more than {config.steps:,} steps"
+        )
+    return dataclasses.replace(
+        row,
+        fqe=float(values.mean()),
+        interval=interval,
+        fqe_seeds=tuple(result.values.mean(1).tolist()),
+        drift=result.drift,
+        trusted=row.trusted and not diverged,
+        notes=tuple(notes),
+    )
 
 
 class _Neighbours:

@@ -23,7 +23,8 @@ from diffagents.data.transitions import Transitions
 from diffagents.errors import TrainingDiverged, one_line, printable, short
 from diffagents.evaluation.evaluate import evaluate
 from diffagents.experiments.fqe import FQE, FQEConfig
-from diffagents.experiments.select import rate
+from diffagents.experiments.one_step import OneStep, OneStepConfig
+from diffagents.experiments.select import AGREE, Rated, agreement, goodness, rate
 from diffagents.registry import agent_class
 from diffagents.training import prepare
 from diffagents.training.plan import Plan
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from diffagents.agent import Agent
 
-OBJECTIVES = ("fqe", "return")
+OBJECTIVES = ("agreement", "fqe", "return")
 FACTOR = 5.0
 """How far the range around a value of the preset "fast" reaches on either side."""
 N_RANDOM = 4  # random trials before the sampler uses their scores; a single dimension needs no more
@@ -110,7 +111,7 @@ class TuningReport:
         score: the score of that value by the objective.
         agent: the agent trained with that value.
         trials: all trials, in the order in which they were made.
-        objective: "fqe" or "return".
+        objective: "agreement", "fqe" or "return".
         source: where the range comes from.
         n_env_episodes: environment episodes played in all, including those of earlier calls with the same storage.
     """
@@ -143,9 +144,11 @@ class TuningReport:
             mark = "  <- best" if (trial.value, trial.score) == (self.value, self.score) else ""
             note = f"  {trial.note}" if trial.note else ""
             lines.append(f"{trial.value:>14.4g}  {score:>10}  {trial.seconds:>7.0f}{mark}{note}")
-        meaning = "discounted return estimated from the data, for ranking only"
-        if self.objective == "return":
-            meaning = "mean return of episodes"
+        meaning = {
+            "agreement": "share of the other trials that it beats by three signals of the data, for ranking only",
+            "fqe": "discounted return estimated from the data, for ranking only",
+            "return": "mean return of episodes",
+        }[self.objective]
         lines.append(f"{self.algorithm} {self.hyperparameter}, range from {self.source}; {self.objective}: {meaning}")
         lines.append(f"best: {self.hyperparameter}={self.value:.4g}; {self.n_env_episodes} environment episodes used")
         return "\n".join(lines)
@@ -160,7 +163,7 @@ def tune(
     low: float | None = None,
     high: float | None = None,
     log: bool | None = None,
-    objective: str = "fqe",
+    objective: str = "agreement",
     steps: int | None = None,
     env: Any = None,
     n_episodes: int = 10,
@@ -184,13 +187,14 @@ def tune(
             a fifth of the value if the preset "fast" sets it (`high`: five times the value).
         high: upper end of the range.
         log: whether to search evenly in the logarithm. Default: as in `MAIN_HYPERPARAMETER`, else True if `low` is positive.
-        objective: "fqe" estimates the return from the data, as `select` does, and needs no environment; "return" plays
-            `n_episodes` in `env` for each trial and counts them.
+        objective: "agreement" and "fqe" are rules of `select` and need no environment; "return" plays `n_episodes` in `env` for
+            each trial and counts them. For "agreement", which compares all trials at the end, the values are spread evenly over
+            the range; for the others, Optuna proposes them by the scores.
         steps: gradient steps of one agent, split over its stages as `learn(total_timesteps)` does. Default: the algorithm's
             own budget.
         env: environment, or its id, for `objective="return"`. Default: the dataset's own.
         n_episodes: episodes per trial for `objective="return"`.
-        fqe: settings of the estimate, fields of `FQEConfig`, for example {"gamma": 0.995}.
+        fqe: settings for `objective="fqe"`, fields of `FQEConfig`, for example {"gamma": 0.995}.
         storage: a file for Optuna's journal, or a URL such as sqlite:///tuning.db. The same call then continues the search;
             the best agent of an earlier call is trained again.
         seed: seed of the search, the agents and the estimate.
@@ -239,29 +243,35 @@ def tune(
         **{"settings": repr(sorted(settings.items())), "fqe": repr(fqe_config), "n_episodes": n_episodes},
     }
     study = _study(optuna, storage, about, found.name)
+    one_step = OneStep(data, OneStepConfig(seed=seed), base.device) if objective == "agreement" else None
     evaluation = FQE(data, fqe_config, base.device) if objective == "fqe" else None
 
-    def score(agent: "Agent") -> float:
-        if evaluation is None:
-            return evaluate(agent, where, n_episodes, seed=seed).mean_return
-        (rated,) = rate({"it": agent}, data, evaluation)
+    def score(agent: "Agent") -> tuple[float, dict[str, float]]:
+        """The score, and for the agreement, which is known at the end only, the signals that it is made of."""
+        if objective == "return":
+            return evaluate(agent, where, n_episodes, seed=seed).mean_return, {}
+        (rated,) = rate({"it": agent}, data, one_step, evaluation)
         if not rated.trusted:
             raise TrainingDiverged("; ".join(rated.notes))
-        return rated.fqe
+        return goodness(rated, objective), {name: getattr(rated, name) for name in AGREE} if objective == "agreement" else {}
 
-    best: tuple[float, Agent] | None = None  # of this call
+    agents: dict[float, Agent] = {}  # of this call, by value: for the agreement all of them, else the best
     for n_done in range(len(_finished(study)), n_trials):
         # A proposal depends only on the finished trials, so that an interrupted search continues as if it had not been.
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=N_RANDOM, seed=seed + n_done)
-        _propose_default(study, found, trainer.default)
+        if not _propose_default(study, found, trainer.default) and objective == "agreement":
+            _propose_evenly(study, found, n_done, whole=isinstance(trainer.default, int))
         trial = study.ask()
         value = trainer.suggest(trial)
         started, result, note = time.perf_counter(), None, ""
         try:
             agent = trainer.train(value)
-            result = score(agent)
-            if best is None or result > study.best_value:
-                best = value, agent
+            result, signals = score(agent)
+            trial.set_user_attr("signals", signals)
+            if objective == "agreement":
+                agents[value] = agent
+            elif not agents or result > study.best_value:
+                agents = {value: agent}
         except TrainingDiverged as error:
             if trainer.shared is None:
                 raise  # a shared stage diverged, so every trial would
@@ -270,22 +280,29 @@ def tune(
         trial.set_user_attr("note", note)
         study.tell(trial, result, optuna.trial.TrialState.FAIL if result is None else optuna.trial.TrialState.COMPLETE)
         if verbose:
-            print(f"{found.name}={value:.4g}: {note or f'{objective} {result:.4g}'} ({n_done + 1}/{n_trials})", flush=True)
+            shown = signals or {objective: result} if result is not None else {}
+            about_it = note or ", ".join(f"{name} {number:.4g}" for name, number in shown.items())
+            print(f"{found.name}={value:.4g}: {about_it} ({n_done + 1}/{n_trials})", flush=True)
 
+    finished = _finished(study)
+    scores = {done.number: done.value for done in finished if done.value is not None}
+    if objective == "agreement":
+        rows = [Rated(str(done.number), **done.user_attrs["signals"]) for done in finished if done.number in scores]
+        scores = dict(zip(scores, agreement(rows), strict=True))
     trials = tuple(
-        Trial(done.params[found.name], done.value, done.user_attrs["seconds"], printable(done.user_attrs["note"]))
-        for done in _finished(study)
+        Trial(done.params[found.name], scores.get(done.number), done.user_attrs["seconds"], printable(done.user_attrs["note"]))
+        for done in finished
     )
     scored = [trial for trial in trials if trial.score is not None]
     if not scored:
         raise RuntimeError(f"all {len(trials)} trials failed; the last one: {trials[-1].note}")
-    value = study.best_params[found.name]
+    best = max(scored, key=lambda trial: trial.score)  # type: ignore[arg-type, return-value]  # the first of equals
     return TuningReport(
         algorithm=name,
         hyperparameter=found.name,
-        value=value,
-        score=study.best_value,
-        agent=best[1] if best is not None and best[0] == value else trainer.train(value),
+        value=best.value,
+        score=best.score,  # type: ignore[arg-type]
+        agent=agents[best.value] if best.value in agents else trainer.train(best.value),
         trials=trials,
         objective=objective,
         source=found.source,
@@ -410,7 +427,11 @@ def _study(optuna: Any, storage: str | None, about: dict[str, Any], name: str) -
 
 def _check_trial(trial: Any, name: str) -> None:
     """Raise KeyError or TypeError if what a trial stores is not what `tune` stores."""
+    signals = trial.user_attrs.get("signals", {})
     numbers = [trial.params[name], trial.user_attrs["seconds"], *([] if trial.value is None else [trial.value])]
+    if signals and set(signals) != set(AGREE):
+        raise TypeError("a trial has signals of another kind")
+    numbers += signals.values()
     if not all(isinstance(number, int | float) for number in numbers) or not isinstance(trial.user_attrs["note"], str):
         raise TypeError("a trial has values of another kind")
 
@@ -433,9 +454,26 @@ def _finished(study: "optuna.Study") -> list[Any]:
     return [trial for trial in study.trials if trial.state.name in ("COMPLETE", "FAIL")]
 
 
-def _propose_default(study: "optuna.Study", searched: SearchRange, default: Any) -> None:
-    """Make the default value the next trial unless it was tried, is queued already, or lies outside the range."""
+def _propose_default(study: "optuna.Study", searched: SearchRange, default: Any) -> bool:
+    """Make the default value the next trial unless it was tried, is queued already, or lies outside the range.
+
+    Returns:
+        Whether the next trial is queued.
+    """
     tried = any(trial.params[searched.name] == default for trial in _finished(study))
     waiting = any(trial.state.name == "WAITING" for trial in study.trials)
-    if not tried and not waiting and default is not None and searched.low <= default <= searched.high:
-        study.enqueue_trial({searched.name: default})
+    if tried or waiting or default is None or not searched.low <= default <= searched.high:
+        return waiting
+    study.enqueue_trial({searched.name: default})
+    return True
+
+
+def _propose_evenly(study: "optuna.Study", searched: SearchRange, n_done: int, whole: bool) -> None:
+    """Make the next trial the n-th point of van der Corput's sequence over the range: 1/2, 1/4, 3/4, 1/8, ..."""
+    point, unit, n = 0.0, 0.5, max(1, n_done)
+    while n:
+        point, unit, n = point + unit * (n % 2), unit / 2, n // 2
+    value = searched.low + (searched.high - searched.low) * point
+    if searched.log:
+        value = searched.low * (searched.high / searched.low) ** point
+    study.enqueue_trial({searched.name: round(value) if whole else value})

@@ -25,12 +25,12 @@ def gain_in_state_0(one: OneStep, data: Any, action: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_the_gain_is_the_closed_form(scale: float) -> None:
-    """Right: 1, then 2, then the cut episode goes on at its mean of 1.5, so 1 + 0.8 (2 + 0.8 * 7.5) = 7.4. Left: 0.8 * 3 = 2.4."""
+    """Right: 1, then 2, then the cut episode goes on at its mean: 1 + 0.8 (2 + 0.8 * 1.5 / 0.2) = 7.4. Left: 0.8 * 3 = 2.4."""
     data = load_dataset(fork(200, scale))
     one = OneStep(data, QUICK)
     for action, better in ((1.0, 2.5), (-1.0, -2.5)):
         gain = gain_in_state_0(one, data, action)
-        assert gain.shape == (4, 200) and gain.mean().item() == pytest.approx(scale * better, rel=0.05)
+        assert gain.shape == (4, 200) and one.scale * gain.mean().item() == pytest.approx(scale * better, rel=0.05)
     assert one.gain(data.obs, data.action, data.action).abs().max() == 0.0  # the data's own actions
 
 

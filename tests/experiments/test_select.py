@@ -1,6 +1,7 @@
 """select: fitted Q evaluation against closed forms, the other signals in their units, every agent, the report, bad calls."""
 
 import copy
+import importlib
 import json
 import math
 import pathlib
@@ -19,11 +20,12 @@ from diffagents import load_dataset
 from diffagents.data.normalize import RewardTransform
 from diffagents.data.transitions import Transitions
 from diffagents.experiments.fqe import FQE, FQEConfig, FQEResult, discounted_returns, first_rows
-from diffagents.experiments.select import actions_of, rate, select
+from diffagents.experiments.one_step import OneStep, OneStepConfig
+from diffagents.experiments.select import AGREE, EVIDENCE, RULES, Rated, actions_of, agreement, rate, select
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:action bounds")
-QUICK: dict[str, Any] = {"fqe_steps": 15, "max_transitions": 100, "verbose": 0}
+QUICK: dict[str, Any] = {"rule": "fqe", "fqe_steps": 15, "max_transitions": 100, "steps": 5, "verbose": 0}
 GAMMA = 0.8
 
 
@@ -179,20 +181,25 @@ def test_first_rows_and_discounted_returns() -> None:
 # ---- select ----------------------------------------------------------------------------------------------------------
 def test_select_ranks_the_good_policy_first_and_says_in_what_units() -> None:
     policies = {"left": Constant(-1.0), "right": Constant(1.0)}
-    found = select(policies, fork(), gamma=GAMMA, fqe_steps=150, verbose=0)
+    found = select(policies, fork(), rule="fqe", gamma=GAMMA, fqe_steps=150, steps=200, verbose=0)
     assert found.order == ["right", "left"] and found.best == "right"
-    low, high = found["right"].interval
-    assert low <= found["right"].fqe <= high and high - low < 1e-6  # all first states are alike
+    fqe, (low, high) = found["right"].fqe or math.nan, found["right"].interval or (math.nan, math.nan)
+    assert low <= fqe <= high and high - low < 1e-6  # all first states are alike
     # half of the data's first actions are the policy's, half 2 away; in states 1 and 2 they are random
     assert found["right"].bc_loss == pytest.approx(2.0, abs=0.3)
     assert found["right"].q_mean is None and found["right"].q_ratio is None
     text = str(found)
-    assert "discounted return of raw reward (gamma 0.8)" in text and "for ranking only, not a prediction of the return" in text
-    assert "best: right; 0 environment episodes used" in text and "200 of 200 transitions" in text
+    assert "from 200 transitions of arrays; for ranking only, no prediction of the return" in text
+    assert "best: right; 0 environment episodes used" in text and "in the order of fqe" in text
     lines = text.splitlines()
     assert lines[1].startswith("right ") and lines[2].startswith("left ") and len(lines[0]) >= len(lines[1].rstrip()) - 2
+    assert lines[0].split() == ["policy", *RULES, "q_ratio"] and lines[3].startswith("rank correlation ")
     report = json.loads(json.dumps(found.to_json()))
-    assert report["best"] == "right" and report["n_env_episodes"] == 0 and report["config"]["gamma"] == GAMMA
+    assert (
+        report["best"] == "right"
+        and report["n_env_episodes"] == 0
+        and report["config"]["gamma"] == GAMMA == report["fqe_config"]["gamma"]
+    )
     assert [row["name"] for row in report["rows"]] == ["right", "left"] and report["rows"][0]["fqe"] == found["right"].fqe
 
 
@@ -206,9 +213,9 @@ def everyone() -> tuple[Transitions, dict[str, Any]]:
 def test_every_agent_can_be_selected(everyone: tuple[Transitions, dict[str, Any]]) -> None:
     data, agents = everyone
     found = select(agents, data, **QUICK)
-    assert sorted(found.order) == sorted(NAMES) and found.n_used == 100 and found.n_transitions == len(data)
+    assert sorted(found.order) == sorted(NAMES) and found.n_transitions == len(data)
     for row in found.rows:
-        assert math.isfinite(row.fqe) and math.isfinite(row.bc_loss), row
+        assert all(math.isfinite(getattr(row, rule)) for rule in RULES), row
         assert (row.q_mean is None) == (row.name in ("AWR", "BC", "DiffusionBC")), row
         assert row.q_mean is None or (row.data_return is not None and math.isfinite(row.q_mean)), row
     fqes = [row.fqe for row in found.rows]
@@ -320,8 +327,9 @@ def test_a_policy_far_from_the_data_ranks_behind_whatever_q_guesses() -> None:
             return np.concatenate([obs, -obs], 1) + self.value, None
 
     policies = {"near": Line([0.0, 0.0]), "edge": Line([0.05, 0.05]), "far": Line([0.4, 0.4])}
-    found = select(policies, data, fqe_steps=100, verbose=0)
-    assert found["far"].fqe > found["edge"].fqe > found["near"].fqe and found.order == ["edge", "near", "far"]
+    found = select(policies, data, rule="fqe", fqe_steps=100, steps=200, verbose=0)
+    fqe = {row.name: row.fqe or math.nan for row in found.rows}
+    assert fqe["far"] > fqe["edge"] > fqe["near"] and found.order == ["edge", "near", "far"]
     assert found["near"].off_data < found["edge"].off_data < 2.5 < found["far"].off_data
     assert "times further from the data" in str(found) and found["edge"].trusted and not found["far"].trusted
     uniform = line_data(4000, obs_dim=1, act_dim=2)
@@ -389,8 +397,8 @@ class Target(gym.Env[Any, Any]):
 def test_episodes_are_played_by_the_top_only_counted_and_decide() -> None:
     data, env = load_dataset(line_data()), Target()
     policies = {str(x): Constant([x, x]) for x in (-0.9, -0.2, 0.1, 0.5)}
-    without = select(policies, data, fqe_steps=40, verbose=0)
-    found = select(policies, data, fqe_steps=40, env=env, n_episodes=2, top=2, verbose=0)
+    without = select(policies, data, steps=40, verbose=0)
+    found = select(policies, data, steps=40, env=env, n_episodes=2, top=2, verbose=0)
     assert found.n_env_episodes == env.n_resets == 4 and found.order == without.order and without.n_env_episodes == 0
     assert [row.evaluation is not None for row in found.rows] == [True, True, False, False]
     returns = {row.name: row.evaluation.mean_return for row in found.rows if row.evaluation is not None}
@@ -403,7 +411,7 @@ def test_the_policy_that_was_estimated_is_the_one_that_plays() -> None:
     """The deterministic one, though it is meant to sample: `Constant` insists on that."""
     policy = Constant([0.1, 0.1])
     policy.acts_deterministically = False  # type: ignore[attr-defined]
-    found = select({"it": policy}, load_dataset(line_data()), fqe_steps=5, env=Target(), n_episodes=1, verbose=0)
+    found = select({"it": policy}, load_dataset(line_data()), steps=5, env=Target(), n_episodes=1, verbose=0)
     assert found["it"].evaluation is not None and found["it"].evaluation.deterministic
 
 
@@ -419,7 +427,7 @@ def test_the_return_decides_among_those_that_were_played() -> None:
     data = line_data()
     data["rewards"] = -((data["actions"] + 0.5) ** 2).sum(-1)
     policies = {"data's": Constant([-0.5, -0.5]), "env's": Constant([0.5, 0.5])}
-    found = select(policies, data, env=Target(), n_episodes=1, top=2, gamma=0.5, fqe_steps=150, verbose=0)
+    found = select(policies, data, env=Target(), n_episodes=1, top=2, gamma=0.5, steps=300, verbose=0)
     assert found.order == ["data's", "env's"] and found.best == "env's"
 
 
@@ -428,9 +436,12 @@ def test_a_good_and_a_bad_policy_of_a_real_task(monkeypatch: pytest.MonkeyPatch)
     data = load_dataset("diffagents/reacher/replay-v0")
     learnt = diffagents.TD3BC(seed=0, verbose=0, device="cpu", compile="eager", policy_kwargs={"net_arch": [64, 64]})
     policies = {"learnt": learnt.learn(data, 600), "pushes": Constant([1.0, 1.0]), "circles": Constant([1.0, -1.0])}
-    found = select(policies, data, gamma=0.9, fqe_steps=150, max_transitions=3000, verbose=0)
-    assert found.best == "learnt"
-    assert found["learnt"].interval[0] > max(found[name].interval[1] for name in ("pushes", "circles"))
+    for rule in ("agreement", "fqe"):
+        found = select(policies, data, rule=rule, gamma=0.9, fqe_steps=150, max_transitions=3000, steps=300, verbose=0)
+        assert found.best == "learnt" and found.rule == rule
+        assert found["learnt"].agreement == 1.0  # the best by each of its signals
+    intervals = {name: found[name].interval or (0.0, 0.0) for name in policies}
+    assert intervals["learnt"][0] > max(intervals[name][1] for name in ("pushes", "circles"))
 
 
 # ---- bad calls -------------------------------------------------------------------------------------------------------
@@ -450,6 +461,8 @@ def test_a_good_and_a_bad_policy_of_a_real_task(monkeypatch: pytest.MonkeyPatch)
         ),
         ({"a": Constant([0, np.nan])}, {}, ValueError, "policy 'a' cannot act on arrays .*not finite"),
         ({"a": Constant([0, 0])}, {"gamma": 1.0}, ValueError, r"gamma=1.0 must lie in \[0, 1\)"),
+        ({"a": Constant([0, 0])}, {"rule": "luck"}, ValueError, "rule='luck'; choose from 'agreement', 'gain'"),
+        ({"a": Constant([0, 0])}, {"steps": -1}, ValueError, "steps=-1 must be a positive whole number"),
         ({"a": Constant([0, 0])}, {"fqe_steps": 0}, ValueError, "steps=0 must be a positive whole number"),
         ({"a": Constant([0, 0])}, {"n_episodes": -1}, ValueError, "n_episodes=-1 must be zero or a positive"),
         ({"a": Constant([0, 0])}, {"top": 0, "n_episodes": 1}, ValueError, "top=0 must be a positive whole number"),
@@ -469,6 +482,60 @@ def test_an_agent_of_another_task_is_refused(everyone: tuple[Transitions, dict[s
 
 def test_rate_is_what_select_says(everyone: tuple[Transitions, dict[str, Any]]) -> None:
     data, agents = everyone
-    fqe = FQE(data, FQEConfig(steps=15, max_transitions=100))
-    (row,) = rate({"IQL": agents["IQL"]}, data, fqe)
+    fqe, one_step = FQE(data, FQEConfig(steps=15, max_transitions=100)), OneStep(data, OneStepConfig(steps=5))
+    (row,) = rate({"IQL": agents["IQL"]}, data, one_step, fqe)
     assert row == select({"IQL": agents["IQL"]}, data, **QUICK)["IQL"]
+    (without,) = rate({"IQL": agents["IQL"]}, data, one_step)
+    assert without.fqe is None and without.gain == row.gain and without.agreement == 0.5
+    (only,) = rate({"IQL": agents["IQL"]}, data, None, fqe)
+    assert only.fqe == row.fqe and math.isnan(only.gain) and math.isnan(only.agreement)
+
+
+# ---- the rules -------------------------------------------------------------------------------------------------------
+def test_agreement_is_the_share_of_the_others_that_a_policy_beats() -> None:
+    rows = [
+        Rated("best", gain=3.0, loss_on_best=0.1, off_data=0.5),
+        Rated("greedy", gain=4.0, loss_on_best=0.4, off_data=2.0),
+        Rated("clone", gain=1.0, loss_on_best=0.2, off_data=0.5),
+        Rated("broken"),
+    ]
+    assert AGREE == ("gain", "loss_on_best", "off_data")
+    expected = [(1 / 2 + 1 + 3 / 4) / 3, (1 + 0 + 0) / 3, (0 + 1 / 2 + 3 / 4) / 3]
+    assert agreement(rows)[:3] == pytest.approx(expected) and math.isnan(agreement(rows)[3])
+    assert agreement(rows[:1]) == [0.5] and agreement([]) == []
+
+
+def test_loss_on_best_is_that_of_the_best_episodes_and_bc_loss_of_all() -> None:
+    data = line_data(400)
+    data["actions"] = np.where(np.arange(400)[:, None] < 360, -0.5, 0.5) * np.ones((400, 2), np.float32)
+    data["actions"][0], data["actions"][-1] = -1, 1  # the bounds
+    data["rewards"] = (np.arange(400) >= 360).astype(np.float32)
+    data["terminations"], data["truncations"] = np.ones(400, bool), np.zeros(400, bool)  # episodes of one step
+    found = select({"like the best": Constant([0.5, 0.5]), "like most": Constant([-0.5, -0.5])}, data, steps=300, verbose=0)
+    best, most = found["like the best"], found["like most"]
+    assert best.loss_on_best < 0.05 and most.loss_on_best == pytest.approx(1.0, abs=0.1)
+    assert best.bc_loss == pytest.approx(0.9, abs=0.05) and most.bc_loss == pytest.approx(0.1, abs=0.05)
+    assert best.gain == pytest.approx(3.0, abs=0.3) and most.gain == pytest.approx(-0.33, abs=0.1)  # from 1 / 10 to 1, in 0.3
+    assert found.best == "like the best"
+    assert len(best.gain_of_networks) == 4 and best.gain == pytest.approx(np.mean(best.gain_of_networks), rel=1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_orders_by_its_signal(rule: str, everyone: tuple[Transitions, dict[str, Any]]) -> None:
+    data, agents = everyone
+    found = select(agents, data, **{**QUICK, "rule": rule})
+    trusted = [getattr(row, rule) for row in found.rows if row.trusted]
+    assert trusted == sorted(trusted, reverse=RULES[rule]) and len(trusted) > 3
+    assert (found.rows[0].fqe is None) == (rule != "fqe") == (found.fqe_config is None) == ("fqe" not in str(found))
+
+
+def test_the_evidence_is_that_of_the_stored_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "zoo" / "benchmarks"))
+    benchmark = importlib.import_module("selection")
+    pools = json.loads((ROOT / "zoo" / "results" / "selection.json").read_text())["pools"]
+    assert len(pools) == 4 and all(len(one["policies"]) >= 12 for one in pools.values())
+    lines, means = benchmark.tables(pools)
+    assert {rule: (round(means[rule][0], 2), round(means[rule][1])) for rule in RULES} == EVIDENCE
+    assert max(RULES, key=lambda rule: EVIDENCE[rule][0]) == "agreement"
+    page = (ROOT / "docs" / "tutorials" / "choose.md").read_text()
+    assert all(line in page for line in lines if line)

@@ -1,5 +1,6 @@
 """tune: the default among the trials, one search through any interruption, failed trials, both objectives, shared stages."""
 
+import functools
 import json
 import pathlib
 import re
@@ -18,6 +19,7 @@ from diffagents.agent import Agent
 from diffagents.config.presets import load_presets
 from diffagents.errors import TrainingDiverged
 from diffagents.experiments import tune as tune_module
+from diffagents.experiments.one_step import OneStepConfig
 from diffagents.experiments.select import Rated
 from diffagents.experiments.tune import MAIN_HYPERPARAMETER, _Trainer, tune
 from diffagents.training.plan import Plan
@@ -30,7 +32,11 @@ QUICK_FQE = {"steps": 10, "max_transitions": 60}
 
 
 def quick(algorithm: Any = "TD3BC", dataset: Any = None, **arguments: Any) -> tune_module.TuningReport:
-    return tune(algorithm, DATA if dataset is None else dataset, **{**TINY, "fqe": QUICK_FQE, "n_trials": 3, **arguments})
+    return tune(
+        algorithm,
+        DATA if dataset is None else dataset,
+        **{**TINY, "objective": "fqe", "fqe": QUICK_FQE, "n_trials": 3, **arguments},
+    )
 
 
 @pytest.fixture
@@ -38,11 +44,11 @@ def best_at_3(monkeypatch: pytest.MonkeyPatch) -> list[Agent]:
     """An estimate whose best alpha is 3; the agents that it was asked about."""
     asked: list[Agent] = []
 
-    def rate(policies: Any, data: Any, fqe: Any) -> list[Rated]:
+    def rate(policies: Any, data: Any, one_step: Any, fqe: Any) -> list[Rated]:
         ((name, agent),) = policies.items()
         asked.append(agent)
         score = -((agent.config.alpha - 3.0) ** 2)
-        return [Rated(name, score, (score, score), (score,), 0.0, 1.0, 0.0)]
+        return [Rated(name, fqe=score, gain=score, loss_on_best=0.0, off_data=1.0)]
 
     monkeypatch.setattr(tune_module, "rate", rate)
     return asked
@@ -83,7 +89,7 @@ def test_the_range_contains_the_value_of_the_preset(name: str) -> None:
 
 
 def test_the_presets_value_is_the_first_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_module, "rate", lambda policies, *_: [Rated("it", 0.0, (0, 0), (), 0.0, 1.0, 0.0)])
+    monkeypatch.setattr(tune_module, "rate", lambda policies, *_: [Rated("it", fqe=0.0)])
     alpha = TD3BC().config.alpha
     report = quick(high=alpha)  # above the published low=1 it need not lie
     assert report.trials[0].value == alpha and all(alpha / 5 <= value <= alpha for value in values(report))
@@ -170,10 +176,10 @@ def test_the_best_agent_is_kept_or_trained_again(monkeypatch: pytest.MonkeyPatch
     """Here it is always the first trial's: kept while the call lasts, trained anew for a later call that finds none better."""
     asked: list[Agent] = []
 
-    def rate(policies: Any, data: Any, fqe: Any) -> list[Rated]:
+    def rate(policies: Any, data: Any, one_step: Any, fqe: Any) -> list[Rated]:
         ((name, agent),) = policies.items()
         asked.append(agent)
-        return [Rated(name, float(agent.config.alpha == 2.5), (0, 0), (), 0.0, 1.0, 0.0)]
+        return [Rated(name, fqe=float(agent.config.alpha == 2.5))]
 
     monkeypatch.setattr(tune_module, "rate", rate)
     place = str(tmp_path / "search.log")
@@ -258,10 +264,10 @@ def test_a_diverged_trial_fails_alone(best_at_3: list[Agent], monkeypatch: pytes
 
 
 def test_a_diverged_estimate_is_a_failed_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rate(policies: Any, data: Any, fqe: Any) -> list[Rated]:
+    def rate(policies: Any, data: Any, one_step: Any, fqe: Any) -> list[Rated]:
         ((name, agent),) = policies.items()
         wild, notes = agent.config.alpha != 2.5, ("ran away",)
-        return [Rated(name, 9.0 if wild else 1.0, (0, 0), (), 0.0, 1.0, 0.0, trusted=not wild, notes=notes if wild else ())]
+        return [Rated(name, fqe=9.0 if wild else 1.0, trusted=not wild, notes=notes if wild else ())]
 
     monkeypatch.setattr(tune_module, "rate", rate)
     report = quick(preset=None, n_trials=3)
@@ -275,6 +281,31 @@ def test_the_estimate_itself_and_the_report() -> None:
     assert "TD3BC alpha, range from arXiv:2106.06860" in text and "<- best" in text and "0 environment episodes used" in text
     saved = json.loads(json.dumps(report.to_json()))
     assert saved["hyperparameter"] == "alpha" and len(saved["trials"]) == 2 and "agent" not in saved
+
+
+def test_agreement_compares_all_trials_at_the_end(best_at_3: list[Agent], tmp_path: pathlib.Path) -> None:
+    """Values are spread over the range; the same call continues; the agent is the one that was asked about."""
+    search: dict[str, Any] = {"preset": None, "objective": "agreement", "low": 1.0, "high": 4.0}
+    place = str(tmp_path / "search.log")
+    report = quick(n_trials=5, storage=place, **search)
+    assert values(report) == pytest.approx([2.5, 2.5, 1.75, 3.25, 1.375]) and report.value == 3.25
+    order = sorted(report.trials, key=lambda trial: abs(trial.value - 3.0))
+    scores = [trial.score for trial in order]
+    assert scores == sorted(scores, reverse=True) and scores[0] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3) == report.score
+    assert any(report.agent is agent for agent in best_at_3) and report.agent.config.alpha == 3.25
+    assert "agreement: share of the other trials that it beats" in str(report)
+    more = quick(n_trials=6, storage=place, **search)
+    assert values(more) == pytest.approx([*values(report), 2.875]) and more.value == 2.875 and len(best_at_3) == 6
+
+
+def test_agreement_of_real_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_module, "OneStepConfig", functools.partial(OneStepConfig, steps=5))
+    report = quick(preset=None, n_trials=3, objective="agreement")
+    assert all(trial.score is not None and 0.0 <= trial.score <= 1.0 for trial in report.trials)
+    again = quick(preset=None, n_trials=3, objective="agreement")
+    assert again.trials[0].score == report.trials[0].score and again.value == report.value
+    whole = quick(preset=None, n_trials=3, objective="agreement", hyperparameter="policy_freq", low=1, high=4)
+    assert all(isinstance(value, int) for value in values(whole))
 
 
 def test_returns_are_played_and_counted(tmp_path: pathlib.Path) -> None:
@@ -314,9 +345,9 @@ def test_a_hyperparameter_of_acting_alone_trains_nothing_more(best_at_3: list[Ag
 
     monkeypatch.setattr(cls, "learn", learn)
 
-    def rate(policies: Any, data: Any, fqe: Any) -> list[Rated]:
+    def rate(policies: Any, data: Any, one_step: Any, fqe: Any) -> list[Rated]:
         ((name, agent),) = policies.items()
-        return [Rated(name, -agent.config.n_candidates, (0, 0), (), 0.0, 1.0, 0.0)]
+        return [Rated(name, fqe=-agent.config.n_candidates)]
 
     monkeypatch.setattr(tune_module, "rate", rate)
     report = quick("IDQL", preset=None, policy_kwargs={"net_arch": [8, 8], "behavior_width": 8}, n_trials=4)

@@ -1,19 +1,21 @@
-"""How well `select` ranks policies of one task without playing them: rank correlation with their true returns.
+"""How well signals that are computed from data alone rank policies whose returns are known, and which rule wins out of sample.
 
-  python zoo/benchmarks/selection.py 'runs/*hopper*' --dataset diffagents/hopper/medium-v0 --episodes 20 --gamma 0.99 0.995
-  python zoo/benchmarks/selection.py ... --returns zoo/results/selection-hopper-medium-v0.json  # other settings, same returns
+  diffagents bench zoo/grids/pools.yml --root .data/pools                  # policies and wrecks, an hour and a half of a core
+  python zoo/benchmarks/selection.py rate --pools .data/pools --fqe-steps 5000   # the signals: minutes for each dataset
+  python zoo/benchmarks/selection.py table                    # the tables, from zoo/results/selection.json, for docs/tutorials/choose.md
 
-For each signal this prints Spearman's rank correlation with the mean return of real episodes, its 95 % bootstrap interval over
-the policies, and regret@1: the loss of choosing the first policy by the signal instead of the truly best one. All results are
-written as JSON, with the command, the machine and the commit. Use at least twelve policies.
+The pool of a dataset consists of the policies in zoo/ and of those in --pools; their returns are the 20 episodes that the runs
+have stored. The tables print, for each rule, Spearman's rank correlation with the return and the regret: the return that the
+first policy by the rule lacks, in per cent of the range of returns in the pool. Then, for each dataset, which rule has the
+highest mean correlation on the *other* datasets, and how it does on this one.
 """
 
 import argparse
-import glob
 import json
 import pathlib
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,102 +23,71 @@ import torch
 from speed_parts import machine
 
 import diffagents
-from diffagents.experiments.fqe import FQEConfig
-from diffagents.experiments.select import Selection, select
-from diffagents.training.provenance import command_line
+from diffagents.experiments.fqe import FQE, FQEConfig
+from diffagents.experiments.one_step import OneStep, OneStepConfig
+from diffagents.experiments.select import AGREE, RULES, Rated, goodness, rate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Signal -> whether larger is better. "order" is the order of `select`: by fqe, policies that are not trusted last.
-SIGNALS = {"order": True, "fqe": True, "bc_loss": False, "off_data": False, "q_mean": True}
+OUT = ROOT / "zoo" / "results" / "selection.json"
+PAGE = ROOT / "docs" / "tutorials" / "choose.md"  # holds the tables between two marks
+DATASETS = ("hopper/medium-expert", "hopper/medium-replay", "walker2d/medium-replay", "halfcheetah/medium-expert")
+N_BOOTSTRAP = 2000
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("policies", nargs="+", help="folders or .zip files, or patterns for them")
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--episodes", type=int, default=20, help="real episodes per policy")
-    parser.add_argument("--seed", type=int, default=1000, help="seed of the first episode")
-    parser.add_argument("--returns", type=pathlib.Path, help="JSON file of this command with the returns, instead of playing")
-    parser.add_argument("--gamma", type=float, nargs="+", default=[FQEConfig.gamma], help="one selection for each value")
-    parser.add_argument("--fqe-steps", type=int, default=FQEConfig.steps)
-    parser.add_argument("--n-seeds", type=int, default=FQEConfig.n_seeds)
-    parser.add_argument("--max-transitions", type=int, default=FQEConfig.max_transitions)
-    parser.add_argument("--fqe-seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=pathlib.Path, help="default: zoo/results/selection-DATASET.json")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore", UserWarning)
-    paths = sorted({path for pattern in args.policies for path in glob.glob(pattern)})
-    if len(paths) < 3:
-        parser.error(f"{len(paths)} policies match: a ranking needs at least three, and twelve to be meaningful")
-    where, data = machine(), diffagents.load_dataset(args.dataset)
-    policies = {path: diffagents.load(path, device=args.device, verbose=0) for path in paths}
-    true = known_returns(args.returns, paths) if args.returns else play(policies, args)
-
-    runs = []
-    for gamma in args.gamma:
-        settings = {"fqe_steps": args.fqe_steps, "n_seeds": args.n_seeds, "max_transitions": args.max_transitions}
-        found = select(policies, data, gamma=gamma, seed=args.fqe_seed, device=args.device, **settings)
-        runs.append({"selection": found.to_json(), "signals": compare(found, true)})
-        print(f"\n{found}\n")
-        show(runs[-1]["signals"], gamma, len(paths))
-    name = "-".join(["selection", *pathlib.PurePosixPath(args.dataset.removeprefix("diffagents/")).parts])
-    out = args.out or ROOT / "zoo" / "results" / f"{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "command": command_line(), "machine": where, "dataset": data.info["id"], "sha256": data.info["sha256"],
-        "episodes": args.episodes, "true": true, "runs": runs,
-    }  # fmt: skip
-    out.write_text(json.dumps(report, indent=1))
-    print(f"\n{out}")
-
-
-def play(policies: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The mean return of real episodes, with the same seeds for each policy, and its interval."""
-    found = {}
-    for path, policy in policies.items():
-        start = time.perf_counter()
-        played = policy.evaluate(n_episodes=args.episodes, seed=args.seed, deterministic=True)  # as in `select`
-        low, high = played.interval or (played.mean_return, played.mean_return)  # of one episode nothing is known
-        found[path] = {"mean_return": played.mean_return, "low": low, "high": high}
-        print(
-            f"{path}: return {played.mean_return:.1f} [{low:.1f}, {high:.1f}], {time.perf_counter() - start:.0f} s", flush=True
-        )
+def pool(dataset: str, pools: pathlib.Path) -> dict[str, tuple[pathlib.Path, float]]:
+    """Name -> folder and mean return of the policies of a dataset."""
+    cell, found = dataset.replace("/", "-") + "-v0", {}
+    for folder in sorted((ROOT / "zoo").glob(f"*-{cell}")):
+        found[folder.name] = folder, json.loads((folder / "results.json").read_text())["mean_reward"]
+    for run in sorted(pools.glob(f"*-{cell}-seed*/results.json")):
+        found[run.parent.name.rsplit("-", 1)[0]] = run.parent / "policy", json.loads(run.read_text())["last"]["mean_return"]
     return found
 
 
-def known_returns(file: pathlib.Path, paths: list[str]) -> dict[str, dict[str, float]]:
-    """The returns stored in the JSON file of an earlier run."""
-    known = json.loads(file.read_text())["true"]
-    if missing := [path for path in paths if path not in known]:
-        raise SystemExit(f"{file} has no return of {missing[0]}")
-    return {path: known[path] for path in paths}
+def rate_pool(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The returns and signals of the policies of a dataset."""
+    data = diffagents.load_dataset(f"diffagents/{dataset}-v0", download=False)
+    policies = pool(dataset, args.pools)
+    agents = {name: diffagents.load(folder, device="cpu", verbose=0) for name, (folder, _) in policies.items()}
+    started = time.perf_counter()
+    one_step = OneStep(data, OneStepConfig())
+    config = FQEConfig(steps=args.fqe_steps) if args.fqe_steps else None
+    rows = rate(agents, data, one_step, None if config is None else FQE(data, config))
+    print(f"{dataset}: {len(rows)} policies in {time.perf_counter() - started:.0f} s", flush=True)
+    return {
+        "sha256": data.info["sha256"],
+        "fqe_steps": args.fqe_steps,
+        "policies": [{**vars(row), "mean_return": policies[row.name][1], "evaluation": None} for row in rows],
+    }
 
 
-def compare(found: Selection, true: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """For each signal: rank correlation with the returns, its interval, and the regret of its first policy."""
-    signals = {}
-    for signal, largest in SIGNALS.items():
-        values = {row.name: -k if signal == "order" else getattr(row, signal) for k, row in enumerate(found.rows)}
-        rows = [row for row in found.rows if values[row.name] is not None and np.isfinite(values[row.name])]
-        if len(rows) < 3:
-            continue
-        score = np.array([(1 if largest else -1) * values[row.name] for row in rows])
-        returns = np.array([true[row.name]["mean_return"] for row in rows])
-        noise = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
-        many = [spearman(score[d], returns[d]) for d in noise if len(set(d.tolist())) > 2]
-        low, high = np.percentile(many, (2.5, 97.5))
-        signals[signal] = {
-            "spearman": spearman(score, returns),
-            "interval": [float(low), float(high)],
-            "n": len(rows),
-            "first": rows[int(score.argmax())].name,
-            "regret_at_1": float(returns.max() - returns[score.argmax()]),
-            "range_of_returns": [float(returns.min()), float(returns.max())],
-        }
-    return signals
+def beaten(*signals: str) -> Callable[[Sequence[Rated]], np.ndarray]:
+    """The agreement of other signals than those of AGREE."""
+
+    def rule(rows: Sequence[Rated]) -> np.ndarray:
+        each = np.array([[goodness(row, signal) for signal in signals] for row in rows])
+        return ((each[:, None] > each).sum(1) + 0.5 * ((each[:, None] == each).sum(1) - 1)).mean(-1) / (len(rows) - 1)
+
+    return rule
+
+
+def by(signal: str) -> Callable[[Sequence[Rated]], np.ndarray]:
+    """A single signal, with the sign by which larger is better."""
+    return lambda rows: np.array([goodness(row, signal) for row in rows])
+
+
+CANDIDATES: dict[str, Callable[[Sequence[Rated]], np.ndarray]] = {
+    **{rule: by(rule) for rule in RULES},
+    "q_mean": lambda rows: np.array([-np.inf if row.q_mean is None else row.q_mean for row in rows]),
+    "least gain of the networks": lambda rows: np.array([min(row.gain_of_networks) for row in rows]),
+    "gain and loss_on_best": beaten("gain", "loss_on_best"),
+    "gain and off_data": beaten("gain", "off_data"),
+    "loss_on_best and off_data": beaten("loss_on_best", "off_data"),
+    "gain and bc_loss": beaten("gain", "bc_loss"),
+    "fqe and loss_on_best": beaten("fqe", "loss_on_best"),
+    "fqe, loss_on_best and off_data": beaten("fqe", "loss_on_best", "off_data"),
+}
+"""What may be the rule -> its values for a pool, larger is better. FQE minus the FQE of a clone orders as FQE does."""
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -126,12 +97,72 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())).mean() / spread) if spread > 0 else 0.0
 
 
-def show(signals: dict[str, dict[str, Any]], gamma: float, n: int) -> None:
-    print(f"{n} policies, gamma {gamma:g}")
-    print(f"{'signal':<10}{'Spearman':>10}{'95 % interval':>18}{'regret@1':>10}  first")
-    for name, s in signals.items():
-        interval = f"{s['interval'][0]:.2f} to {s['interval'][1]:.2f}"
-        print(f"{name:<10}{s['spearman']:>10.2f}{interval:>18}{s['regret_at_1']:>10.1f}  {s['first']} (n = {s['n']})")
+def compare(policies: Sequence[dict[str, Any]], rule: str) -> tuple[float, float, float, float] | None:
+    """Rank correlation, both ends of its 95 % bootstrap interval over the policies, and regret; None without the signal.
+
+    Only q_mean is unknown for some policies, which are left out then.
+    """
+    returns = np.array([one["mean_return"] for one in policies])
+    rows = [Rated(**{name: x for name, x in one.items() if name != "mean_return"}) for one in policies]
+    values = CANDIDATES[rule](rows)
+    known = np.isfinite(values)
+    if known.sum() < 3 or ("fqe" in rule and rows[0].fqe is None):
+        return None
+    x, y = values[known], returns[known]
+    draws = np.random.default_rng(0).integers(0, len(x), (N_BOOTSTRAP, len(x)))
+    low, high = np.percentile([spearman(x[d], y[d]) for d in draws], (2.5, 97.5))
+    regret = 100 * (returns.max() - y[x.argmax()]) / np.ptp(returns)
+    return spearman(x, y), float(low), float(high), float(regret)
+
+
+def tables(pools: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, tuple[float, float]]]:
+    """The lines of both tables, and for each rule its mean correlation and regret."""
+    found = {rule: {name: compare(one["policies"], rule) for name, one in pools.items()} for rule in CANDIDATES}
+    found = {rule: results for rule, results in found.items() if all(results.values())}
+    means: dict[str, tuple[float, float]] = {}
+    for rule, results in found.items():
+        each = np.array([result for result in results.values() if result])
+        means[rule] = (float(each[:, 0].mean()), float(each[:, 3].mean()))
+    lines = [f"| rule | {' | '.join(f'`{name}`' for name in pools)} | mean |", f"|{'---|' * (len(pools) + 2)}"]
+    for rule in sorted(found, key=lambda rule: -means[rule][0]):
+        cells = [f"{r[0]:.2f} [{r[1]:.2f}, {r[2]:.2f}], {r[3]:.0f} %" for r in found[rule].values() if r]
+        lines.append(f"| {rule} | {' | '.join(cells)} | {means[rule][0]:.2f}, {means[rule][1]:.0f} % |")
+    lines += ["", "| left out | rule that wins on the others | rank correlation there | regret there |", f"|{'---|' * 4}"]
+    for name in pools:
+        others = {rule: np.mean([r[0] for one, r in results.items() if r and one != name]) for rule, results in found.items()}
+        rule = max(others, key=lambda rule: others[rule])
+        rho, _, _, regret = found[rule][name] or (0.0, 0.0, 0.0, 0.0)
+        lines.append(f"| `{name}` | {rule} | {rho:.2f} | {regret:.0f} % |")
+    return lines, means
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    rating = commands.add_parser("rate", help="Compute the signals.")
+    rating.add_argument("--pools", type=pathlib.Path, default=ROOT / ".data" / "pools")
+    rating.add_argument("--datasets", nargs="+", default=DATASETS)
+    rating.add_argument("--fqe-steps", type=int, default=0, help="Gradient steps of fitted Q evaluation. Default: none.")
+    commands.add_parser("table", help="Print the tables.")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", UserWarning)
+    stored = json.loads(OUT.read_text()) if OUT.exists() else {"pools": {}}
+    for dataset in args.datasets if args.command == "rate" else ():
+        one = rate_pool(dataset, args)
+        stored = json.loads(OUT.read_text()) if OUT.exists() else stored  # another process may have added to it
+        pools = {**stored["pools"], dataset: one}
+        stored = {
+            "machine": machine(),
+            "agree": list(AGREE),
+            "pools": {name: pools[name] for name in DATASETS if name in pools},
+        }
+        OUT.write_text(json.dumps(stored, indent=1) + "\n")
+    lines, means = tables(stored["pools"])
+    print("\n".join(lines))
+    before, mark, rest = PAGE.read_text().partition("<!-- selection: printed by zoo/benchmarks/selection.py table -->\n")
+    PAGE.write_text(before + mark + "\n" + "\n".join(lines) + "\n\n" + "".join(rest.partition("<!-- end -->")[1:]))
+    print("\nEVIDENCE", {rule: (round(rho, 2), round(regret)) for rule, (rho, regret) in means.items() if rule in RULES})
 
 
 if __name__ == "__main__":
