@@ -58,7 +58,14 @@ RULES = {"agreement": True, "gain": True, "loss_on_best": False, "off_data": Fal
 """What may determine the order -> whether larger is better."""
 AGREE = ("gain", "loss_on_best", "off_data")
 """The signals of the agreement."""
-EVIDENCE: dict[str, tuple[float, float]] = {}
+EVIDENCE: dict[str, tuple[float, float]] = {
+    "agreement": (0.82, 4),
+    "gain": (0.07, 86),
+    "loss_on_best": (0.65, 3),
+    "off_data": (0.60, 18),
+    "bc_loss": (0.30, 40),
+    "fqe": (-0.03, 70),
+}
 """Rule -> mean over four datasets of Spearman's rank correlation with the true return, and of the regret of its first policy
 in per cent of the range of returns; `python zoo/benchmarks/selection.py table` prints both."""
 
@@ -166,18 +173,16 @@ class Selection:
         signals = [rule for rule in RULES if rule != "fqe" or self.rule == "fqe"]
         table = [["policy", *signals, "q_ratio", *(["return"] if self.n_env_episodes else [])]]
         table += [self._cells(row, signals) for row in self.rows]
-        if EVIDENCE:
-            known = [f"{EVIDENCE[rule][0]:.2f}" for rule in signals]
-            table.append(["rank correlation", *known, *[""] * (len(table[0]) - len(known) - 1)])
+        known = [f"{EVIDENCE[rule][0]:.2f}" for rule in signals]
+        table.append(["rank correlation", *known, *[""] * (len(table[0]) - len(known) - 1)])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]).rstrip() for c in table]
         lines += [f"{row.name}: {note}" for row in self.rows for note in row.notes]
-        if EVIDENCE:
-            rho, regret = EVIDENCE[self.rule]
-            lines.append(
-                f"in the order of {self.rule}: on four datasets with policies of known return its rank correlation with it was "
-                f"{rho:.2f} on average, and its first policy lost {regret:.0f} % of the range of returns"
-            )
+        rho, regret = EVIDENCE[self.rule]
+        lines.append(
+            f"in the order of {self.rule}: on four datasets with policies of known return its rank correlation with it was "
+            f"{rho:.2f} on average, and its first policy lost {regret:.0f} % of the range of returns"
+        )
         lines.append(
             f"from {self.n_transitions:,} transitions of {self.dataset}; for ranking only, no prediction of the return"
         )

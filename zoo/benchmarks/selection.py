@@ -2,7 +2,7 @@
 
   diffagents bench zoo/grids/pools.yml --root .data/pools                  # policies and wrecks, an hour and a half of a core
   python zoo/benchmarks/selection.py rate --pools .data/pools --fqe-steps 5000   # the signals: minutes for each dataset
-  python zoo/benchmarks/selection.py table                    # the tables, from zoo/results/selection.json, for docs/tutorials/choose.md
+  python zoo/benchmarks/selection.py table                    # print the tables, into docs/tutorials/choose.md, too
 
 The pool of a dataset consists of the policies in zoo/ and of those in --pools; their returns are the 20 episodes that the runs
 have stored. The tables print, for each rule, Spearman's rank correlation with the return and the regret: the return that the
