@@ -564,7 +564,7 @@ def test_evaluate_warns_of_another_environment() -> None:
         warnings.simplefilter("error")
         agent.evaluate(n_episodes=1)
         agent.evaluate("Pendulum-v1", 1)
-    with pytest.warns(UserWarning, match=r"g=1\.0 instead of default"):
+    with pytest.warns(UserWarning, match=r"g=1\.0 instead of 10\.0"):
         agent.evaluate(gymnasium.make("Pendulum-v1", g=1.0), 1)
 
 

@@ -227,7 +227,7 @@ def _use(config: Mapping[str, Any], results: Mapping[str, Any] | None, algorithm
     elif results is not None and "mean_reward" in results:
         call += "  # the episodes of this card"
     return f"""```python
-from diffagents import {algorithm}  # pip install diffagents
+from diffagents import {algorithm}
 
 agent = {algorithm}.from_pretrained({json.dumps(name)})
 {call}

@@ -442,7 +442,7 @@ def test_actions_outside_of_their_bounds_are_a_finding() -> None:
 
 
 def test_what_holds_no_arrays_raises_as_load_dataset_does(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="cannot be read from int"):
+    with pytest.raises(TypeError, match="the dataset is the number 3"):
         describe(3)
     with pytest.raises(FileNotFoundError):
         describe(tmp_path / "none.npz")

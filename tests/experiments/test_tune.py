@@ -369,7 +369,7 @@ def test_a_hyperparameter_of_acting_alone_trains_nothing_more(best_at_3: list[Ag
         ({"low": 5.0}, ValueError, r"high=4.0 must be above low=5"),
         ({"low": 0.0, "log": True}, ValueError, "low=0.0 must be positive for log=True"),
         ({"low": -1.0}, ValueError, "alpha=-1.0 must not be negative"),
-        ({"objective": "loss"}, ValueError, "objective='loss'; choose from 'fqe', 'return'"),
+        ({"objective": "loss"}, ValueError, "objective='loss'; choose from 'agreement', 'fqe', 'return'"),
         ({"objective": "return"}, ValueError, "no environment is stored with arrays: pass env="),
         ({"n_trials": 0}, ValueError, "n_trials=0 must be a positive whole number"),
         ({"steps": 0}, ValueError, "steps=0 must be a positive whole number of gradient steps"),
