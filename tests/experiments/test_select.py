@@ -516,7 +516,7 @@ def test_loss_on_best_is_that_of_the_best_episodes_and_bc_loss_of_all() -> None:
     assert best.loss_on_best < 0.05 and most.loss_on_best == pytest.approx(1.0, abs=0.1)
     assert best.bc_loss == pytest.approx(0.9, abs=0.05) and most.bc_loss == pytest.approx(0.1, abs=0.05)
     assert best.gain == pytest.approx(3.0, abs=0.3) and most.gain == pytest.approx(-0.33, abs=0.1)  # from 1 / 10 to 1, in 0.3
-    assert best.agreement == pytest.approx(2 / 3)  # but nearly all actions near these states are others: it is far from the data
+    assert best.agreement == pytest.approx(2 / 3)  # far from the data: most actions there are others
     assert len(best.gain_of_networks) == 4 and best.gain == pytest.approx(np.mean(best.gain_of_networks), rel=1e-4)
 
 
