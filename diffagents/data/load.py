@@ -19,7 +19,7 @@ from diffagents.data import hdf5
 from diffagents.data import validation as check
 from diffagents.data.arrays import Keys, from_arrays, from_episodes, from_replay_buffer
 from diffagents.data.cache import cached, stamp_of
-from diffagents.data.minari import find_minari, read_minari
+from diffagents.data.minari import IS_AN_ENVIRONMENT, find_minari, read_minari
 from diffagents.data.ogbench import episodes_of, is_ogbench, made
 from diffagents.data.transitions import Transitions
 from diffagents.envs.make import difference_of_specs, is_sb3, make_env, spec_of, spec_to_store_or_warn
@@ -186,10 +186,7 @@ def _no_dataset(source: Any) -> str:
             "acting in an environment instead, call learn_online(total_timesteps, env=...)"
         )
     if isinstance(source, gym.Env | gym.vector.VectorEnv) or is_sb3(source):
-        return (
-            f"a {kind} is an environment, not a dataset: pass data that were recorded in it (diffagents.collect lets a policy "
-            "record some), or learn by acting in it with learn_online(total_timesteps, env=...)"
-        )
+        return f"a {kind} {IS_AN_ENVIRONMENT}"
     if _is_a(source, "stable_baselines3", "BaseAlgorithm"):
         return (
             f"a {kind} is a model, not a dataset: pass its replay buffer, model.replay_buffer, or let the model record data "

@@ -22,6 +22,10 @@ from diffagents.errors import encodable, one_line, printable, short
 from diffagents.types import Spec
 
 COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations")
+IS_AN_ENVIRONMENT = (
+    "is an environment, not a dataset: pass data that were recorded in it (diffagents.collect lets a policy record some), or "
+    "learn by acting in it with learn_online(total_timesteps, env=...)"
+)
 """The arrays of an episode that are read."""
 _MADE = ("algorithm_name", "description", "code_permalink", "author", "minari_version")  # how a Minari set came to be
 _NEEDED = {"dataset_id": str, "minari_version": str, "total_steps": int, "total_episodes": int}
@@ -94,10 +98,7 @@ def find_minari(source: str, download: bool) -> Path:
             "the path of D4RL's .hdf5 file"
         )
     if identity in gym.registry:
-        raise ValueError(
-            f"{identity!r} is an environment, not a dataset: pass data that were recorded in it (diffagents.collect lets a "
-            "policy record some), or learn by acting in it with learn_online(total_timesteps, env=...)"
-        )
+        raise ValueError(f"{identity!r} {IS_AN_ENVIRONMENT}")
     if not download:
         raise FileNotFoundError(
             f"there is no Minari set {identity!r} in {root}; pass download=True, or set MINARI_DATASETS_PATH to another folder"

@@ -389,12 +389,16 @@ def rate(
     return [dataclasses.replace(row, agreement=share) for row, share in zip(rated, agreement(rated), strict=True)]
 
 
-def agreement(rows: Sequence[Rated]) -> list[float]:
-    """For each policy the share of the others that it beats by a signal, averaged over the signals of AGREE.
+def agreement(rows: Sequence[Rated], by: Sequence[str] = AGREE) -> list[float]:
+    """For each policy the share of the others that it beats by a signal, averaged over several signals.
 
     A tie counts half. Policies whose signals are not numbers are left out and get NaN; a policy alone gets 0.5.
+
+    Args:
+        rows: the policies.
+        by: names of signals, keys of RULES.
     """
-    signals = np.array([[goodness(row, signal) for signal in AGREE] for row in rows]).reshape(len(rows), len(AGREE))
+    signals = np.array([[goodness(row, signal) for signal in by] for row in rows]).reshape(len(rows), len(by))
     known = np.isfinite(signals).all(1)
     others, shares = signals[known], np.full(len(rows), math.nan)
     ahead = (signals[known, None] > others).sum(1) + 0.5 * ((signals[known, None] == others).sum(1) - 1)  # but for itself

@@ -25,7 +25,7 @@ from speed_parts import machine
 import diffagents
 from diffagents.experiments.fqe import FQE, FQEConfig
 from diffagents.experiments.one_step import OneStep, OneStepConfig
-from diffagents.experiments.select import AGREE, RULES, Rated, goodness, rate
+from diffagents.experiments.select import AGREE, RULES, Rated, agreement, goodness, rate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OUT = ROOT / "zoo" / "results" / "selection.json"
@@ -63,12 +63,7 @@ def rate_pool(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def beaten(*signals: str) -> Callable[[Sequence[Rated]], np.ndarray]:
     """The agreement of other signals than those of AGREE."""
-
-    def rule(rows: Sequence[Rated]) -> np.ndarray:
-        each = np.array([[goodness(row, signal) for signal in signals] for row in rows])
-        return ((each[:, None] > each).sum(1) + 0.5 * ((each[:, None] == each).sum(1) - 1)).mean(-1) / (len(rows) - 1)
-
-    return rule
+    return lambda rows: np.array(agreement(rows, signals))
 
 
 def by(signal: str) -> Callable[[Sequence[Rated]], np.ndarray]:
