@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 COMPILING = {"cpu": (40.0, 0.75), "cuda": (30.0, 0.5)}
 """By type of device: seconds that compiling an update takes, and the time of a compiled update as a share of its eager time.
 
-On two cores SRPO, DiffusionQL, DiffCPS and TD3BC (default preset) compiled in 5 to 40 s of CPU time an update; over the stages
-of nine algorithms the share is 0.48 to 0.88, in the median 0.71 (zoo/results/speed-cpu-training*.json). On GPUs both are
-assumed."""
+On two cores SRPO, DiffusionQL, DiffCPS and TD3BC (default preset) compiled in 5 to 40 s of CPU time an update (measured once,
+by a script outside this repository); over the stages of nine algorithms the share is 0.48 to 0.88, in the median 0.71
+(zoo/results/speed-cpu-training*.json). On GPUs both are assumed."""
 
 
 def train(

@@ -1,8 +1,8 @@
 """How many CPU threads a stage runs with: `threads` of the agent, or the faster of one and all.
 
 The threads of one operation wait for each other, some hundred times in an update. Where other processes use the cores, a wait
-can last until the operating system next runs the thread that is missing, so that several threads may be tens of times slower
-than one.
+can last until the operating system next runs the thread that is missing, so that two threads may be eight times as slow as one
+(`python zoo/benchmarks/threads.py`).
 """
 
 import numbers

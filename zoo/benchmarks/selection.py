@@ -1,6 +1,6 @@
 """How well signals that are computed from data alone rank policies whose returns are known, and which rule wins out of sample.
 
-  diffagents bench zoo/grids/pools.yml --root .data/pools                  # policies and wrecks, an hour and a half of a core
+  diffagents bench zoo/grids/pools.yml --root .data/pools                  # policies and wrecks, some forty minutes of a core
   python zoo/benchmarks/selection.py rate --pools .data/pools --fqe-steps 5000   # the signals: minutes for each dataset
   python zoo/benchmarks/selection.py table                    # print the tables, into docs/tutorials/choose.md, too
 
