@@ -5,6 +5,8 @@ SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
+# `make run` needs few packages; everything that develops and tests the library needs all of them.
+RUN_READY := $(VENV)/.ready-run
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt
@@ -20,7 +22,7 @@ TORCH_TESTS := tests/test_torch_internals.py tests/training tests/agents tests/s
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
 
-run: $(READY) ## train SRPO on a real dataset and roll it out (minutes); ARGS="..." goes to the script
+run: $(RUN_READY) ## train SRPO on a real dataset and roll it out (minutes); ARGS="..." goes to the script
 	$(PY) examples/01_train_and_run.py $(ARGS)
 
 test: lint type ## lint, types and all tests; ARGS="tests/test_layers.py -k files" for some of them
@@ -65,12 +67,16 @@ clean: ## remove what builds and tests leave (not .venv, not data)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
-setup: $(READY) ## only set up .venv
+setup: $(READY) ## only set up .venv, with everything that developing and testing need
 
 # Done again when a dependency changes. Torch goes first: the version that constraints.txt holds, not one that another package asks for.
-$(READY): pyproject.toml constraints.txt
+$(RUN_READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; say which: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
-	@test -x $(VENV)/bin/pip || { echo "Setting up $(VENV): some minutes, once"; "$(PYTHON)" -m venv $(VENV); }
+	@test -x $(VENV)/bin/pip || { echo "Setting up $(VENV): a minute or two, once"; "$(PYTHON)" -m venv $(VENV); }
 	$(PIP) torch
+	$(PIP) -e ".[mujoco,plot,video]"
+	@touch $@
+
+$(READY): $(RUN_READY)
 	$(PIP) -e ".[test]"
 	@touch $@

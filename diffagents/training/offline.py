@@ -22,7 +22,7 @@ from diffagents.training.plan import Plan
 from diffagents.training.prepare import begin, make_sampler
 from diffagents.training.session import interrupt_between_updates, matmul_precision, timed
 from diffagents.training.state import Learner, Snapshot, restore, snapshot
-from diffagents.training.threads import NEAR_TIE, may_choose, n_threads, seconds_of, threads_restored, time_with
+from diffagents.training.threads import faster, may_choose, n_threads, seconds_of, threads_restored, time_with
 from diffagents.training.updates import Runner, Stage, Update
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def estimate(learner: Learner, plan: Plan, sampler: Sampler, choose_threads: boo
                 continue
             counts = (1, torch.get_num_threads()) if name in undecided else (n_threads(learner, plan.threads.get(name)),)
             by_count, prepare = time_stage(learner, stage, sampler, remaining[name], counts)
-            count = counts[-1] if by_count[counts[-1]] <= NEAR_TIE * by_count[counts[0]] else counts[0]
+            count = faster(by_count)
             seconds[name] = by_count[count] + prepare(count)
             if name in undecided:
                 plan.threads[name] = count
@@ -290,8 +290,9 @@ def time_stage(
             if learner.device.type == "cuda":
                 torch.cuda.synchronize(learner.device)
 
-        for count, found in time_with(counts, step).items():
-            seconds[count] += update.times(first, first + left) * found
+        times = update.times(first, first + left)
+        for count, found in time_with(counts, step, times).items():
+            seconds[count] += times * found
     return seconds, prepare_all
 
 

@@ -17,10 +17,12 @@ import torch
 from diffagents.training.state import Learner
 
 MOST_THREADS = 1024
-ROUNDS = 4
-"""How often a call is timed with each number of threads; the first time is a warm-up."""
-HOPELESS, NEAR_TIE = 2.0, 1.1
-"""How many times as long as with one thread a call takes if it is not timed any further, and if one thread is preferred."""
+ROUNDS, SHARE, LONGEST = 4, 0.03, 1.0
+"""How long a call is timed with each number of threads: at least so many times, the first of which is a warm-up, and for this
+share of the time that training will take, but at most for so many seconds. A few calls may fall between two waits."""
+HOPELESS, WORTH = 2.0, 0.9
+"""How many times as long as with one thread a call takes if it is not timed any further; and the share of the time with one
+thread that several must not exceed to be chosen: a wrong choice of several costs far more than one of one thread."""
 
 
 def check_threads(threads: Any) -> int | str:
@@ -70,15 +72,28 @@ def seconds_of(call: Callable[[], Any], count: int) -> float:
         return time.perf_counter() - start
 
 
-def time_with(counts: Sequence[int], call: Callable[[], Any]) -> dict[int, float]:
-    """Seconds of a call with each number of threads: the median of interleaved repetitions.
+def time_with(counts: Sequence[int], call: Callable[[], Any], times: float = 0.0) -> dict[int, float]:
+    """Seconds of a call with each number of threads: the mean of interleaved repetitions.
 
-    Timing ends early if the last number is hopeless, because it could take minutes.
+    It is the mean and not the median, because the waits of several threads on a busy machine are rare and long. Timing ends
+    early if the last number is hopeless, because it could take minutes.
+
+    Args:
+        counts: The numbers of threads.
+        call: What is timed.
+        times: How often training will call it.
     """
-    times: dict[int, list[float]] = {count: [] for count in counts}
-    for k in range(ROUNDS):
-        for count, found in times.items():
-            found.append(seconds_of(call, count))
-        if k > 0 and min(times[counts[-1]]) > HOPELESS * max(times[counts[0]]):
+    found: dict[int, list[float]] = {count: [] for count in counts}
+    first, last = (found[count] for count in (counts[0], counts[-1]))
+    while len(last) < ROUNDS or sum(first[1:]) < min(LONGEST, SHARE * times * statistics.mean(first[1:])):
+        for count, seconds in found.items():
+            seconds.append(seconds_of(call, count))
+        if len(last) > 1 and min(last) > HOPELESS * max(first):
             break
-    return {count: statistics.median(found[1:]) for count, found in times.items()}
+    return {count: statistics.mean(seconds[1:]) for count, seconds in found.items()}
+
+
+def faster(seconds: dict[int, float]) -> int:
+    """The number of threads to take: the largest if it saves enough, or else the smallest."""
+    few, many = min(seconds), max(seconds)
+    return many if seconds[many] <= WORTH * seconds[few] else few

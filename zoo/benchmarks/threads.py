@@ -1,20 +1,23 @@
 """What the number of CPU threads costs, on a quiet machine and on a busy one: one thread, all of them, and threads="auto".
 
-  python zoo/benchmarks/threads.py [--algorithms SRPO DiffusionQL] [--steps 300] [--repeats 3] [--preset fast]
+  python zoo/benchmarks/threads.py [--algorithms SRPO DiffusionQL] [--steps 600] [--repeats 3] [--out zoo/results/threads.json]
 
 Each measurement is one whole `learn` of `--steps` updates by a fresh agent, eagerly, on random data of Hopper's sizes, its
 choice of a number included. On the busy machine a second process multiplies matrices with as many threads as torch has here.
 All that is compared runs interleaved, in `--repeats` rounds; times are seconds per 100 updates, the median with the range of
-the rounds, and ratios are taken within each round.
+the rounds, and ratios are taken within each round. Everything is kept in --out as well.
 """
 
 import argparse
 import contextlib
+import json
+import pathlib
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from speed_parts import machine, show, synthetic_data
@@ -57,11 +60,13 @@ def spread(numbers: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", default=["SRPO", "DiffusionQL"], choices=diffagents.AGENTS)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--preset", default="fast")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/threads.json"), help="default: %(default)s")
     args = parser.parse_args()
     print(machine())
+    kept: dict[str, Any] = {"machine": machine(), "command": "python " + " ".join(sys.argv), "steps": args.steps, "rows": []}
     data = synthetic_data(5000)
     for name in args.algorithms:
         seconds_per_100(name, 1, args, data)  # imports and the first allocation of memory
@@ -81,6 +86,11 @@ def main() -> None:
                 ratios = [a / b for a, b in zip(found["auto"], found[kind], strict=True)]
                 show(f"{where}: auto / {kind}", spread(ratios))
             show(f"{where}: threads of auto's stages", *chosen)
+            row = {"algorithm": name, "busy": busy, "seconds_per_100_updates": found, "threads_of_auto": chosen}
+            kept["rows"].append(row)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(kept, indent=1) + "\n")
+    print(f"kept in {args.out}")
 
 
 if __name__ == "__main__":
