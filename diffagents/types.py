@@ -211,7 +211,8 @@ class Spec:
         return in_dtype(np.clip(action, low, high).reshape(-1, *self.action_space.shape), self.action_space.dtype)
 
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.action_space.low.reshape(-1), self.action_space.high.reshape(-1)
+        kind = np.result_type(self.action_space.dtype, np.float32)  # differences of small integers would wrap around
+        return self.action_space.low.reshape(-1).astype(kind), self.action_space.high.reshape(-1).astype(kind)
 
 
 def in_dtype(action: np.ndarray, dtype: Any) -> np.ndarray:

@@ -149,6 +149,15 @@ def test_actions_are_scaled_both_ways() -> None:
     assert spec.unscale_action(act).dtype == np.float32
 
 
+def test_small_integers_do_not_wrap_around() -> None:
+    """127 - (-128) is -1 in int8."""
+    spec = Spec(BOXES[2], spaces.Box(-128, 127, (3,), np.int8))
+    action = np.array([[-128, 127, 0]], np.int8)
+    act = spec.scale_action(action)
+    np.testing.assert_allclose(act, [[-1, 1, 1 / 255]], atol=1e-6)
+    assert spec.unscale_action(act).tolist() == action.tolist()
+
+
 def test_whole_actions_are_the_nearest_ones() -> None:
     """Each of 0 to 10 is taken over its part of [-1, 1]; truncation would take 10 at 1 only."""
     spec = Spec(spaces.Box(-1, 1, (2,)), spaces.Box(0, 10, (1,), np.int64))

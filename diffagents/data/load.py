@@ -19,7 +19,7 @@ from diffagents.data import hdf5
 from diffagents.data import validation as check
 from diffagents.data.arrays import Keys, from_arrays, from_episodes, from_replay_buffer
 from diffagents.data.cache import cached, stamp_of
-from diffagents.data.minari import IS_AN_ENVIRONMENT, find_minari, read_minari
+from diffagents.data.minari import IS_AN_ENVIRONMENT, advice_on_a_folder, find_minari, read_minari
 from diffagents.data.ogbench import episodes_of, is_ogbench, made
 from diffagents.data.transitions import Transitions
 from diffagents.envs.make import difference_of_specs, is_sb3, make_env, spec_of, spec_to_store_or_warn
@@ -274,6 +274,8 @@ def _read_file(path: Path, keys: Keys, limit: int | None, cache: bool, spec: Spe
     """Read an .npz or HDF5 file of flat arrays, HDF5 from the cache if it may be used."""
     where = printable(path)
     if not path.is_file():
+        if advice := advice_on_a_folder(path):
+            raise ValueError(advice)
         what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{where} {what}; pass the path of an .npz or .hdf5 file, or a Minari id")
     info = {"id": check.name_of(path.name), "kind": "npz" if path.suffix.lower() == ".npz" else "hdf5"}

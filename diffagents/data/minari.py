@@ -64,6 +64,27 @@ def _minari_of_d4rl(name: str) -> str | None:
     return None if form is None else form.format(task=task, level=level)
 
 
+def advice_on_a_folder(path: Path) -> str | None:
+    """What to pass instead of the folder of a Minari set; None if `path` is not one."""
+    path = path.absolute()
+    data = path if path.name == "data" else path / "data"
+    try:
+        identity = json.loads((data / "metadata.json").read_text())["dataset_id"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    root = (
+        data.parents[identity.count("/") + 1]
+        if isinstance(identity, str) and identity.count("/") + 1 < len(data.parents)
+        else None
+    )
+    if root is None or not _MINARI_ID.fullmatch(identity) or root / identity / "data" != data:
+        return None
+    return (
+        f"{printable(path)} is the folder of a Minari set: pass its id, {identity!r}, and name the folder of all sets, "
+        f"{printable(root)}, in the environment variable MINARI_DATASETS_PATH"
+    )
+
+
 def find_minari(source: str, download: bool) -> Path:
     """Find a Minari dataset on this machine, or download it.
 
@@ -85,6 +106,8 @@ def find_minari(source: str, download: bool) -> Path:
         owner, _, identity = rest.partition("/")
         remote = f"{scheme}://{owner}"
     if not _MINARI_ID.fullmatch(identity):
+        if advice := advice_on_a_folder(Path(source)):
+            raise ValueError(advice)
         raise ValueError(
             f"{source!r} is neither a Minari id, which looks like namespace/name-v0, nor a path that ends in .npz, .hdf5 or .h5"
         )
