@@ -102,7 +102,9 @@ class Spec:
         Args:
             observation_space: As in `Spec`.
             action_space: As in `Spec`.
-            obs_keys: As in `Spec`. Default for a Dict: `observation` and `desired_goal` if it has both, else all keys.
+            obs_keys: As in `Spec`. Default for a Dict: `observation`, `achieved_goal` (where that is a Box) and `desired_goal`
+                if it has the first and the last, else all keys. The achieved goal is the position in a maze, which the
+                observation of AntMaze in Gymnasium-Robotics does not contain, unlike that of D4RL.
 
         Returns:
             The Spec.
@@ -112,8 +114,11 @@ class Spec:
             TypeError: As `Spec`.
         """
         if isinstance(observation_space, spaces.Dict) and obs_keys is None:
-            goal = ("observation", "desired_goal")
-            obs_keys = goal if set(goal) <= set(observation_space.spaces) else tuple(observation_space.spaces)
+            parts = observation_space.spaces
+            obs_keys = tuple(parts)
+            if {"observation", "desired_goal"} <= set(parts):
+                achieved = ("achieved_goal",) if isinstance(parts.get("achieved_goal"), spaces.Box) else ()
+                obs_keys = ("observation", *achieved, "desired_goal")
         if obs_keys is not None and not isinstance(obs_keys, str):  # a string is kept, so that Spec rejects it
             obs_keys = tuple(obs_keys)
         return cls(observation_space, action_space, obs_keys)  # type: ignore[arg-type]

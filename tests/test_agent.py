@@ -652,7 +652,11 @@ def test_dict_observations(tmp_path: pathlib.Path) -> None:
     }
     data["next_observations"] = data["observations"]
     agent = SRPO(**SMALL).learn(data)
-    assert agent.obs_keys == ("observation", "desired_goal") and agent.spec is not None and agent.spec.obs_dim == 6
+    assert (
+        agent.obs_keys == ("observation", "achieved_goal", "desired_goal")
+        and agent.spec is not None
+        and agent.spec.obs_dim == 8
+    )
     obs = {"desired_goal": np.ones(2), "observation": np.zeros(4), "achieved_goal": np.zeros(2)}
     loaded = diffagents.load(agent.save(tmp_path / "a"), verbose=0)
     assert loaded.obs_keys == agent.obs_keys and np.array_equal(loaded.predict(obs)[0], agent.predict(obs)[0])

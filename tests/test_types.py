@@ -12,6 +12,7 @@ import torch
 from gymnasium import spaces
 
 from diffagents.data.load import load_dataset
+from diffagents.envs.make import make_env
 from diffagents.types import Spec, space_from_json, space_to_json
 
 third = np.float32(1) / np.float32(3)
@@ -183,6 +184,18 @@ def test_a_vector_of_switches_is_no_image() -> None:
             Spec(spaces.Box(0, 255, shape, np.uint8), spaces.Box(-1, 1, (2,)))
 
 
+def test_the_default_keys_know_the_place_in_a_maze() -> None:
+    """AntMaze's `observation` is the ant without its position, which only the achieved goal gives."""
+    env = make_env("AntMaze_UMaze-v5")
+    obs, _ = env.reset(seed=0)
+    env.close()
+    spec = Spec.from_spaces(env.observation_space, env.action_space)
+    flat = spec.flatten_obs(obs)[0][0]
+    assert flat[-4:].tolist() == np.float32([*obs["achieved_goal"], *obs["desired_goal"]]).tolist()
+    nested = spaces.Dict(observation=BOXES[2], achieved_goal=spaces.Dict(a=BOXES[4]), desired_goal=BOXES[4])
+    assert Spec.from_spaces(nested, BOXES[2]).obs_keys == ("observation", "desired_goal")
+
+
 def test_dict_observations_are_concatenated_in_order() -> None:
     observation = spaces.Dict(
         {key: spaces.Box(-1, 1, (n,)) for key, n in (("observation", 2), ("achieved_goal", 1), ("desired_goal", 1))}
@@ -190,8 +203,8 @@ def test_dict_observations_are_concatenated_in_order() -> None:
     spec = Spec.from_spaces(observation, BOXES[2])
     obs = {"achieved_goal": [9.0], "desired_goal": [3.0], "observation": [1.0, 2.0]}
     flat, batched = spec.flatten_obs(obs)
-    assert spec.obs_keys == ("observation", "desired_goal") and spec.obs_dim == 3
-    assert flat.tolist() == [[1.0, 2.0, 3.0]] and not batched
+    assert spec.obs_keys == ("observation", "achieved_goal", "desired_goal") and spec.obs_dim == 4
+    assert flat.tolist() == [[1.0, 2.0, 9.0, 3.0]] and not batched
     assert Spec.from_spaces(observation, BOXES[2], ("desired_goal", "observation")).flatten_obs(obs)[0].tolist() == [
         [3.0, 1.0, 2.0]
     ]

@@ -83,8 +83,8 @@ def load_dataset(
         env: An id, a Gymnasium Env or VectorEnv, or an SB3 VecEnv, which provides the spaces. Default: those of the dataset;
             arrays alone get unbounded observations and the action bounds of the data, with a warning. It also provides the
             environment spec if the dataset has none; a dataset's own is kept, with a warning if `env` differs from it.
-        obs_keys: Chooses and orders the parts of a Dict observation. Default: those of `env`, else `observation` and
-            `desired_goal` if both exist, else all.
+        obs_keys: Chooses and orders the parts of a Dict observation. Default: those of `env`, else `observation`,
+            `achieved_goal` and `desired_goal` if the first and the last exist, else all.
         clip_actions: Whether to clip actions that lie outside the bounds instead of rejecting them.
         download: Whether a Minari id may be downloaded.
         cache: Whether to keep Minari and HDF5 sets as flat files in $DIFFAGENTS_CACHE, by default ~/.cache/diffagents.

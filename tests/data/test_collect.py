@@ -380,7 +380,7 @@ def test_agents_learn_from_it_and_are_evaluated_in_its_environment(root: Path) -
     dataset = collect(steer, "PointMaze_UMaze-v3", 100, "test/maze-v0", env_kwargs=MAZE)
     for source in ("test/maze-v0", dataset):
         data = diffagents.load_dataset(source)
-        assert len(data) == 100 and data.spec.obs_keys == ("observation", "desired_goal")
+        assert len(data) == 100 and data.spec.obs_keys == ("observation", "achieved_goal", "desired_goal")
         learnt: Any = small("TD3BC").learn(source)
         found = learnt.evaluate(n_episodes=1)
         assert found.env_id == "PointMaze_UMaze-v3" and found.lengths[0] <= 40

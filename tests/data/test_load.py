@@ -150,8 +150,8 @@ def test_every_source_gives_the_same_transitions(kind: str, dict_obs: bool, tmp_
     episodes = make_episodes(dict_obs)
     data = load_dataset(source_of(kind, episodes, tmp_path))
     obs = [e["observations"] for e in episodes]
-    if dict_obs:  # observation + desired_goal, in this order, without achieved_goal
-        obs = [np.concatenate([o["observation"], o["desired_goal"]], axis=1) for o in obs]
+    if dict_obs:  # the parts in this order
+        obs = [np.concatenate([o["observation"], o["achieved_goal"], o["desired_goal"]], axis=1) for o in obs]
     rewards = [e["rewards"].astype(np.float32) for e in episodes]
     np.testing.assert_array_equal(data.obs, np.concatenate([o[:-1] for o in obs]).astype(np.float32))
     np.testing.assert_array_equal(data.next_obs, np.concatenate([o[1:] for o in obs]).astype(np.float32))
@@ -162,7 +162,7 @@ def test_every_source_gives_the_same_transitions(kind: str, dict_obs: bool, tmp_
     assert data.episode_lengths.tolist() == list(LENGTHS)
     np.testing.assert_allclose(data.episode_returns, [r.sum() for r in rewards], rtol=1e-5)
     assert {t.dtype for t in (data.obs, data.action, data.rew, data.next_obs, data.done)} == {torch.float32}
-    assert data.spec.obs_keys == (("observation", "desired_goal") if dict_obs else None)
+    assert data.spec.obs_keys == (("observation", "achieved_goal", "desired_goal") if dict_obs else None)
     assert data.info["n_steps"] == 22
     assert data.info["n_episodes"] == 4
     json.dumps(data.info)
@@ -498,7 +498,9 @@ def test_replay_buffer_equals_what_the_environments_saw(n_envs: int, full: bool,
     def stack(i: int) -> np.ndarray:
         picked = [row[i] for row in rows]
         if dict_obs and i in (0, 3):
-            return np.array([np.concatenate([o["observation"], o["desired_goal"]]) for o in picked], np.float32)
+            return np.array(
+                [np.concatenate([o["observation"], o["achieved_goal"], o["desired_goal"]]) for o in picked], np.float32
+            )
         return np.array(picked, np.float32)
 
     np.testing.assert_array_equal(data.obs, stack(0))

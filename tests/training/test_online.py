@@ -553,10 +553,10 @@ def test_dict_observations() -> None:
             return self._dict(obs), *rest
 
     agent = small("TD3BC", normalize_obs=False).learn_online(12, Goal(4, 9), learning_starts=8)
-    assert agent.replay_buffer is not None and agent.obs_dim == 2
+    assert agent.replay_buffer is not None and agent.obs_dim == 3
     episodes = agent.replay_buffer.matrix
-    assert torch.equal(episodes[:, 0], torch.arange(12.0) % 4) and torch.equal(episodes[:, 1], torch.arange(12.0) % 4 + 7)
-    assert torch.equal(episodes[:, -2], torch.arange(12.0) % 4 + 1)
+    assert torch.equal(episodes[:, 0], torch.arange(12.0) % 4) and torch.equal(episodes[:, 2], torch.arange(12.0) % 4 + 7)
+    assert torch.equal(episodes[:, -3], torch.arange(12.0) % 4 + 1)
 
 
 # ---- calibration -------------------------------------------------------------------------------------------------------
