@@ -16,7 +16,7 @@ from diffagents.data.transitions import Transitions
 from diffagents.errors import one_line
 from diffagents.files import replacing
 
-RULES = 3
+RULES = 4
 """Raised when reading the same source gives another dataset than before."""
 
 
