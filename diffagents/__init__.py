@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffagents.data.collect import collect
     from diffagents.data.load import load_dataset
     from diffagents.errors import ArtifactError, HubError, TrainingDiverged
+    from diffagents.evaluation.curves import draw_curves
     from diffagents.evaluation.evaluate import Evaluation, evaluate
     from diffagents.evaluation.video import record_video
     from diffagents.experiments.describe import describe
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
     from diffagents.experiments.learn_many import learn_many
     from diffagents.experiments.select import Selection, select
     from diffagents.experiments.tune import TuningReport, tune
+    from diffagents.training.curve_callback import CurveCallback
 
 _LAZY = {
     **AGENTS,
     "load_dataset": "diffagents.data.load",
     "evaluate": "diffagents.evaluation.evaluate",
+    "CurveCallback": "diffagents.training.curve_callback",
+    "draw_curves": "diffagents.evaluation.curves",
     "record_video": "diffagents.evaluation.video",
     "Evaluation": "diffagents.evaluation.evaluate",
     "ArtifactError": "diffagents.errors",
@@ -60,6 +64,7 @@ __all__ = [
     "SRPO",
     "TD3BC",
     "ArtifactError",
+    "CurveCallback",
     "DatasetReport",
     "DiffCPS",
     "DiffusionBC",
@@ -72,6 +77,7 @@ __all__ = [
     "TuningReport",
     "collect",
     "describe",
+    "draw_curves",
     "evaluate",
     "learn_many",
     "load",

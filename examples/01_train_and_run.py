@@ -38,8 +38,7 @@ def main() -> None:
     if args.dataset == SHIPPED:
         os.environ["MINARI_DATASETS_PATH"] = str(HERE / "data")
 
-    from diffagents import BC, SRPO, evaluate, load_dataset, record_video
-    from diffagents.training.curve_callback import CurveCallback
+    from diffagents import BC, SRPO, CurveCallback, evaluate, load_dataset, record_video
 
     settings = dict(SHIPPED_STEPS) if args.dataset == SHIPPED and args.preset == "fast" else {}
     if args.beta is not None:
@@ -81,12 +80,12 @@ def main() -> None:
 
 def plot(agent: object, clone_return: float, path: pathlib.Path) -> pathlib.Path | str:
     """The returns of the policy at the top, and below them the losses."""
-    from diffagents.evaluation.curves import draw_curves
+    from diffagents import draw_curves
 
     try:
         picture = draw_curves(agent, clone_return=clone_return)
     except ImportError:
-        return 'none: pip install "diffagents[plot]"'
+        return "none: pip install matplotlib"
     if picture is None:
         return "none: the training was too short"
     path.write_bytes(picture)

@@ -300,7 +300,7 @@ def data(args: argparse.Namespace) -> None:
         if page.is_dir():
             raise IsADirectoryError(f"--html {page} is a folder: pass the name of a file in it")
         if importlib.util.find_spec("matplotlib") is None:
-            raise ImportError('--html needs matplotlib: pip install "diffagents[plot]"')
+            raise ImportError("--html needs matplotlib: pip install matplotlib")
         page.parent.mkdir(parents=True, exist_ok=True)
         existed = page.exists()
         page.open("a").close()

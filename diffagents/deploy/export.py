@@ -58,7 +58,7 @@ def export(
     Args:
         learner: The agent, on any device; it is not changed. An untrained one, or one that samples, causes a warning.
         path: The file; without a suffix it gets .onnx or .pt2.
-        format: "onnx" (needs `pip install "diffagents[export]"`) or "torch_export".
+        format: "onnx" (needs `pip install onnx onnxscript`) or "torch_export".
         deterministic: Only True: a file has no random generator.
         choice: As in `predict`, e.g. n_candidates=10; baked into the file. Fewer candidates and solver steps make it smaller.
 
@@ -308,7 +308,7 @@ def _check(learner: Learner, path: str | os.PathLike[str], format: str, determin
     if missing:
         raise ImportError(
             f'format="onnx" needs the packages onnx and onnxscript ({", ".join(missing)} not found): '
-            'pip install "diffagents[export]", or pass format="torch_export", which needs neither'
+            'pip install onnx onnxscript, or pass format="torch_export", which needs neither'
         )
     if learner.state.pristine:
         warnings.warn(f"this {name} has not been trained: the file will contain a random policy", stacklevel=3)

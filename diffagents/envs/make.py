@@ -365,13 +365,13 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> Any:
         unregistered = isinstance(error.__context__, gym.error.UnregisteredEnv)
         cause = error.__context__ if unregistered else error  # type: ignore[assignment]
         if unregistered and env_id.startswith(_PUSHT):
-            raise ImportError(f'{env_id} needs gym-pusht: pip install "diffagents[pusht]"') from None
+            raise ImportError(f"{env_id} needs gym-pusht: pip install gym-pusht") from None
         if unregistered and not env_id.rsplit("/", 1)[-1].startswith(_ROBOTICS):
-            remedy = 'check its spelling; the ids of Gymnasium-Robotics need pip install "diffagents[robotics]"'
+            remedy = "check its spelling; the ids of Gymnasium-Robotics need pip install gymnasium-robotics"
         elif unregistered:
-            raise ImportError(f'{env_id} needs Gymnasium-Robotics: pip install "diffagents[robotics]"') from None
+            raise ImportError(f"{env_id} needs Gymnasium-Robotics: pip install gymnasium-robotics") from None
         elif importlib.util.find_spec("mujoco") is None:
-            raise ImportError(f'{env_id} needs MuJoCo: pip install "diffagents[mujoco]" ({one_line(error)})') from None
+            raise ImportError(f'{env_id} needs MuJoCo: pip install "gymnasium[mujoco]" ({one_line(error)})') from None
         else:
             raise
     except gym.error.Error as error:  # a malformed id, or one that has been retired

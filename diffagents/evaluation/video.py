@@ -205,7 +205,7 @@ def _video_cure(error: Exception) -> str:
     """What to do about an error of `record_video`."""
     text = f"{type(error).__module__} {type(error).__name__} {error}".lower()
     if "imageio" in text or "ffmpeg" in text:
-        return 'pip install "diffagents[video]"'
+        return "pip install moviepy imageio-ffmpeg"
     if "opengl" in text or "egl" in text or "glfw" in text or "mujoco" in text:
         return "MuJoCo needs a renderer: on Linux without a screen, install libegl1 and PyOpenGL, then set MUJOCO_GL=egl"
     return "the evaluation itself is not affected"

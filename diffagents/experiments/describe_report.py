@@ -367,7 +367,7 @@ def _pictures(report: DatasetReport) -> list[str]:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise ImportError('a page has pictures, which need matplotlib: pip install "diffagents[plot]"') from None
+        raise ImportError("a page has pictures, which need matplotlib: pip install matplotlib") from None
     drawn = [
         ("Lengths of episodes, and how they end", draw_lengths(report)),
         ("Returns", draw_returns(report)),

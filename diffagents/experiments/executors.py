@@ -87,7 +87,7 @@ def run_with_ray(
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
     except ImportError:
-        raise ImportError('the Ray executor needs Ray: pip install "diffagents[sweep]"') from None
+        raise ImportError("the Ray executor needs Ray: pip install ray") from None
 
     address = address or os.environ.get("RAY_ADDRESS")
     carried = {name: os.environ[name] for name in _CARRIED if name in os.environ}

@@ -102,7 +102,7 @@ def write_report(
         if draw_choice(cells, folder / "choice.png"):
             pictures.append("![Value of the best of the runs, by the number of episodes that chose it](choice.png)")
     except ImportError:
-        pictures.append('No pictures: matplotlib is missing (`pip install "diffagents[plot]"`).')
+        pictures.append("No pictures: matplotlib is missing (`pip install matplotlib`).")
     parts = [
         f"# {title}\n",
         "Generated from the results of the runs: do not edit. Each row of [results.csv](results.csv) is one run.\n",

@@ -345,7 +345,7 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ImportError('tune needs Optuna: pip install "diffagents[tune]"') from None
+        raise ImportError("tune needs Optuna: pip install optuna") from None
     return optuna
 
 

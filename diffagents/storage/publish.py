@@ -64,7 +64,7 @@ def save_pretrained(
         if curves is not None:
             companions["curves.png"] = curves
     except ImportError:
-        notes.append('there is no picture of the curves because matplotlib is missing (pip install "diffagents[plot]")')
+        notes.append("there is no picture of the curves because matplotlib is missing (pip install matplotlib)")
     if video:
         replay = _video(learner, eval_env)
         if replay is not None:

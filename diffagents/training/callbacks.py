@@ -68,7 +68,7 @@ def make_logger(learner: Learner, name: str, reset_num_timesteps: bool) -> "Logg
     from stable_baselines3.common.utils import configure_logger
 
     if learner.tensorboard_log is not None and importlib.util.find_spec("tensorboard") is None:
-        raise ImportError('tensorboard_log needs tensorboard: pip install "diffagents[tensorboard]"')
+        raise ImportError("tensorboard_log needs tensorboard: pip install tensorboard")
     folder = None if learner.tensorboard_log is None else os.path.expanduser(learner.tensorboard_log)
     logger = configure_logger(int(learner.verbose >= 2), folder, name, reset_num_timesteps)
     return with_history(logger, learner)

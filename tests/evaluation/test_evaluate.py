@@ -583,11 +583,11 @@ for name in ("Hopper-v5", "PointMaze_UMaze-v3", "AdroitHandPen-v1", "Nope-v0"):
         print(type(error).__name__, error)
 """
     hopper, maze, adroit, nope = run_python(code).splitlines()
-    assert hopper.startswith('ImportError Hopper-v5 needs MuJoCo: pip install "diffagents[mujoco]"')
-    assert maze == 'ImportError PointMaze_UMaze-v3 needs Gymnasium-Robotics: pip install "diffagents[robotics]"'
+    assert hopper.startswith('ImportError Hopper-v5 needs MuJoCo: pip install "gymnasium[mujoco]"')
+    assert maze == "ImportError PointMaze_UMaze-v3 needs Gymnasium-Robotics: pip install gymnasium-robotics"
     assert adroit.startswith("ImportError AdroitHandPen-v1 needs")
     assert nope.startswith("ValueError unknown environment 'Nope-v0'")
-    assert "diffagents[robotics]" in nope
+    assert "pip install gymnasium-robotics" in nope
 
 
 # ------------------------------------------------------------------------------------------------------------ video
@@ -657,7 +657,7 @@ def test_a_video_without_ffmpeg_says_what_to_install(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     old = tmp_path / "a.mp4"
     old.write_bytes(b"an older video")
-    with pytest.warns(UserWarning, match=r'pip install "diffagents\[video\]"'):
+    with pytest.warns(UserWarning, match=r"pip install moviepy imageio-ffmpeg"):
         assert record_video(Steer(), TOY, old) is None
     assert old.read_bytes() == b"an older video"
     assert list(tmp_path.iterdir()) == [old]

@@ -6,7 +6,7 @@ diffagents/pusht/human-v0: a T-shaped block pushed to its place with a mouse, 20
 (pip install gym-pusht). The recording has no rewards and ends before the last action takes effect: both are computed with the
 environment, which reproduces each recorded state from the one before to a hundredth of a pixel; this is checked for each.
 diffagents/door/human-v0: an Adroit hand opens a door, 25 demonstrations with a glove, the source of D4RL's door-human, in
-AdroitHandDoor-v1 (pip install "diffagents[robotics]"). Actions beyond the bounds are clipped. The state after the last
+AdroitHandDoor-v1 (pip install gymnasium-robotics). Actions beyond the bounds are clipped. The state after the last
 action was not recorded, so the last step of each demonstration is left out.
 
 Origin and licences: data/README.md.

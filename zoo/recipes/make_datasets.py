@@ -9,7 +9,7 @@ expert, both one after the other = medium-expert), in the physics of Gymnasium's
 
 The same seed gives the same data on every x86-64 processor with FMA instructions (see `Portable` in behavior_policies.py). On
 one thread, two at a time, 100,000 steps took 17 to 31 s in MuJoCo, about 20 s in PointMaze and 89 s in AntMaze.
-Needs gymnasium-robotics: pip install "diffagents[robotics]".
+Needs gymnasium-robotics: pip install gymnasium-robotics.
 """
 
 import argparse
