@@ -11,6 +11,9 @@ import, and replaced by a public equivalent if it is missing or has changed:
 * `torch._inductor.compile` and `torch.fx.experimental.proxy_tensor.make_fx`, because `torch.compile` checks guards at each
   call, which takes longer than a small network.
   Without them: compiling raises RuntimeError, upon which training/compiled.py warns and runs eagerly.
+* `torch.utils._python_dispatch.TorchDispatchMode`, because it sees every tensor operation of a computation, backward passes
+  included, from whose number the time of compiling is estimated.
+  Without it: the number is unknown, and a usual one is assumed.
 * `torch._decomp.decomposition_table` and `make_fx`, because `torch.export` cannot trace an algorithm that takes gradients while
   it acts, as QGPO does.
   Without them: exporting such an algorithm raises RuntimeError. The other algorithms do not need them.
@@ -147,6 +150,25 @@ def trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> "GraphModul
     """
     graph: GraphModule = _lookup(_PROXY_TENSOR, "make_fx")(function)(*inputs)
     return graph
+
+
+def count_operations(call: Callable[[], Any]) -> int | None:
+    """Call the function; the number of tensor operations that it ran, backward passes included, or None if it is unknown."""
+    try:
+        mode: Any = _lookup("torch.utils._python_dispatch", "TorchDispatchMode")
+    except RuntimeError:
+        return None
+
+    class Counter(mode):  # type: ignore[misc]
+        n = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.n += 1
+            return function(*args, **(kwargs or {}))
+
+    with Counter() as counter:
+        call()
+    return int(counter.n)
 
 
 def compile_graph(graph: "GraphModule", inputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ Their docstrings are the texts of --help.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -45,7 +46,6 @@ def train(args: argparse.Namespace) -> None:
         check_new_folder(out, tensorboard=args.tensorboard)
         kwargs = {"net_arch": args.net_arch} if args.net_arch else None
         agent = cls(env=args.env, policy_kwargs=kwargs, seed=args.seed, **chosen, **settings, **values)
-    evaluated = {"eval_env": (args.env or True) if args.eval else None, "n_eval_episodes": args.episodes}
 
     def save_regularly(local: dict[str, Any], _: dict[str, Any]) -> bool:
         if agent.num_timesteps % args.save_every == 0:
@@ -65,7 +65,10 @@ def train(args: argparse.Namespace) -> None:
             raise
         agent.save_pretrained(out, include_trainer_state=True)  # before the evaluation, which may fail
         if args.eval or args.video:
+            evaluated = {"eval_env": (args.env or True) if args.eval else None, "n_eval_episodes": args.episodes}
             agent.save_pretrained(out, include_trainer_state=True, video=args.video, **evaluated)
+        if args.eval:
+            print(_evaluation(out), flush=True)
     print(out)
 
 
@@ -202,6 +205,17 @@ def _score(place: Path) -> str:
             line += f"; success {100 * results['success_rate']:.0f} %"
         return line
     return "not evaluated"
+
+
+def _evaluation(place: Path) -> Any:
+    """The Evaluation that is stored with a policy."""
+    from diffagents.evaluation.evaluate import Evaluation
+    from diffagents.storage import artifact
+
+    results = artifact.read_json(place, "results.json")
+    values: dict[str, Any] = {field.name: results[field.name] for field in dataclasses.fields(Evaluation)}
+    lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Evaluation(**{**values, **lists})
 
 
 def _env_tag(tags: Sequence[str]) -> str:

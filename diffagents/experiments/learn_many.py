@@ -177,12 +177,13 @@ class ManyRunner(Runner):
         self._members = [stage.updates for stage in stages]
         self._shared = all(sampler is samplers[0] for sampler in samplers)
 
+    def noise(self, j: int) -> Noise:
+        """Every member's own noise, stacked: (N, B, ...)."""
+        each = zip(self._members, self.generators, strict=True)
+        return _stack([updates[j].draw(self.batch_size, generator) for updates, generator in each])
+
     def update(self, j: int, batch: Batch) -> None:
-        noise = [
-            updates[j].draw(self.batch_size, generator)
-            for updates, generator in zip(self._members, self.generators, strict=True)
-        ]
-        gradients, metrics = self.gradients[j](batch, _stack(noise))
+        gradients, metrics = self.gradients[j](batch, self.noise(j))
         each = [[gradient.unbind() for gradient in some] for some in gradients]
         for k, updates in enumerate(self._members):
             updates[j].apply([[gradient[k] for gradient in some] for some in each])

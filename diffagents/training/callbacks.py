@@ -6,6 +6,10 @@ training from arrays without a callback does not pay for the import.
 
 import importlib.util
 import os
+import time
+import warnings
+from collections import deque
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from diffagents.envs.make import refuse_vec_normalize
@@ -15,6 +19,9 @@ from diffagents.training.state import Learner
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import Logger
+
+WINDOW = 30.0
+"""Seconds over which a progress bar measures the speed."""
 
 
 def make_callback(callback: Any, progress_bar: bool) -> "BaseCallback | None":
@@ -46,17 +53,101 @@ def make_callback(callback: Any, progress_bar: bool) -> "BaseCallback | None":
 
     class ProgressBar(ProgressBarCallback):
         def _on_training_start(self) -> None:
-            super()._on_training_start()
             self.counted = self.model.num_timesteps
+            total = self.locals["total_timesteps"] - self.counted
+            self.left = TimeLeft(total)
+            self.pbar = _bar(total, self.left)
 
         def _on_step(self) -> bool:
-            self.pbar.update(self.num_timesteps - self.counted)  # one gradient step, or online one step of each environment
+            steps = self.num_timesteps - self.counted  # one gradient step, or online one step of each environment
             self.counted = self.num_timesteps
+            self.left.add(steps, *_phase(self.locals["self"]))
+            self.pbar.update(steps)
             return True
 
     if progress_bar:
         callbacks.append(ProgressBar())
     return callbacks[0] if len(callbacks) == 1 else CallbackList(callbacks)
+
+
+class TimeLeft:
+    """The time left of a run, from its speed in the present phase only, over the last WINDOW seconds.
+
+    Args:
+        total: Steps of the run.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.seconds: float | None = None
+        self._phase: Any = None
+        self._marks: deque[tuple[float, int]] = deque()  # (time, steps done), at least a quarter of a second apart
+
+    def add(self, steps: int, phase: Any, is_representative: bool = True) -> None:
+        """Note that some more steps are done.
+
+        Args:
+            steps: Their number.
+            phase: Names the phase that they belong to.
+            is_representative: Whether the rest of the run may be as fast as this phase.
+        """
+        now, self.done = time.perf_counter(), self.done + steps
+        if phase != self._phase:
+            self._phase, self.seconds = phase, None
+            self._marks.clear()
+        elif not is_representative or now - self._marks[-1][0] < 0.25:
+            return
+        self._marks.append((now, self.done))
+        while now - self._marks[0][0] > WINDOW:
+            self._marks.popleft()
+        begun, before = self._marks[0]
+        if self.done > before:
+            self.seconds = (self.total - self.done) * (now - begun) / (self.done - before)
+
+    def __str__(self) -> str:
+        """As h:mm:ss, or a sign that it is unknown."""
+        return "-:--:--" if self.seconds is None else str(timedelta(seconds=round(self.seconds)))
+
+
+def _phase(learner: Learner) -> tuple[Any, bool]:
+    """The phase of the training that is running, and whether the rest may be as fast as it is.
+
+    The steps of an online run before the first update are far faster than the rest, whose speed they do not tell.
+    """
+    run, plan = learner.state.online, learner.state.plan
+    if learner.state.exploring and run is not None:
+        updates = run.n_updates > 0
+        return updates, updates or run.starts >= run.total
+    return None if plan is None else next(reversed(plan.done), None), True
+
+
+def _bar(total: int, left: TimeLeft) -> Any:
+    """A progress bar like SB3's, with `left` as its time left."""
+    from rich.progress import BarColumn, ProgressColumn, Task, TimeElapsedColumn
+    from rich.text import Text
+    from tqdm import TqdmExperimentalWarning
+    from tqdm.rich import FractionColumn, RateColumn, tqdm
+
+    class Left(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(str(left), style="progress.remaining")
+
+    share = "[progress.percentage]{task.percentage:>4.0f}%"
+    columns = (
+        share,
+        BarColumn(bar_width=None),
+        FractionColumn(),
+        "[",
+        TimeElapsedColumn(),
+        "<",
+        Left(),
+        ",",
+        RateColumn("it"),
+        "]",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmExperimentalWarning)
+        return tqdm(total=total, progress=columns)
 
 
 def make_logger(learner: Learner, name: str, reset_num_timesteps: bool) -> "Logger":

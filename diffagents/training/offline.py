@@ -4,20 +4,25 @@ Nothing here depends on the algorithm. Between log steps nothing waits for the d
 metrics are summed on it.
 """
 
+import functools
 import threading
+import time
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from diffagents import torch_internals
+from diffagents.config.presets import FAST, has_presets
 from diffagents.data.sampler import Sampler
 from diffagents.data.transitions import Transitions
 from diffagents.errors import TrainingDiverged
 from diffagents.training.callbacks import make_logger
-from diffagents.training.monitor import Monitor, clock
+from diffagents.training.compiled import COMPILE_LIMIT, compile_ahead
+from diffagents.training.monitor import Monitor, clock, say
 from diffagents.training.plan import Plan
 from diffagents.training.prepare import begin, make_sampler
 from diffagents.training.session import interrupt_between_updates, matmul_precision, timed
@@ -31,11 +36,21 @@ if TYPE_CHECKING:
     from diffagents.training.cuda_graph import GraphRunner
 
 COMPILING = {"cpu": (40.0, 0.75), "cuda": (30.0, 0.5)}
-"""By type of device: seconds that compiling an update takes, and the time of a compiled update as a share of its eager time.
+"""By type of device: seconds that compiling an update takes if its operations have not been counted, and the time of a compiled
+update as a share of its eager time.
 
-On two cores SRPO, DiffusionQL, DiffCPS and TD3BC (default preset) compiled in 5 to 40 s of CPU time an update (measured once,
-by a script outside this repository); over the stages of nine algorithms the share is 0.48 to 0.88, in the median 0.71
+Over the stages of nine algorithms the share on a CPU is 0.48 to 0.88, in the median 0.71
 (zoo/results/speed-cpu-training*.json). On GPUs both are assumed."""
+COMPILING_BEGINS, COMPILING_OPERATION = 8.0, 0.035
+"""Seconds of CPU time that compiling takes once in a process, and for each tensor operation of an update: measured on two cores
+with torch 2.13 for eleven updates of SRPO, TD3BC and BDPO (default preset, nothing in the compiler's cache), by a script
+outside this repository."""
+SLOWEST = 8.0
+"""The most by which a busy machine is taken to slow down compiling: it is measured for a moment only."""
+BUSY = 1.5
+"""How many times as long as its CPU time the timing of updates takes if the time without other programs is announced too."""
+LONG = 1800.0
+"""Seconds of a plan from which a shorter way is named."""
 
 
 def train(
@@ -68,10 +83,13 @@ def train(
     sampler = make_sampler(learner, data)
     chosen = set(plan.threads)
     timed_first = learner.verbose or learner.compile == "auto" or may_choose(learner)
+    wall, cpu = time.perf_counter(), time.thread_time()
     seconds = estimate(learner, plan, sampler, choose_threads=True) if timed_first else {}
-    choose_modes(learner, plan, seconds)
+    slowness = (time.perf_counter() - wall) / max(time.thread_time() - cpu, 1e-3) if learner.device.type == "cpu" else 1.0
+    compiling = estimate_compiling(learner, plan, sampler, seconds)
+    choose_modes(learner, plan, seconds, compiling)
     if learner.verbose:
-        announce(learner, plan, seconds)
+        announce(learner, plan, seconds, compiling, slowness)
         announce_threads([name for name, count in plan.threads.items() if name not in chosen and count == 1])
     local = {
         "self": learner,
@@ -151,7 +169,13 @@ def run_stage(
         own = sampler if stage.prepare is None else stage.prepare(sampler, stage_generator(learner, stage))
         samplers.append(own)
         monitors[-1].limit_q(own)
-    runner = make_runner(samplers, plan.modes.get(name, "eager"))
+    mode = plan.modes.get(name, "eager")
+    runner = make_runner(samplers, mode)
+    if mode != "eager":
+        needed = [update.times(earlier + done, earlier + length) > 0 for update in stages[0].updates]
+        compile_ahead(runner, name, needed, interrupted, bool(learners[0].verbose))
+        if interrupted.is_set():
+            return False
     for learner, monitor in zip(learners, monitors, strict=True):
         monitor.restart_clock()
         learner.state.pristine = False
@@ -215,7 +239,7 @@ def stage_generator(learner: Learner, stage: Stage) -> torch.Generator:
 
 
 def estimate(learner: Learner, plan: Plan, sampler: Sampler, choose_threads: bool = False) -> dict[str, float]:
-    """Estimate each stage's remaining eager time in seconds from a few timed updates, which are rolled back.
+    """Estimate each stage's remaining eager time in seconds from some timed updates, which are rolled back.
 
     Args:
         learner: The agent.
@@ -296,23 +320,83 @@ def time_stage(
     return seconds, prepare_all
 
 
-def choose_modes(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
+def estimate_compiling(learner: Learner, plan: Plan, sampler: Sampler, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Estimate how long the updates of each stage would be compiled, from the number of their operations.
+
+    Compiling is slower on a busy machine, by a factor that is measured while the operations are counted.
+
+    Args:
+        learner: The agent, which is left as it is.
+        plan: Its plan.
+        sampler: The data that it will learn from.
+        seconds: The estimated eager seconds of each stage.
+
+    Returns:
+        Seconds of each stage that may be compiled; the others, e.g. those that are too short for compile="auto", are left out.
+    """
+    found: dict[str, float] = {}
+    if learner.compile == "eager" or learner.device.type != "cpu":
+        return found
+    begins, before = COMPILING_BEGINS, snapshot(learner)
+    wall, cpu = time.perf_counter(), time.thread_time()
+    try:
+        for stage in learner.stages(plan):
+            name = stage.name
+            left = plan.lengths.get(name, 0) - plan.done.get(name, 0)
+            if left <= 0 or (learner.compile == "auto" and (1 - COMPILING["cpu"][1]) * seconds.get(name, 0.0) < begins):
+                continue
+            few = sampler.head(256)
+            ready = few if stage.prepare is None else stage.prepare(few, stage_generator(learner, stage))
+            first, found[name] = learner.state.stage_steps[name], 0.0
+            for update in stage.updates:
+                if update.loss is None or not update.times(first, first + left):
+                    continue
+                batch = ready.sample(stage.batch_size, learner.generator)
+                noise = update.draw(stage.batch_size, learner.generator)
+                gradients = functools.partial(update.gradients, batch, noise)
+                count = torch_internals.count_operations(gradients)
+                while time.thread_time() - cpu < 0.1:
+                    gradients()
+                found[name] += COMPILING["cpu"][0] if count is None else COMPILING_OPERATION * count
+            if found[name]:
+                found[name], begins = found[name] + begins, 0.0
+    finally:
+        restore(learner, before)
+    slowness = (time.perf_counter() - wall) / max(time.thread_time() - cpu, 1e-3)
+    return {name: min(max(slowness, 1.0), SLOWEST) * own for name, own in found.items()}
+
+
+def _compile_seconds(learner: Learner, plan: Plan, compiling: Mapping[str, float] | None) -> dict[str, float]:
+    """`compiling`, with the usual time of an update for the stages that it lacks."""
+    usual = COMPILING["cuda" if learner.device.type == "cuda" else "cpu"][0]
+    n_compiled = {stage.name: sum(update.loss is not None for update in stage.updates) for stage in learner.stages(plan)}
+    return {name: (compiling or {}).get(name, usual * n_compiled[name]) for name in plan.lengths}
+
+
+def choose_modes(
+    learner: Learner, plan: Plan, seconds: Mapping[str, float], compiling: Mapping[str, float] | None = None
+) -> None:
     """Choose each stage's execution mode and store it in the plan: that of `compile`.
 
-    For "auto", a stage is compiled only if that finishes sooner than its estimated eager time, compiling included (COMPILING).
-    A stage that has begun keeps its mode, so that resuming reproduces the uninterrupted run. With "auto", a stage that has not
-    begun also keeps the mode that was chosen for it.
+    For "auto", a stage is compiled only if that finishes sooner than its estimated eager time, compiling included, and if
+    compiling is expected to end within its limit. A stage that has begun keeps its mode, so that resuming reproduces the
+    uninterrupted run. With "auto", a stage that has not begun also keeps the mode that was chosen for it.
+
+    Args:
+        learner: The agent.
+        plan: Its plan.
+        seconds: The estimated eager seconds of each stage.
+        compiling: The estimated seconds of compiling each stage. Default: those that are usual.
     """
     cuda = learner.device.type == "cuda"
-    compile_seconds, share = COMPILING["cuda" if cuda else "cpu"]
-    n_compiled = {stage.name: sum(update.loss is not None for update in stage.updates) for stage in learner.stages(plan)}
+    share, to_compile = COMPILING["cuda" if cuda else "cpu"][1], _compile_seconds(learner, plan, compiling)
     for name in plan.lengths:
         mode = learner.compile
         if name in plan.modes and (mode == "auto" or plan.done.get(name, 0) > 0):
             mode = plan.modes[name]
         if mode == "auto":
             eager = seconds.get(name, 0.0)
-            worth = compile_seconds * n_compiled[name] + share * eager < eager
+            worth = to_compile[name] < COMPILE_LIMIT and to_compile[name] + share * eager < eager
             mode = ("graph" if cuda else "compiled") if worth else "eager"
         if mode == "graph" and not cuda:
             warnings.warn('compile="graph" needs a CUDA device: training runs compiled, without a graph', stacklevel=4)
@@ -320,19 +404,52 @@ def choose_modes(learner: Learner, plan: Plan, seconds: dict[str, float]) -> Non
         plan.modes[name] = mode
 
 
-def announce(learner: Learner, plan: Plan, seconds: dict[str, float]) -> None:
-    """Print the data, the plan and its estimated eager time."""
+def announce(
+    learner: Learner,
+    plan: Plan,
+    seconds: Mapping[str, float],
+    compiling: Mapping[str, float] | None = None,
+    slowness: float = 1.0,
+) -> None:
+    """Print the data, the plan, how long it is expected to take, and how it can be shortened if that is long.
+
+    Args:
+        learner: The agent.
+        plan: Its plan, with the mode of each stage.
+        seconds: The estimated eager seconds of each stage.
+        compiling: The estimated seconds of compiling each stage. Default: those that are usual.
+        slowness: How many times as long as its CPU time the timing of the updates took, because of other programs.
+    """
     data, rewards = learner.state.data, learner.state.reward_transform
     assert rewards is not None
-    print(
+    say(
         f"{type(learner).__name__} on {data['id']}: {data['n_steps']:,} steps, {data['n_episodes']:,} episodes, mean return "
         f"{data['mean_return']:.1f}; rewards {rewards.name} ({rewards.scale:.4g} r {rewards.shift:+.4g}); {learner.device}"
         f"{', TF32' if learner.device.type == 'cuda' and learner.tf32 else ''}, seed {learner.seed}"
     )
     lengths = ", ".join(f"{name} {plan.done.get(name, 0):,}/{steps:,}" for name, steps in plan.lengths.items())
-    faster = [name for name in plan.lengths if plan.modes[name] != "eager"]
-    how = f" if eager; {', '.join(faster)} will be compiled, which takes tens of seconds and then runs faster" if faster else ""
-    print(f"plan: {lengths} gradient steps; about {clock(sum(seconds.values()))}{how}", flush=True)
+    left = [name for name, steps in plan.lengths.items() if plan.done.get(name, 0) < steps]
+    faster = [name for name in left if plan.modes[name] != "eager"]
+    share, to_compile = COMPILING[learner.device.type][1], _compile_seconds(learner, plan, compiling)
+    first = sum(min(to_compile[name], COMPILE_LIMIT) for name in faster)
+    then = sum(seconds.get(name, 0.0) * (share if name in faster else 1.0) for name in left)
+    took = f"about {clock(first + then)}"
+    if faster:
+        took += (
+            f": {clock(first)} to compile {', '.join(faster)}, then {clock(then)} of training "
+            f"(without compiling: {clock(sum(seconds.values()))})"
+        )
+    if slowness > BUSY and first + then >= 1.0:
+        alone = clock((first + then) / slowness)
+        took += f", as busy as this machine is now; {alone} if no other program ran"
+    say(f"plan: {lengths} gradient steps; {took}")
+    if first + then > LONG and not plan.done:
+        minutes = round(LONG / 60)
+        if learner.preset != FAST and has_presets(learner.presets_name()):
+            shorter = f"preset={FAST!r} (--preset {FAST}) has a plan of minutes for every dataset"
+        else:
+            shorter = f"a total_timesteps (--steps) of less than {plan.total:,} shortens all stages"
+        say(f"That is more than {minutes} minutes on this machine; {shorter}.")
 
 
 def announce_threads(stages: Sequence[str]) -> None:
@@ -340,4 +457,4 @@ def announce_threads(stages: Sequence[str]) -> None:
     every = torch.get_num_threads()
     if stages and every > 1:
         number = "two" if every == 2 else str(every)
-        print(f"{', '.join(stages)}: one thread is faster than {number} on this machine just now", flush=True)
+        say(f"{', '.join(stages)}: one thread is faster than {number} on this machine just now")

@@ -7,6 +7,7 @@ uninterrupted one, except for algorithms that prepare extras, which are recomput
 
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from diffagents.errors import TrainingDiverged
 from diffagents.functional import lambda_returns
 from diffagents.training import provenance
 from diffagents.training.callbacks import make_logger
-from diffagents.training.monitor import Monitor
+from diffagents.training.monitor import Monitor, say
 from diffagents.training.plan import OnlineRun, OnlineSettings
 from diffagents.training.prepare import adopt, check_size
 from diffagents.training.rollout import Rollout, explore
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 MAX_RELAXATION = 16.0
 """The largest relaxation factor of the behaviour constraint, which hardly binds by then; a larger one could only overflow."""
+
+COMPARED = 10
+"""The most episodes at each end of a run that are compared when it ends."""
 
 
 def check_arguments(total: int | None, log_interval: int | None, settings: OnlineSettings) -> OnlineSettings:
@@ -314,6 +318,8 @@ def _loop(
             optimizer.lr.fill_(getattr(learner.config, "online_learning_rate", optimizer.learning_rate))
     rollout = Rollout(learner, run)
     monitor = Monitor(learner, stage.name, run.total, run.done)
+    if run.n_updates == 0 and run.starts < run.total:  # the steps before the first update are far faster than those after it
+        monitor.no_time_left = "time left unknown before the first update"
     runner: Runner | None = None
     prepared_at = -stage.refresh
     state.exploring = True
@@ -331,13 +337,18 @@ def _loop(
                                 stacklevel=4,
                             )
                         break
-                    runner = runner or Runner(stage, sampler, learner.generator)
+                    if runner is None:
+                        runner = Runner(stage, sampler, learner.generator)
+                        rollout.updating = True
                     runner.sampler = sampler
                 state.pristine = state.policy_missing = False
                 state.constraint_relaxation = constraint_relaxation(learner)
                 runner.step(run.n_updates)
                 run.n_updates += 1
                 state.n_updates += 1
+                if monitor.no_time_left:
+                    monitor.no_time_left = ""
+                    monitor.restart_clock(run.done)
             if run.done >= run.total or interrupted.is_set():
                 break
             if callback is not None:
@@ -359,8 +370,34 @@ def _loop(
                 if not keep_going:
                     break
         _log(learner, monitor, run, runner, rollout, mixture)
+        if learner.verbose:
+            say(before_and_after(rollout))
     finally:
         state.constraint_relaxation, state.exploring = 1.0, False
+
+
+def before_and_after(rollout: Rollout) -> str:
+    """Compare the first finished episodes of a run with the last ones, in a line.
+
+    These are the episodes that the run has acted, with exploration, because nothing is known of the environment that would
+    allow others: it may be a robot. At most COMPARED at each end are taken, and none is counted twice.
+    """
+    returns, before = rollout.all_returns, rollout.n_before
+    n = min(COMPARED, len(returns) // 2)
+    if n == 0:
+        return f"online: {len(returns)} finished episode(s) are too few to compare the return before the run with that after it"
+    first, last = returns[: min(n, before) if before else n], returns[-n:]
+    how = "by random actions" if before and rollout.run.random else "before any update" if before else "with updates already"
+    return (
+        f"online: mean return while exploring, before: {_mean(first)} (first {len(first)} of {len(returns)} episodes, {how}); "
+        f"after: {_mean(last)} (last {len(last)})"
+    )
+
+
+def _mean(returns: Sequence[float]) -> str:
+    """The mean with its standard error."""
+    error = f" ± {np.std(returns, ddof=1) / len(returns) ** 0.5:.2f}" if len(returns) > 1 else ""
+    return f"{np.mean(returns):.2f}{error}"
 
 
 def _log(learner: Learner, monitor: Monitor, run: OnlineRun, runner: Runner | None, rollout: Rollout, mixture: Mixture) -> None:
@@ -394,9 +431,8 @@ def _ratio(learner: Learner, run: OnlineRun) -> float | str:
 def _announce(learner: Learner, run: OnlineRun, offline: Sampler | None) -> None:
     share = _ratio(learner, run)
     mix = "uniform over data and buffer" if isinstance(share, str) else f"{100 * share:g} % of each batch from the data"
-    print(
+    say(
         f"{type(learner).__name__} online: {run.total - run.done:,} environment steps in {learner.n_envs} environment(s), "
         f"{run.settings.utd:g} updates each, after {run.starts:,} steps; "
-        + (f"{len(offline):,} offline transitions, {mix}" if offline is not None else "no offline data"),
-        flush=True,
+        + (f"{len(offline):,} offline transitions, {mix}" if offline is not None else "no offline data")
     )

@@ -21,6 +21,12 @@ class Rollout:
     Args:
         learner: The agent, with `env`, `spec`, `replay_buffer` and reward transform set.
         run: Counts the episodes.
+
+    Attributes:
+        finished: (return, length) of the episodes that have ended since the last log step.
+        all_returns: The returns of all that have ended, in order.
+        updating: Whether updates have begun; set by the training loop.
+        n_before: How many of `all_returns` ended before that.
     """
 
     def __init__(self, learner: Learner, run: OnlineRun) -> None:
@@ -31,7 +37,9 @@ class Rollout:
         self.replay, self.transform = replay, transform
         self.normalizer = copy.deepcopy(learner.obs_normalizer).cpu()
         self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
-        self.finished: list[tuple[float, int]] = []  # (return, length) of the episodes since the last log step
+        self.finished: list[tuple[float, int]] = []
+        self.all_returns: list[float] = []
+        self.updating, self.n_before = run.n_updates > 0, 0
         self.obs = self._begin()
 
     def _normalized(self, obs: Any) -> Tensor:
@@ -114,6 +122,8 @@ class Rollout:
         self.lengths += 1
         for i in np.flatnonzero(dones).tolist():
             self.finished.append((float(self.returns[i]), int(self.lengths[i])))
+            self.all_returns.append(float(self.returns[i]))
+            self.n_before += not self.updating
             if "episode" in infos[i]:
                 self.learner.ep_info_buffer.append(infos[i]["episode"])
             if "is_success" in infos[i]:

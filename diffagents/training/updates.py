@@ -284,10 +284,14 @@ class Runner:
         batch: Batch = self.sampler.sample(self.batch_size, generator, *((True,) if by_return else ()))
         return batch
 
+    def noise(self, j: int) -> Noise:
+        """Draw the noise of the j-th update."""
+        (generator,) = self.generators
+        return self.updates[j].draw(self.batch_size, generator)
+
     def update(self, j: int, batch: Batch) -> None:
         """Run the j-th update on a batch."""
-        (generator,) = self.generators
-        gradients, metrics = self.gradients[j](batch, self.updates[j].draw(self.batch_size, generator))
+        gradients, metrics = self.gradients[j](batch, self.noise(j))
         self.updates[j].apply(gradients)
         self.sums[j].add(metrics)
 

@@ -109,6 +109,7 @@ def test_train_prints_its_folder_and_nothing_else_to_stdout(here: Path) -> None:
     assert type(agent).__name__ == "TD3BC" and agent.config.alpha == 3 and agent.num_timesteps == 30
     results = json.loads((folder / "results.json").read_text())
     assert results["n_eval_episodes"] == 2 and results["env_id"] == "Reacher-v5"
+    assert f"\nReacher-v5: return {results['mean_reward']:.2f} ± {results['std_reward']:.2f} (2 episodes; " in done.stderr
     assert f"python -m diffagents train TD3BC {REACHER} --steps 30" in (folder / "README.md").read_text()
     assert "--alpha 3" in (folder / "README.md").read_text()
 

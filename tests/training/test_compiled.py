@@ -321,6 +321,7 @@ def test_what_has_begun_goes_on_as_it_began() -> None:
 def test_auto_compiles_a_long_run(traced_only: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What `learn` estimates is what decides."""
     monkeypatch.setattr(offline, "estimate", lambda *_, **__: {"critic": 0.0, "policy": 1e4})
+    monkeypatch.setattr(offline, "estimate_compiling", lambda *_: {})
     run = small("SRPO").learn(DATA)
     assert run.plan is not None
     assert run.plan.modes == {"critic": "eager", "behavior": "eager", "policy": "compiled"} and len(traced_only) == 1
