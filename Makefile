@@ -17,7 +17,7 @@ JOBS ?= 2
 OLDEST := $(shell sed -n 's/^ *"torch>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 TORCH_TESTS := tests/test_torch_internals.py tests/training tests/agents tests/storage/test_format.py tests/deploy
 
-.PHONY: help run test test-oldest test-torch docs lint type format bench clean setup
+.PHONY: help run test test-oldest test-torch docs lint type format bench dist clean setup
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -62,6 +62,15 @@ format: $(READY) ## let ruff mend and format what it can
 
 bench: $(READY) ## how fast training and acting are, beside plain implementations (most of an hour); ARGS="..." goes to the script
 	$(PY) zoo/benchmarks/speed.py $(ARGS)
+
+dist: .venv-dist/.ready ## wheel and source distribution of the last commit, in dist/, checked; URL=https://... for an upload
+	.venv-dist/bin/python .ci/make_dist.py $(if $(URL),--url "$(URL)")
+
+.venv-dist/.ready: constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; say which: make dist PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(@D)/bin/pip || "$(PYTHON)" -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt build setuptools twine
+	@touch $@
 
 clean: ## remove what builds and tests leave (not .venv, not data)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -88,8 +88,8 @@ class Agent(ABC):
         seed: None: drawn at random and stored in `agent.seed`.
         device: "auto": CUDA if it is available.
         compile: How updates run: "eager"; "compiled" (tens of seconds to compile, then faster); "graph", compiled and in a CUDA
-            graph; "auto", whichever is expected to be fastest for the length of the run. All agree to float tolerance; what
-            cannot be compiled runs eagerly.
+            graph; "auto", whichever is expected to be fastest for the length of the run. All agree to float tolerance; a stage
+            that cannot be compiled, or not within five minutes, runs eagerly.
         threads: The number of CPU threads for training. "auto": all that torch has in this process, but one for each stage of
             `learn` that runs faster with one when `learn` begins, as it does while other processes use the cores. Results of
             different numbers of threads are rounded differently: a fixed number, e.g. threads=1, makes runs of one seed equal

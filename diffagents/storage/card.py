@@ -1,20 +1,109 @@
 """Writes the model card, the README.md of a published policy, from its config.json and results.json alone.
 
-The front matter is for the Hub: library, task, and a model-index with the exact names of algorithm and environment. The text
-is for people who want to judge the policy or train it again.
+The front matter is for the Hub: library, task, datasets of the Hub, and a model-index with the exact names of algorithm and
+environment. The text is for people who want to judge the policy or train it again.
 """
 
 import html
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffagents.errors import printable
 from diffagents.evaluation.statistics import mean_interval, success_interval
 
 MARK = "<!-- made by diffagents: take this line out to keep your own changes from being overwritten -->"
 """The line by which a generated card is recognised; cards without it are never overwritten."""
+MINARI_ON_HUB = {
+    "D4RL": ("antmaze", "door", "hammer", "kitchen", "pen", "pointmaze", "relocate"),
+    "mujoco": (
+        *("ant", "halfcheetah", "hopper", "humanoid", "humanoidstandup", "inverteddoublependulum", "invertedpendulum"),
+        *("pusher", "reacher", "swimmer", "walker2d"),
+    ),
+}
+"""The namespaces of Minari's sets with continuous actions, and their groups. Minari keeps a namespace in one dataset repository
+of its organisation on the Hub, `farama-minari/<namespace>`."""
+
+
+class Paper(NamedTuple):
+    """The paper of an algorithm.
+
+    Attributes:
+        title: Its title.
+        source: Authors, venue and year, short.
+        link: Its address.
+        role: What the algorithm is to the paper: the beginning of the sentence that ends with the title.
+    """
+
+    title: str
+    source: str
+    link: str
+    role: str = "is the algorithm of"
+
+
+_DIFFUSION_QL = Paper(
+    "Diffusion Policies as an Expressive Policy Class for Offline Reinforcement Learning",
+    "Wang, Hunt and Zhou, ICLR 2023",
+    "https://arxiv.org/abs/2208.06193",
+)
+PAPERS = {
+    "SRPO": Paper(
+        "Score Regularized Policy Optimization through Diffusion Behavior",
+        "Chen et al., ICLR 2024",
+        "https://arxiv.org/abs/2310.07297",
+    ),
+    "DiffusionQL": _DIFFUSION_QL,
+    "DiffCPS": Paper(
+        "DiffCPS: Diffusion Model based Constrained Policy Search for Offline Reinforcement Learning",
+        "He et al. 2023",
+        "https://arxiv.org/abs/2310.05333",
+    ),
+    "BDPO": Paper(
+        "Behavior-Regularized Diffusion Policy Optimization for Offline Reinforcement Learning",
+        "Gao et al., ICML 2025",
+        "https://arxiv.org/abs/2502.04778",
+    ),
+    "QGPO": Paper(
+        "Contrastive Energy Prediction for Exact Energy-Guided Diffusion Sampling in Offline Reinforcement Learning",
+        "Lu et al., ICML 2023",
+        "https://arxiv.org/abs/2304.12824",
+    ),
+    "SfBC": Paper(
+        "Offline Reinforcement Learning via High-Fidelity Generative Behavior Modeling",
+        "Chen et al., ICLR 2023",
+        "https://arxiv.org/abs/2209.14548",
+    ),
+    "DiffusionBC": _DIFFUSION_QL._replace(role="is a baseline of"),
+    "BC": Paper(
+        "ALVINN: An Autonomous Land Vehicle in a Neural Network",
+        "Pomerleau, NIPS 1988",
+        "https://proceedings.neurips.cc/paper/1988/hash/812b4ba287f5ee0bc9d43bbf5bbe87fb-Abstract.html",
+        role="is behaviour cloning, as in",
+    ),
+    "IDQL": Paper(
+        "IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion Policies",
+        "Hansen-Estruch et al. 2023",
+        "https://arxiv.org/abs/2304.10573",
+    ),
+    "IQL": Paper(
+        "Offline Reinforcement Learning with Implicit Q-Learning",
+        "Kostrikov, Nair and Levine, ICLR 2022",
+        "https://arxiv.org/abs/2110.06169",
+    ),
+    "TD3BC": Paper(
+        "A Minimalist Approach to Offline Reinforcement Learning",
+        "Fujimoto and Gu, NeurIPS 2021",
+        "https://arxiv.org/abs/2106.06860",
+    ),
+    "AWR": Paper(
+        "Advantage-Weighted Regression: Simple and Scalable Off-Policy Reinforcement Learning",
+        "Peng et al. 2019",
+        "https://arxiv.org/abs/1910.00177",
+    ),
+}
+"""Algorithm name -> its paper. From a link to arXiv the Hub makes a tag and a link on the paper's page."""
 _LINK = re.compile(r"(?i)\b(https?|ftp|mailto|xmpp):|:(?=//)")
 _WWW = re.compile(r"(?i)\bwww\.")
 
@@ -102,7 +191,9 @@ def _make_card(
     parts = [
         f"---\n{front}---\n{MARK}\n",
         f"# {plain(algorithm)}{f' on {plain(env)}' if env else ''}\n",
+        *_against_data(config, results),
         _score(results),
+        *_paper(algorithm),
         _use(config, results, algorithm, name, env),
         *(["![Curves of the training](curves.png)\n"] if "curves.png" in pictures else []),
         *(['<video src="replay.mp4" controls loop></video>\n'] if "replay.mp4" in pictures else []),
@@ -125,6 +216,8 @@ def _metadata(
         "license": _word(license),
         "tags": [tag for tag in tags if tag],
     }
+    if datasets := _datasets(config):
+        meta["datasets"] = datasets
     source = (config.get("provenance") or {}).get("source")
     if isinstance(source, dict):
         meta["base_model"] = _word(source.get("repo_id"))
@@ -144,6 +237,65 @@ def _metadata(
     task = {"type": "reinforcement-learning", "name": "offline-rl"}
     meta["model-index"] = [{"name": algorithm, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
     return meta
+
+
+def _datasets(config: Mapping[str, Any]) -> list[str]:
+    """The repositories of the Hub that hold the dataset; empty if none is known to.
+
+    The Hub expects ids of its own dataset repositories here, and the id of a dataset in `load_dataset` is none. Only sets that
+    Minari publishes are named, because an id that does not exist, or that belongs to somebody else, would be a false statement.
+    """
+    data = config.get("dataset")
+    if not isinstance(data, Mapping) or data.get("kind") != "minari":
+        return []
+    namespace, *rest = str(data.get("id")).split("/")
+    published = len(rest) == 2 and rest[0] in MINARI_ON_HUB.get(namespace, ())
+    return [f"farama-minari/{namespace}"] if published else []
+
+
+def _paper(algorithm: str) -> list[str]:
+    """The sentence that links the paper of an algorithm; empty for an algorithm of the user's own."""
+    paper = PAPERS.get(algorithm)
+    return [f"{algorithm} {paper.role} [{paper.title}]({paper.link}) ({paper.source}).\n"] if paper else []
+
+
+def _against_data(config: Mapping[str, Any], results: Mapping[str, Any] | None) -> list[str]:
+    """The sentences that compare the policy with the episodes of its dataset; empty if the two cannot be compared.
+
+    They can if the policy was evaluated in the environment of the dataset, for more than one episode, and if the dataset has
+    rewards. The comparison is called open if the 95 % interval of the policy's mean contains the mean of the data.
+    """
+    data = config.get("dataset")
+    if results is None or not results.get("returns") or not isinstance(data, Mapping) or not data.get("n_episodes"):
+        return []
+    ours, theirs, interval = results["mean_reward"], data.get("mean_return"), mean_interval(results["returns"])
+    if interval is None or type(theirs) is not float or not math.isfinite(theirs):
+        return []
+    if theirs == 0 and not data.get("std_return"):  # no rewards were recorded
+        return []
+    if results.get("env_id") is None or results["env_id"] != data_env(config):  # two unknown ones may differ, too
+        return []
+    if results.get("normalized_score") is not None:
+        _, zero, hundred = results["score_reference"]
+        scores = (100 * (value - zero) / (hundred - zero) for value in (ours, theirs))
+        numbers = "{:.1f} against {:.1f} on the D4RL scale".format(*scores)
+    elif _counts_successes(results, theirs):
+        numbers = f"{100 * ours:.0f} % against {100 * theirs:.0f} % of the episodes succeed"
+    else:
+        numbers = f"a mean return of {ours:.2f} against {theirs:.2f}"
+    if interval[0] <= theirs <= interval[1]:
+        verdict = "It is neither clearly better nor clearly worse than its data"
+        remark = "The 95 % interval of the first number contains the second, the mean of the episodes in the dataset."
+    else:
+        verdict = "It beats its data" if ours > theirs else "It stays below its data"
+        remark = "The second number is the mean of the episodes in the dataset."
+    return [f"**{verdict}: {numbers}.** {remark}\n"]
+
+
+def _counts_successes(results: Mapping[str, Any], data_return: float) -> bool:
+    """Whether the return is 1 for a success and 0 otherwise, in the evaluation and in the data."""
+    rate = results.get("success_rate")
+    return rate is not None and abs(results["mean_reward"] - rate) < 1e-6 and 0.0 <= data_return <= 1.0
 
 
 def _score(results: Mapping[str, Any] | None) -> str:

@@ -377,6 +377,8 @@ def publishable(folder: str | Path) -> list[Path]:
             continue
         try:
             home = file.resolve().parent
+            with contextlib.suppress(FileNotFoundError):  # a link to nothing: refused below
+                file.stat()  # since Python 3.13 `resolve` accepts a link that leads to itself
         except (OSError, RuntimeError):
             raise ArtifactError(f"{file} is a link that leads to itself: remove it") from None
         if home not in homes:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 from small_agents import small
 
 from diffagents.errors import ArtifactError, printable
 from diffagents.evaluation.evaluate import Evaluation
-from diffagents.storage.card import MARK, make_card, stored_env
+from diffagents.registry import AGENTS
+from diffagents.storage.card import MARK, PAPERS, make_card, stored_env
 from diffagents.storage.publish import renew_card
 
 
@@ -119,6 +122,8 @@ def test_a_strangers_texts_become_neither_links_nor_mentions_nor_escapes(tmp_pat
     text = card_of(tmp_path, dataset={"id": evil, "env_spec": json.dumps({"id": evil})}, provenance=source, seed=evil)
     assert printable(text) == text and "\n# Owned" not in text and text.count("\n---\n") == 1
     body = re.sub(r"```python.*?\n```", "", text.partition(MARK)[2], flags=re.DOTALL)
+    assert body.count(f"]({PAPERS['TD3BC'].link})") == 1  # the only link is ours
+    body = body.replace(f"]({PAPERS['TD3BC'].link})", "]")
     assert not any(sign in body for sign in ("https:", "www.", "@")) and "https&#58;//evil.example" in body
 
 
@@ -135,7 +140,7 @@ def test_a_stored_environment_that_makes_no_sense_is_no_error(spec: Any) -> None
 
 def test_what_is_nested_too_deeply_is_a_value_error(tmp_path: Path) -> None:
     deep: Any = 0
-    for _ in range(5000):
+    for _ in range(100_000):  # from Python 3.13 on some thousands are not too deep
         deep = [deep]
     with pytest.raises(ValueError, match="nested too deeply"):
         card_of(tmp_path, seed=deep)
@@ -151,3 +156,118 @@ def test_results_without_their_episodes_have_no_interval(tmp_path: Path) -> None
         text = (folder / "README.md").read_text()
         assert "**Return 1.00 ± 1.00**" in text and "Success rate: 50 % of the episodes" in text
         assert ("interval of the mean over these episodes" in text) == ("(95 % interval 9 to 91 %)" in text) == bool(episodes)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+HOPPER = {"id": "Hopper-v5"}
+
+
+def compared(data: dict[str, Any], result: Evaluation | None, **results: Any) -> str:
+    """The paragraph below the title of a card: the verdict if there is one, otherwise the return."""
+    fields = {"id": "x", "kind": "arrays", "n_steps": 9, "n_episodes": 3, "std_return": 1.0, "env_spec": json.dumps(HOPPER)}
+    config = {"algorithm": "SRPO", "dataset": {**fields, **data}}
+    stored: dict[str, Any] | None = None
+    if result is not None:
+        stored = {"mean_reward": result.mean_return, "std_reward": result.std_return, "n_eval_episodes": len(result.returns)}
+        stored |= {"is_deterministic": True, "normalized_score": result.score, **result.to_json(), **results}
+    title, paragraph = make_card(config, stored, name="me/x").partition(MARK)[2].strip().split("\n\n")[:2]
+    assert title.startswith("# SRPO")
+    return paragraph
+
+
+def played(*returns: float, env_id: str | None = "Hopper-v5", successes: tuple[bool, ...] | None = None) -> Evaluation:
+    return Evaluation(returns, (5,) * len(returns), successes, env_id=env_id)
+
+
+def test_it_says_whether_the_policy_beats_its_data() -> None:
+    """On the D4RL scale where there is one, (x + 20.27) / 32.55 for Hopper, otherwise by returns or successes."""
+    paragraph = compared({"mean_return": 2000.0}, played(3000.0, 3002.0))
+    assert paragraph.startswith("**It beats its data: 92.8 against 62.1 on the D4RL scale.** ")
+    assert compared({"mean_return": 3100.0}, played(3000.0, 3002.0)).startswith("**It stays below its data: 92.8 against 95.9 ")
+    mine = {"mean_return": -4.0, "env_spec": json.dumps({"id": "Mine-v0"})}
+    assert compared(mine, played(1.0, 1.5, env_id="Mine-v0")).startswith(
+        "**It beats its data: a mean return of 1.25 against -4.00.** "
+    )
+    counted = {"mean_return": 0.25, "env_spec": json.dumps({"id": "Mine-v0"})}
+    result = played(*[1.0] * 9, 0.0, env_id="Mine-v0", successes=(True,) * 9 + (False,))
+    assert compared(counted, result).startswith("**It beats its data: 90 % against 25 % of the episodes succeed.** ")
+
+
+def test_it_claims_nothing_that_the_episodes_leave_open() -> None:
+    """The interval of two episodes, 3000 +- 1000, reaches from below zero to far above."""
+    for mean in (2900.0, 3100.0):
+        paragraph = compared({"mean_return": mean}, played(2000.0, 4000.0))
+        assert paragraph.startswith("**It is neither clearly better nor clearly worse than its data: 92.8 against ")
+        assert "The 95 % interval of the first number contains the second" in paragraph
+
+
+@pytest.mark.parametrize(
+    ("data", "result"),
+    [
+        ({"mean_return": 2000.0}, None),
+        ({"mean_return": 2000.0}, played(3000.0)),  # one episode has no interval
+        ({"mean_return": 2000.0}, played(3000.0, 3002.0, env_id="Walker2d-v5")),
+        ({"mean_return": 2000.0, "env_spec": None}, played(3000.0, 3002.0)),
+        ({"mean_return": 2000.0, "env_spec": None}, played(3000.0, 3002.0, env_id=None)),
+        ({"mean_return": 0.0, "n_steps": 0, "n_episodes": 0}, played(3000.0, 3002.0)),  # learned online
+        ({"mean_return": 0.0, "std_return": 0.0}, played(3000.0, 3002.0)),  # no rewards
+        ({"mean_return": float("nan")}, played(3000.0, 3002.0)),
+        ({"mean_return": "2000"}, played(3000.0, 3002.0)),
+    ],
+)
+def test_what_cannot_be_compared_is_not(data: dict[str, Any], result: Evaluation | None) -> None:
+    paragraph = compared(data, result)
+    assert "its data" not in paragraph and paragraph.startswith(("**Return 30", "This policy has not been evaluated"))
+
+
+def test_results_without_their_returns_are_not_compared() -> None:
+    assert compared({"mean_return": 2000.0}, played(3000.0, 3002.0), returns=None).startswith("**Return 3001.00")
+
+
+@pytest.mark.parametrize(
+    ("kind", "identity", "repositories"),
+    [
+        ("minari", "mujoco/hopper/medium-v0", ["farama-minari/mujoco"]),
+        ("minari", "D4RL/door/human-v2", ["farama-minari/D4RL"]),
+        ("minari", "diffagents/hopper/medium-expert-v0", None),
+        ("minari", "mujoco/my-robot/medium-v0", None),
+        ("minari", "mujoco/hopper-medium-v0", None),
+        ("minari", "farama-minari/mujoco/hopper/medium-v0", None),
+        ("hdf5", "mujoco/hopper/medium-v0", None),
+        ("arrays", "arrays", None),
+    ],
+)
+def test_datasets_are_repositories_of_the_hub_or_absent(
+    kind: str, identity: str, repositories: list[str] | None, tmp_path: Path
+) -> None:
+    """As huggingface_hub reads the front matter. The id of a Minari set is not one of the Hub."""
+    text = card_of(tmp_path, dataset={"kind": kind, "id": identity})
+    assert ModelCard(text).data.datasets == repositories
+    assert ("datasets" in yaml.safe_load(text.split("---\n")[1])) == (repositories is not None)
+
+
+@pytest.mark.parametrize("dataset", [None, {"kind": "minari"}, {"kind": "minari", "id": ["mujoco", "hopper", "x-v0"]}])
+def test_a_dataset_without_an_id_names_no_repository(dataset: Any) -> None:
+    assert "farama" not in make_card({"algorithm": "SRPO", "dataset": dataset}, None, name="me/x")
+
+
+def test_each_algorithm_has_a_paper_that_the_rest_of_the_library_names_too(tmp_path: Path) -> None:
+    """The card, the first lines of the algorithm's file, its page of the documentation, and CITATION.cff agree."""
+    assert set(PAPERS) == set(AGENTS)
+    cited = {paper["title"]: paper for paper in yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]}
+    for name, paper in PAPERS.items():
+        file = ROOT / (AGENTS[name].replace(".", "/") + ".py")
+        head = "\n".join(file.read_text().splitlines()[:3])
+        page = (ROOT / "docs" / "algorithms" / f"{file.stem}.md").read_text()
+        year = paper.source[-4:]
+        assert f"title     = {{{paper.title}}}" in page or f"title   = {{{paper.title}}}" in page, name
+        assert re.search(rf"year +=\s*\{{{year}\}}", page) and str(cited[paper.title]["year"]) == year and year in head, name
+        if (arxiv := paper.link.removeprefix("https://arxiv.org/abs/")) != paper.link:
+            assert f"arXiv:{arxiv}" in head and f"arXiv:{arxiv}" in page, name
+            assert f"arXiv:{arxiv}" in [one["value"] for one in cited[paper.title]["identifiers"]], name
+        text = card_of(tmp_path / name, algorithm=name)
+        assert f"{name} {paper.role} [{paper.title}]({paper.link}) ({paper.source})." in text, name
+
+
+def test_an_algorithm_of_the_users_own_has_no_paper(tmp_path: Path) -> None:
+    assert "](http" not in card_of(tmp_path, algorithm="Mine")
