@@ -22,6 +22,7 @@ import torch
 
 from diffagents.envs.make import spec_to_store
 from diffagents.errors import encodable, printable, short
+from diffagents.version import __version__
 
 MAX_EVALUATIONS, MAX_COMMANDS, MAX_WORDS = 1000, 20, 100
 MAX_DEPTH = 20
@@ -269,6 +270,8 @@ def note_evaluation(provenance: dict[str, Any], num_timesteps: int, mean_return:
 @functools.cache  # a third of the time of a save, otherwise
 def package_version(package: str) -> str:
     """The version of an installed package, "unknown" if it is not installed."""
+    if package == "diffagents":  # whatever its name on an index
+        return __version__
     try:
         return version(package)
     except PackageNotFoundError:
