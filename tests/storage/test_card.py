@@ -191,6 +191,10 @@ def test_it_says_whether_the_policy_beats_its_data() -> None:
     counted = {"mean_return": 0.25, "env_spec": json.dumps({"id": "Mine-v0"})}
     result = played(*[1.0] * 9, 0.0, env_id="Mine-v0", successes=(True,) * 9 + (False,))
     assert compared(counted, result).startswith("**It beats its data: 90 % against 25 % of the episodes succeed.** ")
+    pushed = {"mean_return": 36.0, "env_spec": json.dumps({"id": "Mine-v0"})}
+    assert not compared(pushed, played(114.0, 115.0, env_id="Mine-v0", successes=(False, False))).startswith("**It "), (
+        "failing takes longer"
+    )
 
 
 def test_it_claims_nothing_that_the_episodes_leave_open() -> None:
