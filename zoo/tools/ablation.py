@@ -68,8 +68,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         cells = []
         for dataset in datasets:
             of_both = [run for run in runs if (run["label"], run["dataset"]) == (label, dataset)]
-            scores = [normalized_scores(run["env_id"], run["returns"]) for run in of_both]
-            cells.append(f"{np.mean(scores):.1f} ± {np.std(scores):.1f}" if scores else "-")
+            found = [normalized_scores(run["env_id"], run["returns"]) for run in of_both]
+            scores = np.array([score for each in found if each is not None for score in each])
+            cells.append(f"{scores.mean():.1f} ± {scores.std():.1f}" if len(scores) else "-")
         lines.append(f"| {label or '**all pieces**'} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
