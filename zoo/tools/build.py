@@ -70,7 +70,7 @@ def main() -> None:
         sys.exit(f"no policy of the median seed for {', '.join(wrong)} in {args.root} or zoo/: the tables would not match")
     command = (
         "export MINARI_DATASETS_PATH=.data/minari\n"
-        "python zoo/recipes/make_datasets.py --root .data/minari   # and human.py, for pusht\n"
+        "python zoo/recipes/make_datasets.py --root .data/minari   # and human.py, for door\n"
         f"diffagents bench {args.grid.resolve().relative_to(ROOT)} --root .data/zoo --only CELL\n"
         "python zoo/tools/build.py"
     )
