@@ -263,8 +263,9 @@ def _against_data(config: Mapping[str, Any], results: Mapping[str, Any] | None) 
     """The sentences that compare the policy with the episodes of its dataset; empty if the two cannot be compared.
 
     They can if the policy was evaluated in the environment of the dataset, for more than one episode, and if the dataset has
-    rewards. They cannot if successes are counted apart from the return, unless there is a score: a success often ends an episode,
-    as in PushT, and failing for longer earns a higher return. The comparison is called open if the 95 % interval of the policy's mean contains the mean of the data.
+    rewards. They cannot if successes are counted apart from the return, unless there is a score: a success often ends an
+    episode, as in PushT, and failing for longer earns a higher return. The comparison is called open if the 95 % interval of
+    the policy's mean contains the mean of the data.
     """
     data = config.get("dataset")
     if results is None or not results.get("returns") or not isinstance(data, Mapping) or not data.get("n_episodes"):
