@@ -122,7 +122,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "other data": (lambda a, f: a.learn(line_data(60, obs_dim=5)), ValueError, r"\(5,\).*\(3,\)"),
     "other actions": (lambda a, f: a.learn(line_data(60, act_dim=4)), ValueError, r"4.*2"),
     "nothing to prefer": (lambda a, f: SRPO(**SMALL).learn({**DATA, "rewards": np.zeros(60), "terminations": np.zeros(60, bool)}),
-                          ValueError, r"every reward is 0 .*imitate only, with DiffusionBC"),
+                          ValueError, r"every reward is 0 .*imitate only, with BC or DiffusionBC"),
     # observations
     "wrong length": (lambda a, f: a.predict(np.zeros(4)), ValueError, r"observation has shape \(4,\), expected \(3,\) or a batch"),
     "too many axes": (lambda a, f: a.predict(np.zeros((2, 2, 3))), ValueError, r"shape \(2, 2, 3\), expected \(3,\)"),

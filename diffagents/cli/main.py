@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.traceback:
             traceback.print_exc()
-        expected = isinstance(error, OSError | ValueError | TypeError | RuntimeError | ImportError)
+        expected = isinstance(error, OSError | ValueError | TypeError | RuntimeError | ImportError | Warning)
         if expected and not isinstance(error, RecursionError):
             return say(f"error: {error}", 1)
         cause = f"{type(error).__name__}: {one_line(error)[:200]}"

@@ -23,7 +23,7 @@ from diffagents.registry import AGENTS, agent_class
 def train(args: argparse.Namespace) -> None:
     """Train an algorithm on a dataset, save the policy as a folder and print its path.
 
-    Ctrl-C saves the progress; the same command with --resume, without hyperparameters, then finishes the run.
+    Ctrl-C saves the progress; the same command with --resume, without hyperparameters and --steps, then finishes the run.
     """
     out = args.out or Path("runs") / re.sub(r"[^-.\w]+", "-", f"{args.algorithm.lower()}-{args.dataset}-seed{args.seed}")
     if args.save_every is not None and args.save_every < 1:
@@ -61,7 +61,9 @@ def train(args: argparse.Namespace) -> None:
         except (KeyboardInterrupt, TrainingDiverged):
             if agent.spec is not None:
                 agent.save_pretrained(out, include_trainer_state=True)
-                say(f"progress saved in {out}; continue with the same command and --resume, without hyperparameters")
+                say(
+                    f"progress saved in {out}; continue with the same command and --resume, without hyperparameters and --steps"
+                )
             raise
         agent.save_pretrained(out, include_trainer_state=True)  # before the evaluation, which may fail
         if args.eval or args.video:

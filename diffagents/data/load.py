@@ -332,7 +332,7 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             for name in file.files:
                 head, _, leaf = name.partition("/")
-                if check.D4RL_NAMES.get(head, head) not in _ARRAYS:
+                if check.OTHER_NAMES.get(head, head) not in _ARRAYS:
                     arrays[name] = None  # its name alone matters: for OGBench's layout, and for messages
                 elif leaf:
                     arrays.setdefault(head, {})[leaf] = file[name]
@@ -406,7 +406,7 @@ def _hdf5_arrays(path: Path) -> dict[str, Any]:
             if "episode_0" in list(file):
                 raise ValueError("it is a file inside of a Minari set: pass the set's id instead")
             # Of other arrays the names alone matter: for OGBench's layout, and for messages.
-            known = {name for name in file if check.D4RL_NAMES.get(name, name) in _ARRAYS}
+            known = {name for name in file if check.OTHER_NAMES.get(name, name) in _ARRAYS}
             return {name: hdf5.read(file, name, budget) if name in known else None for name in file}
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{printable(path)} cannot be read as a D4RL-style HDF5 file: {printable(one_line(error))}") from None

@@ -20,7 +20,10 @@ from torch import Tensor
 from diffagents.errors import one_line, printable
 from diffagents.types import Spec
 
-D4RL_NAMES = {"terminals": "terminations", "timeouts": "truncations"}
+OTHER_NAMES = {
+    **{"terminated": "terminations", "truncated": "truncations"},  # of Gymnasium's `step`
+    **{"terminals": "terminations", "timeouts": "truncations"},  # of D4RL
+}
 """D4RL's name of an array -> ours."""
 
 ACTION_TOLERANCE = 1e-4
@@ -233,7 +236,7 @@ class Columns(NamedTuple):
 
 
 def our_names(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The arrays of `data` that are not None, with D4RL's names replaced by ours.
+    """The arrays of `data` that are not None, with the names of D4RL and Gymnasium replaced by ours.
 
     Args:
         data: Arrays by name.
@@ -252,22 +255,29 @@ def our_names(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     if "dones" in data and not {"terminations", "terminals"} & set(data):
         raise ValueError(f"{where} has 'dones', which may be time-outs; pass terminations and truncations instead")
-    for theirs, ours in D4RL_NAMES.items():
-        if data.get(theirs) is None or data.get(ours) is None:
+    named: dict[str, Any] = {}
+    given: dict[str, str] = {}  # our name -> the name in `data`
+    for key, value in data.items():
+        if value is None:
             continue
-        one, other = (flags(f"{where}: {key}", data[key]) for key in (theirs, ours))
-        if not np.array_equal(one, other):
-            raise ValueError(
-                f"{where} has {theirs!r} next to {ours!r}, two names of the same thing, and they differ; leave one out"
-            )
-    named = {D4RL_NAMES.get(key, key): value for key, value in data.items() if value is not None}
+        ours = OTHER_NAMES.get(key, key)
+        if ours in named:
+            one, other = (flags(f"{where}: {name}", data[name]) for name in (given[ours], key))
+            if not np.array_equal(one, other):
+                raise ValueError(
+                    f"{where} has {key!r} next to {given[ours]!r}, two names of the same thing, and they differ; leave one out"
+                )
+        named[ours], given[ours] = value, key
     missing = [key for key in ("observations", "actions", "rewards", "terminations") if key not in named]
     if missing == ["terminations"]:
         raise ValueError(
             f"{where} has no terminations (D4RL: terminals), which the TD targets need; pass zeros if there are none"
         )
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {listed(data)}")
+        imitation = "; BC and DiffusionBC do not read rewards: for these pass zeros" if missing == ["rewards"] else ""
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {listed(data)}{imitation}")
+    if "next_observations" not in named and (close := [key for key in data if key.startswith("next_ob")]):
+        warn(f"{where}: {close[0]!r} is not read; the observations after the actions are called 'next_observations'")
     return named
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.envs.registration import EnvSpec
 
 from diffagents.envs.make import (
@@ -220,6 +221,11 @@ def evaluate(
             "sub-environments instead"
         )
     with ExitStack() as cleanup:
+        if (
+            getattr(policy, "threads", None) == "auto"
+        ):  # a few observations gain little from several, which wait on a busy machine
+            cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
         adapter: Single | Vector | SB3
         if by_name:
             envs = []

@@ -614,7 +614,9 @@ def _advice(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         advice.append(("copies", "Leave them out: they count as often as they occur, and held-out episodes would be known."))
     if "first_run" in facts:
         times = ", ".join(f"{name} {_clock(seconds)}" for name, seconds in facts["first_run"].items())
-        advice.append(("first run", f"With the default preset, about, on this machine: {times}."))
+        advice.append(
+            ("first run", f"About how long a run with the default preset takes on this machine, as busy as it is now: {times}.")
+        )
     return advice
 
 

@@ -111,6 +111,9 @@ def train(
             ):
                 break
     if interrupted.is_set():
+        if learner.verbose:
+            done = ", ".join(f"{name} {plan.done.get(name, 0):,}/{length:,}" for name, length in plan.lengths.items())
+            say(f"interrupted ({done}); the agent can be saved, and learn(data, reset_num_timesteps=False) finishes the run")
         raise KeyboardInterrupt
 
 

@@ -215,7 +215,7 @@ def _make_run(learner: Learner, total: int | None, settings: OnlineSettings, dat
             warnings.warn("the dataset differs from that of the unfinished run", stacklevel=4)
         return run
     if data not in (None, state.data["sha256"]):
-        warnings.warn(f"the dataset differs from {state.data['id']}, whose transform is kept", stacklevel=4)
+        warnings.warn(f"the dataset differs from the first one ({state.data['id']}), whose transform is kept", stacklevel=4)
     kept = replay is not None and settings.buffer_size in (None, replay.capacity)
     starts = settings.learning_starts
     if starts is None:

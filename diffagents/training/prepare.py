@@ -215,7 +215,7 @@ def check_rewards(plan: Plan, data: Transitions) -> None:
     if {"critic", "train"} & set(plan.lengths) and not data.done.any() and bool((data.rew == data.rew[0]).all()):
         raise ValueError(
             f"every reward is {float(data.rew[0]):g} and no episode terminates, so no action is better than another: add "
-            "rewards, or imitate only, with DiffusionBC"
+            "rewards, or imitate only, with BC or DiffusionBC"
         )
 
 
@@ -225,7 +225,7 @@ def begin(learner: Learner, plan: Plan, data: Transitions, reset: bool) -> None:
     new = plan is not state.plan
     if data.info["sha256"] != state.data["sha256"]:
         kept = "transform and normaliser" if new else "unfinished plan, transform and normaliser"
-        warnings.warn(f"the dataset differs from {state.data['id']}, whose {kept} are kept", stacklevel=4)
+        warnings.warn(f"the dataset differs from the first one ({state.data['id']}), whose {kept} are kept", stacklevel=4)
     if new and reset:
         state.num_timesteps, state.n_env_steps, state.online, state.history = 0, 0, None, []
     if new:

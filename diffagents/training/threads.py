@@ -76,7 +76,7 @@ def time_with(counts: Sequence[int], call: Callable[[], Any], times: float = 0.0
     """Seconds of a call with each number of threads: the mean of interleaved repetitions.
 
     It is the mean and not the median, because the waits of several threads on a busy machine are rare and long. Timing ends
-    early if the last number is hopeless, because it could take minutes.
+    early if the last number is slower, at once if it is hopeless, because it could take minutes.
 
     Args:
         counts: The numbers of threads.
@@ -85,7 +85,13 @@ def time_with(counts: Sequence[int], call: Callable[[], Any], times: float = 0.0
     """
     found: dict[int, list[float]] = {count: [] for count in counts}
     first, last = (found[count] for count in (counts[0], counts[-1]))
-    while len(last) < ROUNDS or sum(first[1:]) < min(LONGEST, SHARE * times * statistics.mean(first[1:])):
+    while (
+        len(last) < ROUNDS
+        or (
+            statistics.mean(last[1:]) <= WORTH * statistics.mean(first[1:])  # otherwise the answer is known
+            and sum(first[1:]) < min(LONGEST, SHARE * times * statistics.mean(first[1:]))
+        )
+    ):
         for count, seconds in found.items():
             seconds.append(seconds_of(call, count))
         if len(last) > 1 and min(last) > HOPELESS * max(first):

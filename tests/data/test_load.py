@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 from diffagents.data.load import load_dataset
 from diffagents.data.transitions import Transitions
-from diffagents.data.validation import D4RL_NAMES
+from diffagents.data.validation import OTHER_NAMES
 from diffagents.envs.make import make_env
 
 LENGTHS, TERMINATES = (5, 7, 4, 6), (True, False, True, False)
@@ -103,7 +103,7 @@ def write_npz(path: Path, data: dict[str, Any]) -> Path:
 
 
 def as_d4rl(data: dict[str, Any]) -> dict[str, Any]:
-    theirs = {ours: name for name, ours in D4RL_NAMES.items()}
+    theirs = {ours: name for name, ours in OTHER_NAMES.items()}
     return {theirs.get(key, key): value for key, value in data.items()}
 
 
@@ -737,3 +737,24 @@ def test_the_quick_reader_gives_what_minaris_iterator_gives() -> None:
                     keys = list(expected) if isinstance(expected, dict) else []
                     for a, b in [(column[key], expected[key]) for key in keys] or [(column, expected)]:
                         assert a.dtype == b.dtype and np.array_equal(a, b), (kind, name)
+
+
+def test_the_names_of_gymnasium_are_read() -> None:
+    """`env.step` returns `terminated` and `truncated`."""
+    episodes = make_episodes()
+    arrays: dict[str, Any] = {
+        name: np.concatenate([np.asarray(e[name])[: len(e["actions"])] for e in episodes])  # type: ignore[literal-required]
+        for name in ("observations", "actions", "rewards", "terminations", "truncations")
+    }
+    ours = load_dataset(arrays)
+    renamed = {"terminated": arrays.pop("terminations"), "truncated": arrays.pop("truncations")}
+    theirs = load_dataset({**arrays, **renamed})
+    assert theirs.info["sha256"] == ours.info["sha256"] and torch.equal(theirs.done, ours.done) and ours.done.any()
+
+
+def test_a_key_that_looks_like_the_next_observations_is_named() -> None:
+    (first, *_) = make_episodes()
+    length = len(first["actions"])
+    arrays: dict[str, Any] = {name: np.asarray(value)[:length] for name, value in first.items()}
+    with pytest.warns(UserWarning, match="'next_observation' is not read; .* are called 'next_observations'"):
+        load_dataset({**arrays, "next_observation": arrays["observations"]})

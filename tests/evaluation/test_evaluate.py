@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.monitor import Monitor
@@ -651,6 +652,26 @@ def test_a_failed_video_is_one_warning_and_no_file(policy: Any, env: Any, name: 
     assert message in text
     assert "\n" not in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("threads", "seen"), [("auto", 1), (2, 3)])
+def test_an_agent_plays_with_one_thread_unless_a_number_is_given(
+    threads: int | str, seen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads that act on one observation may take 15 times as long on a busy machine."""
+    number, found = [3], set()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: number.__setitem__(0, count))
+
+    class Threaded(Steer):
+        def predict(self, *args: Any, **kwargs: Any) -> Any:
+            found.add(number[0])
+            return super().predict(*args, **kwargs)
+
+    policy = Threaded()
+    policy.threads = threads  # type: ignore[attr-defined]
+    evaluate(policy, TOY, 1)
+    assert found == {seen} and number == [3]
 
 
 def test_a_video_without_ffmpeg_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

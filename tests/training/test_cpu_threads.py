@@ -98,6 +98,10 @@ def test_a_long_stage_is_timed_longer(clock: dict[int, list[float]]) -> None:
         calls.clear()
         assert threads.time_with((1, 2), call, times) == pytest.approx({1: 0.01, 2: 0.007})
         assert len(calls) == 2 * rounds
+    clock[2] = [0.012]
+    calls.clear()
+    threads.time_with((1, 2), call, 10**6)
+    assert len(calls) == 2 * threads.ROUNDS, "the answer is known"
 
 
 def test_a_number_that_is_hopeless_is_timed_twice_only(monkeypatch: pytest.MonkeyPatch) -> None:
