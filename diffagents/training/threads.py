@@ -88,7 +88,7 @@ def time_with(counts: Sequence[int], call: Callable[[], Any], times: float = 0.0
     while (
         len(last) < ROUNDS
         or (
-            statistics.mean(last[1:]) <= WORTH * statistics.mean(first[1:])  # otherwise the answer is known
+            (last is first or statistics.mean(last[1:]) <= WORTH * statistics.mean(first[1:]))  # otherwise the answer is known
             and sum(first[1:]) < min(LONGEST, SHARE * times * statistics.mean(first[1:]))
         )
     ):
