@@ -423,7 +423,7 @@ def test_resuming_is_never_something_else(tmp_path: pathlib.Path) -> None:
     for asked in ({"stages": ("policy",)}, {"total_timesteps": 1000}):
         with pytest.raises(ValueError, match=r"a plan of 30 steps over .* is unfinished"):
             agent.learn(DATA, reset_num_timesteps=False, **asked)
-    with pytest.warns(UserWarning, match="the dataset differs from arrays, whose unfinished plan"):
+    with pytest.warns(UserWarning, match="differs from the first one .arrays., whose unfinished plan"):
         agent.clone().learn({**DATA, "rewards": DATA["rewards"] + 1}, reset_num_timesteps=False)
     agent.learn(DATA, reset_num_timesteps=False, total_timesteps=30)
     before = agent.policy.net[0].weight.clone()
