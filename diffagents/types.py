@@ -216,8 +216,11 @@ class Spec:
         return in_dtype(np.clip(action, low, high).reshape(-1, *self.action_space.shape), self.action_space.dtype)
 
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        kind = np.result_type(self.action_space.dtype, np.float32)  # differences of small integers would wrap around
-        return self.action_space.low.reshape(-1).astype(kind), self.action_space.high.reshape(-1).astype(kind)
+        low, high = self.action_space.low.reshape(-1), self.action_space.high.reshape(-1)
+        if low.dtype.kind != "f":  # differences of small integers would wrap around
+            kind = np.result_type(low.dtype, np.float32)
+            low, high = low.astype(kind), high.astype(kind)
+        return low, high
 
 
 def in_dtype(action: np.ndarray, dtype: Any) -> np.ndarray:

@@ -5,7 +5,6 @@ Their docstrings are the texts of --help.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -70,7 +69,10 @@ def train(args: argparse.Namespace) -> None:
             evaluated = {"eval_env": (args.env or True) if args.eval else None, "n_eval_episodes": args.episodes}
             agent.save_pretrained(out, include_trainer_state=True, video=args.video, **evaluated)
         if args.eval:
-            print(_evaluation(out), flush=True)
+            from diffagents.evaluation.evaluate import Evaluation
+            from diffagents.storage import artifact
+
+            print(Evaluation.from_json(artifact.read_json(out, "results.json")), flush=True)
     print(out)
 
 
@@ -207,17 +209,6 @@ def _score(place: Path) -> str:
             line += f"; success {100 * results['success_rate']:.0f} %"
         return line
     return "not evaluated"
-
-
-def _evaluation(place: Path) -> Any:
-    """The Evaluation that is stored with a policy."""
-    from diffagents.evaluation.evaluate import Evaluation
-    from diffagents.storage import artifact
-
-    results = artifact.read_json(place, "results.json")
-    values: dict[str, Any] = {field.name: results[field.name] for field in dataclasses.fields(Evaluation)}
-    lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Evaluation(**{**values, **lists})
 
 
 def _env_tag(tags: Sequence[str]) -> str:

@@ -27,7 +27,8 @@ def is_ogbench(names: Any) -> bool:
     Args:
         names: A collection of names.
     """
-    if "terminals" not in names or any(name in names for name in ("timeouts", "truncations", "terminations", "episode_ends")):
+    others = (set(check.OTHER_NAMES) | set(check.OTHER_NAMES.values()) | {"episode_ends"}) - {"terminals"}
+    if "terminals" not in names or any(name in names for name in others):
         return False
     return "masks" in names or "valids" in names or ("rewards" not in names and any(mark in names for mark in MARKS))
 

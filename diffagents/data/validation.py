@@ -21,10 +21,12 @@ from diffagents.errors import one_line, printable
 from diffagents.types import Spec
 
 OTHER_NAMES = {
-    **{"terminated": "terminations", "truncated": "truncations"},  # of Gymnasium's `step`
-    **{"terminals": "terminations", "timeouts": "truncations"},  # of D4RL
+    "terminated": "terminations",  # Gymnasium's `step`
+    "truncated": "truncations",
+    "terminals": "terminations",  # D4RL
+    "timeouts": "truncations",
 }
-"""D4RL's name of an array -> ours."""
+"""The name of an array elsewhere -> ours."""
 
 ACTION_TOLERANCE = 1e-4
 """Overshoot of the action bounds, as a share of their width, that counts as rounding and is clipped silently."""
@@ -253,7 +255,7 @@ def our_names(data: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where} has 'masks' next to 'terminals' (OGBench), and other flags of ends: leave those out, or pass "
             "terminations=1 - masks and truncations=terminals instead"
         )
-    if "dones" in data and not {"terminations", "terminals"} & set(data):
+    if "dones" in data and "terminations" not in {OTHER_NAMES.get(key, key) for key in data}:
         raise ValueError(f"{where} has 'dones', which may be time-outs; pass terminations and truncations instead")
     named: dict[str, Any] = {}
     given: dict[str, str] = {}  # our name -> the name in `data`

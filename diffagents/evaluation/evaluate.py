@@ -5,7 +5,7 @@ The raw return always comes first; a score on the D4RL scale is reported in addi
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import gymnasium as gym
@@ -125,6 +125,13 @@ class Evaluation:
         values = {"n_episodes": len(self.returns)} | {name: getattr(self, name) for name in derived} | vars(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Evaluation":
+        """The evaluation that `to_json` described; what follows from its episodes is computed anew."""
+        values: dict[str, Any] = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        tuples: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **tuples})
+
     def __str__(self) -> str:
         n, interval, score_interval = len(self.returns), self.interval, self.score_interval
         mean = "" if interval is None else "; 95 % interval of the mean {:.2f} to {:.2f}".format(*interval)
@@ -221,9 +228,8 @@ def evaluate(
             "sub-environments instead"
         )
     with ExitStack() as cleanup:
-        if (
-            getattr(policy, "threads", None) == "auto"
-        ):  # a few observations gain little from several, which wait on a busy machine
+        # A few observations gain little from several threads, which wait for each other on a busy machine.
+        if getattr(policy, "threads", None) == "auto":
             cleanup.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
         adapter: Single | Vector | SB3

@@ -17,18 +17,16 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffagents import torch_internals
+from diffagents.training.cuda_graph import GraphRunner
 from diffagents.training.monitor import clock, say
 from diffagents.training.updates import Gradients, Noise, Runner, Update
 from diffagents.types import Batch, Metrics
-
-if TYPE_CHECKING:
-    from diffagents.training.cuda_graph import GraphRunner
 
 NamedTensors = dict[str, Tensor]
 COMPILE_LIMIT = 300.0
@@ -337,7 +335,7 @@ def compiled_gradients(
 
 
 def compile_ahead(
-    runner: "Runner | GraphRunner",
+    runner: Runner | GraphRunner,
     stage: str,
     needed: Sequence[bool],
     interrupted: threading.Event,

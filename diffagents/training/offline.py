@@ -21,7 +21,8 @@ from diffagents.data.sampler import Sampler
 from diffagents.data.transitions import Transitions
 from diffagents.errors import TrainingDiverged
 from diffagents.training.callbacks import make_logger
-from diffagents.training.compiled import COMPILE_LIMIT, compile_ahead
+from diffagents.training.compiled import COMPILE_LIMIT, compile_ahead, compiled_gradients
+from diffagents.training.cuda_graph import GraphRunner
 from diffagents.training.monitor import Monitor, clock, say
 from diffagents.training.plan import Plan
 from diffagents.training.prepare import begin, make_sampler
@@ -32,8 +33,6 @@ from diffagents.training.updates import Runner, Stage, Update
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
-
-    from diffagents.training.cuda_graph import GraphRunner
 
 COMPILING = {"cpu": (40.0, 0.75), "cuda": (30.0, 0.5)}
 """By type of device: seconds that compiling an update takes if its operations have not been counted, and the time of a compiled
@@ -85,7 +84,7 @@ def train(
     timed_first = learner.verbose or learner.compile == "auto" or may_choose(learner)
     wall, cpu = time.perf_counter(), time.thread_time()
     seconds = estimate(learner, plan, sampler, choose_threads=True) if timed_first else {}
-    slowness = (time.perf_counter() - wall) / max(time.thread_time() - cpu, 1e-3) if learner.device.type == "cpu" else 1.0
+    slowness = slowness_since(wall, cpu) if learner.device.type == "cpu" else 1.0
     compiling = estimate_compiling(learner, plan, sampler, seconds)
     choose_modes(learner, plan, seconds, compiling)
     if learner.verbose:
@@ -103,7 +102,7 @@ def train(
     with timed(learner, callback, local), interrupt_between_updates() as interrupted, matmul_precision(learner):
         for stage in learner.stages(plan):
 
-            def runner_for(samplers: Sequence[Sampler], mode: str, stage: Stage = stage) -> "Runner | GraphRunner":
+            def runner_for(samplers: Sequence[Sampler], mode: str, stage: Stage = stage) -> Runner | GraphRunner:
                 return make_runner(learner, stage, samplers[0], mode)
 
             if stage.name in plan.lengths and not run_stage(
@@ -112,8 +111,8 @@ def train(
                 break
     if interrupted.is_set():
         if learner.verbose:
-            done = ", ".join(f"{name} {plan.done.get(name, 0):,}/{length:,}" for name, length in plan.lengths.items())
-            say(f"interrupted ({done}); the agent can be saved, and learn(data, reset_num_timesteps=False) finishes the run")
+            finish = "the agent can be saved, and learn(data, reset_num_timesteps=False) finishes the run"
+            say(f"interrupted ({plan.progress}); {finish}")
         raise KeyboardInterrupt
 
 
@@ -122,7 +121,7 @@ def run_stage(
     learners: Sequence[Learner],
     stages: Sequence[Stage],
     sampler: Sampler,
-    make_runner: "Callable[[Sequence[Sampler], str], Runner | GraphRunner]",
+    make_runner: Callable[[Sequence[Sampler], str], Runner | GraphRunner],
     log_interval: int | None,
     interrupted: threading.Event,
     callback: "BaseCallback | None" = None,
@@ -223,13 +222,10 @@ def run_stage(
     return True
 
 
-def make_runner(learner: Learner, stage: Stage, sampler: Sampler, mode: str) -> "Runner | GraphRunner":
+def make_runner(learner: Learner, stage: Stage, sampler: Sampler, mode: str) -> Runner | GraphRunner:
     """The runner of a stage in one of `plan.MODES`."""
     if mode == "eager":
         return Runner(stage, sampler, learner.generator)
-    from diffagents.training.compiled import compiled_gradients  # it takes seconds to import
-    from diffagents.training.cuda_graph import GraphRunner
-
     networks = learner.networks()
     gradients = [compiled_gradients(update, networks) for update in stage.updates]
     runner = Runner(stage, sampler, learner.generator, gradients)
@@ -323,6 +319,11 @@ def time_stage(
     return seconds, prepare_all
 
 
+def slowness_since(wall: float, cpu: float) -> float:
+    """How many times as long as its CPU time this thread took since `perf_counter` gave `wall` and `thread_time` gave `cpu`."""
+    return (time.perf_counter() - wall) / max(time.thread_time() - cpu, 1e-3)
+
+
 def estimate_compiling(learner: Learner, plan: Plan, sampler: Sampler, seconds: Mapping[str, float]) -> dict[str, float]:
     """Estimate how long the updates of each stage would be compiled, from the number of their operations.
 
@@ -365,7 +366,7 @@ def estimate_compiling(learner: Learner, plan: Plan, sampler: Sampler, seconds: 
                 found[name], begins = found[name] + begins, 0.0
     finally:
         restore(learner, before)
-    slowness = (time.perf_counter() - wall) / max(time.thread_time() - cpu, 1e-3)
+    slowness = slowness_since(wall, cpu)
     return {name: min(max(slowness, 1.0), SLOWEST) * own for name, own in found.items()}
 
 
@@ -430,22 +431,21 @@ def announce(
         f"{data['mean_return']:.1f}; rewards {rewards.name} ({rewards.scale:.4g} r {rewards.shift:+.4g}); {learner.device}"
         f"{', TF32' if learner.device.type == 'cuda' and learner.tf32 else ''}, seed {learner.seed}"
     )
-    lengths = ", ".join(f"{name} {plan.done.get(name, 0):,}/{steps:,}" for name, steps in plan.lengths.items())
     left = [name for name, steps in plan.lengths.items() if plan.done.get(name, 0) < steps]
-    faster = [name for name in left if plan.modes[name] != "eager"]
+    compiled = [name for name in left if plan.modes[name] != "eager"]
     share, to_compile = COMPILING[learner.device.type][1], _compile_seconds(learner, plan, compiling)
-    first = sum(min(to_compile[name], COMPILE_LIMIT) for name in faster)
-    then = sum(seconds.get(name, 0.0) * (share if name in faster else 1.0) for name in left)
+    first = sum(min(to_compile[name], COMPILE_LIMIT) for name in compiled)
+    then = sum(seconds.get(name, 0.0) * (share if name in compiled else 1.0) for name in left)
     took = f"about {clock(first + then)}"
-    if faster:
+    if compiled:
         took += (
-            f": {clock(first)} to compile {', '.join(faster)}, then {clock(then)} of training "
+            f": {clock(first)} to compile {', '.join(compiled)}, then {clock(then)} of training "
             f"(without compiling: {clock(sum(seconds.values()))})"
         )
     if slowness > BUSY and first + then >= 1.0:
         alone = clock((first + then) / slowness)
         took += f", as busy as this machine is now; {alone} if no other program ran"
-    say(f"plan: {lengths} gradient steps; {took}")
+    say(f"plan: {plan.progress} gradient steps; {took}")
     if first + then > LONG and not plan.done:
         minutes = round(LONG / 60)
         if learner.preset != FAST and has_presets(learner.presets_name()):

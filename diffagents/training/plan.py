@@ -34,6 +34,11 @@ class Plan:
         """Gradient steps that are left."""
         return self.total - sum(self.done.values())
 
+    @property
+    def progress(self) -> str:
+        """The gradient steps of each stage, taken and planned, as text."""
+        return ", ".join(f"{name} {self.done.get(name, 0):,}/{length:,}" for name, length in self.lengths.items())
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return {name: dict(getattr(self, name)) for name in ("lengths", "done", "modes", "threads")}

@@ -1,12 +1,11 @@
 """How many CPU threads a stage runs with: `threads` of the agent, or the faster of one and all.
 
 The threads of one operation wait for each other, some hundred times in an update. Where other processes use the cores, a wait
-can last until the operating system next runs the thread that is missing, so that two threads may be eight times as slow as one
+can last until the operating system next runs the thread that is missing, so that two threads may take three times as long as one
 (`python zoo/benchmarks/threads.py`).
 """
 
 import numbers
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,20 +82,16 @@ def time_with(counts: Sequence[int], call: Callable[[], Any], times: float = 0.0
         call: What is timed.
         times: How often training will call it.
     """
-    found: dict[int, list[float]] = {count: [] for count in counts}
-    first, last = (found[count] for count in (counts[0], counts[-1]))
-    while (
-        len(last) < ROUNDS
-        or (
-            (last is first or statistics.mean(last[1:]) <= WORTH * statistics.mean(first[1:]))  # otherwise the answer is known
-            and sum(first[1:]) < min(LONGEST, SHARE * times * statistics.mean(first[1:]))
-        )
-    ):
-        for count, seconds in found.items():
-            seconds.append(seconds_of(call, count))
-        if len(last) > 1 and min(last) > HOPELESS * max(first):
-            break
-    return {count: statistics.mean(seconds[1:]) for count, seconds in found.items()}
+    few, many = counts[0], counts[-1]
+    warm_up, total = ({count: seconds_of(call, count) for count in counts} for _ in range(2))
+    if min(warm_up[many], total[many]) > HOPELESS * max(warm_up[few], total[few]):
+        return total
+    rounds = 1
+    while rounds < ROUNDS - 1 or (faster(total) == many and rounds < SHARE * times and total[few] < LONGEST):
+        for count in counts:
+            total[count] += seconds_of(call, count)
+        rounds += 1
+    return {count: seconds / rounds for count, seconds in total.items()}
 
 
 def faster(seconds: dict[int, float]) -> int:

@@ -389,6 +389,15 @@ def test_enjoy_writes_a_video_or_wants_a_screen(
         assert (here / "reacher.mp4").read_bytes()[4:8] == b"ftyp"
 
 
+def test_a_video_without_ffmpeg_is_no_bug(
+    trained: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    assert main.main(["enjoy", str(trained), "--video", "reacher.mp4"]) == 1
+    said = capsys.readouterr().err
+    assert "pip install moviepy imageio-ffmpeg" in said and "bug" not in said and not (here / "reacher.mp4").exists()
+
+
 def test_push_pull_list_and_eval_by_a_hub_id(trained: Path, here: Path) -> None:
     with Hub(mode="lfs", folder=here / "cas") as hub:
         pushed, evaluated, pulled, again, listed, offline, nobody = run_all(

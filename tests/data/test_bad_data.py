@@ -181,6 +181,9 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[Exception], s
     "no terminations": (lambda t: but(terminations=None), {}, ValueError, r"has no terminations .*pass zeros if there are none"),
     "no truncations": (lambda t: but(truncations=None), {}, ValueError,
                        r"no truncations \(D4RL: timeouts\).*; pass zeros .*or next_observations, or env= with a time limit"),
+    "dones beside terminated, which is read": (
+        lambda t: but(terminations=None, dones=np.ones(N), terminated=np.zeros(N), actions=np.full((N, 1), 9.0)),
+        {"env": "Pendulum-v1"}, ValueError, r"dimension 0 is 9, outside"),
     "dones": (lambda t: but(terminations=None, truncations=None, dones=np.zeros(N)), {}, ValueError,
               r"has 'dones', which may be time-outs; pass terminations and truncations"),
     "OGBench masks": (lambda t: but(terminations=None, terminals=np.zeros(N), masks=np.ones(N)), {}, ValueError,

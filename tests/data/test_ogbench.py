@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffagents.data.load import load_dataset
+from diffagents.data.ogbench import is_ogbench
 
 LENGTHS, SOLVED = (6, 4, 5), {3: 1, 4: 1, 9: 1}  # steps of the trajectories; rows at which the task is solved
 
@@ -88,6 +89,12 @@ def test_d4rls_data_with_a_state_are_not_taken_for_it() -> None:
     d4rl = {name: arrays[name] for name in ("observations", "next_observations", "actions", "rewards", "terminals")}
     data = load_dataset({**d4rl, "timeouts": np.zeros(15), "qpos": np.ones((15, 7))})
     assert data.done.nonzero()[:, 0].tolist() == [5, 9, 14]
+
+
+@pytest.mark.parametrize("name", ["truncated", "terminated", "timeouts", "truncations", "terminations", "episode_ends"])
+def test_another_flag_of_ends_tells_that_it_is_not_ogbenchs(name: str) -> None:
+    assert is_ogbench(("observations", "terminals", "masks"))
+    assert not is_ogbench(("observations", "terminals", "masks", name))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])

@@ -367,6 +367,12 @@ def test_the_interval_holds_the_mean() -> None:
     assert high - low == pytest.approx(2 * 1.96 * result.std_return / 10, rel=0.1)
 
 
+@pytest.mark.parametrize("successes", [None, (True, False)])
+def test_an_evaluation_is_read_from_its_json(successes: tuple[bool, ...] | None) -> None:
+    result = Evaluation((1000.0, 2000.0), (500, 1000), successes, "Hopper-v5", seed=7, choice={"n_candidates": 4})
+    assert Evaluation.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
 def test_what_is_printed_and_what_is_stored() -> None:
     result = Evaluation((1000.0, 2000.0), (500, 1000), (True, False), "Hopper-v5", seed=7)
     line = str(result)
@@ -658,7 +664,7 @@ def test_a_failed_video_is_one_warning_and_no_file(policy: Any, env: Any, name: 
 def test_an_agent_plays_with_one_thread_unless_a_number_is_given(
     threads: int | str, seen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two threads that act on one observation may take 15 times as long on a busy machine."""
+    """On a busy machine several threads that act on one observation wait for each other."""
     number, found = [3], set()
     monkeypatch.setattr(torch, "get_num_threads", lambda: number[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: number.__setitem__(0, count))

@@ -154,11 +154,14 @@ def test_ctrl_c_ends_compiling_and_the_run_can_be_resumed(compiler: Any, capsys:
     compiler(lambda _: None)
     whole = shallow("TD3BC", compile="compiled").learn(DATA)
     compiler(interrupt)
-    run, started = shallow("TD3BC", compile="compiled"), time.monotonic()
+    run, started = shallow("TD3BC", compile="compiled", verbose=1), time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run.learn(DATA)
     assert time.monotonic() - started < 60 and run.num_timesteps == 0
     assert run.plan is not None and run.plan.modes == {"train": "compiled"}
+    said = capsys.readouterr().out
+    assert f"interrupted ({run.plan.progress}); the agent can be saved, and learn(data, reset_num_timesteps=False) fin" in said
+    assert run.plan.progress.startswith("train 0/")
     calls = compiler(lambda _: None)
     run.learn(DATA, reset_num_timesteps=False)
     assert len(calls) == 4 and same_to_the_bit(run, whole)

@@ -11,7 +11,6 @@ further.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -91,9 +90,8 @@ def main() -> None:
 
 def recomputed(results: dict[str, Any]) -> dict[str, Any]:
     """The statistics of stored episodes as this version computes them."""
-    names = {field.name for field in dataclasses.fields(Evaluation)} & results.keys()
-    episodes = Evaluation(**{name: tuple(x) if isinstance(x := results[name], list) else x for name in names})
-    return results | {name: x for name, x in episodes.to_json().items() if name in results or name.endswith("interval")}
+    again = Evaluation.from_json(results).to_json()
+    return results | {name: x for name, x in again.items() if name in results or name.endswith("interval")}
 
 
 def front_cells(cells: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
