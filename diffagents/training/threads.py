@@ -1,7 +1,7 @@
 """How many CPU threads a stage runs with: `threads` of the agent, or the faster of one and all.
 
 The threads of one operation wait for each other, some hundred times in an update. Where other processes use the cores, a wait
-can last until the operating system next runs the thread that is missing, so that two threads may take three times as long as one
+can last until the operating system next runs the thread that is missing: two threads then took three times as long as one
 (`python zoo/benchmarks/threads.py`).
 """
 
