@@ -24,7 +24,7 @@ CELLS = sorted(path.parent.name for path in ZOO.glob("*/config.json"))
 QUICK = [cell for cell in CELLS if cell in ("srpo-hopper-medium-expert-v0", "td3bc-hopper-medium-expert-v0")]
 SHORT = [cell for cell in CELLS if cell in ("bc-hopper-medium-v0", "bc-walker2d-medium-replay-v0")]
 """Policies that fall soon: their episodes take a second."""
-MOST_MB = 80
+MOST_MB = 100
 
 
 def runs() -> list[dict[str, Any]]:

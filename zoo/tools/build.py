@@ -6,8 +6,8 @@
 Copies the policy folder of each cell (the folder that `push_to_hub` uploads), stores the results of all runs in
 zoo/results/zoo/, and writes zoo/README.md, zoo/results.csv, the pictures and the table in README.md from these results. The
 statistics of all results and cards are computed anew from the episodes. Without .data/zoo only these, tables and pictures are
-written. A policy whose folder would exceed --max-mb is stored without learner.safetensors: it can act, but not be trained
-further.
+written. The networks that only training needs, learner.safetensors, are stored for the datasets of --learners alone and up to
+--max-mb, because the repository would double: the other policies can act, but not be trained further.
 """
 
 import argparse
@@ -38,6 +38,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--max-mb", type=float, default=3.0, help="Largest size of a policy folder with its learner, in MB. Default: 3."
+    )
+    parser.add_argument(
+        "--learners",
+        default="medium-replay",
+        help="Part of the names of the datasets whose policies are stored with their learners. Default: medium-replay.",
     )
     parser.add_argument(
         "--prune", action="store_true", help="Delete results that are not in the grid, and policies without results."
@@ -127,13 +132,19 @@ def ship(cell: str, members: list[dict[str, Any]], args: argparse.Namespace) -> 
     with tempfile.TemporaryDirectory(dir=ROOT / "zoo") as scratch:
         made = pathlib.Path(shutil.copytree(source, pathlib.Path(scratch) / cell))
         size = sum(path.stat().st_size for path in made.iterdir()) / 1e6
-        if size > args.max_mb:
-            (made / "learner.safetensors").unlink(missing_ok=True)
-            print(f"{cell}: {size:.1f} MB with its learner, which is left out")
+        if size > args.max_mb or args.learners not in cell:
+            leave_learner_out(made)
         if target.is_dir():
             shutil.rmtree(target)
         made.rename(target)
     return True
+
+
+def leave_learner_out(policy: pathlib.Path) -> None:
+    """Delete learner.safetensors, unless it is empty because the algorithm has no networks for training alone."""
+    learner = policy / "learner.safetensors"
+    if learner.exists() and learner.stat().st_size > 1000:
+        learner.unlink()
 
 
 if __name__ == "__main__":
