@@ -133,6 +133,11 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "untrained": (lambda a, f: SRPO(**SMALL).predict(np.zeros(3)), RuntimeError, r"no policy yet: train it with learn\(data\)"),
     # environments
     "unknown env": (lambda a, f: SRPO(env="Hoper-v5"), ValueError, r"Hoper"),
+    "an old gym's env": (
+        lambda a, f: SRPO(env=type("TimeLimit", (), {"__module__": "gym.wrappers.time_limit"})()),
+        TypeError,
+        r"TimeLimit of the package gym, which Gymnasium has replaced",
+    ),
     "env of no kind": (lambda a, f: SRPO(env=3), TypeError, r"env must be an environment id.*not int"),
     "discrete actions": (lambda a, f: SRPO(env=Discrete()), ValueError, r"not a Box: diffusion agents need continuous actions"),
     "pixels": (lambda a, f: SRPO(env=Pixels()), ValueError, r"looks like an image"),

@@ -29,6 +29,7 @@ from diffagents.cli.options import (
     value,
 )
 from diffagents.cli.policies import enjoy, eval_, list_, pull, push, train
+from diffagents.config.hyperparameters import LENGTHS, OTHER_NAMES
 from diffagents.errors import one_line, printable
 from diffagents.registry import AGENTS
 from diffagents.version import __version__
@@ -81,7 +82,10 @@ def _unknown_arguments(unknown: Sequence[str], args: argparse.Namespace, words: 
         return f"{message}see `diffagents --help`"
     known = sorted(set(re.findall(r"--[a-z][-a-z0-9]*", args.options())) - {"--help"})
     wrong = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-    if guesses := [guess for word in wrong for guess in difflib.get_close_matches(word, known, 1)]:
+    meant = {f"--{name}".replace("_", "-"): f"--{own}".replace("_", "-") for name, own in OTHER_NAMES.items()}
+    meant |= {f"--{name}".replace("_", "-"): "--steps" for name in (*LENGTHS, "total_timesteps")}
+    guessed = [[meant[word]] if meant.get(word) in known else difflib.get_close_matches(word, known, 1) for word in wrong]
+    if guesses := list(dict.fromkeys(guess for guesses in guessed for guess in guesses)):
         message += f"did you mean {' and '.join(guesses)}? "
     command = " ".join([args.run.__name__.rstrip("_"), *(word for word in words if word in AGENTS)][:2])
     return f"{message}`diffagents {command} --help` lists all options"

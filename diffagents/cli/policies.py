@@ -27,7 +27,8 @@ def train(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / re.sub(r"[^-.\w]+", "-", f"{args.algorithm.lower()}-{args.dataset}-seed{args.seed}")
     if args.save_every is not None and args.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, not {args.save_every}")
-    from diffagents.training.curve_callback import CurveCallback  # imports torch, for which --help need not wait
+    from diffagents.data.load import load_dataset  # these two import torch, for which --help need not wait
+    from diffagents.training.curve_callback import CurveCallback
 
     values = hyperparameters(args)
     cls: Any = agent_class(args.algorithm)
@@ -46,6 +47,14 @@ def train(args: argparse.Namespace) -> None:
         kwargs = {"net_arch": args.net_arch} if args.net_arch else None
         agent = cls(env=args.env, policy_kwargs=kwargs, seed=args.seed, **chosen, **settings, **values)
 
+    dataset = args.dataset
+    if (args.eval or args.video) and args.env is None:
+        with contextlib.redirect_stdout(sys.stderr):
+            dataset = load_dataset(dataset, env=agent.env, obs_keys=agent.obs_keys, verbose=agent.verbose)
+        if dataset.info.get("env_spec") is None:
+            wanted = " and ".join(option for option, given in (("--eval", args.eval), ("--video", args.video)) if given)
+            raise ValueError(f"{wanted} plays episodes, but no environment is stored with {args.dataset}: pass --env ID")
+
     def save_regularly(local: dict[str, Any], _: dict[str, Any]) -> bool:
         if agent.num_timesteps % args.save_every == 0:
             agent.save_pretrained(out, include_trainer_state=True)
@@ -56,7 +65,7 @@ def train(args: argparse.Namespace) -> None:
     callback = [*watching, *([save_regularly] if args.save_every is not None else [])] or None
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            agent.learn(args.dataset, args.steps, callback, progress_bar=args.progress, reset_num_timesteps=not args.resume)
+            agent.learn(dataset, args.steps, callback, progress_bar=args.progress, reset_num_timesteps=not args.resume)
         except (KeyboardInterrupt, TrainingDiverged):
             if agent.spec is not None:
                 agent.save_pretrained(out, include_trainer_state=True)

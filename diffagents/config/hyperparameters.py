@@ -37,6 +37,10 @@ _OF_A_METHOD = {
     "clip_actions": "load_dataset",
 }
 """Arguments, some of them of SB3's constructors, that belong to a method or function here."""
+OTHER_NAMES = {"lr": "learning_rate", "discount": "gamma", "polyak": "tau"}
+"""Names of hyperparameters in other libraries, and ours."""
+LENGTHS = ("steps", "n_steps", "num_steps", "max_steps", "n_train_steps", "epochs", "n_epochs", "num_epochs", "gradient_steps")
+"""Names of the length of training in other libraries."""
 KEY = "hyperparameter"
 """The key of a field's metadata under which its `Hyperparameter` is stored."""
 
@@ -225,7 +229,14 @@ def build_config(config: type[C], algorithm: str, values: dict[str, Any]) -> C:
         if name not in valid:
             if name in _OF_A_METHOD:
                 raise TypeError(f"{algorithm} has no hyperparameter {name!r}: it is an argument of {_OF_A_METHOD[name]}")
-            near = difflib.get_close_matches(name, valid, 1)
+            if name in LENGTHS:
+                others = ("n_diffusion_steps", "solver_steps", "warmup_steps")
+                stages = ", ".join(own for own in valid if own.endswith("_steps") and own not in others)
+                raise TypeError(
+                    f"{algorithm} has no hyperparameter {name!r}: learn(data, total_timesteps) sets the number of gradient "
+                    f"steps, or these set that of each stage: {stages}"
+                )
+            near = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in valid else difflib.get_close_matches(name, valid, 1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise TypeError(f"{algorithm} has no hyperparameter {name!r}{hint} Valid: {', '.join(valid)}")
     return config(**values)

@@ -84,6 +84,7 @@ def make_env(env: Any, **kwargs: Any) -> Any:
                 raise _does_not_work(env, stored, error) from None
         return made
     if not (isinstance(env, gym.Env | gym.vector.VectorEnv) or is_sb3(env)):
+        refuse_gym(env)
         raise TypeError(
             f"env must be an environment id, a stored spec, a Gymnasium Env or VectorEnv, or an SB3 VecEnv, "
             f"not {type(env).__name__}"
@@ -94,6 +95,15 @@ def make_env(env: Any, **kwargs: Any) -> Any:
             "or pass its id"
         )
     return env
+
+
+def refuse_gym(env: Any) -> None:
+    """Raise a TypeError for an environment of the package gym, which is none of Gymnasium's."""
+    if any(cls.__module__.partition(".")[0] == "gym" for cls in type(env).__mro__):
+        raise TypeError(
+            f"env is a {type(env).__name__} of the package gym, which Gymnasium has replaced: pass the id of its successor "
+            "there, or wrap it with the package shimmy"
+        )
 
 
 def error_of_stored_arguments(env: Any, error: Exception) -> ValueError | None:

@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from diffagents.envs.make import make_env, refuse_vec_normalize, scalar_reward
+from diffagents.envs.make import make_env, refuse_gym, refuse_vec_normalize, scalar_reward
 from diffagents.types import Spec
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def as_vec_env(env: Any) -> "VecEnv":
     if isinstance(env, str):
         env = make_env(env)
     if not isinstance(env, gymnasium.Env):
+        refuse_gym(env)
         raise TypeError(f"env must be an environment id, a gymnasium.Env or an SB3 VecEnv, not {type(env).__name__}")
     plain = PlainEnv(env) if isinstance(env, Monitor) else Monitor(PlainEnv(env))
     return DummyVecEnv([lambda: plain])

@@ -290,7 +290,8 @@ def resolve(
     if _is_of_the_zoo(repo_id):
         raise ValueError(f"{repo_id!r} is a policy of this library's zoo, not a repository of the Hub: pass it to load or pull")
     offline = local_files_only or is_offline_mode()
-    with explained(f"{repo_id} (revision {revision or 'main'})", offline):
+    here = "" if Path(repo_id).exists() else "no such file or folder here; on the Hub, "
+    with explained(f"{repo_id} ({here}revision {revision or 'main'})", offline):
         resolved = _api(token).resolve_revision(repo_id, revision=revision, cache_dir=cache_dir, local_files_only=offline)
     sha = resolved.resolved
     if not _COMMIT.fullmatch(sha):

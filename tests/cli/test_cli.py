@@ -99,6 +99,16 @@ def test_train_evaluates_on_the_way_where_the_dataset_names_an_environment(here:
         assert not points if not steps else (steps[0], steps[-1]) == (24 // points, 24)  # some in between may be too expensive
 
 
+def test_an_evaluation_without_an_environment_fails_before_training(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for asked, options in (("--eval", "--eval"), ("--eval --video", "--eval and --video")):
+        assert main.main(shlex.split(f"train TD3BC {data} --steps 10 {SMALL} --out x {asked}")) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(
+            f"diffagents: error: {options} plays episodes, but no environment is stored with {data}: pass --env"
+        )
+        assert not Path("x").exists()
+
+
 def test_train_prints_its_folder_and_nothing_else_to_stdout(here: Path) -> None:
     done = run(f"train TD3BC {REACHER} --steps 30 --net-arch 16 16 --eval --episodes 2 --alpha 3 --record-command", here)
     assert done.returncode == 0, done.stderr
@@ -283,6 +293,7 @@ def test_what_is_not_understood_exits_with_2(words: str, capsys: pytest.CaptureF
         ("train SRPO x.npz --betta 1", "--betta 1; did you mean --beta? `diffagents train SRPO --help` lists all options"),
         ("train SRPO x.npz --batch_sise=3", "--batch-sise=3; did you mean --batch-size? `diffagents train SRPO --help`"),
         ("train BC x.npz --steps 3 --sede 1 --quite", "; did you mean --seed and --quiet? `diffagents train BC --help`"),
+        ("train BC x.npz --total-timesteps 9 --n-epochs 9 --lr 1", "; did you mean --steps and --learning-rate? `diffagents"),
         ("eval x --epsodes 2", "--epsodes 2; did you mean --episodes? `diffagents eval --help` lists all options"),
         ("eval x --wings", "--wings; `diffagents eval --help` lists all options"),
         ("--wings", "--wings; see `diffagents --help`"),

@@ -197,6 +197,15 @@ def test_an_unknown_name() -> None:
     assert build_config(Example, "Toy", {"count": 7}) == Example(count=7)
 
 
+def test_names_of_other_libraries() -> None:
+    with pytest.raises(TypeError, match=r"'lr'; did you mean 'learning_rate'\?"):
+        build_config(CONFIGS["SRPO"], "SRPO", {"lr": 1e-3})
+    with pytest.raises(
+        TypeError, match=r"'n_epochs': learn\(data, total_timesteps\) .* of each stage: behavior_steps, train_steps$"
+    ):
+        build_config(CONFIGS["BDPO"], "BDPO", {"n_epochs": 3})
+
+
 # ---- declarations --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("hint", "default", "keywords", "message"),

@@ -270,6 +270,7 @@ def test_a_gated_repository_asks_for_access(world: World) -> None:
 def test_what_is_not_there_is_told_apart(world: World) -> None:
     world.pull("me/nothing-here").says("HubError", "me/nothing-here", "no such repository")
     world.pull(revision="nowhere").says("HubError", world.repo, "nowhere", "no such branch, tag or commit")
+    world.pull(revision="nowhere").says("HubError", "(no such file or folder here; on the Hub, revision nowhere)")
     world.pull(revision="0" * 40).says("HubError", world.repo)
     assert not list(world.cache.glob("models--*/snapshots/*/*"))
 
