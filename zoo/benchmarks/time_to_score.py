@@ -6,11 +6,13 @@ Each run trains with the fast recipe on one thread and is evaluated as the runs 
 1001, ..., at the beginning of the stage that makes the policy and at --points steps of it. The clock runs from `learn` on and
 stands still during evaluations. The clone is BC with the same seeds, after its whole training; its bar is the mean over seeds.
 Results are kept in --out after every run, with the machine and the commit, and a picture beside it; runs that are in it already
-are not made again.
+are not made again. The table of the default --out is also written into docs/benchmarks.md. --merge adds the runs of other
+files.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -26,6 +28,9 @@ from diffagents.registry import agent_class
 from diffagents.training.provenance import machine
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "time-to-score.json"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- time to score: written by zoo/benchmarks/time_to_score.py -->\n", "<!-- end of time to score -->"
+ALGORITHMS = ("BC", "SRPO", "DiffusionQL", "DiffCPS", "BDPO")
 SETS = ("hopper/medium-replay", "walker2d/medium-replay", "halfcheetah/medium-expert", "hopper/medium-expert")
 
 
@@ -60,6 +65,16 @@ def measure(algorithm: str, dataset: str, seed: int, points: int, episodes: int)
     return {"algorithm": algorithm, "dataset": dataset, "seed": seed, "curve": curve, "data": float(data.info["mean_return"])}
 
 
+def name_of(run: dict[str, Any]) -> tuple[str, str, int]:
+    """What distinguishes a run from the others."""
+    return run["algorithm"], run["dataset"], run["seed"]
+
+
+def keep(runs: list[dict[str, Any]], path: Path) -> None:
+    """Write all runs."""
+    path.write_text(json.dumps({"machine": machine(torch.device("cpu")), "threads": 1, "runs": runs}, indent=1) + "\n")
+
+
 def first_above(curve: list[dict[str, float]], bar: float) -> float | None:
     """The minutes of the first evaluation from which on all exceed the bar; None if the last one does not."""
     minutes = None
@@ -75,8 +90,9 @@ def tables(runs: list[dict[str, Any]]) -> list[str]:
     cells: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         cells[run["dataset"], run["algorithm"]].append(run)
-    lines = ["| dataset | algorithm | seeds | above the data | above the clone | whole training |", f"|{'---|' * 6}"]
-    for (dataset, algorithm), members in sorted(cells.items()):
+    lines = ["| dataset | algorithm | above the data | above the clone | whole training |", f"|{'---|' * 5}"]
+    for dataset, algorithm in sorted(cells, key=lambda cell: (cell[0], ALGORITHMS.index(cell[1]))):
+        members = sorted(cells[dataset, algorithm], key=lambda run: run["seed"])
         clones = [run["curve"][-1]["mean_return"] for run in cells.get((dataset, "BC"), [])]
         bars = [members[0]["data"], float(np.mean(clones)) if clones else None]
         if algorithm == "BC":
@@ -86,8 +102,17 @@ def tables(runs: list[dict[str, Any]]) -> list[str]:
             found = [None if bar is None else first_above(run["curve"], bar) for run in members]
             columns.append("-" if bar is None else ", ".join("not" if x is None else f"{x:.1f}" for x in found))
         whole = ", ".join(f"{run['curve'][-1]['minutes']:.1f}" for run in members)
-        lines.append(f"| `{dataset}` | {algorithm} | {len(members)} | {' | '.join(columns)} | {whole} |")
+        lines.append(f"| `{dataset}` | {algorithm} | {' | '.join(columns)} | {whole} |")
     return lines
+
+
+def put_into_page(lines: list[str]) -> None:
+    """Write the table into docs/benchmarks.md, between its two markers."""
+    before, begin, rest = PAGE.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"{PAGE} has lost its two markers")
+    PAGE.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
@@ -122,26 +147,33 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Make the missing runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithms", nargs="+", default=["BC", "SRPO", "DiffusionQL", "DiffCPS", "BDPO"])
+    parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, choices=ALGORITHMS)
     parser.add_argument("--datasets", nargs="+", default=SETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--points", type=int, default=6)
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, default=[], help="Files of other calls, whose runs are added to --out."
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    runs: list[dict[str, Any]] = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    runs: list[dict[str, Any]] = []
+    for path in (args.out, *args.merge):
+        known = {name_of(run) for run in runs}
+        runs += [run for run in (json.loads(path.read_text())["runs"] if path.exists() else []) if name_of(run) not in known]
     for dataset in args.datasets:
         for seed in args.seeds:
             for algorithm in args.algorithms:
-                if any((run["algorithm"], run["dataset"], run["seed"]) == (algorithm, dataset, seed) for run in runs):
+                if (algorithm, dataset, seed) in {name_of(run) for run in runs}:
                     continue
                 runs.append(measure(algorithm, dataset, seed, args.points, args.episodes) | {"commit": commit()})
-                args.out.write_text(
-                    json.dumps({"machine": machine(torch.device("cpu")), "threads": 1, "runs": runs}, indent=1) + "\n"
-                )
+                keep(runs, args.out)
                 print(algorithm, dataset, seed, [round(point["mean_return"]) for point in runs[-1]["curve"]], flush=True)
+    keep(runs, args.out)
     print("\n".join(tables(runs)))
+    if args.out == OUT:
+        put_into_page(tables(runs))
     draw(runs, args.out.with_suffix(".png"))
 
 

@@ -6,8 +6,8 @@
 Copies the policy folder of each cell (the folder that `push_to_hub` uploads), stores the results of all runs in
 zoo/results/zoo/, and writes zoo/README.md, zoo/results.csv, the pictures and the table in README.md from these results. The
 statistics of all results and cards are computed anew from the episodes. Without .data/zoo only these, tables and pictures are
-written. The networks that only training needs, learner.safetensors, are stored for the datasets of --learners alone and up to
---max-mb, because the repository would double: the other policies can act, but not be trained further.
+written. The networks that only training needs, learner.safetensors, are stored for the policies of --learners alone and up to
+--max-mb, because they would double the repository: the other policies can act, but not be trained further.
 """
 
 import argparse
@@ -41,8 +41,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--learners",
-        default="medium-replay",
-        help="Part of the names of the datasets whose policies are stored with their learners. Default: medium-replay.",
+        nargs="+",
+        default=["medium-replay", "srpo-hopper"],
+        help="Parts of the names of the policies that are stored with their learners. Default: medium-replay srpo-hopper.",
     )
     parser.add_argument(
         "--prune", action="store_true", help="Delete results that are not in the grid, and policies without results."
@@ -132,7 +133,7 @@ def ship(cell: str, members: list[dict[str, Any]], args: argparse.Namespace) -> 
     with tempfile.TemporaryDirectory(dir=ROOT / "zoo") as scratch:
         made = pathlib.Path(shutil.copytree(source, pathlib.Path(scratch) / cell))
         size = sum(path.stat().st_size for path in made.iterdir()) / 1e6
-        if size > args.max_mb or args.learners not in cell:
+        if size > args.max_mb or not any(part in cell for part in args.learners):
             leave_learner_out(made)
         if target.is_dir():
             shutil.rmtree(target)
