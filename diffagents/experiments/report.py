@@ -443,7 +443,9 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def draw_iqm(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
-    """Draw the interquartile mean of the D4RL scale over datasets that the drawn algorithms share, with equal numbers of seeds.
+    """Draw the interquartile mean of the D4RL scale over datasets that the drawn algorithms share.
+
+    An algorithm counts with as many seeds on each dataset as it has on all of them; with one seed it has no interval.
 
     Returns:
         Whether at least two algorithms share a dataset.
@@ -458,21 +460,28 @@ def draw_iqm(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
         return False
     from matplotlib.figure import Figure
 
-    seeds = min(len(scored[dataset][name]) for dataset in datasets for name in names)
+    seeds = {name: min(len(scored[dataset][name]) for dataset in datasets) for name in names}
     figure = Figure(figsize=(7, 1.0 + 0.35 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    for i, name in enumerate(names):
-        middle, low, high = iqm_interval([_lasts(scored[dataset][name], "D4RL scale")[:seeds] for dataset in datasets])
-        axes.barh(i, high - low, left=low, height=0.6, color=f"C{i}", alpha=0.45)
+    axes.use_sticky_edges = False  # so that no bar ends at the frame
+    lasts = {name: [_lasts(scored[dataset][name], "D4RL scale")[: seeds[name]] for dataset in datasets] for name in names}
+    found = sorted((*iqm_interval(lasts[name]), name) for name in names)
+    names = [name for *_, name in found]
+    for i, (middle, low, high, name) in enumerate(found):
+        if seeds[name] > 1:
+            axes.barh(i, high - low, left=low, height=0.6, color=f"C{i}", alpha=0.45)
         axes.plot([middle, middle], [i - 0.3, i + 0.3], color="black")
-    axes.set_yticks(range(len(names)), [_drawn(name) for name in names])
-    axes.set_xlabel(f"interquartile mean of the D4RL scale over {_drawn(', '.join(datasets))}", fontsize=7)
-    each = f"the first {seeds} seeds of each, stratified bootstrap interval" if seeds > 1 else "one seed of each: no interval"
-    if 1 < seeds < FEW_SEEDS:
-        each += " (covers less than 90 % with so few)"
-    axes.set_title(f"{len(datasets)} datasets, {each}", fontsize=8)
+    axes.set_yticks(range(len(names)), [_drawn(f"{name}, {_counted(seeds[name], 'seed')}") for name in names])
+    axes.set_xlabel(f"interquartile mean of the D4RL scale over {_counted(len(datasets), 'dataset')}", fontsize=8)
+    few = any(1 < count < FEW_SEEDS for count in seeds.values())
+    interval = "bars: stratified bootstrap interval" + (", which covers less than 90 % with so few seeds" if few else "")
+    axes.set_title(interval if max(seeds.values()) > 1 else "one seed of each: no interval", fontsize=8)
     _save(figure, path)
     return True
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 def draw_choice(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:

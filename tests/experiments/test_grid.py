@@ -21,6 +21,7 @@ from scripts import run_script
 
 import diffagents
 from diffagents.cli import experiments, main
+from diffagents.evaluation.statistics import interquartile_mean
 from diffagents.experiments import executors, grid, report
 from diffagents.experiments.grid import RunSpec
 
@@ -555,6 +556,18 @@ def test_the_report_says_what_there_is_and_what_is_not(tmp_path: Path) -> None:
         ("srpo-a-one-v0", "2", "70.0"),
     ]
     assert all((path.parent / name).stat().st_size > 5000 for name in ("curves.png", "iqm.png", "choice.png"))
+
+
+def test_a_single_seed_takes_no_interval_from_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(report, "_save", lambda figure, _: drawn.append(figure))
+    runs = [run("SRPO", seed, mean) for seed, mean in enumerate([40.0, 60.0, 70.0])] + [run("IQL", 0, 20.0)]
+    assert report.draw_iqm(report.cells_of(runs), tmp_path / "iqm.png")
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["IQL, 1 seed", "SRPO, 3 seeds"]  # the best on top
+    (bar,) = axes.patches
+    assert (bar.get_x(), bar.get_x() + bar.get_width()) == pytest.approx((40.0, 70.0), abs=5)
+    assert [line.get_xdata()[0] for line in axes.lines] == pytest.approx([20.0, float(interquartile_mean([40.0, 60.0, 70.0]))])
 
 
 def test_names_from_files_are_neither_html_nor_markdown_nor_formulas(tmp_path: Path) -> None:
