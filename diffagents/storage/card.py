@@ -141,6 +141,10 @@ def stored_env(config: Mapping[str, Any]) -> str | None:
     return f"{env} with {words}" if words else env
 
 
+ACTS_ONLY = "the networks that only training needs are not in this folder: the policy acts, and cannot be trained further"
+"""The note of a card whose folder has no learner.safetensors."""
+
+
 def make_card(
     config: Mapping[str, Any],
     results: Mapping[str, Any] | None,

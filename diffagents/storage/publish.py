@@ -73,6 +73,7 @@ def save_pretrained(
             notes.append("there is no video because it could not be rendered where this policy was published")
     config, tensors, state = checkpoint.pack(learner, include_trainer_state)
     name, plain = name or Path(folder).name, artifact.to_json_safe(config)
+    notes += [] if "learner" in tensors else [card.ACTS_ONLY]
     text = _make_card(plain, results, name=name, license=license, pictures=companions, notes=notes)
     companions["README.md"] = _hand_written(_readme(folder)) or text.encode()
     return artifact.write(folder, config, tensors, state, folder=True, companions=companions)
@@ -224,6 +225,7 @@ def renew_card(folder: Path, name: str) -> None:
     pictures = [file for file in artifact.COMPANIONS if (folder / file).is_file()]
     stated = re.search(r"^license: (\S+)$", (_readme(folder) or b"").decode(errors="replace"), re.M)
     license, config = stated[1] if stated else "mit", artifact.read(folder).config
-    text = _make_card(config, results, name=name, license=license, pictures=pictures)
+    notes = [] if (folder / "learner.safetensors").is_file() else [card.ACTS_ONLY]
+    text = _make_card(config, results, name=name, license=license, pictures=pictures, notes=notes)
     with replacing(folder / "README.md", "the model card") as part:
         part.write_text(text, encoding="utf-8")

@@ -10,10 +10,11 @@ import yaml
 from huggingface_hub import ModelCard
 from small_agents import small
 
+import diffagents
 from diffagents.errors import ArtifactError, printable
 from diffagents.evaluation.evaluate import Evaluation
 from diffagents.registry import AGENTS
-from diffagents.storage.card import MARK, PAPERS, make_card, stored_env
+from diffagents.storage.card import ACTS_ONLY, MARK, PAPERS, make_card, stored_env
 from diffagents.storage.publish import renew_card
 
 
@@ -144,6 +145,16 @@ def test_what_is_nested_too_deeply_is_a_value_error(tmp_path: Path) -> None:
         deep = [deep]
     with pytest.raises(ValueError, match="nested too deeply"):
         card_of(tmp_path, seed=deep)
+
+
+def test_a_card_says_that_a_policy_can_only_act(tmp_path: Path) -> None:
+    folder = small("TD3BC", env="Pendulum-v1").save_pretrained(tmp_path / "policy")
+    assert ACTS_ONLY not in (folder / "README.md").read_text()
+    (folder / "learner.safetensors").unlink()
+    renew_card(folder, "me/policy")
+    assert f"Note: {ACTS_ONLY}" in (folder / "README.md").read_text()
+    again = diffagents.load(folder, verbose=0).save_pretrained(tmp_path / "again")
+    assert f"Note: {ACTS_ONLY}" in (again / "README.md").read_text() and not (again / "learner.safetensors").exists()
 
 
 def test_results_without_their_episodes_have_no_interval(tmp_path: Path) -> None:
