@@ -29,7 +29,6 @@ from diffagents.cli.options import (
     value,
 )
 from diffagents.cli.policies import enjoy, eval_, list_, pull, push, train
-from diffagents.config.hyperparameters import LENGTHS, OTHER_NAMES
 from diffagents.errors import one_line, printable
 from diffagents.registry import AGENTS
 from diffagents.version import __version__
@@ -77,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _unknown_arguments(unknown: Sequence[str], args: argparse.Namespace, words: Sequence[str]) -> str:
     """What is wrong with words that no option takes, and the option that each was perhaps meant to be."""
+    from diffagents.config.hyperparameters import LENGTHS, OTHER_NAMES  # slow, and needed only here
+
     message = f"unrecognized arguments: {' '.join(unknown)}; "
     if args.run is None:
         return f"{message}see `diffagents --help`"

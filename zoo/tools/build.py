@@ -135,6 +135,8 @@ def ship(cell: str, members: list[dict[str, Any]], args: argparse.Namespace) -> 
         size = sum(path.stat().st_size for path in made.iterdir()) / 1e6
         if size > args.max_mb or not any(part in cell for part in args.learners):
             leave_learner_out(made)
+            if size > args.max_mb:
+                print(f"{cell}: {size:.1f} MB with its learner, which is left out")
         if target.is_dir():
             shutil.rmtree(target)
         made.rename(target)
