@@ -76,17 +76,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _unknown_arguments(unknown: Sequence[str], args: argparse.Namespace, words: Sequence[str]) -> str:
     """What is wrong with words that no option takes, and the option that each was perhaps meant to be."""
-    from diffagents.config.hyperparameters import LENGTHS, OTHER_NAMES  # slow, and needed only here
-
     message = f"unrecognized arguments: {' '.join(unknown)}; "
     if args.run is None:
         return f"{message}see `diffagents --help`"
+    from diffagents.config.hyperparameters import LENGTHS, OTHER_NAMES  # for which a command that is understood need not wait
+
+    meant = OTHER_NAMES | dict.fromkeys((*LENGTHS, "total_timesteps"), "steps")
     known = sorted(set(re.findall(r"--[a-z][-a-z0-9]*", args.options())) - {"--help"})
     wrong = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-    meant = {f"--{name}".replace("_", "-"): f"--{own}".replace("_", "-") for name, own in OTHER_NAMES.items()}
-    meant |= {f"--{name}".replace("_", "-"): "--steps" for name in (*LENGTHS, "total_timesteps")}
-    guessed = [[meant[word]] if meant.get(word) in known else difflib.get_close_matches(word, known, 1) for word in wrong]
-    if guesses := list(dict.fromkeys(guess for guesses in guessed for guess in guesses)):
+    guesses: dict[str, None] = {}  # in order, each once
+    for word in wrong:
+        own = "--" + meant.get(word[2:].replace("-", "_"), "").replace("_", "-")
+        guesses |= dict.fromkeys([own] if own in known else difflib.get_close_matches(word, known, 1))
+    if guesses:
         message += f"did you mean {' and '.join(guesses)}? "
     command = " ".join([args.run.__name__.rstrip("_"), *(word for word in words if word in AGENTS)][:2])
     return f"{message}`diffagents {command} --help` lists all options"

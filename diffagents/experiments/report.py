@@ -484,6 +484,25 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what a page has between two markers.
+
+    Args:
+        path: The page.
+        begin: The marker before the text, with the end of its line.
+        end: The marker after it.
+        text: What is to stand between them.
+
+    Raises:
+        ValueError: The page lacks one of the markers.
+    """
+    before, found, rest = path.read_text().partition(begin)
+    _, last, after = rest.partition(end)
+    if not (found and last):
+        raise ValueError(f"{path} has lost its two markers")
+    path.write_text(before + begin + text + end + after)
+
+
 def draw_choice(cells: Mapping[str, Sequence[Run]], path: Path) -> bool:
     """Draw what the best of an algorithm's runs is worth, by the episodes that were played to choose it.
 

@@ -216,7 +216,8 @@ def test_save_every_leaves_a_folder_that_can_be_resumed(here: Path, monkeypatch:
         ("pull nowhere", "'nowhere' is neither an existing file or folder nor a Hub id"),
         (
             "pull me/nothing --offline",
-            "me/nothing (no such file or folder here; on the Hub, revision main): it is not in the cache, and no",
+            "me/nothing (no such file or folder here; on the Hub, revision main): it is not in the cache, and no request "
+            "is made while offline (",
         ),
         ("eval me/nothing --offline", "no request is made while offline (--offline, local_files_only=True, HF_HUB_OFFLINE)"),
         ("eval zoo/nothing", "there is no policy 'zoo/nothing' of the zoo; here are zoo/"),

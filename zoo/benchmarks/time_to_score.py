@@ -12,7 +12,6 @@ files.
 
 import argparse
 import json
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from diffagents.data.load import load_dataset
 from diffagents.evaluation.evaluate import evaluate
 from diffagents.experiments.grid import commit
+from diffagents.experiments.report import write_between
 from diffagents.registry import agent_class
 from diffagents.training.provenance import machine
 
@@ -106,15 +106,6 @@ def tables(runs: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def put_into_page(lines: list[str]) -> None:
-    """Write the table into docs/benchmarks.md, between its two markers."""
-    before, begin, rest = PAGE.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"{PAGE} has lost its two markers")
-    PAGE.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
-
-
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Return over minutes, one panel per dataset, with the data's mean and the clone's."""
     from matplotlib.figure import Figure
@@ -171,9 +162,10 @@ def main() -> None:
                 keep(runs, args.out)
                 print(algorithm, dataset, seed, [round(point["mean_return"]) for point in runs[-1]["curve"]], flush=True)
     keep(runs, args.out)
-    print("\n".join(tables(runs)))
+    table = "\n".join(tables(runs))
+    print(table)
     if args.out == OUT:
-        put_into_page(tables(runs))
+        write_between(PAGE, BEGIN, END, f"{table}\n")
     draw(runs, args.out.with_suffix(".png"))
 
 

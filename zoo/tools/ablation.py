@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from diffagents.evaluation.d4rl import normalized_scores  # noqa: E402
-from diffagents.experiments import grid  # noqa: E402
+from diffagents.experiments import grid, report  # noqa: E402
 
 KEPT = ROOT / "zoo" / "results" / "ablation.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -49,12 +49,7 @@ def main() -> None:
     names = [spec.name for spec in specs]
     kept = {name: kept[name] for name in names if name in kept}
     KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    text = PAGE.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"{PAGE} has lost its two markers")
-    PAGE.write_text(before + begin + table(list(kept.values())) + end + after)
+    report.write_between(PAGE, BEGIN, END, table(list(kept.values())))
     missing = [name for name in names if name not in kept]
     print(f"{len(kept)} of {len(names)} runs" + (f"; missing: {', '.join(missing)}" if missing else ""))
 

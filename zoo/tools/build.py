@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from diffagents.evaluation.evaluate import Evaluation  # noqa: E402
 from diffagents.experiments import grid, report  # noqa: E402
+from diffagents.registry import agent_class  # noqa: E402
 from diffagents.storage import publish  # noqa: E402
 
 REMARKS = pathlib.Path(__file__).parent / "remarks.md"  # the text above the tables
@@ -134,20 +135,14 @@ def ship(cell: str, members: list[dict[str, Any]], args: argparse.Namespace) -> 
         made = pathlib.Path(shutil.copytree(source, pathlib.Path(scratch) / cell))
         size = sum(path.stat().st_size for path in made.iterdir()) / 1e6
         if size > args.max_mb or not any(part in cell for part in args.learners):
-            leave_learner_out(made)
+            if agent_class(run["spec"]["algorithm"]).TRAINING_NETWORKS:  # else the file is empty, and learning needs it
+                (made / "learner.safetensors").unlink(missing_ok=True)
             if size > args.max_mb:
                 print(f"{cell}: {size:.1f} MB with its learner, which is left out")
         if target.is_dir():
             shutil.rmtree(target)
         made.rename(target)
     return True
-
-
-def leave_learner_out(policy: pathlib.Path) -> None:
-    """Delete learner.safetensors, unless it is empty because the algorithm has no networks for training alone."""
-    learner = policy / "learner.safetensors"
-    if learner.exists() and learner.stat().st_size > 1000:
-        learner.unlink()
 
 
 if __name__ == "__main__":
