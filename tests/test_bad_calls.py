@@ -75,6 +75,7 @@ class Unbounded(gymnasium.Env[Any, Any]):
 
 
 Call = Callable[[SRPO, pathlib.Path], Any]
+OLD_GYM = type("TimeLimit", (), {"__module__": "gym.wrappers.time_limit"})()
 BAD: dict[str, tuple[Call, type[Exception], str]] = {
     # arguments
     "unknown name": (lambda a, f: SRPO(betta=1), TypeError, r"no hyperparameter 'betta'; did you mean 'beta'\? Valid: beta, expectile"),
@@ -133,11 +134,8 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "untrained": (lambda a, f: SRPO(**SMALL).predict(np.zeros(3)), RuntimeError, r"no policy yet: train it with learn\(data\)"),
     # environments
     "unknown env": (lambda a, f: SRPO(env="Hoper-v5"), ValueError, r"Hoper"),
-    "an old gym's env": (
-        lambda a, f: SRPO(env=type("TimeLimit", (), {"__module__": "gym.wrappers.time_limit"})()),
-        TypeError,
-        r"TimeLimit of the package gym, which Gymnasium has replaced",
-    ),
+    "an old gym's env": (lambda a, f: SRPO(env=OLD_GYM), TypeError, r"TimeLimit of the package gym, which Gymnasium has replaced"),
+    "an old gym's env to evaluate in": (lambda a, f: a.evaluate(OLD_GYM), TypeError, r"TimeLimit of the package gym"),
     "env of no kind": (lambda a, f: SRPO(env=3), TypeError, r"env must be an environment id.*not int"),
     "discrete actions": (lambda a, f: SRPO(env=Discrete()), ValueError, r"not a Box: diffusion agents need continuous actions"),
     "pixels": (lambda a, f: SRPO(env=Pixels()), ValueError, r"looks like an image"),
